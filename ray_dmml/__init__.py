@@ -1,0 +1,42 @@
+"""ray-dmml: diversified mutual learning for deep metric learning, on Ray.
+
+Park, Kim, You, Cho, *Diversified Mutual Learning for Deep Metric Learning* (DM2), ECCV 2020
+Workshops, https://arxiv.org/abs/2009.04170
+
+    from ray_dmml import Config, train, evaluate, load_cohort
+
+Names are handed on lazily: importing a module below the Ray floor loads no Ray, and the
+coordinator's process loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray_dmml.config import Config
+    from ray_dmml.errors import UserError
+    from ray_dmml.inference import TrainedCohort, load_cohort
+    from ray_dmml.training import evaluate, train
+
+__all__ = ["Config", "TrainedCohort", "UserError", "evaluate", "load_cohort", "train"]
+
+_HOMES = {
+    "Config": "ray_dmml.config",
+    "UserError": "ray_dmml.errors",
+    "TrainedCohort": "ray_dmml.inference",
+    "load_cohort": "ray_dmml.inference",
+    "evaluate": "ray_dmml.training",
+    "train": "ray_dmml.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ray_dmml' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,669 @@
+"""The experiment: frozen, validated, one docstring a field; YAML in, YAML out; dotted overrides.
+
+A config file states only what differs from the defaults below. ``Config.load`` merges the file and
+the ``--set`` overrides, validates everything at once and reports every mistake in one message.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from ray_dmml.errors import UserError
+
+QUICKSTART = Path(__file__).parent / "quickstart.yaml"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def _no_bool(value: Any) -> Any:
+    """YAML's ``yes`` is True, which Python takes for 1: a count or a rate written so is a
+    mistake."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
+NonNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
+Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
+
+
+class DataConfig(_Section):
+    """Which images, how they are split by class, and how a batch is drawn."""
+
+    name: Literal["characters", "cub200", "cars196", "sop", "inshop", "imagefolder", "manifest"] = (
+        "characters"
+    )
+    """The data set. `characters` is built in and needs no file; `imagefolder` and `manifest`
+    are your own."""
+
+    root: Path | None = None
+    """Folder of the images (or of the data set's unpacked archive). Not used by `characters`."""
+
+    manifest: Path | None = None
+    """CSV of `manifest`: columns path, label, split (train or validation), optional is_query,
+    is_gallery."""
+
+    download: bool = True
+    """Fetch `cub200` into `root` where it is missing (the checksum is verified); for the others a
+    message says where to get them."""
+
+    train_fraction: Annotated[float, BeforeValidator(_no_bool), Field(gt=0, lt=1)] = 0.5
+    """`imagefolder`: share of the classes that train; the others are the test classes."""
+
+    split_seed: int | None = None
+    """`imagefolder`: draw the training classes with this seed; null takes the first ones in
+    name order."""
+
+    validation_fraction: Fraction = 0.2
+    """Share of the *training* classes held out to choose checkpoints and settings; 0 trains on
+    all."""
+
+    validation_seed: int = 0
+    """Which training classes are held out. Independent of `seed`, so that seeds are compared on
+    the same."""
+
+    classes_per_batch: Annotated[int, BeforeValidator(_no_bool), Field(ge=2)] = 16
+    """P: classes in a batch."""
+
+    images_per_class: Annotated[int, BeforeValidator(_no_bool), Field(ge=2)] = 4
+    """K: images of each class in a batch (a smaller class gives all it has)."""
+
+    decode_size: Annotated[int, BeforeValidator(_no_bool), Field(ge=8)] = 256
+    """Every image is decoded to a square of this side, in pixels, before any view is taken of
+    it."""
+
+    aspect: Literal["squash", "crop"] = "squash"
+    """How an image becomes square: `squash` resizes both sides, `crop` resizes the shorter and
+    cuts the middle."""
+
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """An unreadable image: `fail` ends the run and names it, `skip` leaves it out and says how
+    many."""
+
+    check_images: bool = True
+    """Decode every image once before training, so that a corrupt one is known then and not
+    hours later."""
+
+    @model_validator(mode="after")
+    def _has_its_files(self) -> DataConfig:
+        if self.name != "characters" and self.root is None:
+            raise ValueError(f"data.name '{self.name}' needs data.root, the folder of its images")
+        if self.name == "manifest" and self.manifest is None:
+            raise ValueError("data.name 'manifest' needs data.manifest, the CSV file")
+        return self
+
+
+class Transform(_Section):
+    """One transform of torchvision.transforms.v2."""
+
+    name: str
+    """Its class name, such as RandomResizedCrop."""
+
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Its constructor's arguments. `size` is the peer's input size unless given."""
+
+
+class OptimizerConfig(_Section):
+    """How one peer learns."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    """The optimiser."""
+
+    lr: NonNegative = 1e-4
+    """Learning rate of the backbone (0 leaves the backbone as it is)."""
+
+    head_lr: NonNegative | None = None
+    """Learning rate of the embedding head; null: `lr`."""
+
+    loss_lr: NonNegative | None = None
+    """Learning rate of the metric loss's own parameters (proxies, centres); null: 100 times
+    `lr`."""
+
+    weight_decay: NonNegative = 1e-5
+    """L2 penalty (adam, sgd) or decoupled decay (adamw)."""
+
+    momentum: Fraction = 0.9
+    """Momentum of sgd; not used by the others."""
+
+    clip_norm: Positive | None = None
+    """Gradients of the net are scaled down to this total L2 norm; null: not clipped."""
+
+
+class ScheduleConfig(_Section):
+    """The factor on every learning rate of a peer, as a function of the step."""
+
+    name: Literal["constant", "step", "cosine"] = "constant"
+    """`step` multiplies by `gamma` at each milestone; `cosine` falls to 0 at `steps`."""
+
+    warmup_steps: Whole = 0
+    """Linear rise over the first steps."""
+
+    milestones: tuple[Count, ...] = ()
+    """Steps at which `step` multiplies the rates by `gamma`."""
+
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Factor of `step`."""
+
+    steps: Count | None = None
+    """The step at which `cosine` reaches 0, usually train.steps; stated apart, so that
+    extending a run changes nothing before it."""
+
+    @model_validator(mode="after")
+    def _has_its_settings(self) -> ScheduleConfig:
+        if self.name == "step" and not self.milestones:
+            raise ValueError("schedule 'step' needs milestones, such as [200, 400]")
+        if self.name == "cosine" and self.steps is None:
+            raise ValueError("schedule 'cosine' needs steps, usually those of train.steps")
+        return self
+
+
+class AveragingConfig(_Section):
+    """An exponential moving average of a peer's weights."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Kept share of the average at each update."""
+
+    publish: bool = False
+    """Teach with the averaged weights instead of the live ones."""
+
+
+class PeerConfig(_Section):
+    """One peer network: what it is, what it sees, how often and how it learns."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
+    """Its name in tables, logs and files; null: peer0, peer1, ... by position."""
+
+    seed: int | None = None
+    """With the run's seed, the source of all its random draws; null: its position. Its numbers
+    follow this seed, not its position."""
+
+    init_seed: int | None = None
+    """Seed of its initial weights; null: `seed`. Give peers the same one to start them equal."""
+
+    backbone: str = "tf_efficientnet_lite0"
+    """Any timm model name."""
+
+    weights: str = "none"
+    """`none`, `imagenet` (timm downloads them), `wheel` (from the extra offline-weights), or a
+    file: backbone weights, or a peer's weights.safetensors of another run."""
+
+    embedding_size: Count = 128
+    """D: numbers in an embedding."""
+
+    pooling: Literal["avg", "avgmax"] = "avg"
+    """Average of the feature map, or average plus maximum."""
+
+    batch_norm: Literal["frozen", "live"] = "frozen"
+    """`frozen` keeps BatchNorm's statistics as loaded (for fine-tuning); `live` learns them."""
+
+    input_size: Annotated[int, BeforeValidator(_no_bool), Field(ge=8)] | None = None
+    """Side of the square the net sees, in pixels; null: the backbone's own."""
+
+    view: Annotated[
+        Annotated[Literal["weak", "standard", "strong"], Tag("preset")]
+        | Annotated[tuple[Transform, ...], Tag("list")],
+        Discriminator(lambda value: "preset" if isinstance(value, str) else "list"),
+    ] = "standard"
+    """Its augmentation of the training images: a preset, or a list of torchvision v2 transforms."""
+
+    eval_crop: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the side kept by the centre crop in evaluation; null: the backbone's own (often
+    0.875)."""
+
+    update_interval: Count = 1
+    """k: the optimiser steps at every k-th batch."""
+
+    update_mode: Literal["accumulate", "skip"] = "accumulate"
+    """The other k-1 batches: `accumulate` averages their gradients, `skip` only publishes
+    embeddings."""
+
+    frozen: bool = False
+    """It teaches and never learns (its weights must come from a file that includes the head)."""
+
+    averaging: AveragingConfig | None = None
+    """Keep an exponential moving average of its weights; null: none."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Its optimiser and learning rates."""
+
+    schedule: ScheduleConfig = ScheduleConfig()
+    """How its learning rates change over the run."""
+
+    amp: Literal["off", "bfloat16", "float16"] = "off"
+    """Mixed precision of the net (losses stay in float32); float16 needs a GPU."""
+
+    channels_last: bool = True
+    """Memory layout of the net and its images (faster for convolutions on CPUs and newer GPUs)."""
+
+    num_gpus: NonNegative | None = None
+    """GPUs of its actor (fractions share one); null: what the cluster has, shared out evenly."""
+
+    num_cpus: Positive | None = None
+    """CPUs of its actor; null: what the cluster has, shared out evenly."""
+
+    @model_validator(mode="after")
+    def _frozen_has_weights(self) -> PeerConfig:
+        if self.frozen and self.weights in ("none", "imagenet", "wheel"):
+            raise ValueError(
+                "a frozen peer needs weights from a file that includes its head "
+                "(RUN/checkpoints/step-.../PEER/weights.safetensors), "
+                f"not weights: {self.weights}"
+            )
+        if self.frozen and self.averaging is not None:
+            raise ValueError("a frozen peer never changes, so it has nothing to average")
+        return self
+
+
+def _deep_merge(base: Any, over: Any) -> Any:
+    if isinstance(base, Mapping) and isinstance(over, Mapping):
+        merged = dict(base)
+        for key, value in over.items():
+            merged[key] = _deep_merge(base[key], value) if key in base else value
+        return merged
+    return over
+
+
+class CohortConfig(_Section):
+    """The peers and how they exchange embeddings."""
+
+    peers: tuple[PeerConfig, ...] = (
+        PeerConfig(name="peer0", seed=0, init_seed=0),
+        PeerConfig(name="peer1", seed=1, init_seed=1),
+    )
+    """One entry a peer. With `cohort.base` in the file, an entry states only what differs from
+    it."""
+
+    transport: Literal["direct", "coordinator"] = "direct"
+    """`direct`: the coordinator forms a torch.distributed group and embeddings go from peer to
+    peer; `coordinator`: it carries them itself."""
+
+    exchange_timeout_s: Positive = 300.0
+    """A peer that is silent for so many seconds in an exchange ends the run by name."""
+
+    start_timeout_s: Positive = 300.0
+    """The longest wait, in seconds, for the cluster to start the peers."""
+
+    threads_per_peer: Count | None = None
+    """torch threads of a peer; null: its CPUs (at least 1). The bits of a result on a CPU
+    depend on it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping):
+            return raw
+        raw = dict(raw)
+        base = raw.pop("base", None)
+        peers = raw.get("peers")
+        if base is not None:
+            if not isinstance(base, Mapping):
+                raise ValueError("cohort.base must be a mapping of peer settings")
+            if peers is None:
+                peers = [{}, {}]
+        if isinstance(peers, (list, tuple)):
+            expanded = []
+            for position, peer in enumerate(peers):
+                if peer is None:  # "- " in YAML: the base as it is
+                    peer = {}
+                if isinstance(peer, PeerConfig):
+                    peer = peer.model_dump(exclude_unset=True)
+                if isinstance(peer, Mapping):
+                    peer = _deep_merge(base or {}, peer)
+                    if peer.get("name") is None:
+                        peer["name"] = f"peer{position}"
+                    if peer.get("seed") is None:
+                        peer["seed"] = position
+                    if peer.get("init_seed") is None:
+                        peer["init_seed"] = peer["seed"]
+                expanded.append(peer)
+            raw["peers"] = expanded
+        return raw
+
+    @model_validator(mode="after")
+    def _peers_differ(self) -> CohortConfig:
+        names = [peer.name for peer in self.peers]
+        twice = sorted({str(name) for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"peer names must be unique; used twice: {', '.join(twice)}")
+        for i, one in enumerate(self.peers):
+            for other in self.peers[i + 1 :]:
+                if one.model_copy(update={"name": other.name}) == other and not one.frozen:
+                    raise ValueError(
+                        f"{one.name} and {other.name} have the same seed and settings and would "
+                        "stay the same network: give one another seed"
+                    )
+        if not self.peers:
+            raise ValueError("peers is empty: a cohort has at least one peer")
+        if all(peer.frozen for peer in self.peers):
+            raise ValueError("every peer is frozen: at least one must learn")
+        return self
+
+
+class MinerConfig(_Section):
+    """Which pairs or triplets of a batch the metric loss sees."""
+
+    name: str
+    """`DistanceWeightedNegativeMiner` (ours) or a class of pytorch_metric_learning.miners."""
+
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Its constructor's arguments."""
+
+
+TRIPLET_DEFAULTS: dict[str, Any] = {
+    "settings": {"margin": 0.2},
+    "miner": {"name": "DistanceWeightedNegativeMiner"},
+    "reducer": "MeanReducer",
+}
+
+
+class MetricLossConfig(_Section):
+    """A peer's own metric loss, from pytorch-metric-learning."""
+
+    name: str = "TripletMarginLoss"
+    """A class of pytorch_metric_learning.losses."""
+
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Its constructor's arguments; num_classes and embedding_size are filled in where it asks
+    for them. TripletMarginLoss: margin 0.2 unless given."""
+
+    miner: MinerConfig | None = None
+    """Its miner; null: none. TripletMarginLoss: distance-weighted negatives unless given."""
+
+    reducer: str | None = None
+    """A class of pytorch_metric_learning.reducers; null: the loss's own. TripletMarginLoss:
+    MeanReducer unless given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _triplet_defaults(cls, raw: Any) -> Any:
+        """The defaults belong to the default loss: another loss starts from the library's own."""
+        if isinstance(raw, Mapping) and raw.get("name", "TripletMarginLoss") == "TripletMarginLoss":
+            given = {k: v for k, v in raw.items() if k != "settings" or v is not None}
+            settings = _deep_merge(TRIPLET_DEFAULTS["settings"], given.pop("settings", {}))
+            return {**TRIPLET_DEFAULTS, **given, "settings": settings}
+        return raw
+
+
+class RelationalConfig(_Section):
+    """Relational distillation against the other peers."""
+
+    distance: NonNegative = 1.0
+    """w_d: weight of the distance term."""
+
+    angle: NonNegative = 2.0
+    """w_a: weight of the angle term."""
+
+    warmup_steps: Whole = 0
+    """Both weights rise linearly from 0 over so many steps."""
+
+
+class LossConfig(_Section):
+    """metric + 1/(M-1) * sum over the other peers of (w_d * distance + w_a * angle)."""
+
+    metric: MetricLossConfig = Field(default_factory=lambda: MetricLossConfig.model_validate({}))
+    """The metric loss of every peer."""
+
+    relational: RelationalConfig = RelationalConfig()
+    """The mutual term."""
+
+
+class TrainConfig(_Section):
+    """The loop."""
+
+    steps: Count = 1000
+    """Batches that every peer sees."""
+
+    log_every: Count = 10
+    """Steps between two reports of progress (metrics.jsonl has every step)."""
+
+    evaluate_every: Whole = 100
+    """Steps between two evaluations on the validation classes; 0: only at the end."""
+
+    checkpoint_every: Whole = 100
+    """Steps between two checkpoints; 0: only at the end."""
+
+    select_by: Literal["ensemble", "mean_peer"] = "ensemble"
+    """Whose validation Recall@1 makes a checkpoint the best."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events into RUN/tensorboard."""
+
+
+class EvaluationConfig(_Section):
+    """How embeddings are judged."""
+
+    recall_at: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 4, 8)
+    """The K of Recall@K."""
+
+    batch_size: Count = 128
+    """Images embedded at a time."""
+
+    weights: Literal["last", "best", "averaged"] | None = None
+    """Which weights the run's test result uses; null: best where validation classes are held
+    out, else last."""
+
+    untrained: bool = True
+    """Evaluate the untrained peers on the test classes too, as the figure to stand beside."""
+
+
+class Config(_Section):
+    """A whole experiment."""
+
+    seed: int = 0
+    """Everything random in a run follows from this and the peers' own seeds."""
+
+    data: DataConfig = DataConfig()
+    """Images, splits, batches."""
+
+    cohort: CohortConfig = CohortConfig()
+    """The peers."""
+
+    loss: LossConfig = LossConfig()
+    """What they minimise."""
+
+    train: TrainConfig = TrainConfig()
+    """For how long."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """And how they are judged."""
+
+    @classmethod
+    def load(cls, path: Path | str | None = None, overrides: Iterable[str] = ()) -> Config:
+        """Reads a YAML file (none: the built-in quickstart) and applies `KEY=VALUE` overrides.
+
+        Relative paths in the file are relative to its folder; those in overrides to the current one.
+
+        Raises:
+            UserError: the file is missing or no YAML, or settings are unknown or out of range; all are listed.
+        """
+        path = QUICKSTART if path is None else Path(path)
+        raw = _read_yaml(path)
+        _resolve_paths(raw, path.parent.resolve())
+        changes: dict[str, Any] = {}
+        for override in overrides:
+            _apply_override(raw, changes, override)
+        _resolve_paths(raw, Path.cwd())
+        return cls.parse(raw, source=str(path))
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], source: str = "config") -> Config:
+        """Validates a nested mapping.
+
+        Raises:
+            UserError: naming every wrong setting, what was given and what is allowed.
+        """
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise UserError(_explain(error, source)) from None
+
+    def to_yaml(self) -> str:
+        """The effective config, every field stated; `Config.load` of it gives this config again."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is not valid YAML: {error}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"config file {path} must hold settings (key: value), not a {type(raw).__name__}"
+        )
+    return raw
+
+
+def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
+    """Makes relative paths absolute, in place."""
+
+    def absolute(section: Any, key: str) -> None:
+        value = section.get(key) if isinstance(section, dict) else None
+        if isinstance(value, str) and value:
+            section[key] = str(folder / Path(value).expanduser())
+
+    absolute(raw.get("data"), "root")
+    absolute(raw.get("data"), "manifest")
+    cohort = raw.get("cohort")
+    if isinstance(cohort, dict):
+        peers = cohort.get("peers")
+        for peer in [cohort.get("base"), *(peers if isinstance(peers, list) else [])]:
+            if isinstance(peer, dict) and peer.get("weights") not in ("none", "imagenet", "wheel"):
+                absolute(peer, "weights")
+
+
+def _apply_override(raw: dict[str, Any], changes: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override!r}: write KEY=VALUE, such as train.steps=500")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    parts = key.split(".")
+    if parts[:2] == ["cohort", "peers"] and len(parts) > 2:
+        # The default peers, or those a base implies, are written out before one of them is changed.
+        cohort = raw.setdefault("cohort", {})
+        if isinstance(cohort, dict) and cohort.get("peers") is None:
+            cohort["peers"] = [{}, {}]
+    node: Any = raw
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[:depth])
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(
+                    f"--set {override!r}: {where} has entries 0 to {len(node) - 1}, not {part!r}"
+                )
+            index = int(part)
+            if last:
+                node[index] = value
+            else:
+                if node[index] is None:
+                    node[index] = {}
+                node = node[index]
+        elif isinstance(node, dict):
+            if last:
+                node[part] = value
+            else:
+                if node.get(part) is None:
+                    node[part] = {}
+                node = node[part]
+        else:
+            raise UserError(
+                f"--set {override!r}: {where} is {node!r} and has no settings of its own"
+            )
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for problem in error.errors():
+        # The tags of a union are pydantic's, not the user's.
+        location = [str(part) for part in problem["loc"] if part not in ("preset", "list")]
+        where = ".".join(location) or "config"
+        given = problem.get("input")
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown setting; {_hint(location)}")
+        elif problem["type"] == "value_error":
+            lines.append(f"{where}: {problem['ctx']['error']}")
+        else:
+            shown = "" if isinstance(given, (dict, list, tuple)) else f" (got {given!r})"
+            lines.append(f"{where}: {problem['msg']}{shown}")
+    return f"{source}: " + ("" if len(lines) == 1 else "\n  ") + "\n  ".join(dict.fromkeys(lines))
+
+
+def _hint(location: list[str]) -> str:
+    """The settings nearest to an unknown one: at its own place, or deeper or higher under the
+    same name."""
+    here = _section_at(location[:-1])
+    if here is None:
+        return "nothing is allowed here"
+    names = [*here.model_fields, *(["base"] if here is CohortConfig else [])]
+    near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.6)
+    if not near:
+        elsewhere = [*_dotted_names(here), *_dotted_names(Config)]
+        near = [name for name in elsewhere if name.rsplit(".", 1)[-1] == location[-1]][:1]
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
+
+
+def _section_at(location: list[str]) -> type[BaseModel] | None:
+    model: type[BaseModel] = Config
+    for part in location:
+        if part == "base" or part.isdigit():
+            continue
+        field = model.model_fields.get(part)
+        inner = _sections_in(field.annotation) if field else []
+        if not inner:
+            return None
+        model = inner[0]
+    return model
+
+
+def _dotted_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        for inner in _sections_in(field.annotation):
+            names.extend(_dotted_names(inner, f"{prefix}{name}."))
+    return names
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The config sections inside a field's annotation, such as PeerConfig in tuple[PeerConfig,
+    ...]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    found: list[type[BaseModel]] = []
+    for inner in getattr(annotation, "__args__", ()):
+        found.extend(_sections_in(inner))
+    return found
