@@ -1,0 +1,76 @@
+"""A folder with one folder of images a class, cut by class into train and test."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from ray_dmml.data.images import Aspect, FileImages, ImageSet
+from ray_dmml.errors import UserError
+from ray_dmml.randomness import derive_seed
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def load(
+    root: Path, train_fraction: float, split_seed: int | None, decode_size: int, aspect: Aspect
+) -> tuple[ImageSet, ImageSet]:
+    """Train and test images of ROOT/CLASS/**/IMAGE; what is hidden (.name) is left out.
+
+    The first ``round(train_fraction * C)`` classes in name order train, or as many drawn by
+    ``split_seed``; the others are the test classes.
+
+    Raises:
+        UserError: no class folders, one without images, or too few classes to cut.
+    """
+    classes = sorted(
+        entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."
+    )
+    num_train = round(train_fraction * len(classes))
+    if len(classes) < 4:
+        raise UserError(
+            f"{root} has {len(classes)} class folders; data.name 'imagefolder' needs at least 4 "
+            "(ROOT/CLASS/image.jpg): 2 to train and 2 to test"
+        )
+    if not 2 <= num_train <= len(classes) - 2:
+        raise UserError(
+            f"data.train_fraction {train_fraction} of {len(classes)} classes is {num_train} to "
+            "train; at least 2 must train and 2 be left to test"
+        )
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = _images_under(root, name)
+        if not found:
+            raise UserError(
+                f"class folder {root / name} has no images ({', '.join(SUFFIXES)}): fill or "
+                "remove it"
+            )
+        paths += found
+        labels += [label] * len(found)
+    images = ImageSet(
+        FileImages(root, paths, decode_size, aspect),
+        np.array(labels, dtype=np.int64),
+        tuple(classes),
+    )
+    order = np.arange(len(classes))
+    if split_seed is not None:
+        generator = np.random.Generator(np.random.PCG64(derive_seed("split", split_seed)))
+        order = generator.permutation(order)
+    trains = np.isin(images.labels, order[:num_train])
+    return images.subset(np.flatnonzero(trains)), images.subset(np.flatnonzero(~trains))
+
+
+def _images_under(root: Path, name: str) -> list[str]:
+    found = []
+    for folder, subfolders, files in os.walk(root / name):
+        subfolders[:] = [subfolder for subfolder in subfolders if subfolder[0] != "."]
+        inside = Path(folder).relative_to(root)
+        found += [
+            (inside / file).as_posix()
+            for file in files
+            if file[0] != "." and file.lower().endswith(SUFFIXES)
+        ]
+    return sorted(found)

@@ -1,0 +1,129 @@
+"""A CSV file that lists images, classes and the retrieval protocol, as open-metric-learning has it.
+
+Its columns (others are ignored): ``path``, ``label``, ``split`` (``train``, or ``validation`` for
+what we call the test classes) and, for query against gallery, ``is_query`` and ``is_gallery``.
+https://open-metric-learning.readthedocs.io/en/latest/oml/data.html
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ray_dmml.data.images import Aspect, FileImages, ImageSet
+from ray_dmml.errors import UserError
+
+# 1.0 and 0.0 are how pandas writes a column of 0 and 1 that has gaps.
+FLAGS = {"": False, "0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+
+
+@dataclass(frozen=True)
+class _Row:
+    path: str
+    label: str
+    split: str
+    is_query: bool
+    is_gallery: bool
+
+
+def load(manifest: Path, root: Path, decode_size: int, aspect: Aspect) -> tuple[ImageSet, ImageSet]:
+    """Train and test images of a manifest; paths in it are relative to ``root`` (or inside it).
+
+    The test classes are queries against gallery where rows say so, else all against all.
+
+    Raises:
+        UserError: naming the file, and the line where one is at fault.
+    """
+    rows = _read(manifest, root)
+    train = [row for row in rows if row.split == "train"]
+    test = [row for row in rows if row.split == "validation"]
+    for split, chosen in (("train", train), ("validation", test)):
+        if not chosen:
+            raise UserError(f"manifest {manifest} has no rows of split '{split}'")
+    both = sorted({row.label for row in train} & {row.label for row in test})
+    if both:
+        raise UserError(
+            f"manifest {manifest}: label {both[0]!r} is in both splits ({len(both)} such labels); "
+            "classes must be in one of train and validation"
+        )
+    missing = [row.path for row in rows if not (root / row.path).is_file()]
+    if missing:
+        raise UserError(
+            f"manifest {manifest} lists {missing[0]}, which is not in {root} "
+            f"({len(missing)} files are missing)"
+        )
+    query = np.flatnonzero([row.is_query for row in test])
+    gallery = np.flatnonzero([row.is_gallery for row in test])
+    test_set = _image_set(test, root, decode_size, aspect)
+    if len(query) or len(gallery):
+        test_set = ImageSet(test_set.source, test_set.labels, test_set.class_names, query, gallery)
+    return _image_set(train, root, decode_size, aspect), test_set
+
+
+def _image_set(rows: list[_Row], root: Path, decode_size: int, aspect: Aspect) -> ImageSet:
+    names = sorted({row.label for row in rows})
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
+    number = {name: label for label, name in enumerate(names)}
+    return ImageSet(
+        FileImages(root, [row.path for row in rows], decode_size, aspect),
+        np.array([number[row.label] for row in rows], dtype=np.int64),
+        tuple(names),
+    )
+
+
+def _read(manifest: Path, root: Path) -> list[_Row]:
+    try:
+        with manifest.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            for column in ("path", "label", "split"):
+                if column not in (reader.fieldnames or ()):
+                    raise UserError(
+                        f"manifest {manifest} has no column '{column}'; its first line must name "
+                        "path, label, split and, if wanted, is_query and is_gallery"
+                    )
+            rows: dict[str, _Row] = {}
+            for cells in reader:
+                where = f"manifest {manifest}, line {reader.line_num}"
+                row = _parse(cells, root, where)
+                if row.path in rows:
+                    raise UserError(f"{where}: {row.path} is listed a second time")
+                rows[row.path] = row
+            return list(rows.values())
+    except OSError as error:
+        raise UserError(f"data.manifest {manifest} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"data.manifest {manifest} is not a CSV file in UTF-8: {error}") from None
+
+
+def _parse(cells: dict[str, str | None], root: Path, where: str) -> _Row:
+    def cell(column: str) -> str:
+        return (cells.get(column) or "").strip()
+
+    def flag(column: str) -> bool:
+        text = cell(column)
+        if text.lower() not in FLAGS:
+            raise UserError(f"{where}: {column} is {text!r}; allowed: 0, 1, True, False or empty")
+        return FLAGS[text.lower()]
+
+    for column in ("path", "label"):
+        if not cell(column):
+            raise UserError(f"{where}: {column} is empty")
+    split = cell("split")
+    if split not in ("train", "validation"):
+        raise UserError(f"{where}: split is {split!r}; allowed: train, validation")
+    base = os.path.abspath(root)
+    path = os.path.normpath(os.path.join(base, cell("path")))
+    if not path.startswith(os.path.join(base, "")):
+        raise UserError(f"{where}: {cell('path')} is outside data.root {root}")
+    return _Row(
+        Path(path).relative_to(base).as_posix(),
+        cell("label"),
+        split,
+        flag("is_query"),
+        flag("is_gallery"),
+    )

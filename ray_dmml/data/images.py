@@ -1,0 +1,254 @@
+"""Images read by number, with their classes; class-disjoint splits; held-out validation classes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+from ray_dmml.errors import UserError
+from ray_dmml.randomness import derive_seed
+
+Aspect = Literal["squash", "crop"]
+
+
+class BadImageError(UserError):
+    """An image cannot be read; the message names it and the reason."""
+
+
+class ImageSource(Protocol):
+    """Reads images by number."""
+
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message; unique within a data set."""
+
+    def read(self, index: int) -> Tensor:
+        """The image as uint8 (3, S, S), S the decode size; the same at every call.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+
+
+class FileImages:
+    """Image files under one folder, decoded to (3, S, S) uint8 RGB squares.
+
+    Args:
+        root: the folder.
+        paths: the files, relative to it.
+        decode_size: S, in pixels.
+        aspect: ``squash`` resizes both sides to S; ``crop`` the shorter one, and cuts the middle.
+    """
+
+    def __init__(
+        self, root: Path, paths: Sequence[str], decode_size: int, aspect: Aspect = "squash"
+    ) -> None:
+        self.root = root
+        self.paths = tuple(paths)
+        self.decode_size = decode_size
+        self.aspect = aspect
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def read(self, index: int) -> Tensor:
+        try:
+            return to_square(_decode(self.root / self.paths[index]), self.decode_size, self.aspect)
+        except Exception as error:  # a corrupt file makes decoders raise nearly anything
+            reason = _reason(error)
+            raise BadImageError(f"image {self.name(index)} cannot be read: {reason}") from error
+
+
+def _decode(path: Path) -> Tensor:
+    """uint8 (3, H, W), upright according to its EXIF orientation."""
+    data = np.fromfile(path, dtype=np.uint8)
+    if not data.size:
+        raise OSError("the file is empty")
+    try:
+        image: Tensor = decode_image(
+            torch.from_numpy(data), mode=ImageReadMode.RGB, apply_exif_orientation=True
+        )
+    except RuntimeError:  # BMP, TIFF and rare kinds of JPEG; Pillow also says what is wrong
+        with Image.open(io.BytesIO(data.tobytes())) as opened:
+            upright = ImageOps.exif_transpose(opened).convert("RGB")
+        return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    if image.ndim == 4:  # an animation: its first frame
+        image = image[0]
+    if image.dtype == torch.uint16:  # PNG with 16 bits a channel
+        image = (image.to(torch.int32) >> 8).to(torch.uint8)
+    return image
+
+
+def to_square(image: Tensor, size: int, aspect: Aspect) -> Tensor:
+    """Resizes uint8 (3, H, W) to contiguous (3, size, size), bilinear with antialiasing."""
+    height, width = image.shape[1:]
+    if aspect == "squash":
+        target = (size, size)
+    else:
+        shorter = min(height, width)
+        target = (round(height * size / shorter), round(width * size / shorter))
+    if (height, width) != target:
+        image = torch.nn.functional.interpolate(
+            image[None], size=target, mode="bilinear", antialias=True
+        )[0]
+    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    square: Tensor = image[:, top : top + size, left : left + size].contiguous()
+    return square
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image in a known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+class _Selection:
+    """Some images of another source, in a given order."""
+
+    def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
+        self.source: ImageSource = source
+        self.indices = indices
+        if isinstance(source, _Selection):  # one look-up however often a set is cut
+            self.source, self.indices = source.source, source.indices[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def read(self, index: int) -> Tensor:
+        return self.source.read(int(self.indices[index]))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images of one split with their class numbers."""
+
+    source: ImageSource
+    """Reads them."""
+
+    labels: np.ndarray
+    """(N,) int64: the class number of each image, 0 to C-1; every class has an image."""
+
+    class_names: tuple[str, ...]
+    """(C,) what the classes are called."""
+
+    query: np.ndarray | None = None
+    """(Q,) int64 numbers of the images that are queries; None (with gallery): all against all."""
+
+    gallery: np.ndarray | None = None
+    """(G,) int64 numbers of the images that queries are matched with."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    def subset(self, indices: np.ndarray | Sequence[int]) -> ImageSet:
+        """The images of these numbers (each at most once), in this order.
+
+        Classes left without an image are dropped and the others renumbered in their old order;
+        query and gallery keep those of their images that are left.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        kept, labels = np.unique(self.labels[indices], return_inverse=True)
+        position = np.full(len(self), -1, dtype=np.int64)
+        position[indices] = np.arange(len(indices))
+
+        def moved(numbers: np.ndarray | None) -> np.ndarray | None:
+            return None if numbers is None else position[numbers][position[numbers] >= 0]
+
+        return ImageSet(
+            source=_Selection(self.source, indices),
+            labels=labels.astype(np.int64),
+            class_names=tuple(self.class_names[c] for c in kept),
+            query=moved(self.query),
+            gallery=moved(self.gallery),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """A data set cut by class: no class is in two of the three."""
+
+    train: ImageSet
+    """What the peers learn from."""
+
+    validation: ImageSet | None
+    """Training classes held out to choose checkpoints and settings; None: none are."""
+
+    test: ImageSet
+    """Classes to report on, once."""
+
+    skipped: tuple[str, ...] = ()
+    """Names of unreadable images that were left out."""
+
+
+def hold_out_classes(
+    images: ImageSet, fraction: float, seed: int
+) -> tuple[ImageSet, ImageSet | None]:
+    """Cuts a set by class into (the rest, held-out classes); fraction 0 holds out none.
+
+    ``round(fraction * C)`` classes, but at least 2 (one class alone is retrieved perfectly by any
+    embedding), are drawn by ``seed``.
+
+    Raises:
+        UserError: fewer than 2 held-out classes have 2 images, or fewer than 2 classes are left.
+    """
+    if fraction == 0:
+        return images, None
+    total = images.num_classes
+    held = max(2, round(fraction * total))
+    advice = "set data.validation_fraction=0 to train on all classes"
+    if total - held < 2:
+        raise UserError(
+            f"data.validation_fraction {fraction} holds out {held} of {total} training classes "
+            f"and leaves fewer than 2 to train on; {advice}"
+        )
+    generator = np.random.Generator(np.random.PCG64(derive_seed("validation classes", seed)))
+    chosen = generator.permutation(total)[:held]
+    is_held = np.isin(images.labels, chosen)
+    validation = images.subset(np.flatnonzero(is_held))
+    if np.sum(np.bincount(validation.labels) >= 2) < 2:
+        raise UserError(
+            f"the {held} training classes held out by data.validation_fraction {fraction} cannot "
+            f"be judged: at least 2 of them need 2 images; take another data.validation_seed or "
+            f"{advice}"
+        )
+    return images.subset(np.flatnonzero(~is_held)), validation
+
+
+def check_images(images: ImageSet, threads: int) -> list[tuple[int, str]]:
+    """Decodes every image once; (number, message) of each that cannot be read, in order."""
+
+    def complaint(index: int) -> str | None:
+        try:
+            images.source.read(index)
+        except BadImageError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(complaint, range(len(images)), chunksize=1)
+        return [(index, message) for index, message in enumerate(found) if message is not None]

@@ -1,0 +1,86 @@
+"""Batches of decoded images: the indices of step t from the sampler, the bytes from the source.
+
+Nothing here is random but the sampler, so a batch may be decoded ahead in a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ray_dmml.data.images import ImageSet
+from ray_dmml.data.sampling import ClassBalancedSampler
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What every peer gets at a step."""
+
+    step: int
+    """0 for the first."""
+
+    images: Tensor
+    """(B, 3, S, S) uint8, as decoded."""
+
+    labels: Tensor
+    """(B,) int64."""
+
+
+class BatchLoader:
+    """Decodes the batch of a step, and the next one while that is being trained on.
+
+    Args:
+        images: the training images.
+        sampler: gives the indices of a step.
+        threads: decoding threads; they run beside training and share its cores.
+    """
+
+    def __init__(self, images: ImageSet, sampler: ClassBalancedSampler, threads: int = 1) -> None:
+        self._images = images
+        self._sampler = sampler
+        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        # One more thread that waits for the decoders, so that preparing a batch blocks nobody.
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step; any order of steps is right, ascending is fast."""
+        is_ahead = self._next is not None and self._next[0] == step
+        batch = self._next[1].result() if self._next and is_ahead else self._load(step)
+        self._next = (step + 1, self._ahead.submit(self._load, step + 1))
+        return batch
+
+    def close(self) -> None:
+        self._ahead.shutdown(wait=True, cancel_futures=True)
+        self._decoders.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, step: int) -> Batch:
+        indices = self._sampler.batch(step)
+        images = list(self._decoders.map(self._images.source.read, indices.tolist()))
+        labels = torch.from_numpy(self._images.labels[indices])
+        return Batch(step, torch.stack(images), labels)
+
+
+def in_chunks(
+    images: ImageSet, size: int, indices: Sequence[int] | None = None
+) -> Iterator[Tensor]:
+    """All images in order, decoded, ``size`` at a time: uint8 (<= size, 3, S, S)."""
+    numbers = np.arange(len(images)) if indices is None else np.asarray(indices)
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as ahead:
+
+        def load(start: int) -> Tensor:
+            read = images.source.read
+            return torch.stack([read(int(i)) for i in numbers[start : start + size]])
+
+        pending = ahead.submit(load, 0) if len(numbers) else None
+        start = 0
+        while pending is not None:
+            chunk = pending.result()
+            start += size
+            pending = ahead.submit(load, start) if start < len(numbers) else None
+            yield chunk

@@ -1,0 +1,131 @@
+"""A view is what one net sees of an image: a peer's own augmentation, or the evaluation view.
+
+Decoded uint8 images (3, S, S) in, uint8 images (3, H, H) out; scaling to the backbone's mean and
+standard deviation belongs to the net. All draws come from torch's global generator, which the peer
+seeds for the batch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from ray_dmml.config import Transform
+from ray_dmml.errors import UserError
+
+RESIZE_BEFORE_CROP = 256 / 224
+"""The usual ratio of the resized side to the crop (Wu et al. 2017 and most since)."""
+
+
+def _presets(size: int) -> dict[str, list[Transform]]:
+    flip = Transform(name="RandomHorizontalFlip")
+    return {
+        "weak": [
+            Transform(name="Resize", settings={"size": [round(size * RESIZE_BEFORE_CROP)] * 2}),
+            Transform(name="RandomCrop"),
+            flip,
+        ],
+        "standard": [Transform(name="RandomResizedCrop", settings={"scale": [0.2, 1.0]}), flip],
+        "strong": [
+            Transform(name="RandomResizedCrop", settings={"scale": [0.08, 1.0]}),
+            flip,
+            Transform(
+                name="ColorJitter",
+                settings={"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+            ),
+            Transform(name="RandomGrayscale", settings={"p": 0.1}),
+            Transform(name="RandomErasing", settings={"p": 0.25}),
+        ],
+    }
+
+
+class View:
+    """Applies a pipeline to every image of a batch on its own, so each gets its own draws.
+
+    Args:
+        pipeline: takes and gives uint8 (3, H, W).
+        size: H = W of what it must give.
+        source: how to name it in an error.
+
+    Raises:
+        UserError: tried on one image of ``decode_size``, it fails or gives another shape or type.
+    """
+
+    def __init__(self, pipeline: v2.Transform, size: int, decode_size: int, source: str) -> None:
+        self._pipeline = pipeline
+        generator_state = torch.get_rng_state()
+        try:
+            result = pipeline(torch.zeros(3, decode_size, decode_size, dtype=torch.uint8))
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"{source} does not work on decoded images of {decode_size} x {decode_size} px: {error}"
+            ) from None
+        finally:
+            torch.set_rng_state(generator_state)
+        if result.dtype != torch.uint8 or result.shape != (3, size, size):
+            raise UserError(
+                f"{source} gives {result.dtype} {tuple(result.shape)}, but the net takes uint8 "
+                f"{(3, size, size)}: end it with a crop or a Resize, and leave scaling and "
+                "normalising to the net"
+            )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) -> uint8 (B, 3, H, H)."""
+        return torch.stack([self._pipeline(image) for image in images])
+
+
+def training_view(
+    config: str | Sequence[Transform], size: int, decode_size: int, owner: str
+) -> View:
+    """The augmentation named or listed in the config.
+
+    Raises:
+        UserError: an unknown transform (with the nearest right name), or settings it refuses.
+    """
+    transforms = _presets(size)[config] if isinstance(config, str) else config
+    source = f"view of {owner}"
+    built = [_build(transform, size, source) for transform in transforms]
+    return View(v2.Compose(built) if built else v2.Identity(), size, decode_size, source)
+
+
+def evaluation_view(size: int, crop: float, decode_size: int) -> View:
+    """Resize so that the centre crop keeps ``crop`` of the side: no draws."""
+    resized = round(size / crop)
+    pipeline = v2.Compose([v2.Resize([resized, resized]), v2.CenterCrop(size)])
+    return View(pipeline, size, decode_size, "the evaluation view")
+
+
+def _build(transform: Transform, size: int, source: str) -> v2.Transform:
+    known = {
+        name: cls
+        for name, cls in vars(v2).items()
+        if inspect.isclass(cls) and issubclass(cls, v2.Transform) and cls is not v2.Transform
+    }
+    cls = known.get(transform.name)
+    if cls is None:
+        near = difflib.get_close_matches(transform.name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "see torchvision.transforms.v2"
+        raise UserError(f"{source}: unknown transform {transform.name!r}; {hint}")
+    settings: dict[str, Any] = dict(transform.settings)
+    takes = inspect.signature(cls).parameters
+    if "size" in takes and "size" not in settings:
+        settings["size"] = [size, size]
+    if isinstance(settings.get("interpolation"), str):
+        try:
+            settings["interpolation"] = InterpolationMode(settings["interpolation"])
+        except ValueError:
+            allowed = ", ".join(mode.value for mode in InterpolationMode)
+            raise UserError(
+                f"{source}: {transform.name} has no interpolation {settings['interpolation']!r}; "
+                f"allowed: {allowed}"
+            ) from None
+    try:
+        return cls(**settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: {transform.name} refuses its settings: {error}") from None

@@ -1,0 +1,120 @@
+"""Batches of P classes x K images."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from ray_dmml.data.sampling import ClassBalancedSampler
+from ray_dmml.errors import UserError
+
+sizes = st.lists(st.integers(1, 30), min_size=2, max_size=25)
+
+
+def labels_of(class_sizes: list[int]) -> np.ndarray:
+    """Labels in a scrambled order, so that nothing relies on classes lying together."""
+    labels = np.repeat(np.arange(len(class_sizes)), class_sizes)
+    return np.random.default_rng(0).permutation(labels)
+
+
+def epoch_of(sampler: ClassBalancedSampler, epoch: int = 0) -> np.ndarray:
+    start = epoch * sampler.steps_per_epoch
+    return np.stack([sampler.batch(start + i) for i in range(sampler.steps_per_epoch)])
+
+
+@settings(deadline=None, max_examples=150)
+@given(sizes, st.integers(2, 8), st.integers(2, 6), st.integers(0, 3), st.integers(0, 2))
+def test_an_epoch_keeps_its_promises(class_sizes, num_classes, per_class, seed, epoch):
+    """Every batch: P*K different images, P classes or more, side by side; an epoch: every image."""
+    labels = labels_of(class_sizes)
+    assume(len(class_sizes) >= num_classes and max(class_sizes) >= 2)
+    assume(len(labels) >= num_classes * per_class)
+    sampler = ClassBalancedSampler(labels, num_classes, per_class, seed)
+    batches = epoch_of(sampler, epoch)
+    assert batches.dtype == np.int64
+    assert batches.shape == (sampler.steps_per_epoch, num_classes * per_class)
+    assert sampler.batch_size == num_classes * per_class
+    for batch in batches:
+        assert len(set(batch.tolist())) == num_classes * per_class
+        drawn = labels[batch]
+        assert len(set(drawn.tolist())) >= num_classes
+        assert np.sum(drawn[1:] != drawn[:-1]) + 1 == len(set(drawn.tolist()))
+    assert set(batches.ravel().tolist()) == set(range(len(labels)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(4, 30), min_size=16, max_size=25), st.integers(0, 3))
+def test_full_classes_give_exactly_k(class_sizes, seed):
+    """With 2P classes of K images or more, every batch is exactly P classes with K images each."""
+    labels = labels_of(class_sizes)
+    for batch in epoch_of(ClassBalancedSampler(labels, 8, 4, seed)):
+        counts = np.unique(labels[batch], return_counts=True)[1]
+        assert counts.tolist() == [4] * 8
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(2, 9), min_size=20, max_size=40), st.integers(2, 5), st.integers(0, 3))
+def test_no_image_is_alone(class_sizes, per_class, seed):
+    """Where all classes have two images and there are classes to spare, each has a positive."""
+    labels = labels_of(class_sizes)
+    assume(len(labels) >= 5 * per_class)
+    for batch in epoch_of(ClassBalancedSampler(labels, 5, per_class, seed)):
+        assert np.unique(labels[batch], return_counts=True)[1].min() >= 2
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    """The same step gives the same batch in any order of asking and in another object."""
+    labels = labels_of([7, 3, 12, 5, 9, 1, 4])
+    one, other = ClassBalancedSampler(labels, 3, 4, 5), ClassBalancedSampler(labels, 3, 4, 5)
+    steps = range(5 * one.steps_per_epoch)
+    forward = [one.batch(step).tolist() for step in steps]
+    scattered = np.random.default_rng(1).permutation(steps).tolist()
+    for step in scattered:
+        assert other.batch(step).tolist() == forward[step]
+
+
+def test_seeds_and_epochs_differ():
+    """Another seed, and another epoch of one seed, draw other batches."""
+    labels = labels_of([20] * 10)
+    first = ClassBalancedSampler(labels, 4, 5, 0)
+    second = ClassBalancedSampler(labels, 4, 5, 1)
+    assert not np.array_equal(epoch_of(first, 0), epoch_of(first, 1))
+    assert not np.array_equal(epoch_of(first, 0), epoch_of(second, 0))
+
+
+def test_a_fitting_set_is_seen_exactly_once():
+    """10 classes of 20 images in batches of 5 x 4: 10 batches, no image twice in an epoch."""
+    sampler = ClassBalancedSampler(labels_of([20] * 10), 5, 4, 0)
+    assert sampler.steps_per_epoch == 10
+    assert sorted(epoch_of(sampler).ravel().tolist()) == list(range(200))
+
+
+def test_a_huge_class_bounds_the_epoch():
+    """An epoch has as many batches as the largest class has groups, not more."""
+    sampler = ClassBalancedSampler(labels_of([400] + [10] * 8), 4, 4, 0)
+    assert sampler.steps_per_epoch == 100
+
+
+def test_classes_meet_many_others():
+    """In one epoch a class shares batches with nearly every other class, not with neighbours only."""
+    labels = labels_of([60] * 40)
+    met = set()
+    for batch in epoch_of(ClassBalancedSampler(labels, 8, 4, 0)):
+        present = set(labels[batch].tolist())
+        met |= present if 0 in present else set()
+    assert len(met) >= 35
+
+
+def test_small_classes_are_counted():
+    """small_classes is the number of classes with fewer than K images."""
+    assert ClassBalancedSampler(labels_of([3, 4, 5, 1, 8]), 2, 4, 0).small_classes == 2
+
+
+def test_what_cannot_be_drawn_is_refused():
+    """Too few classes, too few images and no positive pair are told apart."""
+    with pytest.raises(UserError, match="classes_per_batch is 16 but only 12 classes"):
+        ClassBalancedSampler(labels_of([5] * 12), 16, 4, 0)
+    with pytest.raises(UserError, match="no batch holds a positive pair"):
+        ClassBalancedSampler(labels_of([1] * 12), 4, 2, 0)
+    with pytest.raises(UserError, match="64 images needs more than the 32"):
+        ClassBalancedSampler(labels_of([2] * 16), 16, 4, 0)
