@@ -1,0 +1,174 @@
+"""`ray-dmml`: parse, build, run. No algorithm here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ray_dmml.config import Config
+from ray_dmml.configdoc import documented_yaml
+from ray_dmml.errors import UserError
+
+app = typer.Typer(
+    name="ray-dmml",
+    help="Diversified mutual learning for image retrieval: peers that learn from each other, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+class Weights(StrEnum):
+    """Which weights of a run."""
+
+    last = "last"
+    best = "best"
+    averaged = "averaged"
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", metavar="FILE", help="YAML config; none: the built-in quickstart."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting, such as train.steps=500 or cohort.peers.1.update_interval=4. Repeatable.",
+    ),
+]
+
+
+@app.command()
+def train(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the new run; default: runs/DATA-TIME."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Continue a run from its last checkpoint, or extend it."),
+    ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Start from the weights of another run's peers."),
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="All peers in this process, without Ray.")
+    ] = False,
+) -> None:
+    """Train a cohort of peers and judge it on unseen classes.
+
+    With no argument: the quickstart on built-in data, no download, a few minutes on two cores.
+    """
+    console = Console()
+    began = time.monotonic()
+    with _user_errors(), _told_how_to_resume(console, resume) as run:
+        if resume is not None:
+            settings = _resumed_config(resume, config, overrides)
+        else:
+            settings = Config.load(config, overrides or ())
+            out = out or Path("runs") / f"{settings.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
+            run.append(out)
+        from ray_dmml.console import LiveReporter, PlainReporter, elapsed, results_table
+        from ray_dmml.training import train as train_cohort
+
+        results = train_cohort(
+            settings,
+            None if resume else out,
+            resume=resume,
+            init_from=init_from,
+            in_process=in_process,
+            reporter=LiveReporter(console) if console.is_terminal else PlainReporter(console),
+        )
+        results_table(results, console)
+        console.print(f"run: {resume or out}  ({elapsed(began)})", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    weights: Annotated[
+        Weights | None, typer.Option(help="Which weights; default: those the run was judged by.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Judge a run's checkpoint on its test classes again."""
+    with _user_errors():
+        from ray_dmml.console import results_table
+        from ray_dmml.training import evaluate as evaluate_run
+
+        results = evaluate_run(run, weights.value if weights else None)
+        if as_json:
+            print(json.dumps(results, indent=1))
+        else:
+            results_table(results, Console())
+
+
+@app.command(name="config")
+def show_config(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Print the effective config with what each setting means, as YAML."""
+    with _user_errors():
+        print(documented_yaml(Config.load(config, overrides or ())), end="")
+
+
+def _resumed_config(run: Path, config: Path | None, overrides: list[str] | None) -> Config:
+    from ray_dmml.runfolder import RunFolder
+
+    return Config.load(config or RunFolder.open(run).config_file, overrides or ())
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """A user's mistake is one message on standard error, not a traceback."""
+    try:
+        yield
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(USER_ERROR) from None
+
+
+@contextmanager
+def _told_how_to_resume(console: Console, resume: Path | None) -> Iterator[list[Path]]:
+    run = [resume] if resume is not None else []
+    try:
+        yield run
+    except KeyboardInterrupt:
+        if run and (run[0] / "checkpoints" / "index.json").exists():
+            console.print(
+                f"interrupted; go on with: ray-dmml train --resume {run[0]}", soft_wrap=True
+            )
+        else:
+            console.print("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def main() -> None:
+    """The entry point."""
+    # Hubs that timm asks for weights log every retry; the one message of ours says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The coordinator: exchanges batch embeddings among the peers and knows nothing of networks.
+
+Everything it does is one primitive, a gathering: each peer puts a value under a key and gets the
+list of all values, in peer order, once the last one has come. A deadline turns a silent peer into
+an error that names it. Its process loads neither torch nor Ray's libraries: it holds arrays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ray_dmml.errors import PeerLostError
+
+
+@dataclass
+class _Gathering:
+    values: dict[int, Any] = field(default_factory=dict)
+    complete: asyncio.Event = field(default_factory=asyncio.Event)
+    num_taken: int = 0
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a peer can bring to a torch.distributed group."""
+
+    device: str
+    """``cpu``, or one string for each physical GPU."""
+
+    store: tuple[str, int] | None
+    """Host and port of the TCP store that the first peer has opened; None from the others."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The torch.distributed group the coordinator has formed; a peer's rank is its position."""
+
+    backend: str
+    store: tuple[str, int]
+
+
+class Coordinator:
+    """An asynchronous actor's class; also an ordinary one, for use without Ray.
+
+    Args:
+        names: of the peers, in peer order.
+        deadline_s: seconds from the first value of a gathering to its last.
+    """
+
+    def __init__(self, names: Sequence[str], deadline_s: float) -> None:
+        self._names = tuple(names)
+        self._deadline_s = deadline_s
+        self._gatherings: dict[tuple[str, int], _Gathering] = {}
+        self._finished = [0] * len(self._names)
+
+    async def exchange(self, step: int, position: int, embedding: np.ndarray) -> list[Any]:
+        """Takes a peer's (B, D) float32 embeddings of a step, gives those of the others in peer order.
+
+        Raises:
+            PeerLostError: some peers sent none in time; they are named.
+        """
+        everyone = await self._gather("exchange", step, position, embedding)
+        return everyone[:position] + everyone[position + 1 :]
+
+    async def form_group(self, position: int, offer: Offer) -> Group:
+        """The rendezvous of the direct transport: every peer offers, all get the same group.
+
+        NCCL takes one rank a GPU, so it is used only where every peer has a GPU of its own;
+        fractional and mixed cohorts use gloo.
+        """
+        offers: list[Offer] = await self._gather("group", 0, position, offer)
+        devices = [each.device for each in offers]
+        own_gpus = "cpu" not in devices and len(set(devices)) == len(devices)
+        store = offers[0].store
+        if store is None:
+            raise ValueError("the first peer must offer a store")
+        return Group(backend="nccl" if own_gpus else "gloo", store=store)
+
+    async def all_agree(self, position: int, agreed: bool) -> bool:
+        """Whether every peer says yes: so that all use the group, or none does."""
+        return all(await self._gather("agree", 0, position, agreed))
+
+    async def report(self, position: int, finished: int) -> None:
+        """A peer says how many steps it has finished."""
+        self._finished[position] = finished
+
+    async def progress(self) -> dict[str, int]:
+        """Finished steps of each peer, by name."""
+        return dict(zip(self._names, self._finished, strict=True))
+
+    async def _gather(self, kind: str, number: int, position: int, value: Any) -> list[Any]:
+        key = (kind, number)
+        gathering = self._gatherings.setdefault(key, _Gathering())
+        gathering.values[position] = value
+        if len(gathering.values) == len(self._names):
+            gathering.complete.set()
+        try:
+            await asyncio.wait_for(gathering.complete.wait(), self._deadline_s)
+        except TimeoutError:
+            silent = [n for i, n in enumerate(self._names) if i not in gathering.values]
+            raise PeerLostError(
+                f"{', '.join(silent)}: nothing came for the {kind} of step {number} "
+                f"within {self._deadline_s:g} s (cohort.exchange_timeout_s)"
+            ) from None
+        gathering.num_taken += 1
+        if gathering.num_taken == len(self._names):
+            del self._gatherings[key]
+        return [gathering.values[i] for i in range(len(self._names))]

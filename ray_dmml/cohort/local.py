@@ -1,0 +1,102 @@
+"""All peers in this process, in turn: the reference that every other cohort equals to the bit.
+
+draw batch t -> each peer: own view -> embed -> publish -> metric loss -> the others' embeddings
+-> relational loss -> backward -> step every k-th batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from ray_dmml.checkpoint import PeerFiles, decode_peer, encode_peer
+from ray_dmml.cohort import StepRow
+from ray_dmml.config import Config
+from ray_dmml.cores import num_cores
+from ray_dmml.data.images import Splits
+from ray_dmml.data.loading import BatchLoader
+from ray_dmml.data.sampling import ClassBalancedSampler
+from ray_dmml.peer import Peer
+
+
+def build_sampler(config: Config, splits: Splits) -> ClassBalancedSampler:
+    """The batches of a run; the same in every process."""
+    return ClassBalancedSampler(
+        splits.train.labels,
+        config.data.classes_per_batch,
+        config.data.images_per_class,
+        config.seed,
+    )
+
+
+def build_peer(config: Config, position: int, splits: Splits, device: torch.device) -> Peer:
+    """The peer at a position of ``cohort.peers``."""
+    return Peer(
+        config.cohort.peers[position],
+        config.loss,
+        run_seed=config.seed,
+        num_classes=splits.train.num_classes,
+        decode_size=config.data.decode_size,
+        device=device,
+    )
+
+
+class LocalCohort:
+    """A cohort without Ray.
+
+    Args:
+        config: the experiment.
+        splits: its images.
+        device: where all peers compute; None: the first GPU, else the CPU.
+    """
+
+    def __init__(self, config: Config, splits: Splits, device: torch.device | None = None) -> None:
+        if device is None:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        num_peers = len(config.cohort.peers)
+        threads = config.cohort.threads_per_peer or max(1, num_cores() // num_peers)
+        self.threads = (threads,) * num_peers
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        self._config, self._splits = config, splits
+        self._loader = BatchLoader(splits.train, build_sampler(config, splits))
+        self.peers = [build_peer(config, i, splits, device) for i in range(num_peers)]
+        self.names = tuple(peer.name for peer in self.peers)
+
+    def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
+        rows = []
+        for step in range(start, stop):
+            batch = self._loader.batch(step)
+            # Teachers are the embeddings from before any update: embed all, exchange, update all.
+            published = [peer.embed(batch) for peer in self.peers]
+            rows.append(
+                {
+                    peer.name: peer.update(published[:i] + published[i + 1 :])
+                    for i, peer in enumerate(self.peers)
+                }
+            )
+            on_step(step + 1)
+        return rows
+
+    def embeddings(self, split: str, *, averaged: bool = False) -> dict[str, np.ndarray]:
+        images, size = getattr(self._splits, split), self._config.evaluation.batch_size
+        return {
+            peer.name: peer.embed_images(images, size, averaged=averaged) for peer in self.peers
+        }
+
+    def state(self) -> dict[str, PeerFiles]:
+        return {peer.name: encode_peer(peer.state_dict()) for peer in self.peers}
+
+    def load(self, state: Mapping[str, PeerFiles]) -> None:
+        for peer in self.peers:
+            peer.load_state_dict(decode_peer(state[peer.name]))
+
+    def load_weights(self, state: Mapping[str, PeerFiles]) -> None:
+        for peer in self.peers:
+            peer.load_weights(decode_peer(state[peer.name])["net"])
+
+    def close(self) -> None:
+        self._loader.close()
+        torch.set_num_threads(self._threads_before)

@@ -1,0 +1,313 @@
+"""Each peer in a Ray actor of its own, and the coordinator between them.
+
+    driver --run(start, stop)--> PeerActor 0..M-1: draw, view, embed, exchange, update
+                                     |  embeddings  |
+                                     +- Coordinator -+   (or peer to peer, in the group it forms)
+
+The actors delegate to :class:`~ray_dmml.peer.Peer`; what is here is placement, waiting, and telling
+a user why a cohort ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ray_dmml.checkpoint import PeerFiles, decode_peer, encode_peer
+from ray_dmml.cohort import StepRow
+from ray_dmml.cohort.coordinator import Coordinator
+from ray_dmml.cohort.local import build_peer, build_sampler
+from ray_dmml.cohort.transport import connect
+from ray_dmml.config import Config
+from ray_dmml.cores import num_cores
+from ray_dmml.data.datasets import load_splits
+from ray_dmml.data.images import Splits
+from ray_dmml.data.loading import BatchLoader
+from ray_dmml.errors import PeerLostError, UserError
+
+POLL_S = 0.25
+"""Seconds between two looks at the peers' progress."""
+
+GRACE_S = 5.0
+"""When one peer's exchange fails, so long do we wait for the peer that is the cause to be known."""
+
+
+class PeerActor:
+    """The Ray side of one peer. It is built by a call, not by its constructor: Ray hides the type
+    of an error that a constructor raises."""
+
+    def build(
+        self, config: Config, position: int, skipped: Sequence[str], threads: int, coordinator: Any
+    ) -> dict[str, str]:
+        torch.set_num_threads(threads)
+        self._config, self._position, self._coordinator = config, position, coordinator
+        self._splits = load_splits(config.data, skip=frozenset(skipped), check=False)
+        device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self._peer = build_peer(config, position, self._splits, device)
+        self._loader = BatchLoader(self._splits.train, build_sampler(config, self._splits))
+        self._exchange, transport = connect(
+            config.cohort.transport,
+            coordinator,
+            position,
+            [peer.embedding_size for peer in config.cohort.peers],
+            device,
+            config.cohort.exchange_timeout_s,
+        )
+        return {"device": str(device), "transport": transport}
+
+    def run(self, start: int, stop: int) -> list[dict[str, float]]:
+        rows = []
+        for step in range(start, stop):
+            batch = self._loader.batch(step)
+            self._exchange.start(step, self._peer.embed(batch))
+            self._peer.measure()
+            rows.append(self._peer.update(self._exchange.finish()))
+            self._coordinator.report.remote(self._position, step + 1)
+        return rows
+
+    def embeddings(self, split: str, averaged: bool) -> np.ndarray:
+        images = getattr(self._splits, split)
+        size = self._config.evaluation.batch_size
+        return self._peer.embed_images(images, size, averaged=averaged)
+
+    def state(self) -> PeerFiles:
+        return encode_peer(self._peer.state_dict())
+
+    def load(self, files: PeerFiles) -> None:
+        self._peer.load_state_dict(decode_peer(files))
+
+    def load_weights(self, files: PeerFiles) -> None:
+        self._peer.load_weights(decode_peer(files)["net"])
+
+
+class RayCohort:
+    """A cohort on Ray. Joins the Ray session this process is in, or the cluster that RAY_ADDRESS
+    names, or else starts a private one on this machine.
+
+    Args:
+        config: the experiment.
+        splits: its images (the actors read their own copy; they are told which to leave out).
+
+    Raises:
+        UserError: the cluster has not what the peers ask for, or a peer cannot be built.
+    """
+
+    def __init__(self, config: Config, splits: Splits) -> None:
+        self.names = tuple(str(peer.name) for peer in config.cohort.peers)
+        self._owns_ray = _ensure_ray()
+        self._actors: list[Any] = []
+        self._group: Any = None
+        self._coordinator: Any = None
+        try:
+            self._start(config, splits)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, config: Config, splits: Splits) -> None:
+        bundles = plan_bundles(config, ray.cluster_resources(), _largest_node_cpus())
+        self._group = placement_group(bundles, strategy="PACK")
+        try:
+            ray.get(self._group.ready(), timeout=config.cohort.start_timeout_s)
+        except GetTimeoutError:
+            raise UserError(
+                f"the cluster did not grant {bundles} within {config.cohort.start_timeout_s:g} s "
+                f"(cohort.start_timeout_s): it has {_shown(ray.cluster_resources())}, of which "
+                f"{_shown(ray.available_resources())} are free"
+            ) from None
+        self._coordinator = (
+            ray.remote(Coordinator)
+            .options(num_cpus=0)
+            .remote(self.names, config.cohort.exchange_timeout_s)
+        )
+        self.threads = tuple(
+            config.cohort.threads_per_peer or max(1, int(bundle["CPU"])) for bundle in bundles
+        )
+        self._actors = [
+            ray.remote(PeerActor)
+            .options(
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=i
+                ),
+            )
+            .remote()
+            for i, bundle in enumerate(bundles)
+        ]
+        built = self._gather(
+            [
+                actor.build.remote(config, i, splits.skipped, threads, self._coordinator)
+                for i, (actor, threads) in enumerate(zip(self._actors, self.threads, strict=True))
+            ]
+        )
+        self.transport: str = built[0]["transport"]
+        self.devices = tuple(each["device"] for each in built)
+
+    def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
+        per_peer = self._gather([a.run.remote(start, stop) for a in self._actors], on_step)
+        on_step(stop)
+        return [dict(zip(self.names, terms, strict=True)) for terms in zip(*per_peer, strict=True)]
+
+    def embeddings(self, split: str, *, averaged: bool = False) -> dict[str, np.ndarray]:
+        found = self._gather([a.embeddings.remote(split, averaged) for a in self._actors])
+        return dict(zip(self.names, found, strict=True))
+
+    def state(self) -> dict[str, PeerFiles]:
+        return dict(
+            zip(self.names, self._gather([a.state.remote() for a in self._actors]), strict=True)
+        )
+
+    def load(self, state: Mapping[str, PeerFiles]) -> None:
+        self._gather(
+            [a.load.remote(state[n]) for n, a in zip(self.names, self._actors, strict=True)]
+        )
+
+    def load_weights(self, state: Mapping[str, PeerFiles]) -> None:
+        self._gather(
+            [a.load_weights.remote(state[n]) for n, a in zip(self.names, self._actors, strict=True)]
+        )
+
+    def close(self) -> None:
+        for actor in [*self._actors, self._coordinator]:
+            if actor is not None:
+                ray.kill(actor)
+        self._actors, self._coordinator = [], None
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+        if self._owns_ray:
+            self._owns_ray = False
+            ray.shutdown()
+
+    # --- waiting ----------------------------------------------------------------------------
+
+    def _gather(self, refs: list[Any], on_step: Callable[[int], None] | None = None) -> list[Any]:
+        """The results of one call on every peer. The first failure ends the wait: the peers that
+        are left would only sit in an exchange until its deadline.
+
+        Raises:
+            UserError: what a peer raised, or which peer died.
+        """
+        waiting = list(refs)
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+            for ref in done:
+                try:
+                    ray.get(ref)
+                except (RayTaskError, RayActorError) as error:
+                    raise self._explain(error, refs) from error
+            if on_step is not None and waiting:
+                on_step(min(self._progress().values(), default=0))
+        return ray.get(refs)
+
+    def _explain(self, error: Exception, refs: list[Any]) -> Exception:
+        """The failure that caused the others: a user's mistake, then a death, then a lost exchange."""
+        if _is_mistake(_cause(error)):
+            return _cause(error)
+        failures = self._failures(refs) or [(refs[0], error)]
+        causes = [_cause(failure) for _, failure in failures]
+        for cause in causes:
+            if _is_mistake(cause):
+                return cause
+        for ref, failure in failures:
+            if isinstance(failure, RayActorError):
+                name = self.names[refs.index(ref)]
+                step = self._progress().get(name)
+                where = "" if step is None else f" after step {step}"
+                reason = str(failure).strip().splitlines()[0]
+                return PeerLostError(f"{name} died{where}: {reason}")
+        for cause in causes:
+            if isinstance(cause, PeerLostError):
+                return cause
+        return causes[0]
+
+    def _failures(self, refs: list[Any]) -> list[tuple[Any, Exception]]:
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=GRACE_S)
+        failures: list[tuple[Any, Exception]] = []
+        for ref in done:
+            try:
+                ray.get(ref)
+            except (RayTaskError, RayActorError) as error:
+                failures.append((ref, error))
+        return failures
+
+    def _progress(self) -> dict[str, int]:
+        try:
+            return ray.get(self._coordinator.progress.remote(), timeout=GRACE_S)
+        except (RayActorError, GetTimeoutError):
+            return {}
+
+
+def _cause(error: Exception) -> Exception:
+    """What was raised inside the actor, out of Ray's wrapping."""
+    return getattr(error, "cause", None) or error
+
+
+def _is_mistake(error: Exception) -> bool:
+    return isinstance(error, UserError) and not isinstance(error, PeerLostError)
+
+
+def plan_bundles(
+    config: Config, cluster: Mapping[str, float], largest_node_cpus: float
+) -> list[dict[str, float]]:
+    """CPUs and GPUs of each peer's actor: as configured, or an even share of what the cluster has.
+
+    Raises:
+        UserError: more is asked than the cluster has.
+    """
+    peers = config.cohort.peers
+    num_cpus, num_gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    cpu_share = min(num_cpus / len(peers), largest_node_cpus)
+    if cpu_share > 1:
+        cpu_share = float(int(cpu_share))
+    # 1/2, 1/3, ... so that peers fill whole GPUs: 3 peers on 2 GPUs as 2/3 each would not fit.
+    gpu_share = min(1.0, 1 / math.ceil(len(peers) / num_gpus)) if num_gpus >= 1 else 0.0
+    bundles = []
+    for peer in peers:
+        gpus = gpu_share if peer.num_gpus is None else peer.num_gpus
+        bundle = {"CPU": cpu_share if peer.num_cpus is None else peer.num_cpus}
+        bundles.append({**bundle, "GPU": gpus} if gpus else bundle)
+    for kind, has in (("GPU", num_gpus), ("CPU", num_cpus)):
+        asked = sum(bundle.get(kind, 0) for bundle in bundles)
+        if asked > has + 1e-6:
+            raise UserError(
+                f"the peers ask for {asked:g} {kind}s (cohort.peers.*.num_{kind.lower()}s), but the "
+                f"cluster has {has:g}"
+            )
+    return bundles
+
+
+def _largest_node_cpus() -> float:
+    return max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+
+
+def _shown(resources: Mapping[str, float]) -> str:
+    return f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
+
+
+def _ensure_ray() -> bool:
+    """Starts or joins Ray unless this process already has; whether we did."""
+    if ray.is_initialized():
+        return False
+    # Ray reports usage to its makers unless told otherwise; a user who wants that says so.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address:
+        ray.init(address=address, **settings)
+    else:
+        # "local": without it Ray would join any cluster that was left in the temp folder.
+        ray.init("local", num_cpus=num_cores(), include_dashboard=False, **settings)
+    return True

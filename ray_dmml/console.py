@@ -1,0 +1,218 @@
+"""What a person sees of a run: one live bar on a terminal, plain lines where there is none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ray_dmml.cohort import StepRow
+from ray_dmml.config import Config
+from ray_dmml.data.images import Splits
+from ray_dmml.training import Figures
+
+_TERMS = ("loss", "metric", "distance", "angle")
+
+
+class PlainReporter:
+    """A line an event, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._total = 0
+
+    def note(self, message: str) -> None:
+        self.console.print(f"note: {message}", highlight=False, soft_wrap=True)
+
+    def started(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None:
+        self._total = config.train.steps
+        for line in describe(config, splits, facts):
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def step(self, finished: int) -> None:
+        pass
+
+    def losses(self, step: int, row: StepRow, images_per_s: float) -> None:
+        told = "  ".join(
+            f"{peer} " + " ".join(f"{term} {terms[term]:.4f}" for term in _TERMS if term in terms)
+            for peer, terms in row.items()
+        )
+        self.console.print(
+            f"step {step}/{self._total}  {told}  {images_per_s:.1f} images/s",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def evaluated(self, step: int, split: str, figures: Figures) -> None:
+        told = "  ".join(
+            f"{name} {found['recall@1']:.3f}"
+            for name, found in [*figures["peers"].items(), ("ensemble", figures["ensemble"])]
+        )
+        what = "test classes, untrained" if split == "untrained" else f"{split} classes"
+        self.console.print(
+            f"step {step}  Recall@1 on {what}: {told}", highlight=False, soft_wrap=True
+        )
+
+    def saved(self, step: int, *, best: bool) -> None:
+        self.console.print(
+            f"step {step}  checkpoint saved{', the best so far' if best else ''}", highlight=False
+        )
+
+    def stopped(self) -> None:
+        pass
+
+
+class LiveReporter:
+    """A terminal: a bar for the run, a row of loss terms for each peer, the last evaluation."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._rate = ""
+        self._losses: StepRow = {}
+        self._recall: dict[str, float] = {}
+        self._judged = ""
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            expand=True,
+        )
+        self._task = self._bar.add_task("train", total=None, rate="", start=False)
+        self._live: Live | None = None
+
+    def note(self, message: str) -> None:
+        self.console.print(f"note: {message}", highlight=False)
+
+    def started(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None:
+        for line in describe(config, splits, facts):
+            self.console.print(line, highlight=False)
+        self._names = [str(peer.name) for peer in config.cohort.peers]
+        self._bar.update(self._task, total=config.train.steps)
+        self._live = Live(self._render(), console=self.console, refresh_per_second=4)
+        self._live.start()
+
+    def step(self, finished: int) -> None:
+        if finished and not self._bar.tasks[0].started:
+            self._bar.start_task(self._task)
+        self._bar.update(self._task, completed=finished)
+        self._refresh()
+
+    def losses(self, step: int, row: StepRow, images_per_s: float) -> None:
+        self._losses = row
+        self._bar.update(self._task, rate=f"{images_per_s:.0f} images/s")
+        self._refresh()
+
+    def evaluated(self, step: int, split: str, figures: Figures) -> None:
+        self._recall = {name: found["recall@1"] for name, found in figures["peers"].items()}
+        self._recall["ensemble"] = figures["ensemble"]["recall@1"]
+        self._judged = "untrained" if split == "untrained" else f"{split}, step {step}"
+        self._refresh()
+
+    def saved(self, step: int, *, best: bool) -> None:
+        pass
+
+    def stopped(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self._render())
+
+    def _render(self) -> Group:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("peer", no_wrap=True)
+        for term in _TERMS:
+            table.add_column(term, justify="right")
+        table.add_column(
+            f"Recall@1 ({self._judged})" if self._judged else "Recall@1", justify="right"
+        )
+        for name in self._names:
+            terms = self._losses.get(name, {})
+            told = [f"{terms[term]:.4f}" if term in terms else "-" for term in _TERMS]
+            table.add_row(name, *told, self._percent(name))
+        if len(self._names) > 1:
+            table.add_row("ensemble", *([""] * len(_TERMS)), self._percent("ensemble"))
+        return Group(table, self._bar)
+
+    def _percent(self, name: str) -> str:
+        return f"{100 * self._recall[name]:.1f} %" if name in self._recall else "-"
+
+
+def describe(config: Config, splits: Splits, facts: Mapping[str, Any]) -> list[str]:
+    """What is about to run, in a few lines."""
+
+    def told(name: str) -> str:
+        images = getattr(splits, name)
+        return f"{len(images):,} images of {images.num_classes} classes"
+
+    lines = [f"data      {config.data.name}: train {told('train')}"]
+    if splits.validation is not None:
+        lines.append(f"          validation {told('validation')}, held out of training")
+    lines.append(f"          test {told('test')}")
+    for peer in config.cohort.peers:
+        view = peer.view if isinstance(peer.view, str) else f"{len(peer.view)} transforms"
+        role = "frozen" if peer.frozen else f"updates every {peer.update_interval}"
+        if peer.update_mode == "skip" and peer.update_interval > 1:
+            role += " (skip)"
+        lines.append(
+            f"{peer.name:<9} {peer.backbone}, {peer.embedding_size}-d, seed {peer.seed}, "
+            f"view {view}, {role}"
+        )
+    devices = ", ".join(dict.fromkeys(facts["devices"]))
+    threads = ", ".join(map(str, dict.fromkeys(facts["threads"])))
+    lines.append(
+        f"cohort    {len(config.cohort.peers)} peers on {devices}, {threads} torch threads each, "
+        f"exchange: {facts['transport']}"
+    )
+    return lines
+
+
+def results_table(results: Mapping[str, Any], console: Console) -> None:
+    """The test classes' figures: each peer and the ensemble, untrained beside trained."""
+    metrics = list(results["ensemble"])
+    table = Table(
+        title=f"{results['test_images']:,} images of {results['test_classes']} unseen classes, "
+        f"weights: {results['weights']} (step {results['step']}), %",
+        title_justify="left",
+        title_style="",
+        header_style="bold",
+    )
+    table.add_column("")
+    for metric in metrics:
+        table.add_column(_heading(metric), justify="right")
+    rows = [(f"{name}, untrained", figures) for name, figures in results["untrained"].items()]
+    if results["untrained_ensemble"]:
+        rows.append(("ensemble, untrained", results["untrained_ensemble"]))
+    rows += list(results["peers"].items())
+    for name, figures in rows:
+        table.add_row(name, *(f"{100 * figures[metric]:.1f}" for metric in metrics))
+    table.add_section()
+    table.add_row(
+        "ensemble",
+        *(f"{100 * results['ensemble'][metric]:.1f}" for metric in metrics),
+        style="bold",
+    )
+    console.print(table)
+
+
+def _heading(metric: str) -> str:
+    if metric.startswith("recall@"):
+        return "R" + metric.removeprefix("recall")
+    return {"map@r": "MAP@R", "r_precision": "R-prec"}.get(metric, metric)
+
+
+def elapsed(since: float) -> str:
+    """Minutes and seconds since a ``time.monotonic()``."""
+    minutes, seconds = divmod(round(time.monotonic() - since), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -1,0 +1,315 @@
+"""One peer of the cohort: net, losses, optimiser, view, update interval, averaging. Plain PyTorch.
+
+A step has three calls, so that whoever drives peers can put the exchange between them:
+``embed(batch)`` gives the embeddings to publish; ``measure()`` computes what needs no other peer
+(while the others' embeddings travel); ``update(others)`` adds the mutual term and learns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ray_dmml.config import LossConfig, PeerConfig, ScheduleConfig
+from ray_dmml.data.images import ImageSet
+from ray_dmml.data.loading import Batch, in_chunks
+from ray_dmml.data.views import evaluation_view, training_view
+from ray_dmml.embedding import EmbeddingNet, build_embedding_net, load_net_weights
+from ray_dmml.errors import NonFiniteLossError, UserError
+from ray_dmml.losses.metric import MetricLoss
+from ray_dmml.losses.relational import relational_losses
+from ray_dmml.randomness import seeded
+
+LOSS_LR_FACTOR = 100
+"""Proxies start at random beside a pretrained net: the factor of Kim et al. 2020 (arXiv 2003.13911)."""
+
+_AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Peer:
+    """One network that learns from labels and from the other peers' embeddings.
+
+    Args:
+        config: this peer.
+        loss: what it minimises.
+        run_seed: with the peer's own seed, the source of its random draws.
+        num_classes: training classes (for losses with proxies).
+        decode_size: side S of the decoded images it is given, in pixels.
+        device: where it computes.
+
+    Raises:
+        UserError: the backbone, its weights, the view or the loss cannot be built as configured.
+    """
+
+    def __init__(
+        self,
+        config: PeerConfig,
+        loss: LossConfig,
+        *,
+        run_seed: int,
+        num_classes: int,
+        decode_size: int,
+        device: torch.device,
+    ) -> None:
+        if config.amp == "float16" and device.type == "cpu":
+            raise UserError(f"{config.name}: amp float16 needs a GPU; use bfloat16 or off on a CPU")
+        self.config = config
+        self.name = str(config.name)
+        self.device = device
+        self._relational = loss.relational
+        self._run_seed = run_seed
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.net: EmbeddingNet = build_embedding_net(config, run_seed)
+        self.net.to(device).to(memory_format=layout)
+        crop = config.eval_crop if config.eval_crop is not None else self.net.eval_crop
+        self.view = training_view(config.view, self.net.input_size, decode_size, self.name)
+        self.eval_view = evaluation_view(self.net.input_size, crop, decode_size)
+        with self._seeded("loss", "init"):
+            self.metric = MetricLoss(loss.metric, num_classes, config.embedding_size).to(device)
+        self.averaged = (
+            AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(config.averaging.decay))
+            if config.averaging is not None
+            else None
+        )
+        self.optimizer = self._build_optimizer()
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+        self._batch: Batch | None = None
+        self._embedding: Tensor | None = None  # (B, D) with its graph, where this step learns
+        self._metric_term: Tensor | None = None
+
+    # --- one step ---------------------------------------------------------------------------
+
+    def embed(self, batch: Batch) -> Tensor:
+        """The peer's own view of the batch -> its embeddings to publish, (B, D) float32, detached.
+
+        Raises:
+            NonFiniteLossError: an embedding is NaN or infinite.
+        """
+        self._batch = batch
+        self._metric_term = None
+        with self._seeded(batch.step, "view"):
+            images = self._to_device(self.view(batch.images))
+        if self._learns_from(batch.step):
+            self.net.train()
+            with self._seeded(batch.step, "dropout"), self._autocast():
+                self._embedding = self.net(images)
+            published = self._embedding.detach()
+        else:
+            # Evaluation mode: a batch that is not learned from moves no BatchNorm statistics.
+            self._embedding = None
+            published = self._infer(self.net, images)
+        if self.averaged is not None and self.config.averaging and self.config.averaging.publish:
+            published = self._infer(self.averaged.module, images)
+        self._require_finite("embedding", published, batch.step)
+        return published
+
+    def measure(self) -> None:
+        """The metric loss of the step: all of it that needs no other peer."""
+        if self._embedding is None or self._batch is None:
+            return
+        with self._seeded(self._batch.step, "miner"):
+            self._metric_term = self.metric(
+                self._embedding, self._batch.labels.to(self.device, non_blocking=True)
+            )
+
+    def update(self, others: Sequence[Tensor]) -> dict[str, float]:
+        """Adds relational distillation against the others, goes backward, steps at each k-th batch.
+
+        Args:
+            others: embeddings that the other peers published for this batch, (B, D_n) float32
+                each, in peer order.
+
+        Returns:
+            the terms of the loss by name; empty where this step is not learned from.
+
+        Raises:
+            NonFiniteLossError: a term is NaN or infinite; nothing was learned from this step.
+        """
+        if self._embedding is None or self._batch is None:
+            return {}
+        if self._metric_term is None:
+            self.measure()
+        step, interval = self._batch.step, self._interval
+        assert self._metric_term is not None
+        terms = {"metric": self._metric_term}
+        loss = self._metric_term
+        ramp = (
+            min(1.0, step / self._relational.warmup_steps) if self._relational.warmup_steps else 1.0
+        )
+        w_d, w_a = ramp * self._relational.distance, ramp * self._relational.angle
+        if others and (w_d or w_a):
+            mutual = relational_losses(
+                self._embedding,
+                [other.to(self.device, non_blocking=True) for other in others],
+                with_distance=w_d > 0,
+                with_angle=w_a > 0,
+            )
+            terms |= {"distance": mutual.distance, "angle": mutual.angle}
+            loss = loss + (w_d * mutual.distance + w_a * mutual.angle)
+        for term, value in terms.items():
+            self._require_finite(f"{term} loss", value.detach(), step)
+        self._scaler.scale(loss / interval).backward()
+        if (step + 1) % self.config.update_interval == 0:
+            self._learn(step)
+        self._embedding = self._metric_term = None
+        return {"loss": float(loss.detach()), **{k: float(v.detach()) for k, v in terms.items()}}
+
+    # --- evaluation -------------------------------------------------------------------------
+
+    def embed_images(
+        self, images: ImageSet, batch_size: int, *, averaged: bool = False
+    ) -> np.ndarray:
+        """The evaluation view of every image -> (N, D) float32, in the images' order.
+
+        Args:
+            averaged: use the averaged weights where the peer keeps them.
+        """
+        net = self.averaged.module if averaged and self.averaged is not None else self.net
+        found = [
+            self._infer(net, self._to_device(self.eval_view(chunk))).cpu()
+            for chunk in in_chunks(images, batch_size)
+        ]
+        return torch.cat(found).numpy()
+
+    # --- state ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on: weights and buffers, averaged weights, parameters
+        of the loss, optimiser, loss scaler, half-accumulated gradients. Random draws and learning
+        rates are functions of the step and need no state."""
+        state: dict[str, Any] = {
+            "net": self.net.state_dict(),
+            "metric": self.metric.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "gradients": {
+                name: parameter.grad
+                for name, parameter in self._named_parameters()
+                if parameter.grad is not None
+            },
+        }
+        if self.averaged is not None:
+            state["averaged"] = self.averaged.module.state_dict()
+            state["num_averaged"] = self.averaged.n_averaged
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts the peer exactly where :meth:`state_dict` found it."""
+        self.net.load_state_dict(state["net"])
+        self.metric.load_state_dict(state["metric"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        if self.averaged is not None:
+            self.averaged.module.load_state_dict(state["averaged"])
+            self.averaged.n_averaged.copy_(state["num_averaged"])
+        for name, parameter in self._named_parameters():
+            gradient = state["gradients"].get(name)
+            parameter.grad = (
+                None if gradient is None else torch.empty_like(parameter).copy_(gradient)
+            )
+        self._embedding = self._metric_term = self._batch = None
+
+    def load_weights(self, net: dict[str, Tensor]) -> None:
+        """Starts from these weights of the net; everything else is as it was built.
+
+        Raises:
+            UserError: names or shapes differ.
+        """
+        load_net_weights(self.net, net, f"for {self.name}")
+        if self.averaged is not None:
+            self.averaged.module.load_state_dict(net)
+
+    # --- inside -----------------------------------------------------------------------------
+
+    @property
+    def _interval(self) -> int:
+        """Batches whose gradients make up one update."""
+        return self.config.update_interval if self.config.update_mode == "accumulate" else 1
+
+    def _learns_from(self, step: int) -> bool:
+        if self.config.frozen:
+            return False
+        return (
+            self.config.update_mode == "accumulate" or (step + 1) % self.config.update_interval == 0
+        )
+
+    def _learn(self, step: int) -> None:
+        """One optimiser step."""
+        factor = learning_rate_factor(self.config.schedule, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        if self.config.optimizer.clip_norm is not None:
+            self._scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.optimizer.clip_norm)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.net)
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config.optimizer
+        head_lr = config.lr if config.head_lr is None else config.head_lr
+        loss_lr = config.lr * LOSS_LR_FACTOR if config.loss_lr is None else config.loss_lr
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.net.backbone.parameters()), "base_lr": config.lr},
+            {"params": list(self.net.head.parameters()), "base_lr": head_lr},
+        ]
+        proxies = list(self.metric.parameters())
+        if proxies:
+            groups.append({"params": proxies, "base_lr": loss_lr})
+        settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+        if config.name == "sgd":
+            return torch.optim.SGD(groups, momentum=config.momentum, **settings)
+        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](
+            groups, **settings
+        )
+
+    def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        own = [(f"net.{name}", p) for name, p in self.net.named_parameters()]
+        return own + [(f"metric.{name}", p) for name, p in self.metric.named_parameters()]
+
+    def _infer(self, net: torch.nn.Module, images: Tensor) -> Tensor:
+        net.eval()
+        with torch.no_grad(), self._autocast():
+            return net(images)
+
+    def _to_device(self, images: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            images = images.pin_memory()  # makes the copy asynchronous
+        if self.config.channels_last:
+            return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return images.to(self.device, non_blocking=True)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = _AMP_TYPES.get(self.config.amp)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _seeded(self, *key: int | str) -> Any:
+        """Draws of this peer: they follow its seed and the key, not its name or position."""
+        return seeded(self._run_seed, self.config.seed or 0, *key)
+
+    def _require_finite(self, what: str, value: Tensor, step: int) -> None:
+        if not torch.isfinite(value).all():
+            raise NonFiniteLossError(
+                f"{self.name}: the {what} is not finite at step {step}; try a lower learning rate, "
+                "optimizer.clip_norm, or a gentler weight of the mutual term"
+            )
+
+
+def learning_rate_factor(schedule: ScheduleConfig, step: int) -> float:
+    """What the learning rates are multiplied by at a step (0 for the first): a pure function, so
+    there is no schedule state to lose."""
+    factor = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+    if schedule.name == "step":
+        factor *= schedule.gamma ** sum(step >= milestone for milestone in schedule.milestones)
+    elif schedule.name == "cosine":
+        end = schedule.steps or 1  # the config makes sure that it is given
+        factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / end)))
+    return factor

@@ -1,0 +1,116 @@
+"""The folder of a run: what is in it, and that nothing in it is overwritten unasked.
+
+config.yaml     the effective config; `ray-dmml train --config` of it repeats the run
+metrics.jsonl   a line a step (the terms of each peer's loss) and a line an evaluation
+results.json    the test classes' figures
+run.json        versions, threads, devices: what the bits of a result depend on besides
+checkpoints/    see `checkpoint`
+tensorboard/    events
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ray_dmml.checkpoint import CheckpointStore
+from ray_dmml.config import Config
+from ray_dmml.errors import UserError
+
+_VERSIONS = ("ray-dmml", "torch", "torchvision", "timm", "pytorch-metric-learning", "ray", "numpy")
+
+
+class RunFolder:
+    """Paths and files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = CheckpointStore(path / "checkpoints")
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.results_file = path / "results.json"
+        self.tensorboard = path / "tensorboard"
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """An existing run.
+
+        Raises:
+            UserError: the folder is not one of a run.
+        """
+        run = cls(Path(path))
+        if not run.config_file.is_file():
+            raise UserError(f"{path} is not the folder of a run: it has no config.yaml")
+        return run
+
+    def refuse_existing(self) -> None:
+        """Raises UserError where the folder is taken: a new run never writes into an old one's."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(
+                f"{self.path} already exists; give another --out, or continue it with "
+                f"--resume {self.path}"
+            )
+
+    def create(self, config: Config) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_config(config)
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be made: {error}") from None
+
+    def write_config(self, config: Config) -> None:
+        _replace(self.config_file, config.to_yaml())
+
+    def config(self) -> Config:
+        return Config.load(self.config_file)
+
+    def write_environment(self, **facts: Any) -> None:
+        versions = {}
+        for name in _VERSIONS:
+            try:
+                versions[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                versions[name] = "not installed"
+        found = {"python": platform.python_version(), "machine": platform.machine()}
+        _replace(
+            self.path / "run.json", json.dumps({**facts, **found, "versions": versions}, indent=1)
+        )
+
+    def environment(self) -> dict[str, Any]:
+        """What :meth:`write_environment` wrote; empty where it never did."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    def append_metrics(self, rows: list[dict[str, Any]]) -> None:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops what was written after ``step``, and a last line cut short, so that the file of a
+        resumed run equals that of an undisturbed one."""
+        if not self.metrics_file.exists():
+            return
+        kept = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        _replace(self.metrics_file, "".join(kept))
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        _replace(self.results_file, json.dumps(results, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,436 @@
+"""The loop over any cohort: steps, evaluation, checkpoints, what is written and what is told.
+
+load images -> build peers -> [run steps -> log -> evaluate -> checkpoint]* -> judge on test classes
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from ray_dmml.checkpoint import Checkpoint
+from ray_dmml.cohort import Cohort, StepRow
+from ray_dmml.cohort.local import LocalCohort, build_sampler
+from ray_dmml.config import Config
+from ray_dmml.data.datasets import load_splits
+from ray_dmml.data.images import ImageSet, Splits
+from ray_dmml.errors import UserError
+from ray_dmml.retrieval.ensemble import ensemble_embedding
+from ray_dmml.retrieval.metrics import retrieval_metrics
+from ray_dmml.runfolder import RunFolder
+
+Figures = dict[str, Any]
+"""``{"peers": {name: {"recall@1": ...}}, "ensemble": {"recall@1": ...}}``, fractions."""
+
+MAY_CHANGE_ON_RESUME = (
+    "train.steps",
+    "train.log_every",
+    "train.evaluate_every",
+    "train.checkpoint_every",
+    "train.tensorboard",
+    "evaluation.",
+    # Where things are and how bytes travel: neither changes a number.
+    "data.root",
+    "data.manifest",
+    "cohort.transport",
+    "cohort.exchange_timeout_s",
+    "cohort.start_timeout_s",
+)
+
+
+class Reporter(Protocol):
+    """Who is told how a run goes; the console is one."""
+
+    def note(self, message: str) -> None:
+        """One sentence worth knowing."""
+        ...
+
+    def started(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None:
+        """The peers are built and training begins."""
+        ...
+
+    def step(self, finished: int) -> None:
+        """So many steps are finished by every peer."""
+        ...
+
+    def losses(self, step: int, row: StepRow, images_per_s: float) -> None:
+        """The latest terms of each peer's loss, and the batch images a second."""
+        ...
+
+    def evaluated(self, step: int, split: str, figures: Figures) -> None: ...
+
+    def saved(self, step: int, *, best: bool) -> None: ...
+
+    def stopped(self) -> None:
+        """The loop is over, finished or not."""
+        ...
+
+
+class Silent:
+    """A reporter that tells nobody."""
+
+    def note(self, message: str) -> None: ...
+    def started(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None: ...
+    def step(self, finished: int) -> None: ...
+    def losses(self, step: int, row: StepRow, images_per_s: float) -> None: ...
+    def evaluated(self, step: int, split: str, figures: Figures) -> None: ...
+    def saved(self, step: int, *, best: bool) -> None: ...
+    def stopped(self) -> None: ...
+
+
+def train(
+    config: Config | None = None,
+    out: Path | str | None = None,
+    *,
+    resume: Path | str | None = None,
+    init_from: Path | str | None = None,
+    in_process: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Trains a cohort and judges it on the test classes.
+
+    Args:
+        config: the experiment; None with ``resume``: the run's own.
+        out: the new run's folder. Not with ``resume``.
+        resume: a run to continue from its last checkpoint, or to extend by more ``train.steps``.
+        init_from: a run whose weights (best, else last) the peers of the same names start from.
+        in_process: all peers in this process, without Ray; the same numbers, slower.
+        reporter: is told how it goes; None: nobody.
+
+    Returns:
+        what ``results.json`` holds: ``untrained`` and ``peers`` (name to figures) and ``ensemble``,
+        figures such as ``recall@1`` as fractions, and which weights of which step they are of.
+
+    Raises:
+        UserError: a setting, a file or the cluster does not allow it; a peer was lost; a loss is
+            not finite.
+    """
+    reporter = reporter or Silent()
+    checkpoint: Checkpoint | None = None
+    if resume is not None:
+        if out is not None or init_from is not None:
+            raise UserError(
+                "--resume continues a run in its folder: it takes no --out and no --init-from"
+            )
+        run = RunFolder.open(resume)
+        checkpoint = run.checkpoints.load("last")
+        config = config or run.config()
+        _refuse_changes(config, checkpoint, run)
+    else:
+        if config is None or out is None:
+            raise UserError("a new run needs a config and a folder (out)")
+        run = RunFolder(Path(out))
+        run.refuse_existing()
+    initial = _initial_weights(config, init_from) if init_from is not None else None
+
+    splits = load_splits(config.data, reporter.note)
+    sampler = build_sampler(config, splits)
+    if sampler.small_classes:
+        reporter.note(
+            f"{sampler.small_classes} training classes have fewer than {config.data.images_per_class} "
+            "images: they give all they have, other classes fill the batch"
+        )
+    with closing(_build_cohort(config, splits, in_process)) as cohort:
+        # Nothing is on disk until all that can be known beforehand is known to be right.
+        if checkpoint is None:
+            run.create(config)
+            if initial is not None:
+                cohort.load_weights(initial)
+        else:
+            cohort.load(checkpoint.peers)
+            run.write_config(config)
+            run.truncate_metrics(checkpoint.step)
+        facts = {
+            "threads": list(cohort.threads),
+            "devices": list(getattr(cohort, "devices", ())) or ["in-process"],
+            "transport": getattr(cohort, "transport", "in-process"),
+            "skipped_images": list(splits.skipped),
+            "steps_per_epoch": sampler.steps_per_epoch,
+        }
+        run.write_environment(**facts)
+        reporter.started(config, splits, facts)
+        try:
+            return _Loop(config, run, splits, cohort, reporter, checkpoint).run()
+        finally:
+            reporter.stopped()
+
+
+def evaluate(
+    run: Path | str, weights: str | None = None, *, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Judges a run's checkpoint on the test classes again, in this process.
+
+    Args:
+        run: its folder.
+        weights: ``last``, ``best`` (on validation classes) or ``averaged`` (of the last); None: those
+            of the run's own result.
+
+    Returns:
+        as :func:`train`.
+
+    Raises:
+        UserError: no such run or checkpoint, or its images are gone.
+    """
+    folder = RunFolder.open(run)
+    config = folder.config()
+    environment = folder.environment()
+    threads = max(environment.get("threads") or [0]) or None
+    cohort_config = config.cohort.model_copy(update={"threads_per_peer": threads})
+    splits = load_splits(
+        config.data,
+        (reporter or Silent()).note,
+        skip=frozenset(environment.get("skipped_images", ())),
+        check=False,
+    )
+    which = weights or default_weights(config, splits)
+    checkpoint = folder.checkpoints.load("best" if which == "best" else "last")
+    config = config.model_copy(update={"cohort": cohort_config})
+    with closing(LocalCohort(config, splits)) as cohort:
+        cohort.load(checkpoint.peers)
+        return _judge(config, splits, cohort, which, checkpoint.step, checkpoint.meta["untrained"])
+
+
+def default_weights(config: Config, splits: Splits) -> str:
+    """The weights a run is judged by, unless told: never chosen on the test classes."""
+    return config.evaluation.weights or ("best" if splits.validation is not None else "last")
+
+
+@dataclass
+class _State:
+    """What the loop carries over an interruption."""
+
+    step: int = 0
+    best: float = -1.0
+    best_step: int = 0
+    untrained: Figures = field(default_factory=dict)
+
+
+class _Loop:
+    def __init__(
+        self,
+        config: Config,
+        run: RunFolder,
+        splits: Splits,
+        cohort: Cohort,
+        reporter: Reporter,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self._config, self._run, self._splits = config, run, splits
+        self._cohort, self._reporter = cohort, reporter
+        self._state = _State()
+        if checkpoint is not None:
+            meta = checkpoint.meta
+            self._state = _State(
+                checkpoint.step, meta["best"], meta["best_step"], meta["untrained"]
+            )
+        self._batch_size = config.data.classes_per_batch * config.data.images_per_class
+        self._seconds = 0.0
+        self._started_at = self._state.step
+
+    def run(self) -> dict[str, Any]:
+        config, state = self._config, self._state
+        events = SummaryWriter(str(self._run.tensorboard)) if config.train.tensorboard else None
+        try:
+            if state.step == 0 and config.evaluation.untrained:
+                state.untrained = _figures(config, self._cohort, "test", self._splits.test)
+                self._reporter.evaluated(0, "untrained", state.untrained)
+            if state.step == 0:
+                self._save(best=False)  # so that a run killed at any time can be resumed
+            while state.step < config.train.steps:
+                self._advance(events)
+            return self._finish()
+        finally:
+            if events is not None:
+                events.close()
+
+    def _advance(self, events: SummaryWriter | None) -> None:
+        """The steps up to the next event, and that event."""
+        state, train = self._state, self._config.train
+        start, stop = state.step, self._next_stop()
+        began = time.perf_counter()
+        rows = self._cohort.run(start, stop, self._reporter.step)
+        seconds = time.perf_counter() - began
+        self._seconds += seconds
+        state.step = stop
+        self._run.append_metrics(
+            [{"step": start + i + 1, "peers": row} for i, row in enumerate(rows)]
+        )
+        rate = self._batch_size * len(rows) / seconds
+        latest = _latest(rows)
+        self._reporter.losses(stop, latest, rate)
+        if events is not None:
+            for peer, terms in latest.items():
+                for term, value in terms.items():
+                    events.add_scalar(f"{term}/{peer}", value, stop)
+            events.add_scalar("images_per_s", rate, stop)
+        ends = stop == train.steps
+        is_best = (ends or _due(stop, train.evaluate_every)) and self._validate(events)
+        if ends or is_best or _due(stop, train.checkpoint_every):
+            self._save(best=is_best)
+
+    def _next_stop(self) -> int:
+        train, step = self._config.train, self._state.step
+        every = (train.log_every, train.evaluate_every, train.checkpoint_every)
+        return min(train.steps, *(step - step % n + n for n in every if n))
+
+    def _validate(self, events: SummaryWriter | None) -> bool:
+        """Judges on the held-out training classes; whether this is the best so far."""
+        if self._splits.validation is None:
+            return False
+        state = self._state
+        figures = _figures(self._config, self._cohort, "validation", self._splits.validation)
+        self._run.append_metrics([{"step": state.step, "validation": figures}])
+        self._reporter.evaluated(state.step, "validation", figures)
+        if events is not None:
+            for name, found in [*figures["peers"].items(), ("ensemble", figures["ensemble"])]:
+                for metric, value in found.items():
+                    events.add_scalar(
+                        f"validation_{metric.replace('@', '_at_')}/{name}", value, state.step
+                    )
+        value = (
+            figures["ensemble"]["recall@1"]
+            if self._config.train.select_by == "ensemble"
+            else float(np.mean([found["recall@1"] for found in figures["peers"].values()]))
+        )
+        if value <= state.best:
+            return False
+        state.best, state.best_step = value, state.step
+        return True
+
+    def _save(self, *, best: bool) -> None:
+        state = self._state
+        meta = {
+            "config": self._config.model_dump(mode="json"),
+            "best": state.best,
+            "best_step": state.best_step,
+            "untrained": state.untrained,
+        }
+        self._run.checkpoints.save(state.step, self._cohort.state(), meta, best=best)
+        self._reporter.saved(state.step, best=best)
+
+    def _finish(self) -> dict[str, Any]:
+        which = default_weights(self._config, self._splits)
+        step = self._state.step
+        if which == "best":
+            checkpoint = self._run.checkpoints.load("best")
+            step = checkpoint.step
+            if step != self._state.step:
+                self._cohort.load_weights(checkpoint.peers)
+        results = _judge(
+            self._config, self._splits, self._cohort, which, step, self._state.untrained
+        )
+        if self._seconds:
+            trained = self._batch_size * (self._state.step - self._started_at)
+            results["images_per_s"] = round(trained / self._seconds, 2)
+        self._run.write_results(results)
+        return results
+
+
+def _build_cohort(config: Config, splits: Splits, in_process: bool) -> Cohort:
+    if in_process:
+        return LocalCohort(config, splits)
+    from ray_dmml.cohort.remote import (
+        RayCohort,
+    )  # seconds of import that in-process runs are spared
+
+    return RayCohort(config, splits)
+
+
+def _judge(
+    config: Config, splits: Splits, cohort: Cohort, which: str, step: int, untrained: Figures
+) -> dict[str, Any]:
+    """The test classes' figures, in the form of results.json."""
+    figures = _figures(config, cohort, "test", splits.test, averaged=which == "averaged")
+    return {
+        "untrained": untrained.get("peers", {}),
+        "untrained_ensemble": untrained.get("ensemble", {}),
+        **figures,
+        "weights": which,
+        "step": step,
+        "test_classes": splits.test.num_classes,
+        "test_images": len(splits.test),
+    }
+
+
+def _figures(
+    config: Config, cohort: Cohort, split: str, images: ImageSet, *, averaged: bool = False
+) -> Figures:
+    found = cohort.embeddings(split, averaged=averaged)
+
+    def judged(embeddings: np.ndarray) -> dict[str, float]:
+        return retrieval_metrics(
+            embeddings,
+            images.labels,
+            recall_at=sorted({1, *config.evaluation.recall_at}),
+            query=images.query,
+            gallery=images.gallery,
+        )
+
+    return {
+        "peers": {name: judged(embeddings) for name, embeddings in found.items()},
+        "ensemble": judged(ensemble_embedding(list(found.values()))),
+    }
+
+
+def _latest(rows: list[StepRow]) -> StepRow:
+    """Each peer's last step that it learned from (a peer in skip mode does not at every one)."""
+    return {peer: next((row[peer] for row in reversed(rows) if row[peer]), {}) for peer in rows[-1]}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _initial_weights(config: Config, source: Path | str) -> dict[str, Any]:
+    """The best (else last) weights of another run, by peer name."""
+    store = RunFolder.open(source).checkpoints
+    peers = store.load("best" if "best" in store.index() else "last").peers
+    missing = [str(peer.name) for peer in config.cohort.peers if peer.name not in peers]
+    if missing:
+        raise UserError(
+            f"--init-from {source}: it has no peer {', '.join(missing)}; it has {', '.join(peers)}"
+        )
+    return {str(peer.name): peers[str(peer.name)] for peer in config.cohort.peers}
+
+
+def _refuse_changes(config: Config, checkpoint: Checkpoint, run: RunFolder) -> None:
+    before = _flat(checkpoint.meta["config"])
+    now = _flat(config.model_dump(mode="json"))
+    changed = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(
+            key == may or (may[-1] == "." and key.startswith(may)) for may in MAY_CHANGE_ON_RESUME
+        )
+    ]
+    if changed:
+        raise UserError(
+            f"--resume {run.path}: its config was changed: {'; '.join(changed)}. Only the number of steps, "
+            "what is written and evaluated, and where the images are may change; start a new run with "
+            f"--init-from {run.path} instead"
+        )
+    if config.train.steps < checkpoint.step:
+        raise UserError(
+            f"--resume {run.path}: it has finished {checkpoint.step} steps already, "
+            f"train.steps is {config.train.steps}"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted ones."""
+    pairs = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+    flat: dict[str, Any] = {}
+    for key, value in pairs:
+        if isinstance(value, (Mapping, list)) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
