@@ -1,0 +1,139 @@
+"""Small real data and a private Ray, shared by the tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Two torch threads on two cores are as many as there are; more make everything far slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ray_dmml.config import Config
+
+torch.set_num_threads(1)
+
+NUM_CLASSES, IMAGES_PER_CLASS = 16, 5
+
+
+def write_image(path: Path, rng: np.random.Generator, hue: int) -> None:
+    """A 24 px image that looks like its class: a block at a class-dependent place and colour."""
+    pixels = rng.integers(0, 90, (24, 24, 3), dtype=np.uint8)
+    row, column = 4 * (hue % 4), 4 * (hue // 4)
+    pixels[row : row + 8, column : column + 8] = [
+        40 + 12 * hue,
+        230 - 11 * hue,
+        60 + 50 * (hue % 4),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 classes of 5 PNG images."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number in range(NUM_CLASSES):
+        for image in range(IMAGES_PER_CLASS):
+            write_image(root / f"class{number:02d}" / f"{image}.png", rng, number)
+    return root
+
+
+def tiny(root: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of a cohort that trains in milliseconds a step; ``changes`` replace whole sections'
+    entries, such as ``train={"steps": 5}``."""
+    raw: dict[str, Any] = {
+        "data": {
+            "name": "imagefolder",
+            "root": str(root),
+            "decode_size": 36,
+            "classes_per_batch": 4,
+            "images_per_class": 3,
+            "validation_fraction": 0.25,
+        },
+        "cohort": {
+            "threads_per_peer": 1,
+            "exchange_timeout_s": 60,
+            "base": {
+                "backbone": "test_resnet",
+                "embedding_size": 16,
+                "input_size": 32,
+                "batch_norm": "live",
+                "optimizer": {"lr": 1e-3},
+            },
+            "peers": [{}, {"view": "weak"}],
+        },
+        "train": {"steps": 6, "evaluate_every": 3, "checkpoint_every": 2, "log_every": 2},
+        "evaluation": {"recall_at": [1, 2]},
+    }
+    for section, entries in changes.items():
+        if isinstance(entries, dict):
+            raw[section] = {**raw.get(section, {}), **entries}
+        else:
+            raw[section] = entries
+    return raw
+
+
+def unlike_peers(root: Path, **changes: Any) -> Config:
+    """3 peers that differ in backbone, size, view, interval, mode, averaging, optimiser."""
+    raw = tiny(root, **changes)
+    raw["cohort"]["peers"] = [
+        {"averaging": {"decay": 0.9, "publish": True}, "schedule": {"name": "cosine", "steps": 20}},
+        {
+            "backbone": "test_efficientnet",
+            "embedding_size": 24,
+            "update_interval": 2,
+            "update_mode": "skip",
+            "view": "strong",
+            "optimizer": {"name": "adamw", "clip_norm": 1.0},
+        },
+        {
+            "backbone": "test_convnext",
+            "embedding_size": 8,
+            "update_interval": 3,
+            "view": "weak",
+            "pooling": "avgmax",
+            "optimizer": {"name": "sgd", "lr": 0.01},
+        },
+    ]
+    return Config.parse(raw)
+
+
+@pytest.fixture(scope="module")
+def ray_start_4_cpus() -> Iterator[None]:
+    """A private Ray of 4 CPUs; more than the machine may have, so that peers get one each."""
+    import ray
+
+    ray.init(
+        "local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
+    yield
+    ray.shutdown()
+
+
+def assert_same(found: Any, expected: Any, where: str = "") -> None:
+    """Nested states are equal to the bit; names the first place where they are not."""
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype and found.shape == expected.shape, where
+        assert torch.equal(found, expected), f"{where}: differs by {(found - expected).abs().max()}"
+    elif isinstance(expected, np.ndarray):
+        assert np.array_equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert set(found) == set(expected), where
+        for key in expected:
+            assert_same(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same(one, other, f"{where}[{i}]")
+    else:
+        assert found == expected, f"{where}: {found!r} is not {expected!r}"

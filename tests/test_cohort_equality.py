@@ -1,0 +1,128 @@
+"""In this process, on Ray through the coordinator, on Ray directly: the same bits."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same, tiny, unlike_peers
+
+from ray_dmml.checkpoint import decode_peer
+from ray_dmml.cohort import Cohort
+from ray_dmml.cohort.local import LocalCohort
+from ray_dmml.config import Config
+from ray_dmml.data.datasets import load_splits
+from ray_dmml.losses.relational import distance_loss
+
+STEPS = 20
+
+
+def outcome(cohort: Cohort, start: int = 0, stop: int = STEPS) -> dict[str, Any]:
+    """Everything a cohort has to show after some steps."""
+    rows = cohort.run(start, stop, lambda finished: None)
+    return {
+        "rows": rows,
+        "state": {name: decode_peer(files) for name, files in cohort.state().items()},
+        "test": cohort.embeddings("test"),
+        "averaged": cohort.embeddings("validation", averaged=True),
+    }
+
+
+def run_locally(config: Config) -> dict[str, Any]:
+    with closing(LocalCohort(config, load_splits(config.data))) as cohort:
+        return outcome(cohort)
+
+
+@pytest.fixture(scope="module")
+def local_outcome(image_folder: Path) -> dict[str, Any]:
+    return run_locally(unlike_peers(image_folder))
+
+
+@pytest.mark.parametrize("transport", ["direct", "coordinator"])
+def test_ray_equals_in_process(
+    ray_start_4_cpus: None, image_folder: Path, local_outcome: dict[str, Any], transport: str
+) -> None:
+    """3 unlike peers end with the same weights, optimiser state, losses and embeddings on Ray
+    actors as in one process, to the bit, whichever way the embeddings went."""
+    from ray_dmml.cohort.remote import RayCohort
+
+    config = unlike_peers(image_folder)
+    cohort_config = config.cohort.model_copy(update={"transport": transport})
+    config = config.model_copy(update={"cohort": cohort_config})
+    with closing(RayCohort(config, load_splits(config.data))) as cohort:
+        assert cohort.transport == transport
+        assert_same(outcome(cohort), local_outcome)
+
+
+def test_two_runs_of_one_seed_are_equal_of_two_seeds_are_not(
+    image_folder: Path, local_outcome: dict[str, Any]
+) -> None:
+    """The run's seed decides everything; another one changes draws and initial weights."""
+    assert_same(run_locally(unlike_peers(image_folder)), local_outcome)
+    other = run_locally(unlike_peers(image_folder, seed=1))
+    assert other["rows"][0] != local_outcome["rows"][0]
+    for name, state in local_outcome["state"].items():
+        assert not (other["state"][name]["net"]["head.weight"] == state["net"]["head.weight"]).all()
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 2, 3, 7, 12, 19])
+def test_interrupted_equals_uninterrupted(
+    image_folder: Path, local_outcome: dict[str, Any], interrupted_at: int
+) -> None:
+    """A cohort that is stored after any step, half-accumulated gradients and all, and put into a
+    fresh one goes on to the same bits."""
+    config = unlike_peers(image_folder)
+    splits = load_splits(config.data)
+    with closing(LocalCohort(config, splits)) as first:
+        rows = first.run(0, interrupted_at, lambda finished: None)
+        stored = first.state()
+    with closing(LocalCohort(config, splits)) as second:
+        second.load(stored)
+        found = outcome(second, interrupted_at)
+    assert_same({**found, "rows": rows + found["rows"]}, local_outcome)
+
+
+def test_mutual_weights_of_zero_equal_separate_runs(image_folder: Path) -> None:
+    """Without the mutual term a cohort is M separate runs of the same peers, to the bit: random
+    numbers follow the peer, not its position."""
+    loss = {"relational": {"distance": 0, "angle": 0}}
+    together = unlike_peers(image_folder, loss=loss)
+    joint = run_locally(together)
+    for peer in together.cohort.peers:
+        alone = together.model_copy(
+            update={"cohort": together.cohort.model_copy(update={"peers": (peer,)})}
+        )
+        single = run_locally(alone)
+        name = str(peer.name)
+        assert_same(single["state"][name], joint["state"][name], name)
+        assert_same([row[name] for row in single["rows"]], [row[name] for row in joint["rows"]])
+
+
+def test_removing_a_peer_changes_nothing_but_the_mutual_term(image_folder: Path) -> None:
+    """The first step's metric losses of the peers that are left are those they had before."""
+    config = unlike_peers(image_folder)
+    splits = load_splits(config.data)
+    with closing(LocalCohort(config, splits)) as cohort:
+        before = cohort.run(0, 1, lambda finished: None)[0]
+    fewer = config.cohort.model_copy(update={"peers": config.cohort.peers[1:]})
+    with closing(LocalCohort(config.model_copy(update={"cohort": fewer}), splits)) as cohort:
+        after = cohort.run(0, 1, lambda finished: None)[0]
+    assert after["peer2"]["metric"] == before["peer2"]["metric"]
+    assert after["peer2"]["distance"] != before["peer2"]["distance"]
+
+
+def test_a_mutual_cohort_agrees_on_one_geometry(image_folder: Path) -> None:
+    """With a strong mutual term the peers end with the same relative distances; apart they do not."""
+
+    def disagreement(weight: float) -> float:
+        loss = {"relational": {"distance": weight, "angle": weight}}
+        config = Config.parse(tiny(image_folder, loss=loss))
+        with closing(LocalCohort(config, load_splits(config.data))) as cohort:
+            cohort.run(0, 40, lambda finished: None)
+            one, other = cohort.embeddings("train").values()
+        return float(distance_loss(torch.from_numpy(one), torch.from_numpy(other)))
+
+    assert disagreement(20.0) < 0.5 * disagreement(0.0)
