@@ -8,7 +8,14 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ray_dmml.cohort import StepRow
@@ -28,6 +35,9 @@ class PlainReporter:
 
     def note(self, message: str) -> None:
         self.console.print(f"note: {message}", highlight=False, soft_wrap=True)
+
+    def doing(self, what: str) -> None:
+        pass
 
     def started(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None:
         self._total = config.train.steps
@@ -77,32 +87,34 @@ class LiveReporter:
         self._recall: dict[str, float] = {}
         self._judged = ""
         self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=None),
+            MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
-            TextColumn("left"),
             TimeRemainingColumn(compact=True),
             console=console,
             expand=True,
         )
-        self._task = self._bar.add_task("train", total=None, rate="", start=False)
-        self._live: Live | None = None
+        self._task = self._bar.add_task("", total=None, rate="")
+        self._names: list[str] = []
+        self._live = Live(self._render(), console=console, refresh_per_second=8)
+        self._live.start()
 
     def note(self, message: str) -> None:
         self.console.print(f"note: {message}", highlight=False)
+
+    def doing(self, what: str) -> None:
+        self._bar.update(self._task, description=what)
+        self._refresh()
 
     def started(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None:
         for line in describe(config, splits, facts):
             self.console.print(line, highlight=False)
         self._names = [str(peer.name) for peer in config.cohort.peers]
         self._bar.update(self._task, total=config.train.steps)
-        self._live = Live(self._render(), console=self.console, refresh_per_second=4)
-        self._live.start()
 
     def step(self, finished: int) -> None:
-        if finished and not self._bar.tasks[0].started:
-            self._bar.start_task(self._task)
         self._bar.update(self._task, completed=finished)
         self._refresh()
 
@@ -121,15 +133,14 @@ class LiveReporter:
         pass
 
     def stopped(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._live.stop()
 
     def _refresh(self) -> None:
-        if self._live is not None:
-            self._live.update(self._render())
+        self._live.update(self._render())
 
     def _render(self) -> Group:
+        if not self._names:
+            return Group(self._bar)
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("peer", no_wrap=True)
         for term in _TERMS:

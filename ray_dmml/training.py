@@ -52,6 +52,10 @@ class Reporter(Protocol):
         """One sentence worth knowing."""
         ...
 
+    def doing(self, what: str) -> None:
+        """What takes the time from now on, in a few words."""
+        ...
+
     def started(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None:
         """The peers are built and training begins."""
         ...
@@ -77,6 +81,7 @@ class Silent:
     """A reporter that tells nobody."""
 
     def note(self, message: str) -> None: ...
+    def doing(self, what: str) -> None: ...
     def started(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None: ...
     def step(self, finished: int) -> None: ...
     def losses(self, step: int, row: StepRow, images_per_s: float) -> None: ...
@@ -113,53 +118,54 @@ def train(
             not finite.
     """
     reporter = reporter or Silent()
-    checkpoint: Checkpoint | None = None
-    if resume is not None:
+    try:
+        if resume is None:
+            return _start(config, out, init_from, in_process, reporter)
         if out is not None or init_from is not None:
             raise UserError(
                 "--resume continues a run in its folder: it takes no --out and no --init-from"
             )
-        run = RunFolder.open(resume)
-        checkpoint = run.checkpoints.load("last")
-        config = config or run.config()
-        _refuse_changes(config, checkpoint, run)
-    else:
-        if config is None or out is None:
-            raise UserError("a new run needs a config and a folder (out)")
-        run = RunFolder(Path(out))
-        run.refuse_existing()
-    initial = _initial_weights(config, init_from) if init_from is not None else None
+        return _resume(RunFolder.open(resume), config, in_process, reporter)
+    finally:
+        reporter.stopped()
 
-    splits = load_splits(config.data, reporter.note)
-    sampler = build_sampler(config, splits)
-    if sampler.small_classes:
-        reporter.note(
-            f"{sampler.small_classes} training classes have fewer than {config.data.images_per_class} "
-            "images: they give all they have, other classes fill the batch"
-        )
-    with closing(_build_cohort(config, splits, in_process)) as cohort:
-        # Nothing is on disk until all that can be known beforehand is known to be right.
-        if checkpoint is None:
-            run.create(config)
-            if initial is not None:
-                cohort.load_weights(initial)
-        else:
-            cohort.load(checkpoint.peers)
-            run.write_config(config)
-            run.truncate_metrics(checkpoint.step)
-        facts = {
-            "threads": list(cohort.threads),
-            "devices": list(getattr(cohort, "devices", ())) or ["in-process"],
-            "transport": getattr(cohort, "transport", "in-process"),
-            "skipped_images": list(splits.skipped),
-            "steps_per_epoch": sampler.steps_per_epoch,
-        }
-        run.write_environment(**facts)
-        reporter.started(config, splits, facts)
-        try:
-            return _Loop(config, run, splits, cohort, reporter, checkpoint).run()
-        finally:
-            reporter.stopped()
+
+def _start(
+    config: Config | None,
+    out: Path | str | None,
+    init_from: Path | str | None,
+    in_process: bool,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """A new run. Nothing is on disk until all that can be known beforehand is known to be right."""
+    if config is None or out is None:
+        raise UserError("a new run needs a config and a folder (out)")
+    run = RunFolder(Path(out))
+    run.refuse_existing()
+    initial = _initial_weights(config, init_from) if init_from is not None else None
+    splits = _load_splits(config, reporter)
+    with closing(_build_cohort(config, splits, in_process, reporter)) as cohort:
+        if initial is not None:
+            cohort.load_weights(initial)
+        run.create(config)
+        return _Loop(config, run, splits, cohort, reporter, _State()).run()
+
+
+def _resume(
+    run: RunFolder, config: Config | None, in_process: bool, reporter: Reporter
+) -> dict[str, Any]:
+    """Goes on from the last checkpoint; what was written after it is dropped."""
+    checkpoint = run.checkpoints.load("last")
+    config = config or run.config()
+    _refuse_changes(config, checkpoint, run)
+    splits = _load_splits(config, reporter)
+    with closing(_build_cohort(config, splits, in_process, reporter)) as cohort:
+        cohort.load(checkpoint.peers)
+        run.write_config(config)
+        run.truncate_metrics(checkpoint.step)
+        meta = checkpoint.meta
+        state = _State(checkpoint.step, meta["best"], meta["best_step"], meta["untrained"])
+        return _Loop(config, run, splits, cohort, reporter, state).run()
 
 
 def evaluate(
@@ -220,25 +226,29 @@ class _Loop:
         splits: Splits,
         cohort: Cohort,
         reporter: Reporter,
-        checkpoint: Checkpoint | None,
+        state: _State,
     ) -> None:
         self._config, self._run, self._splits = config, run, splits
-        self._cohort, self._reporter = cohort, reporter
-        self._state = _State()
-        if checkpoint is not None:
-            meta = checkpoint.meta
-            self._state = _State(
-                checkpoint.step, meta["best"], meta["best_step"], meta["untrained"]
-            )
+        self._cohort, self._reporter, self._state = cohort, reporter, state
         self._batch_size = config.data.classes_per_batch * config.data.images_per_class
         self._seconds = 0.0
         self._started_at = self._state.step
 
     def run(self) -> dict[str, Any]:
         config, state = self._config, self._state
+        facts = {
+            "threads": list(self._cohort.threads),
+            "devices": list(self._cohort.devices),
+            "transport": self._cohort.transport,
+            "skipped_images": list(self._splits.skipped),
+            "steps_per_epoch": build_sampler(config, self._splits).steps_per_epoch,
+        }
+        self._run.write_environment(**facts)
+        self._reporter.started(config, self._splits, facts)
         events = SummaryWriter(str(self._run.tensorboard)) if config.train.tensorboard else None
         try:
             if state.step == 0 and config.evaluation.untrained:
+                self._reporter.doing("judging the untrained peers")
                 state.untrained = _figures(config, self._cohort, "test", self._splits.test)
                 self._reporter.evaluated(0, "untrained", state.untrained)
             if state.step == 0:
@@ -254,6 +264,7 @@ class _Loop:
         """The steps up to the next event, and that event."""
         state, train = self._state, self._config.train
         start, stop = state.step, self._next_stop()
+        self._reporter.doing("training")
         began = time.perf_counter()
         rows = self._cohort.run(start, stop, self._reporter.step)
         seconds = time.perf_counter() - began
@@ -285,6 +296,7 @@ class _Loop:
         if self._splits.validation is None:
             return False
         state = self._state
+        self._reporter.doing("judging on validation classes")
         figures = _figures(self._config, self._cohort, "validation", self._splits.validation)
         self._run.append_metrics([{"step": state.step, "validation": figures}])
         self._reporter.evaluated(state.step, "validation", figures)
@@ -306,6 +318,7 @@ class _Loop:
 
     def _save(self, *, best: bool) -> None:
         state = self._state
+        self._reporter.doing("saving a checkpoint")
         meta = {
             "config": self._config.model_dump(mode="json"),
             "best": state.best,
@@ -323,6 +336,7 @@ class _Loop:
             step = checkpoint.step
             if step != self._state.step:
                 self._cohort.load_weights(checkpoint.peers)
+        self._reporter.doing("judging on the test classes")
         results = _judge(
             self._config, self._splits, self._cohort, which, step, self._state.untrained
         )
@@ -333,7 +347,20 @@ class _Loop:
         return results
 
 
-def _build_cohort(config: Config, splits: Splits, in_process: bool) -> Cohort:
+def _load_splits(config: Config, reporter: Reporter) -> Splits:
+    reporter.doing("reading the images")
+    splits = load_splits(config.data, reporter.note)
+    sampler = build_sampler(config, splits)  # P x K is possible: known before a process starts
+    if sampler.small_classes:
+        reporter.note(
+            f"{sampler.small_classes} training classes have fewer than "
+            f"{config.data.images_per_class} images: they give all they have, others fill the batch"
+        )
+    return splits
+
+
+def _build_cohort(config: Config, splits: Splits, in_process: bool, reporter: Reporter) -> Cohort:
+    reporter.doing("starting the peers")
     if in_process:
         return LocalCohort(config, splits)
     from ray_dmml.cohort.remote import (

@@ -339,6 +339,21 @@ def test_manifest_query_and_gallery(tmp_path):
     assert splits.test.query.tolist() == [0, 2] and splits.test.gallery.tolist() == [1, 2, 3]
 
 
+def test_flags_of_training_rows_count_once_they_are_held_out(tmp_path):
+    """Held-out training classes are judged by the protocol that their own rows state."""
+    train = "".join(
+        f"a/{c}{i}.png,{c},train,{int(i == 0)},{int(i > 0)}\n" for c in "pqrs" for i in range(3)
+    )
+    test = "b/1.png,x,validation,1,0\nb/2.png,x,validation,0,1\nb/3.png,y,validation,0,1\n"
+    config = manifest_config(tmp_path, HEAD + train + test, validation_fraction=0.5)
+    validation = load_splits(config).validation
+    assert [names_of(validation)[i][-5] for i in validation.query] == ["0", "0"]
+    assert [names_of(validation)[i][-5] for i in validation.gallery] == ["1", "2", "1", "2"]
+    lonely = train.replace(",0,1\n", ",0,0\n")  # queries, and nothing to find
+    with pytest.raises(UserError, match="in the gallery"):
+        load_splits(manifest_config(tmp_path, HEAD + lonely + test, validation_fraction=0.5))
+
+
 @pytest.mark.parametrize("flags", ["", ",,"])
 def test_manifest_without_flags_is_all_against_all(tmp_path, flags):
     """Columns that are absent or empty mean all against all; other columns are ignored."""

@@ -21,6 +21,12 @@ class Cohort(Protocol):
     threads: tuple[int, ...]
     """torch threads of each peer: with the seed, what the bits of a result on a CPU depend on."""
 
+    devices: tuple[str, ...]
+    """Where each peer computes."""
+
+    transport: str
+    """How embeddings travel: ``in-process``, ``direct``, ``coordinator``, or ``none`` for one peer."""
+
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
         """Trains steps ``start .. stop - 1``; tells ``on_step`` how many steps are finished."""
         ...

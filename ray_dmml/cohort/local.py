@@ -56,14 +56,15 @@ class LocalCohort:
         if device is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         num_peers = len(config.cohort.peers)
-        threads = config.cohort.threads_per_peer or max(1, num_cores() // num_peers)
-        self.threads = (threads,) * num_peers
-        self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(threads)
         self._config, self._splits = config, splits
-        self._loader = BatchLoader(splits.train, build_sampler(config, splits))
         self.peers = [build_peer(config, i, splits, device) for i in range(num_peers)]
         self.names = tuple(peer.name for peer in self.peers)
+        self._loader = BatchLoader(splits.train, build_sampler(config, splits))
+        threads = config.cohort.threads_per_peer or max(1, num_cores() // num_peers)
+        self.threads = (threads,) * num_peers
+        self.devices, self.transport = (str(device),) * num_peers, "in-process"
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(threads)
 
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
         rows = []

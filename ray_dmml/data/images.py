@@ -165,6 +165,15 @@ class ImageSet:
         """C."""
         return len(self.class_names)
 
+    def can_be_judged(self) -> bool:
+        """Whether any query has another image of its class to find."""
+        if self.query is None or self.gallery is None:
+            return bool((np.bincount(self.labels) >= 2).any())
+        gallery = {label: set[int]() for label in self.labels.tolist()}
+        for index in self.gallery.tolist():
+            gallery[int(self.labels[index])].add(index)
+        return any(gallery[int(self.labels[q])] - {q} for q in self.query.tolist())
+
     def subset(self, indices: np.ndarray | Sequence[int]) -> ImageSet:
         """The images of these numbers (each at most once), in this order.
 
@@ -230,11 +239,11 @@ def hold_out_classes(
     chosen = generator.permutation(total)[:held]
     is_held = np.isin(images.labels, chosen)
     validation = images.subset(np.flatnonzero(is_held))
-    if np.sum(np.bincount(validation.labels) >= 2) < 2:
+    if np.sum(np.bincount(validation.labels) >= 2) < 2 or not validation.can_be_judged():
         raise UserError(
             f"the {held} training classes held out by data.validation_fraction {fraction} cannot "
-            f"be judged: at least 2 of them need 2 images; take another data.validation_seed or "
-            f"{advice}"
+            "be judged: at least 2 of them need 2 images, and queries (of a manifest) an image of "
+            f"their class in the gallery; take another data.validation_seed or {advice}"
         )
     return images.subset(np.flatnonzero(~is_held)), validation
 

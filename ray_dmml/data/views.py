@@ -62,15 +62,18 @@ class View:
         generator_state = torch.get_rng_state()
         try:
             result = pipeline(torch.zeros(3, decode_size, decode_size, dtype=torch.uint8))
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise UserError(
                 f"{source} does not work on decoded images of {decode_size} x {decode_size} px: {error}"
             ) from None
         finally:
             torch.set_rng_state(generator_state)
-        if result.dtype != torch.uint8 or result.shape != (3, size, size):
+        given = type(result).__name__
+        if isinstance(result, Tensor):
+            given = f"{result.dtype} {tuple(result.shape)}"
+        if given != f"torch.uint8 {(3, size, size)}":
             raise UserError(
-                f"{source} gives {result.dtype} {tuple(result.shape)}, but the net takes uint8 "
+                f"{source} gives {given}, but the net takes uint8 "
                 f"{(3, size, size)}: end it with a crop or a Resize, and leave scaling and "
                 "normalising to the net"
             )

@@ -44,7 +44,11 @@ def load_splits(
         train, test = _without_bad(config, log, train, test, left_out)
     _require_two_classes(train, "training")
     _require_two_classes(test, "test")
-    _require_a_match(test)
+    if not test.can_be_judged():
+        raise UserError(
+            "no test image has another of its class to find: every query needs an image of its "
+            "class in the gallery (is_query and is_gallery of a manifest)"
+        )
     train, validation = hold_out_classes(train, config.validation_fraction, config.validation_seed)
     return Splits(train, validation, test, tuple(sorted(left_out)))
 
@@ -100,20 +104,4 @@ def _require_two_classes(images: ImageSet, what: str) -> None:
     if images.num_classes < 2:
         raise UserError(
             f"the {what} images are of {images.num_classes} classes; at least 2 are needed"
-        )
-
-
-def _require_a_match(images: ImageSet) -> None:
-    """Recall@K is over queries that have something to find."""
-    if images.query is None or images.gallery is None:
-        found = bool((np.bincount(images.labels) >= 2).any())
-    else:
-        gallery = {label: set[int]() for label in images.labels.tolist()}
-        for index in images.gallery.tolist():
-            gallery[int(images.labels[index])].add(index)
-        found = any(gallery[int(images.labels[q])] - {q} for q in images.query.tolist())
-    if not found:
-        raise UserError(
-            "no test image has another of its class to find: every query needs an image of its "
-            "class in the gallery (is_query and is_gallery of a manifest)"
         )

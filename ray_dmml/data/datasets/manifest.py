@@ -33,7 +33,8 @@ class _Row:
 def load(manifest: Path, root: Path, decode_size: int, aspect: Aspect) -> tuple[ImageSet, ImageSet]:
     """Train and test images of a manifest; paths in it are relative to ``root`` (or inside it).
 
-    The test classes are queries against gallery where rows say so, else all against all.
+    Classes are judged as queries against gallery where their rows say so, else all against all;
+    the flags of training rows count when their class is held out for validation.
 
     Raises:
         UserError: naming the file, and the line where one is at fault.
@@ -56,12 +57,10 @@ def load(manifest: Path, root: Path, decode_size: int, aspect: Aspect) -> tuple[
             f"manifest {manifest} lists {missing[0]}, which is not in {root} "
             f"({len(missing)} files are missing)"
         )
-    query = np.flatnonzero([row.is_query for row in test])
-    gallery = np.flatnonzero([row.is_gallery for row in test])
-    test_set = _image_set(test, root, decode_size, aspect)
-    if len(query) or len(gallery):
-        test_set = ImageSet(test_set.source, test_set.labels, test_set.class_names, query, gallery)
-    return _image_set(train, root, decode_size, aspect), test_set
+    return (
+        _image_set(train, root, decode_size, aspect),
+        _image_set(test, root, decode_size, aspect),
+    )
 
 
 def _image_set(rows: list[_Row], root: Path, decode_size: int, aspect: Aspect) -> ImageSet:
@@ -69,10 +68,15 @@ def _image_set(rows: list[_Row], root: Path, decode_size: int, aspect: Aspect) -
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
     number = {name: label for label, name in enumerate(names)}
+    query = np.flatnonzero([row.is_query for row in rows])
+    gallery = np.flatnonzero([row.is_gallery for row in rows])
+    has_protocol = bool(len(query) or len(gallery))
     return ImageSet(
         FileImages(root, [row.path for row in rows], decode_size, aspect),
         np.array([number[row.label] for row in rows], dtype=np.int64),
         tuple(names),
+        query if has_protocol else None,
+        gallery if has_protocol else None,
     )
 
 
