@@ -22,6 +22,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
@@ -49,10 +50,17 @@ def encode_peer(state: Mapping[str, Any]) -> PeerFiles:
 
 
 def decode_peer(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """The inverse of :func:`encode_peer`, on the CPU. Nothing in the files can run code."""
-    state: dict[str, Any] = torch.load(
-        io.BytesIO(files["training.pt"]), map_location="cpu", weights_only=True
-    )
+    """The inverse of :func:`encode_peer`, on the CPU. Nothing in the files can run code.
+
+    Raises:
+        UserError: training.pt holds other things than tensors and plain values.
+    """
+    stored = io.BytesIO(files["training.pt"])
+    try:
+        state: dict[str, Any] = torch.load(stored, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"training.pt holds more than tensors and is refused: {reason}") from None
     state["net"] = safetensors.torch.load(files["weights.safetensors"])
     if "averaged.safetensors" in files:
         state["averaged"] = safetensors.torch.load(files["averaged.safetensors"])
@@ -100,9 +108,12 @@ class CheckpointStore:
         name = f"step-{step:08d}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / name).exists():
+            index = self.index()
+            if name not in index.values():
+                if (self.folder / name).exists():  # of a save that ended before its index
+                    shutil.rmtree(self.folder / name)
                 self._write(name, step, peers, meta)
-            index = {**self.index(), "last": name, **({"best": name} if best else {})}
+            index = {**index, "last": name, **({"best": name} if best else {})}
             _write_synced(self.folder / "index.json.tmp", json.dumps(index).encode())
             os.replace(self.folder / "index.json.tmp", self.folder / "index.json")
             _sync_folder(self.folder)

@@ -84,9 +84,16 @@ def train(
     began = time.monotonic()
     with _user_errors(), _told_how_to_resume(console, resume) as run:
         if resume is not None:
+            if init_from is not None:
+                raise UserError(
+                    "--resume goes on from a run's own checkpoint: it takes no --init-from"
+                )
             settings = _resumed_config(resume, config, overrides)
         else:
             settings = Config.load(config, overrides or ())
+            if init_from is not None:
+                started = settings.train.model_copy(update={"init_from": init_from.resolve()})
+                settings = settings.model_copy(update={"train": started})
             out = out or Path("runs") / f"{settings.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
             run.append(out)
         from ray_dmml.console import LiveReporter, PlainReporter, elapsed, results_table
@@ -94,14 +101,14 @@ def train(
 
         results = train_cohort(
             settings,
-            None if resume else out,
+            out,
             resume=resume,
-            init_from=init_from,
             in_process=in_process,
             reporter=LiveReporter(console) if console.is_terminal else PlainReporter(console),
         )
         results_table(results, console)
-        console.print(f"run: {resume or out}  ({elapsed(began)})", highlight=False, soft_wrap=True)
+        told = f"run: {resume or out}  ({elapsed(began)})"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -154,9 +161,8 @@ def _told_how_to_resume(console: Console, resume: Path | None) -> Iterator[list[
         yield run
     except KeyboardInterrupt:
         if run and (run[0] / "checkpoints" / "index.json").exists():
-            console.print(
-                f"interrupted; go on with: ray-dmml train --resume {run[0]}", soft_wrap=True
-            )
+            told = f"interrupted; go on with: ray-dmml train --resume {run[0]}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
         else:
             console.print("interrupted")
         raise typer.Exit(INTERRUPTED) from None

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -23,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from ray_dmml import yamlio
 from ray_dmml.errors import UserError
 
 QUICKSTART = Path(__file__).parent / "quickstart.yaml"
@@ -46,6 +46,7 @@ Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
 NonNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
+Rate = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e30)]  # float32 holds it
 Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
 
 
@@ -110,6 +111,10 @@ class DataConfig(_Section):
     def _has_its_files(self) -> DataConfig:
         if self.name != "characters" and self.root is None:
             raise ValueError(f"data.name '{self.name}' needs data.root, the folder of its images")
+        if self.on_bad_image == "skip" and not self.check_images:
+            raise ValueError(
+                "on_bad_image: skip needs check_images: true, which finds the bad ones beforehand"
+            )
         if self.name == "manifest" and self.manifest is None:
             raise ValueError("data.name 'manifest' needs data.manifest, the CSV file")
         return self
@@ -131,13 +136,13 @@ class OptimizerConfig(_Section):
     name: Literal["adam", "adamw", "sgd"] = "adam"
     """The optimiser."""
 
-    lr: NonNegative = 1e-4
+    lr: Rate = 1e-4
     """Learning rate of the backbone (0 leaves the backbone as it is)."""
 
-    head_lr: NonNegative | None = None
+    head_lr: Rate | None = None
     """Learning rate of the embedding head; null: `lr`."""
 
-    loss_lr: NonNegative | None = None
+    loss_lr: Rate | None = None
     """Learning rate of the metric loss's own parameters (proxies, centres); null: 100 times
     `lr`."""
 
@@ -228,7 +233,7 @@ class PeerConfig(_Section):
     ] = "standard"
     """Its augmentation of the training images: a preset, or a list of torchvision v2 transforms."""
 
-    eval_crop: Annotated[float, Field(gt=0, le=1)] | None = None
+    eval_crop: Annotated[float, Field(ge=0.1, le=1)] | None = None
     """Share of the side kept by the centre crop in evaluation; null: the backbone's own (often
     0.875)."""
 
@@ -344,6 +349,8 @@ class CohortConfig(_Section):
     @model_validator(mode="after")
     def _peers_differ(self) -> CohortConfig:
         names = [peer.name for peer in self.peers]
+        if "ensemble" in names:
+            raise ValueError("no peer may be named ensemble: that is what all of them are together")
         twice = sorted({str(name) for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"peer names must be unique; used twice: {', '.join(twice)}")
@@ -435,6 +442,9 @@ class TrainConfig(_Section):
     steps: Count = 1000
     """Batches that every peer sees."""
 
+    init_from: Path | None = None
+    """Folder of a run whose weights (best, else last) the peers of the same names start from."""
+
     log_every: Count = 10
     """Steps between two reports of progress (metrics.jsonl has every step)."""
 
@@ -489,6 +499,35 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     """And how they are judged."""
 
+    @model_validator(mode="after")
+    def _weights_will_exist(self) -> Config:
+        try:
+            self.weights_to_judge()
+        except UserError as error:
+            raise ValueError(f"evaluation.weights: {error}") from None
+        return self
+
+    def weights_to_judge(self, asked: str | None = None) -> str:
+        """``last``, ``best`` or ``averaged``: those asked for, or those the run is judged by (which
+        are never chosen on the test classes).
+
+        Raises:
+            UserError: the run has no such weights.
+        """
+        allowed = ["last"]
+        if self.data.validation_fraction:
+            allowed.append("best")
+        if any(peer.averaging for peer in self.cohort.peers):
+            allowed.append("averaged")
+        usual = "best" if "best" in allowed else "last"
+        which = asked or self.evaluation.weights or usual
+        if which not in allowed:
+            raise UserError(
+                f"there are no weights {which!r}; there are {' and '.join(allowed)} (best needs "
+                "data.validation_fraction above 0, averaged a peer with averaging)"
+            )
+        return which
+
     @classmethod
     def load(cls, path: Path | str | None = None, overrides: Iterable[str] = ()) -> Config:
         """Reads a YAML file (none: the built-in quickstart) and applies `KEY=VALUE` overrides.
@@ -501,9 +540,8 @@ class Config(_Section):
         path = QUICKSTART if path is None else Path(path)
         raw = _read_yaml(path)
         _resolve_paths(raw, path.parent.resolve())
-        changes: dict[str, Any] = {}
         for override in overrides:
-            _apply_override(raw, changes, override)
+            _apply_override(raw, override)
         _resolve_paths(raw, Path.cwd())
         return cls.parse(raw, source=str(path))
 
@@ -521,7 +559,7 @@ class Config(_Section):
 
     def to_yaml(self) -> str:
         """The effective config, every field stated; `Config.load` of it gives this config again."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yamlio.dump(self.model_dump(mode="json"))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -532,8 +570,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from None
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        raw = yamlio.load(text)
+    except yamlio.YAMLError as error:
         raise UserError(f"config file {path} is not valid YAML: {error}") from None
     if raw is None:
         return {}
@@ -554,6 +592,7 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
 
     absolute(raw.get("data"), "root")
     absolute(raw.get("data"), "manifest")
+    absolute(raw.get("train"), "init_from")
     cohort = raw.get("cohort")
     if isinstance(cohort, dict):
         peers = cohort.get("peers")
@@ -562,15 +601,16 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
                 absolute(peer, "weights")
 
 
-def _apply_override(raw: dict[str, Any], changes: dict[str, Any], override: str) -> None:
+def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override!r}: write KEY=VALUE, such as train.steps=500")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = yamlio.load(text)
+    except yamlio.YAMLError as error:
         raise UserError(f"--set {override!r}: the value is not valid YAML: {error}") from None
     parts = key.split(".")
+    _refuse_hidden_base(raw, parts, override)
     if parts[:2] == ["cohort", "peers"] and len(parts) > 2:
         # The default peers, or those a base implies, are written out before one of them is changed.
         cohort = raw.setdefault("cohort", {})
@@ -605,6 +645,28 @@ def _apply_override(raw: dict[str, Any], changes: dict[str, Any], override: str)
             )
 
 
+def _refuse_hidden_base(raw: dict[str, Any], parts: list[str], override: str) -> None:
+    """A setting of the base that every peer states itself would do nothing; a run's saved config
+    states all of them."""
+    cohort = raw.get("cohort")
+    peers = cohort.get("peers") if isinstance(cohort, dict) else None
+    if parts[:2] != ["cohort", "base"] or not isinstance(peers, list) or not peers:
+        return
+    if all(_states(peer, parts[2:]) for peer in peers):
+        raise UserError(
+            f"--set {override!r}: every peer of this config states that itself, so cohort.base does "
+            f"nothing; set cohort.peers.0.{'.'.join(parts[2:])} and so on"
+        )
+
+
+def _states(settings: Any, path: list[str]) -> bool:
+    for part in path:
+        if not isinstance(settings, dict) or part not in settings:
+            return False
+        settings = settings[part]
+    return True
+
+
 def _explain(error: ValidationError, source: str) -> str:
     lines = []
     for problem in error.errors():
@@ -631,7 +693,10 @@ def _hint(location: list[str]) -> str:
     names = [*here.model_fields, *(["base"] if here is CohortConfig else [])]
     near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.6)
     if not near:
-        elsewhere = [*_dotted_names(here), *_dotted_names(Config)]
+        # The shallowest of that name: `steps` means train.steps before a peer's schedule.steps.
+        elsewhere = sorted(
+            [*_dotted_names(here), *_dotted_names(Config)], key=lambda n: n.count(".")
+        )
         near = [name for name in elsewhere if name.rsplit(".", 1)[-1] == location[-1]][:1]
     return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
 

@@ -6,9 +6,9 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
+from ray_dmml import yamlio
 from ray_dmml.config import Config
 
 _WIDTH = 88
@@ -40,7 +40,7 @@ def _section(section: BaseModel, depth: int, seen: set[str] | None = None) -> li
                 documented = set(_all_names(type(entry)))
                 # The dash takes the place of the first key's indentation.
                 first = next(i for i, x in enumerate(entry_lines) if not x.lstrip().startswith("#"))
-                entry_lines[first] = f"{indent}  - {entry_lines[first].strip()}"
+                entry_lines[first] = f"{indent}  - {entry_lines[first].lstrip(' ')}"
                 lines.extend(entry_lines)
         else:
             lines.append(f"{indent}{_plain(name, value)}")
@@ -58,10 +58,8 @@ def _all_names(model: type[BaseModel]) -> list[str]:
 
 
 def _plain(name: str, value: Any) -> str:
-    text = yaml.safe_dump(
-        _jsonable(value), default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000
-    )
-    return f"{name}: {text.removesuffix(chr(10)).removesuffix('...').rstrip()}"
+    text = yamlio.dump(_jsonable(value), default_flow_style=True, width=10_000)
+    return f"{name}: {text.removesuffix(chr(10)).removesuffix('...').rstrip(chr(10))}"
 
 
 def _jsonable(value: Any) -> Any:

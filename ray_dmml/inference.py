@@ -14,7 +14,6 @@ from ray_dmml.config import PeerConfig
 from ray_dmml.data.images import Aspect, FileImages
 from ray_dmml.data.views import View, evaluation_view
 from ray_dmml.embedding import EmbeddingNet, load_net_weights
-from ray_dmml.errors import UserError
 from ray_dmml.retrieval.ensemble import ensemble_embedding
 from ray_dmml.runfolder import RunFolder
 
@@ -58,7 +57,7 @@ class TrainedCohort:
             UserError: a file cannot be read; it is named.
         """
         files = [str(Path(path).resolve()) for path in paths]
-        source = FileImages(Path("/"), files, self.decode_size, self._aspect)
+        source = FileImages(Path(), files, self.decode_size, self._aspect)
         chunks = [
             self.embed(torch.stack([source.read(i) for i in chunk]))
             for chunk in _chunks(range(len(files)), batch_size)
@@ -75,17 +74,15 @@ def load_cohort(
     Args:
         run: its folder.
         weights: ``last``, ``best`` or ``averaged`` (of the last, where a peer keeps them); None:
-            the best, else the last.
+            those the run was judged by.
         device: where the nets go.
 
     Raises:
         UserError: no such run or checkpoint.
     """
-    if weights not in (None, "last", "best", "averaged"):
-        raise UserError(f"weights {weights!r}: allowed are last, best and averaged")
     folder = RunFolder.open(run)
     config = folder.config()
-    which = weights or ("best" if "best" in folder.checkpoints.index() else "last")
+    which = config.weights_to_judge(weights)
     checkpoint = folder.checkpoints.load("best" if which == "best" else "last")
     peers = {}
     for peer in config.cohort.peers:

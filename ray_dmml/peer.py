@@ -42,6 +42,7 @@ class Peer:
         num_classes: training classes (for losses with proxies).
         decode_size: side S of the decoded images it is given, in pixels.
         device: where it computes.
+        initial_weights: False leaves ``config.weights`` unread, for a state that is loaded next.
 
     Raises:
         UserError: the backbone, its weights, the view or the loss cannot be built as configured.
@@ -56,6 +57,7 @@ class Peer:
         num_classes: int,
         decode_size: int,
         device: torch.device,
+        initial_weights: bool = True,
     ) -> None:
         if config.amp == "float16" and device.type == "cpu":
             raise UserError(f"{config.name}: amp float16 needs a GPU; use bfloat16 or off on a CPU")
@@ -65,7 +67,7 @@ class Peer:
         self._relational = loss.relational
         self._run_seed = run_seed
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.net: EmbeddingNet = build_embedding_net(config, run_seed)
+        self.net: EmbeddingNet = build_embedding_net(config, run_seed, initial_weights)
         self.net.to(device).to(memory_format=layout)
         crop = config.eval_crop if config.eval_crop is not None else self.net.eval_crop
         self.view = training_view(config.view, self.net.input_size, decode_size, self.name)
@@ -106,7 +108,7 @@ class Peer:
             published = self._infer(self.net, images)
         if self.averaged is not None and self.config.averaging and self.config.averaging.publish:
             published = self._infer(self.averaged.module, images)
-        self._require_finite("embedding", published, batch.step)
+        self._require_finite("embedding", published, f"at step {batch.step + 1}")
         return published
 
     def measure(self) -> None:
@@ -153,7 +155,7 @@ class Peer:
             terms |= {"distance": mutual.distance, "angle": mutual.angle}
             loss = loss + (w_d * mutual.distance + w_a * mutual.angle)
         for term, value in terms.items():
-            self._require_finite(f"{term} loss", value.detach(), step)
+            self._require_finite(f"{term} loss", value.detach(), f"at step {step + 1}")
         self._scaler.scale(loss / interval).backward()
         if (step + 1) % self.config.update_interval == 0:
             self._learn(step)
@@ -169,13 +171,18 @@ class Peer:
 
         Args:
             averaged: use the averaged weights where the peer keeps them.
+
+        Raises:
+            NonFiniteLossError: an embedding is NaN or infinite.
         """
         net = self.averaged.module if averaged and self.averaged is not None else self.net
         found = [
             self._infer(net, self._to_device(self.eval_view(chunk))).cpu()
             for chunk in in_chunks(images, batch_size)
         ]
-        return torch.cat(found).numpy()
+        embeddings = torch.cat(found)
+        self._require_finite("embedding of an image", embeddings, "in an evaluation")
+        return embeddings.numpy()
 
     # --- state ------------------------------------------------------------------------------
 
@@ -247,6 +254,10 @@ class Peer:
         if self.config.optimizer.clip_norm is not None:
             self._scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.optimizer.clip_norm)
+        if not self._scaler.is_enabled():  # which itself leaves out updates that overflow
+            gradients = [p.grad for _, p in self._named_parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self._require_finite("gradient", norm, f"at step {step + 1}")
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -282,7 +293,7 @@ class Peer:
 
     def _to_device(self, images: Tensor) -> Tensor:
         if self.device.type == "cuda":
-            images = images.pin_memory()  # makes the copy asynchronous
+            images = images.pin_memory().to(self.device, non_blocking=True)
         if self.config.channels_last:
             return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return images.to(self.device, non_blocking=True)
@@ -295,10 +306,11 @@ class Peer:
         """Draws of this peer: they follow its seed and the key, not its name or position."""
         return seeded(self._run_seed, self.config.seed or 0, *key)
 
-    def _require_finite(self, what: str, value: Tensor, step: int) -> None:
+    def _require_finite(self, what: str, value: Tensor, when: str) -> None:
+        """Steps are told as metrics.jsonl counts them, from 1."""
         if not torch.isfinite(value).all():
             raise NonFiniteLossError(
-                f"{self.name}: the {what} is not finite at step {step}; try a lower learning rate, "
+                f"{self.name}: the {what} is not finite {when}; try a lower learning rate, "
                 "optimizer.clip_norm, or a gentler weight of the mutual term"
             )
 

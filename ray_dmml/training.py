@@ -95,7 +95,6 @@ def train(
     out: Path | str | None = None,
     *,
     resume: Path | str | None = None,
-    init_from: Path | str | None = None,
     in_process: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -105,7 +104,6 @@ def train(
         config: the experiment; None with ``resume``: the run's own.
         out: the new run's folder. Not with ``resume``.
         resume: a run to continue from its last checkpoint, or to extend by more ``train.steps``.
-        init_from: a run whose weights (best, else last) the peers of the same names start from.
         in_process: all peers in this process, without Ray; the same numbers, slower.
         reporter: is told how it goes; None: nobody.
 
@@ -120,33 +118,24 @@ def train(
     reporter = reporter or Silent()
     try:
         if resume is None:
-            return _start(config, out, init_from, in_process, reporter)
-        if out is not None or init_from is not None:
-            raise UserError(
-                "--resume continues a run in its folder: it takes no --out and no --init-from"
-            )
+            return _start(config, out, in_process, reporter)
+        if out is not None:
+            raise UserError("--resume continues a run in its folder: it takes no --out")
         return _resume(RunFolder.open(resume), config, in_process, reporter)
     finally:
         reporter.stopped()
 
 
 def _start(
-    config: Config | None,
-    out: Path | str | None,
-    init_from: Path | str | None,
-    in_process: bool,
-    reporter: Reporter,
+    config: Config | None, out: Path | str | None, in_process: bool, reporter: Reporter
 ) -> dict[str, Any]:
     """A new run. Nothing is on disk until all that can be known beforehand is known to be right."""
     if config is None or out is None:
         raise UserError("a new run needs a config and a folder (out)")
     run = RunFolder(Path(out))
     run.refuse_existing()
-    initial = _initial_weights(config, init_from) if init_from is not None else None
     splits = _load_splits(config, reporter)
-    with closing(_build_cohort(config, splits, in_process, reporter)) as cohort:
-        if initial is not None:
-            cohort.load_weights(initial)
+    with closing(_fresh_cohort(config, splits, in_process, reporter)) as cohort:
         run.create(config)
         return _Loop(config, run, splits, cohort, reporter, _State()).run()
 
@@ -155,16 +144,31 @@ def _resume(
     run: RunFolder, config: Config | None, in_process: bool, reporter: Reporter
 ) -> dict[str, Any]:
     """Goes on from the last checkpoint; what was written after it is dropped."""
-    checkpoint = run.checkpoints.load("last")
     config = config or run.config()
-    _refuse_changes(config, checkpoint, run)
+    checkpoint: Checkpoint | None = None
+    if run.checkpoints.index():
+        checkpoint = run.checkpoints.load("last")
+        _refuse_changes(config, checkpoint, run)
+    threads_before = run.environment().get("threads")
     splits = _load_splits(config, reporter)
-    with closing(_build_cohort(config, splits, in_process, reporter)) as cohort:
-        cohort.load(checkpoint.peers)
+    cohort = (
+        _fresh_cohort(config, splits, in_process, reporter)  # it was killed before its first step
+        if checkpoint is None
+        else _build_cohort(config, splits, in_process, reporter, initial_weights=False)
+    )
+    with closing(cohort):
+        state = _State()
+        if checkpoint is not None:
+            cohort.load(checkpoint.peers)
+            meta = checkpoint.meta
+            state = _State(checkpoint.step, meta["best"], meta["best_step"], meta["untrained"])
+        if threads_before not in (None, list(cohort.threads)):
+            reporter.note(
+                f"the peers have {list(cohort.threads)} torch threads and had {threads_before}: the "
+                "last bits may differ from an undisturbed run (cohort.threads_per_peer sets them)"
+            )
         run.write_config(config)
-        run.truncate_metrics(checkpoint.step)
-        meta = checkpoint.meta
-        state = _State(checkpoint.step, meta["best"], meta["best_step"], meta["untrained"])
+        run.truncate_metrics(state.step)
         return _Loop(config, run, splits, cohort, reporter, state).run()
 
 
@@ -195,17 +199,12 @@ def evaluate(
         skip=frozenset(environment.get("skipped_images", ())),
         check=False,
     )
-    which = weights or default_weights(config, splits)
+    which = config.weights_to_judge(weights)
     checkpoint = folder.checkpoints.load("best" if which == "best" else "last")
     config = config.model_copy(update={"cohort": cohort_config})
-    with closing(LocalCohort(config, splits)) as cohort:
+    with closing(LocalCohort(config, splits, initial_weights=False)) as cohort:
         cohort.load(checkpoint.peers)
         return _judge(config, splits, cohort, which, checkpoint.step, checkpoint.meta["untrained"])
-
-
-def default_weights(config: Config, splits: Splits) -> str:
-    """The weights a run is judged by, unless told: never chosen on the test classes."""
-    return config.evaluation.weights or ("best" if splits.validation is not None else "last")
 
 
 @dataclass
@@ -245,7 +244,11 @@ class _Loop:
         }
         self._run.write_environment(**facts)
         self._reporter.started(config, self._splits, facts)
-        events = SummaryWriter(str(self._run.tensorboard)) if config.train.tensorboard else None
+        events = (
+            SummaryWriter(str(self._run.tensorboard), purge_step=state.step + 1)
+            if config.train.tensorboard
+            else None
+        )
         try:
             if state.step == 0 and config.evaluation.untrained:
                 self._reporter.doing("judging the untrained peers")
@@ -329,7 +332,7 @@ class _Loop:
         self._reporter.saved(state.step, best=best)
 
     def _finish(self) -> dict[str, Any]:
-        which = default_weights(self._config, self._splits)
+        which = self._config.weights_to_judge()
         step = self._state.step
         if which == "best":
             checkpoint = self._run.checkpoints.load("best")
@@ -359,15 +362,17 @@ def _load_splits(config: Config, reporter: Reporter) -> Splits:
     return splits
 
 
-def _build_cohort(config: Config, splits: Splits, in_process: bool, reporter: Reporter) -> Cohort:
+def _build_cohort(
+    config: Config, splits: Splits, in_process: bool, reporter: Reporter, initial_weights: bool
+) -> Cohort:
     reporter.doing("starting the peers")
     if in_process:
-        return LocalCohort(config, splits)
+        return LocalCohort(config, splits, initial_weights=initial_weights)
     from ray_dmml.cohort.remote import (
         RayCohort,
     )  # seconds of import that in-process runs are spared
 
-    return RayCohort(config, splits)
+    return RayCohort(config, splits, initial_weights=initial_weights)
 
 
 def _judge(
@@ -415,14 +420,30 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _initial_weights(config: Config, source: Path | str) -> dict[str, Any]:
-    """The best (else last) weights of another run, by peer name."""
+def _fresh_cohort(config: Config, splits: Splits, in_process: bool, reporter: Reporter) -> Cohort:
+    """Peers before their first step, from ``train.init_from`` where that is set."""
+    initial = _initial_weights(config)
+    cohort = _build_cohort(config, splits, in_process, reporter, initial_weights=initial is None)
+    if initial is not None:
+        try:
+            cohort.load_weights(initial)
+        except BaseException:
+            cohort.close()
+            raise
+    return cohort
+
+
+def _initial_weights(config: Config) -> dict[str, Any] | None:
+    """The best (else last) weights of the run that this one starts from, by peer name."""
+    source = config.train.init_from
+    if source is None:
+        return None
     store = RunFolder.open(source).checkpoints
     peers = store.load("best" if "best" in store.index() else "last").peers
     missing = [str(peer.name) for peer in config.cohort.peers if peer.name not in peers]
     if missing:
         raise UserError(
-            f"--init-from {source}: it has no peer {', '.join(missing)}; it has {', '.join(peers)}"
+            f"train.init_from {source}: it has no peer {', '.join(missing)}; it has {', '.join(peers)}"
         )
     return {str(peer.name): peers[str(peer.name)] for peer in config.cohort.peers}
 

@@ -32,7 +32,8 @@ class Offer:
     """``cpu``, or one string for each physical GPU."""
 
     store: tuple[str, int] | None
-    """Host and port of the TCP store that the first peer has opened; None from the others."""
+    """Host and port of the TCP store that the first peer has opened; None from the others, or
+    where it could open none."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ class Coordinator:
         everyone = await self._gather("exchange", step, position, embedding)
         return everyone[:position] + everyone[position + 1 :]
 
-    async def form_group(self, position: int, offer: Offer) -> Group:
-        """The rendezvous of the direct transport: every peer offers, all get the same group.
+    async def form_group(self, position: int, offer: Offer) -> Group | None:
+        """The rendezvous of the direct transport: every peer offers, all get the same group, or
+        None where the first peer has no store to meet at.
 
         NCCL takes one rank a GPU, so it is used only where every peer has a GPU of its own;
         fractional and mixed cohorts use gloo.
@@ -77,7 +79,7 @@ class Coordinator:
         own_gpus = "cpu" not in devices and len(set(devices)) == len(devices)
         store = offers[0].store
         if store is None:
-            raise ValueError("the first peer must offer a store")
+            return None
         return Group(backend="nccl" if own_gpus else "gloo", store=store)
 
     async def all_agree(self, position: int, agreed: bool) -> bool:

@@ -31,7 +31,9 @@ def build_sampler(config: Config, splits: Splits) -> ClassBalancedSampler:
     )
 
 
-def build_peer(config: Config, position: int, splits: Splits, device: torch.device) -> Peer:
+def build_peer(
+    config: Config, position: int, splits: Splits, device: torch.device, initial_weights: bool
+) -> Peer:
     """The peer at a position of ``cohort.peers``."""
     return Peer(
         config.cohort.peers[position],
@@ -40,6 +42,7 @@ def build_peer(config: Config, position: int, splits: Splits, device: torch.devi
         num_classes=splits.train.num_classes,
         decode_size=config.data.decode_size,
         device=device,
+        initial_weights=initial_weights,
     )
 
 
@@ -50,17 +53,27 @@ class LocalCohort:
         config: the experiment.
         splits: its images.
         device: where all peers compute; None: the first GPU, else the CPU.
+        initial_weights: False where a checkpoint replaces them at once.
     """
 
-    def __init__(self, config: Config, splits: Splits, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        splits: Splits,
+        device: torch.device | None = None,
+        *,
+        initial_weights: bool = True,
+    ) -> None:
         if device is None:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         num_peers = len(config.cohort.peers)
         self._config, self._splits = config, splits
-        self.peers = [build_peer(config, i, splits, device) for i in range(num_peers)]
+        self.peers = [
+            build_peer(config, i, splits, device, initial_weights) for i in range(num_peers)
+        ]
         self.names = tuple(peer.name for peer in self.peers)
-        self._loader = BatchLoader(splits.train, build_sampler(config, splits))
         threads = config.cohort.threads_per_peer or max(1, num_cores() // num_peers)
+        self._loader = BatchLoader(splits.train, build_sampler(config, splits), threads)
         self.threads = (threads,) * num_peers
         self.devices, self.transport = (str(device),) * num_peers, "in-process"
         self._threads_before = torch.get_num_threads()

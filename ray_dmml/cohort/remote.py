@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from ray_dmml.cohort import StepRow
 from ray_dmml.cohort.coordinator import Coordinator
 from ray_dmml.cohort.local import build_peer, build_sampler
 from ray_dmml.cohort.transport import connect
-from ray_dmml.config import Config
+from ray_dmml.config import Config, PeerConfig
 from ray_dmml.cores import num_cores
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import Splits
@@ -37,6 +38,9 @@ from ray_dmml.errors import PeerLostError, UserError
 
 POLL_S = 0.25
 """Seconds between two looks at the peers' progress."""
+
+CONNECT_S = 10.0
+"""Seconds until a cluster that does not answer is reported."""
 
 GRACE_S = 5.0
 """When one peer's exchange fails, so long do we wait for the peer that is the cause to be known."""
@@ -47,14 +51,21 @@ class PeerActor:
     of an error that a constructor raises."""
 
     def build(
-        self, config: Config, position: int, skipped: Sequence[str], threads: int, coordinator: Any
+        self,
+        config: Config,
+        position: int,
+        skipped: Sequence[str],
+        threads: int,
+        coordinator: Any,
+        initial_weights: bool,
     ) -> dict[str, str]:
         torch.set_num_threads(threads)
         self._config, self._position, self._coordinator = config, position, coordinator
         self._splits = load_splits(config.data, skip=frozenset(skipped), check=False)
-        device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-        self._peer = build_peer(config, position, self._splits, device)
-        self._loader = BatchLoader(self._splits.train, build_sampler(config, self._splits))
+        device = _device(config.cohort.peers[position])
+        self._peer = build_peer(config, position, self._splits, device, initial_weights)
+        sampler = build_sampler(config, self._splits)
+        self._loader = BatchLoader(self._splits.train, sampler, threads)
         self._exchange, transport = connect(
             config.cohort.transport,
             coordinator,
@@ -97,25 +108,27 @@ class RayCohort:
     Args:
         config: the experiment.
         splits: its images (the actors read their own copy; they are told which to leave out).
+        initial_weights: False where a checkpoint replaces them at once.
 
     Raises:
         UserError: the cluster has not what the peers ask for, or a peer cannot be built.
     """
 
-    def __init__(self, config: Config, splits: Splits) -> None:
+    def __init__(self, config: Config, splits: Splits, *, initial_weights: bool = True) -> None:
         self.names = tuple(str(peer.name) for peer in config.cohort.peers)
         self._owns_ray = _ensure_ray()
         self._actors: list[Any] = []
         self._group: Any = None
         self._coordinator: Any = None
         try:
-            self._start(config, splits)
+            self._start(config, splits, initial_weights)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, config: Config, splits: Splits) -> None:
-        bundles = plan_bundles(config, ray.cluster_resources(), _largest_node_cpus())
+    def _start(self, config: Config, splits: Splits, initial_weights: bool) -> None:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        bundles = plan_bundles(config, nodes)
         self._group = placement_group(bundles, strategy="PACK")
         try:
             ray.get(self._group.ready(), timeout=config.cohort.start_timeout_s)
@@ -147,7 +160,9 @@ class RayCohort:
         ]
         built = self._gather(
             [
-                actor.build.remote(config, i, splits.skipped, threads, self._coordinator)
+                actor.build.remote(
+                    config, i, splits.skipped, threads, self._coordinator, initial_weights
+                )
                 for i, (actor, threads) in enumerate(zip(self._actors, self.threads, strict=True))
             ]
         )
@@ -215,32 +230,41 @@ class RayCohort:
         """The failure that caused the others: a user's mistake, then a death, then a lost exchange."""
         if _is_mistake(_cause(error)):
             return _cause(error)
-        failures = self._failures(refs) or [(refs[0], error)]
+        failures, silent = self._failures(refs)
+        failures = failures or [(refs[0], error)]
         causes = [_cause(failure) for _, failure in failures]
         for cause in causes:
             if _is_mistake(cause):
                 return cause
         for ref, failure in failures:
-            if isinstance(failure, RayActorError):
+            # A call that failed on a dead actor is a RayActorError too: that one is the coordinator.
+            if isinstance(failure, RayActorError) and not isinstance(failure, RayTaskError):
                 name = self.names[refs.index(ref)]
                 step = self._progress().get(name)
                 where = "" if step is None else f" after step {step}"
-                reason = str(failure).strip().splitlines()[0]
-                return PeerLostError(f"{name} died{where}: {reason}")
+                return PeerLostError(f"{name} died{where}: {_first_line(failure)}")
+        for cause in causes:
+            if isinstance(cause, RayActorError):
+                return PeerLostError(f"the coordinator died: {_first_line(cause)}")
         for cause in causes:
             if isinstance(cause, PeerLostError):
-                return cause
+                told, missing = str(cause), ", ".join(silent)
+                if told.startswith(missing):
+                    return cause
+                # torch.distributed does not say for whom it waited; the coordinator does.
+                return PeerLostError(f"{missing} gave no answer: {told}")
         return causes[0]
 
-    def _failures(self, refs: list[Any]) -> list[tuple[Any, Exception]]:
-        done, _ = ray.wait(refs, num_returns=len(refs), timeout=GRACE_S)
+    def _failures(self, refs: list[Any]) -> tuple[list[tuple[Any, Exception]], list[str]]:
+        """What the peers raised by now, and who has not answered."""
+        done, waiting = ray.wait(refs, num_returns=len(refs), timeout=GRACE_S)
         failures: list[tuple[Any, Exception]] = []
         for ref in done:
             try:
                 ray.get(ref)
             except (RayTaskError, RayActorError) as error:
                 failures.append((ref, error))
-        return failures
+        return failures, [self.names[refs.index(ref)] for ref in waiting]
 
     def _progress(self) -> dict[str, int]:
         try:
@@ -258,38 +282,76 @@ def _is_mistake(error: Exception) -> bool:
     return isinstance(error, UserError) and not isinstance(error, PeerLostError)
 
 
-def plan_bundles(
-    config: Config, cluster: Mapping[str, float], largest_node_cpus: float
-) -> list[dict[str, float]]:
-    """CPUs and GPUs of each peer's actor: as configured, or an even share of what the cluster has.
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _device(peer: PeerConfig) -> torch.device:
+    """The GPU that Ray gave this actor, which alone is visible to it, else the CPU.
 
     Raises:
-        UserError: more is asked than the cluster has.
+        UserError: the config asks for GPUs and torch has no use of them.
+    """
+    if ray.get_gpu_ids():
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        if peer.num_gpus:
+            raise UserError(
+                f"{peer.name}: num_gpus is {peer.num_gpus:g} and Ray found a GPU, but this torch "
+                f"({torch.__version__}) cannot use it: install a CUDA build and the driver"
+            )
+    return torch.device("cpu")
+
+
+def plan_bundles(config: Config, nodes: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """CPUs and GPUs of each peer's actor: as configured, or an even share of what is left.
+
+    Args:
+        nodes: the resources of every node of the cluster.
+
+    Raises:
+        UserError: more is asked than the cluster, or its largest node, has.
     """
     peers = config.cohort.peers
-    num_cpus, num_gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
-    cpu_share = min(num_cpus / len(peers), largest_node_cpus)
-    if cpu_share > 1:
-        cpu_share = float(int(cpu_share))
-    # 1/2, 1/3, ... so that peers fill whole GPUs: 3 peers on 2 GPUs as 2/3 each would not fit.
-    gpu_share = min(1.0, 1 / math.ceil(len(peers) / num_gpus)) if num_gpus >= 1 else 0.0
-    bundles = []
-    for peer in peers:
-        gpus = gpu_share if peer.num_gpus is None else peer.num_gpus
-        bundle = {"CPU": cpu_share if peer.num_cpus is None else peer.num_cpus}
-        bundles.append({**bundle, "GPU": gpus} if gpus else bundle)
-    for kind, has in (("GPU", num_gpus), ("CPU", num_cpus)):
-        asked = sum(bundle.get(kind, 0) for bundle in bundles)
-        if asked > has + 1e-6:
+    cpus = _shares([peer.num_cpus for peer in peers], nodes, "CPU")
+    gpus = _shares([peer.num_gpus for peer in peers], nodes, "GPU")
+    return [
+        {"CPU": cpu, "GPU": gpu} if gpu else {"CPU": cpu}
+        for cpu, gpu in zip(cpus, gpus, strict=True)
+    ]
+
+
+def _shares(
+    asked: Sequence[float | None], nodes: Sequence[Mapping[str, float]], kind: str
+) -> list[float]:
+    """Each peer's part of one kind of resource."""
+    total = sum(node.get(kind, 0.0) for node in nodes)
+    largest = max((node.get(kind, 0.0) for node in nodes), default=0.0)
+    given = sum(part for part in asked if part is not None)
+    where = f"cohort.peers.*.num_{kind.lower()}s"
+    if given > total + 1e-6:
+        raise UserError(
+            f"the peers ask for {given:g} {kind}s ({where}), but the cluster has {total:g}"
+        )
+    most = max((part for part in asked if part is not None), default=0.0)
+    if most > largest + 1e-6:
+        raise UserError(
+            f"a peer asks for {most:g} {kind}s ({where}), but the largest node has {largest:g}"
+        )
+    rest, num_open = max(0.0, total - given), sum(part is None for part in asked)
+    share = 0.0
+    if num_open and kind == "GPU":
+        # 1/2, 1/3, ... so that peers fill whole GPUs: 3 peers on 2 GPUs as 2/3 each would not fit.
+        share = 1 / math.ceil(num_open / int(rest)) if rest >= 1 else 0.0
+    elif num_open:
+        if rest <= 0:
             raise UserError(
-                f"the peers ask for {asked:g} {kind}s (cohort.peers.*.num_{kind.lower()}s), but the "
-                f"cluster has {has:g}"
+                f"the peers that say their {where} take all {total:g} CPUs of the cluster: "
+                "leave some for the others"
             )
-    return bundles
-
-
-def _largest_node_cpus() -> float:
-    return max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+        share = min(rest / num_open, largest)
+        share = float(int(share)) if share > 1 else share
+    return [share if part is None else part for part in asked]
 
 
 def _shown(resources: Mapping[str, float]) -> str:
@@ -306,8 +368,25 @@ def _ensure_ray() -> bool:
     address = os.environ.get("RAY_ADDRESS")
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
-        ray.init(address=address, **settings)
+        _require_reachable(address)
+        try:
+            ray.init(address=address, **settings)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"RAY_ADDRESS {address} cannot be joined: {error}") from None
     else:
         # "local": without it Ray would join any cluster that was left in the temp folder.
         ray.init("local", num_cpus=num_cores(), include_dashboard=False, **settings)
     return True
+
+
+def _require_reachable(address: str) -> None:
+    """Ray itself tries for minutes, in silence."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto", "local": Ray knows at once
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS {address} does not answer ({error}); unset it to run on this machine"
+        ) from None

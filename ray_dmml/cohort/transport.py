@@ -6,7 +6,6 @@ computed while the bytes travel.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -15,14 +14,12 @@ import ray
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from ray_dmml.cohort.coordinator import Group, Offer
 from ray_dmml.errors import PeerLostError
 
-log = logging.getLogger(__name__)
-
-_DIST_ERRORS = (RuntimeError, dist.DistError)
+_DIST_ERRORS = (RuntimeError, ValueError, OSError)
 
 
 class Exchange(Protocol):
@@ -40,8 +37,6 @@ class Exchange(Protocol):
         """
         ...
 
-    def close(self) -> None: ...
-
 
 class Alone:
     """The exchange of a cohort of one."""
@@ -51,9 +46,6 @@ class Alone:
 
     def finish(self) -> list[Tensor]:
         return []
-
-    def close(self) -> None:
-        pass
 
 
 class CoordinatorExchange:
@@ -72,9 +64,6 @@ class CoordinatorExchange:
         # Ray's arrays are read-only views at any address; a tensor of torch's own is writable and
         # aligned, and matrix products give the same bits only for the same alignment.
         return [torch.empty(a.shape).copy_(torch.tensor(a)) for a in arrays]
-
-    def close(self) -> None:
-        pass
 
 
 class DirectExchange:
@@ -146,7 +135,7 @@ def connect(
     device: torch.device,
     timeout_s: float,
 ) -> tuple[Exchange, str]:
-    """A peer's end of the exchange, and the name of the way that was taken.
+    """A peer's end of the exchange, and the way that was taken, with the reason if not the asked.
 
     ``direct`` falls back to the coordinator, for all peers alike, where no group can be formed.
     """
@@ -155,16 +144,18 @@ def connect(
     if transport == "coordinator":
         return CoordinatorExchange(coordinator, position), "coordinator"
     direct: DirectExchange | None = None
+    reason = "another peer could not join"
     try:
         direct = _join_group(coordinator, position, sizes, device, timeout_s)
     except _DIST_ERRORS as error:
-        log.warning("no direct transport, the coordinator carries the embeddings: %s", error)
+        reason = str(error).splitlines()[0]
     if ray.get(coordinator.all_agree.remote(position, direct is not None)):
         assert direct is not None
         return direct, "direct"
     if direct is not None:
         direct.close()
-    return CoordinatorExchange(coordinator, position), "coordinator"
+    how = f"coordinator, as no direct group could be formed ({reason})"
+    return CoordinatorExchange(coordinator, position), how
 
 
 def _join_group(
@@ -176,11 +167,17 @@ def _join_group(
         name = str(torch.cuda.get_device_properties(device).uuid)
     own_store: Store | None = None
     address: tuple[str, int] | None = None
+    reason = "the first peer could open no store"
     if position == 0:
         # Port 0: the system picks a free one, and no other process can take it in between.
         host = ray.util.get_node_ip_address()
-        own_store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        address = (host, own_store.port)
-    group: Group = ray.get(coordinator.form_group.remote(position, Offer(name, address)))
+        try:
+            own_store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            address = (host, own_store.port)
+        except _DIST_ERRORS as error:
+            reason = f"no store on {host}: {error}"  # said below: the others wait for our offer
+    group: Group | None = ray.get(coordinator.form_group.remote(position, Offer(name, address)))
+    if group is None:
+        raise RuntimeError(reason)
     store = own_store or TCPStore(*group.store, is_master=False, timeout=timeout)
     return DirectExchange(group, store, position, sizes, device, timeout_s)

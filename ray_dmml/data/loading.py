@@ -5,11 +5,10 @@ Nothing here is random but the sampler, so a batch may be decoded ahead in a thr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,21 +65,18 @@ class BatchLoader:
         return Batch(step, torch.stack(images), labels)
 
 
-def in_chunks(
-    images: ImageSet, size: int, indices: Sequence[int] | None = None
-) -> Iterator[Tensor]:
+def in_chunks(images: ImageSet, size: int) -> Iterator[Tensor]:
     """All images in order, decoded, ``size`` at a time: uint8 (<= size, 3, S, S)."""
-    numbers = np.arange(len(images)) if indices is None else np.asarray(indices)
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as ahead:
 
         def load(start: int) -> Tensor:
-            read = images.source.read
-            return torch.stack([read(int(i)) for i in numbers[start : start + size]])
+            stop = min(start + size, len(images))
+            return torch.stack([images.source.read(i) for i in range(start, stop)])
 
-        pending = ahead.submit(load, 0) if len(numbers) else None
-        start = 0
-        while pending is not None:
+        starts = range(0, len(images), size)
+        pending = ahead.submit(load, 0) if starts else None
+        for start in starts:
+            assert pending is not None
             chunk = pending.result()
-            start += size
-            pending = ahead.submit(load, start) if start < len(numbers) else None
+            pending = ahead.submit(load, start + size) if start + size < len(images) else None
             yield chunk

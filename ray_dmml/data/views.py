@@ -46,19 +46,22 @@ def _presets(size: int) -> dict[str, list[Transform]]:
 
 
 class View:
-    """Applies a pipeline to every image of a batch on its own, so each gets its own draws.
+    """Applies a pipeline to a batch.
 
     Args:
-        pipeline: takes and gives uint8 (3, H, W).
+        pipeline: takes and gives uint8 (..., 3, H, W).
         size: H = W of what it must give.
         source: how to name it in an error.
+        draws: it is random, so every image goes through it on its own and gets its own draws.
 
     Raises:
         UserError: tried on one image of ``decode_size``, it fails or gives another shape or type.
     """
 
-    def __init__(self, pipeline: v2.Transform, size: int, decode_size: int, source: str) -> None:
-        self._pipeline = pipeline
+    def __init__(
+        self, pipeline: v2.Transform, size: int, decode_size: int, source: str, *, draws: bool
+    ) -> None:
+        self._pipeline, self._draws = pipeline, draws
         generator_state = torch.get_rng_state()
         try:
             result = pipeline(torch.zeros(3, decode_size, decode_size, dtype=torch.uint8))
@@ -80,6 +83,8 @@ class View:
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) -> uint8 (B, 3, H, H)."""
+        if not self._draws:
+            return self._pipeline(images)
         return torch.stack([self._pipeline(image) for image in images])
 
 
@@ -94,14 +99,16 @@ def training_view(
     transforms = _presets(size)[config] if isinstance(config, str) else config
     source = f"view of {owner}"
     built = [_build(transform, size, source) for transform in transforms]
-    return View(v2.Compose(built) if built else v2.Identity(), size, decode_size, source)
+    return View(
+        v2.Compose(built) if built else v2.Identity(), size, decode_size, source, draws=True
+    )
 
 
 def evaluation_view(size: int, crop: float, decode_size: int) -> View:
     """Resize so that the centre crop keeps ``crop`` of the side: no draws."""
     resized = round(size / crop)
     pipeline = v2.Compose([v2.Resize([resized, resized]), v2.CenterCrop(size)])
-    return View(pipeline, size, decode_size, "the evaluation view")
+    return View(pipeline, size, decode_size, "the evaluation view", draws=False)
 
 
 def _build(transform: Transform, size: int, source: str) -> v2.Transform:

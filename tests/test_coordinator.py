@@ -1,0 +1,124 @@
+"""The coordinator as an ordinary object: gatherings, deadlines, the choice of a group."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ray_dmml.cohort.coordinator import Coordinator, Group, Offer
+from ray_dmml.errors import PeerLostError
+
+NAMES = ("a", "b", "c")
+LONG = 60.0
+
+
+async def both(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+def test_everyone_gets_the_others_in_peer_order() -> None:
+    """Whatever the order of arrival; peers may differ in D; steps may overlap."""
+
+    async def scenario() -> None:
+        coordinator = Coordinator(NAMES, LONG)
+        sent = {(s, p): np.full((2, p + 1), 10 * s + p) for s in (0, 1) for p in range(3)}
+        order = [(0, 2), (0, 0), (1, 2), (1, 0), (0, 1), (1, 1)]
+        calls = [coordinator.exchange(step, peer, sent[step, peer]) for step, peer in order]
+        for (step, peer), others in zip(order, await both(*calls), strict=True):
+            expected = [sent[step, other] for other in range(3) if other != peer]
+            assert [other.tolist() for other in others] == [e.tolist() for e in expected]
+
+    asyncio.run(scenario())
+
+
+def test_nobody_goes_on_before_the_last_has_come() -> None:
+    """Two of three wait; the third lets all go."""
+
+    async def scenario() -> None:
+        coordinator = Coordinator(NAMES, LONG)
+        early = [
+            asyncio.create_task(coordinator.exchange(4, peer, np.zeros((1, 1)))) for peer in (0, 1)
+        ]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not any(task.done() for task in early)
+        await coordinator.exchange(4, 2, np.ones((1, 1)))
+        assert [len(others) for others in await asyncio.gather(*early)] == [2, 2]
+
+    asyncio.run(scenario())
+
+
+def test_finished_exchanges_are_forgotten() -> None:
+    """A long run keeps no old embeddings in memory."""
+    coordinator = Coordinator(NAMES, LONG)
+
+    async def scenario() -> None:
+        for step in range(50):
+            calls = [coordinator.exchange(step, peer, np.zeros((1, 1))) for peer in range(3)]
+            await asyncio.gather(*calls)
+
+    asyncio.run(scenario())
+    assert coordinator._gatherings == {}
+
+
+def test_a_silent_peer_is_named() -> None:
+    """The deadline ends the wait of those who came, with the names of those who did not."""
+
+    async def scenario() -> list[Any]:
+        coordinator = Coordinator(NAMES, 0.05)
+        return await both(coordinator.exchange(7, 1, np.zeros((1, 1))))
+
+    [error] = asyncio.run(scenario())
+    assert isinstance(error, PeerLostError)
+    assert str(error).startswith("a, c: nothing came for the exchange of step 7 within 0.05 s")
+    assert "cohort.exchange_timeout_s" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("devices", "backend"),
+    [
+        (["gpu-1", "gpu-2", "gpu-3"], "nccl"),
+        (["gpu-1", "gpu-2", "gpu-1"], "gloo"),
+        (["gpu-1", "cpu", "gpu-2"], "gloo"),
+        (["cpu", "cpu", "cpu"], "gloo"),
+    ],
+)
+def test_nccl_only_where_every_peer_has_its_own_gpu(devices: list[str], backend: str) -> None:
+    """NCCL refuses two ranks on one GPU: shared and mixed cohorts take gloo; all get one group,
+    which meets at the first peer's store."""
+
+    async def scenario() -> list[Any]:
+        coordinator = Coordinator(NAMES, LONG)
+        offers = [Offer(device, None) for device in devices]
+        offers[0] = Offer(devices[0], ("10.0.0.1", 4321))
+        return await both(*[coordinator.form_group(p, offers[p]) for p in (2, 0, 1)])
+
+    assert asyncio.run(scenario()) == [Group(backend, ("10.0.0.1", 4321))] * 3
+
+
+@pytest.mark.parametrize("refusing", [None, 0, 2])
+def test_all_or_none_use_the_group(refusing: int | None) -> None:
+    """One peer that could not join is enough for all to go by the coordinator."""
+
+    async def scenario() -> list[Any]:
+        coordinator = Coordinator(NAMES, LONG)
+        return await both(*[coordinator.all_agree(p, p != refusing) for p in range(3)])
+
+    assert asyncio.run(scenario()) == [refusing is None] * 3
+
+
+def test_progress_is_the_last_report_of_each() -> None:
+    """By name, 0 before the first."""
+
+    async def scenario() -> dict[str, int]:
+        coordinator = Coordinator(NAMES, LONG)
+        await coordinator.report(2, 5)
+        await coordinator.report(0, 3)
+        await coordinator.report(2, 6)
+        return await coordinator.progress()
+
+    assert asyncio.run(scenario()) == {"a": 3, "b": 0, "c": 6}

@@ -1,0 +1,87 @@
+"""A run's peers without its images and without Ray."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import unlike_peers
+
+from ray_dmml import Config, UserError, load_cohort, train
+from ray_dmml.checkpoint import CheckpointStore
+from ray_dmml.cohort.local import LocalCohort
+from ray_dmml.data.datasets import load_splits
+from ray_dmml.data.images import BadImageError
+from ray_dmml.data.loading import in_chunks
+from ray_dmml.retrieval.ensemble import ensemble_embedding
+
+
+@pytest.fixture(scope="module")
+def run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 3 unlike peers."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train(unlike_peers(image_folder), out, in_process=True)
+    return out
+
+
+@pytest.mark.parametrize("weights", [None, "last", "best", "averaged"])
+def test_embeddings_are_those_of_the_run(
+    run: Path, image_folder: Path, weights: str | None
+) -> None:
+    """Of files and of decoded images, as the training cohort embeds its test classes."""
+    config = Config.load(run / "config.yaml")
+    splits = load_splits(config.data)
+    which = "best" if weights in (None, "best") else "last"
+    with closing(LocalCohort(config, splits)) as cohort:
+        cohort.load(CheckpointStore(run / "checkpoints").load(which).peers)
+        expected = cohort.embeddings("test", averaged=weights == "averaged")
+    trained = load_cohort(run, weights)
+    assert tuple(trained.peers) == cohort.names
+    files = [image_folder / splits.test.source.name(i) for i in range(len(splits.test))]
+    found = trained.embed_files(files, batch_size=7)
+    assert found.dtype == np.float32 and found.shape == (40, 16 + 24 + 8)
+    ensemble = ensemble_embedding(list(expected.values()))
+    assert np.allclose(found, ensemble, atol=1e-5)
+    [images] = in_chunks(splits.test, 1000)
+    assert np.allclose(trained.embed(images), ensemble, atol=1e-5)
+    for name, peer in trained.peers.items():
+        assert np.allclose(peer.embed(images).numpy(), expected[name], atol=1e-5)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+
+
+def test_live_and_averaged_weights_are_different_nets(run: Path, image_folder: Path) -> None:
+    """Of the one peer that keeps an average; the two others are the same either way."""
+    files = sorted(image_folder.glob("class15/*.png"))
+    live, averaged = (load_cohort(run, w).embed_files(files) for w in ("last", "averaged"))
+    assert not np.allclose(live[:, :16], averaged[:, :16], atol=1e-4)
+    assert np.array_equal(live[:, 16:], averaged[:, 16:])
+
+
+def test_neither_the_images_nor_the_order_of_calls_matter(run: Path, tmp_path: Path) -> None:
+    """A run folder moved to a machine without its data gives the same embeddings."""
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    text = (moved / "config.yaml").read_text()
+    root = str(Config.load(run / "config.yaml").data.root)
+    (moved / "config.yaml").write_text(text.replace(root, "/nowhere"))
+    files = sorted(Path(root).glob("class1*/0.png"))
+    cohort = load_cohort(moved)
+    assert np.array_equal(cohort.embed_files(files), load_cohort(run).embed_files(files))
+    assert np.array_equal(cohort.embed_files(files), cohort.embed_files(files))
+    assert cohort.embed_files([]).shape == (0, 48)
+
+
+def test_mistakes_are_told(run: Path, tmp_path: Path) -> None:
+    """Unknown weights, no run, a missing image, a run with no checkpoint."""
+    with pytest.raises(UserError, match="no weights 'bset'; there are last and best"):
+        load_cohort(run, "bset")
+    with pytest.raises(UserError, match=r"is not the folder of a run: it has no config\.yaml"):
+        load_cohort(tmp_path)
+    with pytest.raises(BadImageError, match=r"gone\.png cannot be read: No such file"):
+        load_cohort(run).embed_files([tmp_path / "gone.png"])
+    shutil.copy(run / "config.yaml", tmp_path)
+    with pytest.raises(UserError, match="has no best checkpoint"):
+        load_cohort(tmp_path)

@@ -1,0 +1,74 @@
+"""Batches of decoded images, whatever order they are asked in."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny
+
+from ray_dmml.config import Config
+from ray_dmml.data.datasets import load_splits
+from ray_dmml.data.images import BadImageError, ImageSet
+from ray_dmml.data.loading import BatchLoader, in_chunks
+from ray_dmml.data.sampling import ClassBalancedSampler
+
+
+@pytest.fixture(scope="module")
+def images(image_folder: Path) -> ImageSet:
+    return load_splits(Config.parse(tiny(image_folder)).data).train
+
+
+def test_batches_are_a_function_of_the_step(images: ImageSet) -> None:
+    """Asked in any order, twice, after a jump or on a fresh loader, a step's batch is the images
+    and labels that the sampler names."""
+    sampler = ClassBalancedSampler(images.labels, 4, 3, seed=5)
+    with closing(BatchLoader(images, sampler, threads=2)) as loader:
+        for step in (0, 1, 2, 9, 1, 1, 0, 7, 8):
+            batch = loader.batch(step)
+            indices = sampler.batch(step)
+            assert batch.step == step
+            assert batch.images.shape == (12, 3, 36, 36) and batch.images.dtype == torch.uint8
+            assert batch.labels.dtype == torch.int64
+            assert batch.labels.tolist() == images.labels[indices].tolist()
+            for image, index in zip(batch.images, indices, strict=True):
+                assert torch.equal(image, images.source.read(int(index)))
+
+
+def test_an_unreadable_image_of_the_next_batch_waits_for_its_step(images: ImageSet) -> None:
+    """Decoding ahead meets a broken file one step early; the error comes with its own step."""
+    sampler = ClassBalancedSampler(images.labels, 2, 2, seed=0)
+    later = set(sampler.batch(1).tolist()) - set(sampler.batch(0).tolist())
+    broken = sorted(later)[0]
+
+    class Broken:
+        """The images, but for one that has become unreadable."""
+
+        def __len__(self) -> int:
+            return len(images)
+
+        def name(self, index: int) -> str:
+            return images.source.name(index)
+
+        def read(self, index: int) -> torch.Tensor:
+            if index == broken:
+                raise BadImageError(f"image {self.name(index)} cannot be read: gone")
+            return images.source.read(index)
+
+    fragile = ImageSet(Broken(), images.labels, images.class_names)
+    with closing(BatchLoader(fragile, sampler)) as loader:
+        assert len(loader.batch(0).images) == 4
+        with pytest.raises(BadImageError, match=images.source.name(broken)):
+            loader.batch(1)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_chunks_are_all_images_in_order(images: ImageSet, size: int) -> None:
+    """Together the chunks are every image once, in order; none is larger than asked."""
+    chunks = list(in_chunks(images, size))
+    assert [len(chunk) for chunk in chunks[:-1]] == [size] * (len(chunks) - 1)
+    assert 1 <= len(chunks[-1]) <= size
+    expected = torch.stack([images.source.read(i) for i in range(len(images))])
+    assert torch.equal(torch.cat(chunks), expected)

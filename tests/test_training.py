@@ -1,0 +1,442 @@
+"""Runs: what they leave behind, and that interrupted, extended and repeated ones are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import yaml
+from conftest import assert_same, tiny
+from PIL import Image
+
+from ray_dmml import Config, UserError, evaluate, train
+from ray_dmml.checkpoint import CheckpointStore, decode_peer
+from ray_dmml.data.datasets import load_splits
+from ray_dmml.training import Silent
+
+EVERY_TWO = {"steps": 6, "evaluate_every": 2, "checkpoint_every": 2, "log_every": 3}
+
+
+def figures(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run found out, without how fast it was."""
+    return {key: value for key, value in results.items() if key != "images_per_s"}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def stored(run: Path, which: str = "last") -> dict[str, Any]:
+    peers = CheckpointStore(run / "checkpoints").load(which).peers
+    return {name: decode_peer(files) for name, files in peers.items()}
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Two run folders hold the same weights, optimisers, metrics and results."""
+    for which in CheckpointStore(expected / "checkpoints").index():
+        assert_same(stored(found, which), stored(expected, which), which)
+    assert (found / "metrics.jsonl").read_text() == (expected / "metrics.jsonl").read_text()
+    results = [json.loads((run / "results.json").read_text()) for run in (found, expected)]
+    assert figures(results[0]) == figures(results[1])
+
+
+@pytest.fixture(scope="module")
+def settings(image_folder: Path) -> dict[str, Any]:
+    """2 peers, one averaged, evaluated and stored at every second of 6 steps."""
+    raw = tiny(image_folder, train=EVERY_TWO)
+    raw["cohort"]["peers"][1]["averaging"] = {"decay": 0.5}
+    return raw
+
+
+@pytest.fixture(scope="module")
+def run(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; not to be written into."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train(Config.parse(settings), out, in_process=True)
+    return out
+
+
+def changed(raw: dict[str, Any], **sections: dict[str, Any]) -> Config:
+    return Config.parse({**raw, **{name: {**raw[name], **new} for name, new in sections.items()}})
+
+
+# --- the run folder -------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_what_was_promised(run: Path, settings: dict[str, Any]) -> None:
+    """Config, a row a step, results, checkpoints, environment and TensorBoard events."""
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "results.json",
+        "run.json",
+        "tensorboard",
+    ]
+    assert Config.load(run / "config.yaml") == Config.parse(settings)
+    rows = metrics(run)
+    steps = [row for row in rows if "peers" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    for row in steps:
+        assert list(row["peers"]) == ["peer0", "peer1"]
+        for terms in row["peers"].values():
+            assert list(terms) == ["loss", "metric", "distance", "angle"]
+            mutual = terms["distance"] + 2 * terms["angle"]
+            assert terms["loss"] == pytest.approx(terms["metric"] + mutual, rel=1e-5)
+    judged = [row for row in rows if "validation" in row]
+    assert [row["step"] for row in judged] == [2, 4, 6]
+    assert set(judged[0]["validation"]) == {"peers", "ensemble"}
+    environment = json.loads((run / "run.json").read_text())
+    assert environment["threads"] == [1, 1] and environment["versions"]["torch"]
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_results_have_their_form(run: Path) -> None:
+    """Fractions for each peer untrained and trained and for the ensemble, and what they are of."""
+    results = json.loads((run / "results.json").read_text())
+    assert list(results["untrained"]) == list(results["peers"]) == ["peer0", "peer1"]
+    told = [*results["untrained"].values(), *results["peers"].values()]
+    for found in [*told, results["untrained_ensemble"], results["ensemble"]]:
+        assert list(found) == ["recall@1", "recall@2", "map@r", "r_precision"]
+        assert all(0 <= value <= 1 for value in found.values())
+        assert found["recall@1"] <= found["recall@2"]
+    assert results["untrained"] != results["peers"]
+    assert (results["test_classes"], results["test_images"]) == (8, 40)
+    assert results["weights"] == "best" and results["images_per_s"] > 0
+
+
+def test_training_learns(image_folder: Path, tmp_path: Path) -> None:
+    """Every peer is better on unseen classes after 40 steps than before, and its loss has fallen."""
+    raw = tiny(image_folder, train={"steps": 40, "evaluate_every": 0, "checkpoint_every": 0})
+    raw["data"]["validation_fraction"] = 0
+    results = train(Config.parse(raw), tmp_path / "run", in_process=True)
+    rows = metrics(tmp_path / "run")
+    for name in ("peer0", "peer1"):
+        assert results["peers"][name]["map@r"] > results["untrained"][name]["map@r"] + 0.05
+        loss = [row["peers"][name]["metric"] for row in rows]
+        assert np.mean(loss[-5:]) < 0.8 * np.mean(loss[:5])
+
+
+def test_validation_classes_are_disjoint(settings: dict[str, Any]) -> None:
+    """No class is in two of train, validation and test."""
+    splits = load_splits(Config.parse(settings).data)
+    assert splits.validation is not None
+    sets = [set(s.class_names) for s in (splits.train, splits.validation, splits.test)]
+    assert [len(names) for names in sets] == [6, 2, 8] and len(set.union(*sets)) == 16
+
+
+def test_only_named_checkpoints_are_kept(run: Path) -> None:
+    """Of the checkpoints at 0, 2, 4 and 6 the last and the best are left."""
+    index = CheckpointStore(run / "checkpoints").index()
+    folders = {path.name for path in (run / "checkpoints").iterdir() if path.is_dir()}
+    assert index["last"] == "step-00000006" and folders == set(index.values())
+
+
+def test_of_equal_evaluations_the_first_is_the_best(run: Path) -> None:
+    """On easy images the ensemble is perfect early; later ones that are no better do not count."""
+    judged = [row for row in metrics(run) if "validation" in row]
+    values = [row["validation"]["ensemble"]["recall@1"] for row in judged]
+    assert values == [1.0, 1.0, 1.0], "the case has lost its point"
+    assert CheckpointStore(run / "checkpoints").index()["best"] == "step-00000002"
+
+
+@pytest.fixture(scope="module")
+def noisy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 classes that are hard to tell apart, so that recall goes up and down."""
+    root = tmp_path_factory.mktemp("noisy")
+    rng = np.random.default_rng(0)
+    for number in range(16):
+        pattern = rng.integers(0, 256, (24, 24, 3))
+        (root / f"class{number:02d}").mkdir()
+        for image in range(5):
+            pixels = 0.3 * pattern + 0.7 * rng.integers(0, 256, (24, 24, 3))
+            path = root / f"class{number:02d}" / f"{image}.png"
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return root
+
+
+@pytest.mark.parametrize("select_by", ["ensemble", "mean_peer"])
+def test_the_best_is_kept_when_later_ones_are_worse(
+    noisy_folder: Path, tmp_path: Path, select_by: str
+) -> None:
+    """A run that ends worse than it was: the checkpoint judged is that of the best validation
+    Recall@1 of what `select_by` names."""
+
+    def judged(run: Path) -> dict[int, float]:
+        values = {}
+        for row in metrics(run):
+            if "validation" in row:
+                peers = [found["recall@1"] for found in row["validation"]["peers"].values()]
+                ensemble = row["validation"]["ensemble"]["recall@1"]
+                values[row["step"]] = ensemble if select_by == "ensemble" else float(np.mean(peers))
+        return values
+
+    def settings(steps: int) -> Config:
+        raw = tiny(
+            noisy_folder,
+            train={"steps": steps, "evaluate_every": 1, "checkpoint_every": 4},
+        )
+        raw["train"]["select_by"] = select_by
+        raw["data"]["validation_fraction"] = 0.5
+        raw["cohort"]["base"]["optimizer"] = {"lr": 0.003}
+        return Config.parse(raw)
+
+    train(settings(9), tmp_path / "look", in_process=True)
+    values = judged(tmp_path / "look")
+    # The first step that is worse than one before it: there the run is to end.
+    stop = next(
+        step for step in range(2, 10) if values[step] < max(values[i] for i in range(1, step))
+    )
+    results = train(settings(stop), tmp_path / "run", in_process=True)
+    values = judged(tmp_path / "run")
+    best = max(values, key=lambda step: (values[step], -step))
+    assert best < stop and (results["weights"], results["step"]) == ("best", best)
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").load("best").step == best
+    assert figures(evaluate(tmp_path / "run")) == figures(results)
+    assert evaluate(tmp_path / "run", "last")["peers"] != results["peers"]
+
+
+def test_without_validation_classes_the_last_weights_count(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    """No `best` is made or chosen on the test classes; untrained figures can be left out."""
+    raw = tiny(image_folder, evaluation={"untrained": False}, train={"steps": 2})
+    raw["data"]["validation_fraction"] = 0
+    results = train(Config.parse(raw), tmp_path / "run", in_process=True)
+    assert (results["weights"], results["step"], results["untrained"]) == ("last", 2, {})
+    assert figures(evaluate(tmp_path / "run")) == figures(results)
+    with pytest.raises(UserError, match="there are no weights 'best'; there are last"):
+        evaluate(tmp_path / "run", "best")
+
+
+# --- evaluate -------------------------------------------------------------------------------
+
+
+def test_evaluate_gives_the_runs_own_figures(run: Path) -> None:
+    """Exactly, from the checkpoint alone."""
+    assert figures(evaluate(run)) == figures(json.loads((run / "results.json").read_text()))
+
+
+@pytest.mark.parametrize("weights", ["last", "averaged"])
+def test_other_weights_can_be_judged(
+    run: Path, settings: dict[str, Any], tmp_path: Path, weights: str
+) -> None:
+    """`evaluate RUN --weights W` is what a run with `evaluation.weights: W` reports."""
+    config = changed(settings, evaluation={"weights": weights})
+    results = train(config, tmp_path / "run", in_process=True)
+    assert (results["weights"], results["step"]) == (weights, 6)
+    assert figures(evaluate(run, weights)) == figures(results)
+
+
+def test_averaged_weights_are_those_of_the_peers_that_keep_them(run: Path) -> None:
+    """peer1 is averaged and is judged by that; peer0 is not and stays as it is."""
+    last, averaged = evaluate(run, "last"), evaluate(run, "averaged")
+    assert averaged["peers"]["peer0"] == last["peers"]["peer0"]
+    folder = run / "checkpoints" / "step-00000006"
+    live = safetensors.torch.load_file(folder / "peer1" / "weights.safetensors")
+    mean = safetensors.torch.load_file(folder / "peer1" / "averaged.safetensors")
+    assert not any((live[key] == mean[key]).all() for key in live if key.endswith("head.weight"))
+    assert not (folder / "peer0" / "averaged.safetensors").exists()
+
+
+# --- again, further, from elsewhere ---------------------------------------------------------
+
+
+def test_a_run_can_be_repeated_from_its_own_config(run: Path, tmp_path: Path) -> None:
+    """config.yaml alone gives the same run again, to the bit."""
+    config = tmp_path / "config.yaml"
+    shutil.copy(run / "config.yaml", config)
+    train(Config.load(config), tmp_path / "again", in_process=True)
+    assert_same_run(tmp_path / "again", run)
+
+
+def test_another_seed_is_another_run(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    """The first step's losses differ already."""
+    train(Config.parse({**settings, "seed": 1}), tmp_path / "run", in_process=True)
+    assert metrics(tmp_path / "run")[0] != metrics(run)[0]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """SIGKILL at an arbitrary moment, then --resume: weights, optimisers, metrics.jsonl and results
+    of a run that was never disturbed."""
+    endless = {**settings, "train": {**EVERY_TWO, "steps": 1_000_000}}
+    (tmp_path / "endless.yaml").write_text(yaml.safe_dump(endless))
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "ray_dmml.cli", "train", "--in-process"]
+    process = subprocess.Popen(
+        [*command, "--config", str(tmp_path / "endless.yaml"), "--out", str(killed)],
+        stdout=subprocess.DEVNULL,
+    )
+    store = CheckpointStore(killed / "checkpoints")
+    while store.index().get("last", "") < "step-00000004" and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "results.json").exists()
+
+    last = store.load("last").step
+    config = changed(settings, train={"steps": last + 3})
+    train(config, resume=killed, in_process=True)
+    train(config, tmp_path / "undisturbed", in_process=True)
+    assert_same_run(killed, tmp_path / "undisturbed")
+    assert Config.load(killed / "config.yaml") == config
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    run: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its folder holds the config and perhaps a few rows; --resume makes the whole run of it."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(run / "config.yaml", tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "peers": {}}\n')
+    train(resume=tmp_path / "run", in_process=True)
+    assert_same_run(tmp_path / "run", run)
+
+
+def test_a_run_can_be_extended(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    """4 steps and 2 more are 6 steps; rows after the last checkpoint and a line cut short, as a
+    crash leaves them, are dropped."""
+    train(changed(settings, train={"steps": 4}), tmp_path / "run", in_process=True)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "peers": {"peer0": {"loss": 99.0}}}\n{"step": 6, "pee')
+    train(changed(settings, train={"steps": 6}), resume=tmp_path / "run", in_process=True)
+    assert_same_run(tmp_path / "run", run)
+
+
+def test_a_finished_run_can_be_resumed(run: Path, tmp_path: Path) -> None:
+    """Nothing is trained; the same results are written again."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    train(resume=tmp_path / "run", in_process=True)
+    assert_same_run(tmp_path / "run", run)
+
+
+def test_only_the_number_of_steps_and_what_is_written_may_change(
+    run: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Another rate is refused by name, with the way that is open; so are fewer steps."""
+    shutil.copytree(run, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    other = Config.parse({**settings, "loss": {"relational": {"angle": 9.0}}})
+    with pytest.raises(UserError, match=r"loss\.relational\.angle was 2.0 and is 9.0.*--init-from"):
+        train(other, resume=tmp_path / "run", in_process=True)
+    with pytest.raises(UserError, match=r"finished 6 steps already, train\.steps is 5"):
+        train(changed(settings, train={"steps": 5}), resume=tmp_path / "run", in_process=True)
+    with pytest.raises(UserError, match="it takes no --out"):
+        train(resume=tmp_path / "run", out=tmp_path / "other", in_process=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    moved = shutil.copytree(settings["data"]["root"], tmp_path / "images")
+    config = changed(
+        settings,
+        data={"root": str(moved)},
+        train={"log_every": 1, "tensorboard": False, "steps": 7},
+        evaluation={"recall_at": [1, 4]},
+    )
+    results = train(config, resume=tmp_path / "run", in_process=True)
+    assert "recall@4" in results["ensemble"]
+    assert metrics(tmp_path / "run")[-2]["step"] == 7
+
+
+def test_init_from_starts_from_the_weights_of_another_run(
+    run: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """What is `untrained` now is what was trained before; the first loss is another; steps count
+    from the beginning."""
+    results = train(changed(settings, train={"init_from": run}), tmp_path / "run", in_process=True)
+    before = json.loads((run / "results.json").read_text())
+    assert results["untrained"] == before["peers"]
+    assert results["untrained_ensemble"] == before["ensemble"]
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["step"] == 1
+    for name in ("peer0", "peer1"):
+        assert rows[0]["peers"][name]["loss"] != metrics(run)[0]["peers"][name]["loss"]
+
+
+def test_init_from_what_does_not_fit_leaves_nothing(
+    run: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Other peers or other nets are told before a folder is made."""
+    start = {"init_from": run}
+    renamed = changed(settings, train=start, cohort={"peers": [{"name": "x"}, {}]})
+    with pytest.raises(UserError, match="it has no peer x; it has peer0, peer1"):
+        train(renamed, tmp_path / "run", in_process=True)
+    larger = changed(settings, train=start, cohort={"peers": [{"embedding_size": 17}, {}]})
+    with pytest.raises(UserError, match=r"for peer0 do not fit: head\.weight is"):
+        train(larger, tmp_path / "run", in_process=True)
+    assert not (tmp_path / "run").exists()
+
+
+# --- on Ray ---------------------------------------------------------------------------------
+
+
+def test_a_run_on_ray_is_the_same_run(
+    ray_start_4_cpus: None, run: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Half in this process, then resumed on Ray actors: the run folder of one in this process."""
+    train(changed(settings, train={"steps": 2}), tmp_path / "run", in_process=True)
+    train(Config.parse(settings), resume=tmp_path / "run")
+    assert_same_run(tmp_path / "run", run)
+    environment = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert environment["transport"] == "direct" and environment["devices"] == ["cpu", "cpu"]
+    assert figures(evaluate(tmp_path / "run")) == figures(evaluate(run))
+
+
+# --- who is told ----------------------------------------------------------------------------
+
+
+class Recorder(Silent):
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+    def started(self, config: Any, splits: Any, facts: Any) -> None:
+        self.events.append(("started", len(splits.train)))
+
+    def step(self, finished: int) -> None:
+        self.events.append(("step", finished))
+
+    def losses(self, step: int, row: Any, images_per_s: float) -> None:
+        self.events.append(("losses", step, sorted(row)))
+
+    def evaluated(self, step: int, split: str, found: Any) -> None:
+        self.events.append(("evaluated", step, split))
+
+    def saved(self, step: int, *, best: bool) -> None:
+        self.events.append(("saved", step))
+
+    def stopped(self) -> None:
+        self.events.append(("stopped",))
+
+
+def test_a_reporter_is_told_everything_in_order(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The start, untrained figures, each step, losses, evaluations, checkpoints, the end."""
+    told = Recorder()
+    config = changed(settings, train={"steps": 2, "log_every": 1})
+    train(config, tmp_path / "run", in_process=True, reporter=told)
+    names = ["peer0", "peer1"]
+    assert told.events == [
+        ("started", 30),
+        ("evaluated", 0, "untrained"),
+        ("saved", 0),
+        ("step", 1),
+        ("losses", 1, names),
+        ("step", 2),
+        ("losses", 2, names),
+        ("evaluated", 2, "validation"),
+        ("saved", 2),
+        ("stopped",),
+    ]

@@ -1,0 +1,111 @@
+"""Views: uint8 squares in, uint8 squares of the net's size out, draws of their own for each image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from ray_dmml.config import Transform
+from ray_dmml.data.views import evaluation_view, training_view
+from ray_dmml.errors import UserError
+from ray_dmml.randomness import seeded
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """(6, 3, 40, 40) uint8: the same noise six times."""
+    one = torch.randint(0, 256, (1, 3, 40, 40), generator=torch.Generator().manual_seed(0))
+    return one.to(torch.uint8).repeat(6, 1, 1, 1)
+
+
+@pytest.mark.parametrize("preset", ["weak", "standard", "strong"])
+@pytest.mark.parametrize("size", [24, 40, 57])
+def test_presets_fit_the_net(images: Tensor, preset: str, size: int) -> None:
+    """Every preset gives (3, H, H) uint8, larger than the decoded image or smaller."""
+    found = training_view(preset, size, 40, "peer0")(images)
+    assert found.shape == (6, 3, size, size) and found.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("preset", ["weak", "standard", "strong"])
+def test_every_image_has_draws_of_its_own(images: Tensor, preset: str) -> None:
+    """Six copies of one image look different."""
+    with seeded("test"):
+        found = training_view(preset, 24, 40, "peer0")(images)
+    assert len({image.numpy().tobytes() for image in found}) > 2
+
+
+@pytest.mark.parametrize("preset", ["weak", "standard", "strong"])
+def test_draws_follow_the_seed_alone(images: Tensor, preset: str) -> None:
+    """One key gives one result whatever was drawn before; another key another one."""
+    view = training_view(preset, 24, 40, "peer0")
+
+    def under(*key: int | str) -> Tensor:
+        torch.rand(3)
+        with seeded(*key):
+            return view(images)
+
+    assert torch.equal(under(0, 1, 2, "view"), under(0, 1, 2, "view"))
+    assert not torch.equal(under(0, 1, 2, "view"), under(0, 1, 3, "view"))
+
+
+def test_building_a_view_draws_nothing() -> None:
+    """The trial at construction leaves torch's generator where it was."""
+    before = torch.get_rng_state()
+    training_view("strong", 24, 40, "peer0")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_evaluation_view_draws_nothing(images: Tensor) -> None:
+    """It is a resize to size / crop and a centre crop, written out here."""
+    view = evaluation_view(28, 0.875, 40)
+    before = torch.get_rng_state()
+    found = view(images)
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = F.resize(images, [32, 32], antialias=True)[:, :, 2:30, 2:30]
+    assert torch.equal(found, expected)
+    assert torch.equal(evaluation_view(40, 1.0, 40)(images), images)
+
+
+def test_a_list_of_transforms_is_applied_in_order(images: Tensor) -> None:
+    """Names and settings are torchvision's; `size` is the net's unless given."""
+    listed = [
+        Transform(name="CenterCrop", settings={"size": 20}),
+        Transform(name="Resize", settings={"interpolation": "nearest"}),
+        Transform(name="RandomInvert", settings={"p": 1.0}),
+    ]
+    found = training_view(listed, 30, 40, "peer0")(images)
+    expected = F.resize(
+        images[:, :, 10:30, 10:30], [30, 30], interpolation=v2.InterpolationMode.NEAREST
+    )
+    assert torch.equal(found, 255 - expected)
+    assert torch.equal(training_view([], 40, 40, "peer0")(images), images)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("RandomResizeCrop", {}, r"view of peer0: unknown transform .*did you mean RandomResizedCrop"),
+        ("Qwertz", {}, r"unknown transform 'Qwertz'; see torchvision"),
+        ("Transform", {}, "unknown transform 'Transform'"),
+        ("functional", {}, "unknown transform 'functional'"),
+        ("ColorJitter", {"brightness": -1}, r"ColorJitter refuses its settings: .*non negative"),
+        ("RandomErasing", {"probability": 1}, r"RandomErasing refuses its settings: .*probability"),
+        ("Resize", {"interpolation": "best"}, r"no interpolation 'best'; allowed: nearest"),
+        ("CenterCrop", {"size": 10}, r"gives torch.uint8 \(3, 10, 10\), but the net takes .*24, 24"),
+        ("Identity", {}, r"gives torch.uint8 \(3, 40, 40\)"),
+        ("FiveCrop", {}, "gives tuple, but the net takes uint8"),
+        ("ConvertImageDtype", {"dtype": "uint8"}, "does not work on decoded images"),
+        ("RandomCrop", {"size": 99}, "does not work on decoded images of 40 x 40 px"),
+        ("Normalize", {"mean": [0.5], "std": [0.5]}, "does not work on decoded images"),
+        ("ToDtype", {"dtype": "float32"}, "view of peer0"),
+    ],
+)  # fmt: skip
+def test_wrong_views_are_told(name: str, settings: dict[str, Any], message: str) -> None:
+    """Unknown names, refused settings and results the net could not take are a user's to mend."""
+    with pytest.raises(UserError, match=message):
+        training_view([Transform(name=name, settings=settings)], 24, 40, "peer0")
