@@ -42,6 +42,7 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+Seed = Annotated[int, BeforeValidator(_no_bool)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
@@ -73,7 +74,7 @@ class DataConfig(_Section):
     train_fraction: Annotated[float, BeforeValidator(_no_bool), Field(gt=0, lt=1)] = 0.5
     """`imagefolder`: share of the classes that train; the others are the test classes."""
 
-    split_seed: int | None = None
+    split_seed: Seed | None = None
     """`imagefolder`: draw the training classes with this seed; null takes the first ones in
     name order."""
 
@@ -81,7 +82,7 @@ class DataConfig(_Section):
     """Share of the *training* classes held out to choose checkpoints and settings; 0 trains on
     all."""
 
-    validation_seed: int = 0
+    validation_seed: Seed = 0
     """Which training classes are held out. Independent of `seed`, so that seeds are compared on
     the same."""
 
@@ -200,11 +201,11 @@ class PeerConfig(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
     """Its name in tables, logs and files; null: peer0, peer1, ... by position."""
 
-    seed: int | None = None
+    seed: Seed | None = None
     """With the run's seed, the source of all its random draws; null: its position. Its numbers
     follow this seed, not its position."""
 
-    init_seed: int | None = None
+    init_seed: Seed | None = None
     """Seed of its initial weights; null: `seed`. Give peers the same one to start them equal."""
 
     backbone: str = "tf_efficientnet_lite0"
@@ -481,7 +482,7 @@ class EvaluationConfig(_Section):
 class Config(_Section):
     """A whole experiment."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Everything random in a run follows from this and the peers' own seeds."""
 
     data: DataConfig = DataConfig()

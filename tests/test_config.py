@@ -396,7 +396,9 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
     """`1e-4` is a number in a file, in an override and inside free settings; a text of that form
     comes back as a text."""
     file = tmp_path / "c.yaml"
-    file.write_text("loss: {metric: {name: A, settings: {margin: 1e-1, b: '1e5', '2e0': -.5E+2}}}\n")
+    file.write_text(
+        "loss: {metric: {name: A, settings: {margin: 1e-1, b: '1e5', '2e0': -.5E+2}}}\n"
+    )
     config = Config.load(file, ["loss.metric.settings.c=3e2"])
     expected = {"margin": 0.1, "b": "1e5", "2e0": -50.0, "c": 300.0}
     assert config.loss.metric.settings == expected

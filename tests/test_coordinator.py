@@ -24,7 +24,7 @@ def test_everyone_gets_the_others_in_peer_order() -> None:
     """Whatever the order of arrival; peers may differ in D; steps may overlap."""
 
     async def scenario() -> None:
-        coordinator = Coordinator(NAMES, LONG)
+        coordinator = Coordinator(NAMES, LONG, LONG)
         sent = {(s, p): np.full((2, p + 1), 10 * s + p) for s in (0, 1) for p in range(3)}
         order = [(0, 2), (0, 0), (1, 2), (1, 0), (0, 1), (1, 1)]
         calls = [coordinator.exchange(step, peer, sent[step, peer]) for step, peer in order]
@@ -39,7 +39,7 @@ def test_nobody_goes_on_before_the_last_has_come() -> None:
     """Two of three wait; the third lets all go."""
 
     async def scenario() -> None:
-        coordinator = Coordinator(NAMES, LONG)
+        coordinator = Coordinator(NAMES, LONG, LONG)
         early = [
             asyncio.create_task(coordinator.exchange(4, peer, np.zeros((1, 1)))) for peer in (0, 1)
         ]
@@ -54,7 +54,7 @@ def test_nobody_goes_on_before_the_last_has_come() -> None:
 
 def test_finished_exchanges_are_forgotten() -> None:
     """A long run keeps no old embeddings in memory."""
-    coordinator = Coordinator(NAMES, LONG)
+    coordinator = Coordinator(NAMES, LONG, LONG)
 
     async def scenario() -> None:
         for step in range(50):
@@ -69,12 +69,12 @@ def test_a_silent_peer_is_named() -> None:
     """The deadline ends the wait of those who came, with the names of those who did not."""
 
     async def scenario() -> list[Any]:
-        coordinator = Coordinator(NAMES, 0.05)
+        coordinator = Coordinator(NAMES, 0.05, LONG)
         return await both(coordinator.exchange(7, 1, np.zeros((1, 1))))
 
     [error] = asyncio.run(scenario())
     assert isinstance(error, PeerLostError)
-    assert str(error).startswith("a, c: nothing came for the exchange of step 7 within 0.05 s")
+    assert str(error).startswith("a, c: nothing came for the exchange of step 8 within 0.05 s")
     assert "cohort.exchange_timeout_s" in str(error)
 
 
@@ -92,7 +92,7 @@ def test_nccl_only_where_every_peer_has_its_own_gpu(devices: list[str], backend:
     which meets at the first peer's store."""
 
     async def scenario() -> list[Any]:
-        coordinator = Coordinator(NAMES, LONG)
+        coordinator = Coordinator(NAMES, LONG, LONG)
         offers = [Offer(device, None) for device in devices]
         offers[0] = Offer(devices[0], ("10.0.0.1", 4321))
         return await both(*[coordinator.form_group(p, offers[p]) for p in (2, 0, 1)])
@@ -105,7 +105,7 @@ def test_all_or_none_use_the_group(refusing: int | None) -> None:
     """One peer that could not join is enough for all to go by the coordinator."""
 
     async def scenario() -> list[Any]:
-        coordinator = Coordinator(NAMES, LONG)
+        coordinator = Coordinator(NAMES, LONG, LONG)
         return await both(*[coordinator.all_agree(p, p != refusing) for p in range(3)])
 
     assert asyncio.run(scenario()) == [refusing is None] * 3
@@ -115,7 +115,7 @@ def test_progress_is_the_last_report_of_each() -> None:
     """By name, 0 before the first."""
 
     async def scenario() -> dict[str, int]:
-        coordinator = Coordinator(NAMES, LONG)
+        coordinator = Coordinator(NAMES, LONG, LONG)
         await coordinator.report(2, 5)
         await coordinator.report(0, 3)
         await coordinator.report(2, 6)

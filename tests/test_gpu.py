@@ -48,7 +48,7 @@ def test_a_peer_trains_on_a_gpu(image_folder: Path, amp: str) -> None:
     float16 the scaler is at work."""
     config = config_of(image_folder, amp=amp)
     splits = load_splits(config.data)
-    peer = build_peer(config, 0, splits, torch.device("cuda"))
+    peer = build_peer(config, 0, splits, torch.device("cuda"), True)
     rows = train(peer, config, 0, 60)
     losses = [row["metric"] for row in rows]
     assert all(math.isfinite(loss) for loss in losses)
@@ -65,10 +65,10 @@ def test_the_state_moves_between_devices(image_folder: Path) -> None:
     settings: dict[str, Any] = {"amp": "float16", "update_interval": 2, "averaging": {"decay": 0.9}}
     config = config_of(image_folder, **settings)
     splits = load_splits(config.data)
-    first = build_peer(config, 0, splits, torch.device("cuda"))
+    first = build_peer(config, 0, splits, torch.device("cuda"), True)
     train(first, config, 0, 5)
     files = encode_peer(first.state_dict())
-    second = build_peer(config, 0, splits, torch.device("cuda"))
+    second = build_peer(config, 0, splits, torch.device("cuda"), True)
     second.load_state_dict(decode_peer(files))
     assert encode_peer(second.state_dict()).keys() == files.keys()
     assert_same(decode_peer(encode_peer(second.state_dict())), decode_peer(files))
@@ -76,10 +76,10 @@ def test_the_state_moves_between_devices(image_folder: Path) -> None:
     assert all(p.grad is None or p.grad.is_cuda for p in second.net.parameters())
     for one, other in zip(train(first, config, 5, 8), train(second, config, 5, 8), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.05)
-    on_cpu = build_peer(config_of(image_folder), 0, splits, torch.device("cpu"))
+    on_cpu = build_peer(config_of(image_folder), 0, splits, torch.device("cpu"), True)
     on_cpu.load_weights(decode_peer(files)["net"])
     found = on_cpu.embed_images(splits.test, 16)
-    peer = build_peer(config_of(image_folder), 0, splits, torch.device("cuda"))
+    peer = build_peer(config_of(image_folder), 0, splits, torch.device("cuda"), True)
     peer.load_weights(decode_peer(files)["net"])
     assert peer.embed_images(splits.test, 16) == pytest.approx(found, abs=5e-3)
 

@@ -49,13 +49,17 @@ class Coordinator:
 
     Args:
         names: of the peers, in peer order.
-        deadline_s: seconds from the first value of a gathering to its last.
+        exchange_timeout_s: seconds that a peer's embeddings wait for those of the others.
+        start_timeout_s: the same for what peers need from each other before the first step, when
+            some may still be fetching their weights.
     """
 
-    def __init__(self, names: Sequence[str], deadline_s: float) -> None:
+    def __init__(
+        self, names: Sequence[str], exchange_timeout_s: float, start_timeout_s: float
+    ) -> None:
         self._names = tuple(names)
-        self._deadline_s = deadline_s
-        self._gatherings: dict[tuple[str, int], _Gathering] = {}
+        self._exchange_timeout_s, self._start_timeout_s = exchange_timeout_s, start_timeout_s
+        self._gatherings: dict[str, _Gathering] = {}
         self._finished = [0] * len(self._names)
 
     async def exchange(self, step: int, position: int, embedding: np.ndarray) -> list[Any]:
@@ -64,7 +68,8 @@ class Coordinator:
         Raises:
             PeerLostError: some peers sent none in time; they are named.
         """
-        everyone = await self._gather("exchange", step, position, embedding)
+        what = f"exchange of step {step + 1}"
+        everyone = await self._gather(what, position, embedding, self._exchange_timeout_s)
         return everyone[:position] + everyone[position + 1 :]
 
     async def form_group(self, position: int, offer: Offer) -> Group | None:
@@ -74,7 +79,9 @@ class Coordinator:
         NCCL takes one rank a GPU, so it is used only where every peer has a GPU of its own;
         fractional and mixed cohorts use gloo.
         """
-        offers: list[Offer] = await self._gather("group", 0, position, offer)
+        offers: list[Offer] = await self._gather(
+            "forming of the group", position, offer, self._start_timeout_s
+        )
         devices = [each.device for each in offers]
         own_gpus = "cpu" not in devices and len(set(devices)) == len(devices)
         store = offers[0].store
@@ -84,7 +91,8 @@ class Coordinator:
 
     async def all_agree(self, position: int, agreed: bool) -> bool:
         """Whether every peer says yes: so that all use the group, or none does."""
-        return all(await self._gather("agree", 0, position, agreed))
+        what = "agreement on the group"
+        return all(await self._gather(what, position, agreed, self._start_timeout_s))
 
     async def report(self, position: int, finished: int) -> None:
         """A peer says how many steps it has finished."""
@@ -94,21 +102,20 @@ class Coordinator:
         """Finished steps of each peer, by name."""
         return dict(zip(self._names, self._finished, strict=True))
 
-    async def _gather(self, kind: str, number: int, position: int, value: Any) -> list[Any]:
-        key = (kind, number)
-        gathering = self._gatherings.setdefault(key, _Gathering())
+    async def _gather(self, what: str, position: int, value: Any, timeout_s: float) -> list[Any]:
+        gathering = self._gatherings.setdefault(what, _Gathering())
         gathering.values[position] = value
         if len(gathering.values) == len(self._names):
             gathering.complete.set()
         try:
-            await asyncio.wait_for(gathering.complete.wait(), self._deadline_s)
+            await asyncio.wait_for(gathering.complete.wait(), timeout_s)
         except TimeoutError:
             silent = [n for i, n in enumerate(self._names) if i not in gathering.values]
             raise PeerLostError(
-                f"{', '.join(silent)}: nothing came for the {kind} of step {number} "
-                f"within {self._deadline_s:g} s (cohort.exchange_timeout_s)"
+                f"{', '.join(silent)}: nothing came for the {what} within {timeout_s:g} s "
+                "(cohort.exchange_timeout_s, cohort.start_timeout_s)"
             ) from None
         gathering.num_taken += 1
         if gathering.num_taken == len(self._names):
-            del self._gatherings[key]
+            del self._gatherings[what]
         return [gathering.values[i] for i in range(len(self._names))]

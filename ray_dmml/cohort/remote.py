@@ -73,6 +73,7 @@ class PeerActor:
             [peer.embedding_size for peer in config.cohort.peers],
             device,
             config.cohort.exchange_timeout_s,
+            config.cohort.start_timeout_s,
         )
         return {"device": str(device), "transport": transport}
 
@@ -141,7 +142,7 @@ class RayCohort:
         self._coordinator = (
             ray.remote(Coordinator)
             .options(num_cpus=0)
-            .remote(self.names, config.cohort.exchange_timeout_s)
+            .remote(self.names, config.cohort.exchange_timeout_s, config.cohort.start_timeout_s)
         )
         self.threads = tuple(
             config.cohort.threads_per_peer or max(1, int(bundle["CPU"])) for bundle in bundles

@@ -109,13 +109,13 @@ class DirectExchange:
         try:
             self._work = dist.all_gather(self._received, sent, async_op=True)
         except _DIST_ERRORS as error:
-            raise PeerLostError(f"exchange of step {step} failed: {error}") from None
+            raise PeerLostError(f"exchange of step {step + 1} failed: {error}") from None
 
     def finish(self) -> list[Tensor]:
         try:
             self._work.wait()
         except _DIST_ERRORS as error:
-            raise PeerLostError(f"exchange of step {self._step} failed: {error}") from None
+            raise PeerLostError(f"exchange of step {self._step + 1} failed: {error}") from None
         return [
             received[:, :size].contiguous()
             for i, (received, size) in enumerate(zip(self._received, self._sizes, strict=True))
@@ -133,7 +133,8 @@ def connect(
     position: int,
     sizes: Sequence[int],
     device: torch.device,
-    timeout_s: float,
+    exchange_timeout_s: float,
+    start_timeout_s: float,
 ) -> tuple[Exchange, str]:
     """A peer's end of the exchange, and the way that was taken, with the reason if not the asked.
 
@@ -146,7 +147,9 @@ def connect(
     direct: DirectExchange | None = None
     reason = "another peer could not join"
     try:
-        direct = _join_group(coordinator, position, sizes, device, timeout_s)
+        direct = _join_group(
+            coordinator, position, sizes, device, exchange_timeout_s, start_timeout_s
+        )
     except _DIST_ERRORS as error:
         reason = str(error).splitlines()[0]
     if ray.get(coordinator.all_agree.remote(position, direct is not None)):
@@ -159,9 +162,14 @@ def connect(
 
 
 def _join_group(
-    coordinator: Any, position: int, sizes: Sequence[int], device: torch.device, timeout_s: float
+    coordinator: Any,
+    position: int,
+    sizes: Sequence[int],
+    device: torch.device,
+    exchange_timeout_s: float,
+    start_timeout_s: float,
 ) -> DirectExchange:
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=start_timeout_s)
     name = "cpu"
     if device.type == "cuda":
         name = str(torch.cuda.get_device_properties(device).uuid)
@@ -180,4 +188,4 @@ def _join_group(
     if group is None:
         raise RuntimeError(reason)
     store = own_store or TCPStore(*group.store, is_master=False, timeout=timeout)
-    return DirectExchange(group, store, position, sizes, device, timeout_s)
+    return DirectExchange(group, store, position, sizes, device, exchange_timeout_s)

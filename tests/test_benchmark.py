@@ -1,0 +1,75 @@
+"""The benchmark runs and tells what it measured; how fast anything is, is not asserted here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+def benchmark(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, EXPERIMENTS / "benchmark.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_a_row_gives_a_table_and_json(tmp_path: Path) -> None:
+    """Two rows that need no Ray: one line each, with figures, ratio and goal, in both forms."""
+    file = tmp_path / "figures.json"
+    only = ["--only", "relational", "--only", "input"]
+    ended = benchmark(*only, "--rounds", "1", "--json", file)
+    assert ended.returncode == 0, ended.stderr
+    report: dict[str, Any] = json.loads(file.read_text())
+    assert {"commit", "command", "machine", "versions"} <= set(report)
+    assert [row["name"] for row in report["rows"]] == ["relational", "input"]
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("| ")]
+    for row, line in zip(report["rows"], lines[1:], strict=True):
+        assert row["a"] > 0 and row["b"] > 0
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[0] == row["name"] and cells[-2] == row["goal"]
+        assert cells[-1] == ("yes" if row["met"] else "NO")
+    relational, images = report["rows"]
+    assert relational["ratio"] == pytest.approx(relational["b"] / relational["a"])
+    assert images["ratio"] == pytest.approx(images["a"] / images["b"])
+
+
+def test_an_unknown_row_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    """A wrong name ends the command before anything is measured."""
+    ended = benchmark("--only", "relationl", "--json", tmp_path / "figures.json")
+    assert ended.returncode != 0
+    assert "relationl" in ended.stderr and "relational-memory" in ended.stderr
+    assert not (tmp_path / "figures.json").exists()
+
+
+def test_a_goal_is_met_by_the_median_of_its_own_quantity() -> None:
+    """Of three rounds the median decides: of A/B, of B/A, or of A alone."""
+    sys.path.insert(0, str(EXPERIMENTS))
+    try:
+        from benchmarks.row import Goal, Row, in_turn
+    finally:
+        sys.path.remove(str(EXPERIMENTS))
+    a, b = [1.0, 2.0, 30.0], [4.0, 4.0, 4.0]
+    for goal, expected in [
+        (Goal("A/B", "<=", 0.5), True),
+        (Goal("A/B", "<=", 0.49), False),
+        (Goal("B/A", ">=", 2.0), True),
+        (Goal("B/A", ">=", 2.1), False),
+        (Goal("A", "<=", 2.0), True),
+        (Goal("A", "<=", 1.9), False),
+    ]:
+        assert Row("name", "what", "s", a, b, goal).met is expected, goal
+    calls: list[str] = []
+
+    def measured(name: str) -> float:
+        calls.append(name)
+        return float(len(calls))
+
+    assert in_turn(2, lambda: measured("a"), lambda: measured("b")) == ([1, 4], [2, 3])
+    assert calls == ["a", "b", "b", "a"]
