@@ -544,7 +544,7 @@ class Config(_Section):
         for override in overrides:
             _apply_override(raw, override)
         _resolve_paths(raw, Path.cwd())
-        return cls.parse(raw, source=str(path))
+        return cls.parse(raw, source=f"{path} with --set" if overrides else str(path))
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], source: str = "config") -> Config:

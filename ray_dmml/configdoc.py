@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from ray_dmml import yamlio
 from ray_dmml.config import Config
 
-_WIDTH = 88
+_WIDTH = 78
 
 
 def documented_yaml(config: Config) -> str:

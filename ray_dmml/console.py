@@ -51,6 +51,7 @@ class PlainReporter:
         told = "  ".join(
             f"{peer} " + " ".join(f"{term} {terms[term]:.4f}" for term in _TERMS if term in terms)
             for peer, terms in row.items()
+            if terms
         )
         self.console.print(
             f"step {step}/{self._total}  {told}  {images_per_s:.1f} images/s",
@@ -133,6 +134,7 @@ class LiveReporter:
         pass
 
     def stopped(self) -> None:
+        self._live.transient = not self._names  # nothing was shown yet that is worth keeping
         self._live.stop()
 
     def _refresh(self) -> None:
@@ -177,8 +179,10 @@ def describe(config: Config, splits: Splits, facts: Mapping[str, Any]) -> list[s
         f"{config.data.images_per_class} images, an epoch is {facts['steps_per_epoch']} steps"
     )
     for peer in config.cohort.peers:
-        view = peer.view if isinstance(peer.view, str) else f"{len(peer.view)} transforms"
-        role = "frozen" if peer.frozen else f"updates every {peer.update_interval}"
+        listed = () if isinstance(peer.view, str) else [each.name for each in peer.view]
+        view = peer.view if isinstance(peer.view, str) else "+".join(listed) or "as decoded"
+        every = "step" if peer.update_interval == 1 else f"{peer.update_interval} steps"
+        role = "frozen" if peer.frozen else f"update every {every}"
         if peer.update_mode == "skip" and peer.update_interval > 1:
             role += " (skip)"
         lines.append(
@@ -188,7 +192,7 @@ def describe(config: Config, splits: Splits, facts: Mapping[str, Any]) -> list[s
     devices = ", ".join(dict.fromkeys(facts["devices"]))
     threads = ", ".join(map(str, dict.fromkeys(facts["threads"])))
     lines.append(
-        f"cohort    {len(config.cohort.peers)} peers on {devices}, {threads} torch threads each, "
+        f"cohort    {len(config.cohort.peers)} peers on {devices}, torch threads each: {threads}, "
         f"exchange: {facts['transport']}"
     )
     return lines
@@ -198,7 +202,7 @@ def results_table(results: Mapping[str, Any], console: Console) -> None:
     """The test classes' figures: each peer and the ensemble, untrained beside trained."""
     metrics = list(results["ensemble"])
     table = Table(
-        title=f"{results['test_images']:,} images of {results['test_classes']} unseen classes, "
+        title=f"{_searched(results)} of {results['test_classes']} unseen classes, "
         f"weights: {results['weights']} (step {results['step']}), %",
         title_justify="left",
         title_style="",
@@ -207,9 +211,10 @@ def results_table(results: Mapping[str, Any], console: Console) -> None:
     table.add_column("")
     for metric in metrics:
         table.add_column(_heading(metric), justify="right")
-    rows = [(f"{name}, untrained", figures) for name, figures in results["untrained"].items()]
+    before = "at the start" if results["init_from"] else "untrained"
+    rows = [(f"{name}, {before}", figures) for name, figures in results["untrained"].items()]
     if results["untrained_ensemble"]:
-        rows.append(("ensemble, untrained", results["untrained_ensemble"]))
+        rows.append((f"ensemble, {before}", results["untrained_ensemble"]))
     rows += list(results["peers"].items())
     for name, figures in rows:
         table.add_row(name, *(_percent(figures, metric) for metric in metrics))
@@ -220,6 +225,12 @@ def results_table(results: Mapping[str, Any], console: Console) -> None:
         style="bold",
     )
     console.print(table)
+
+
+def _searched(results: Mapping[str, Any]) -> str:
+    if results["test_queries"] is None:
+        return f"{results['test_images']:,} images"
+    return f"{results['test_queries']:,} queries in {results['test_gallery']:,} images"
 
 
 def _percent(figures: Mapping[str, float], metric: str) -> str:

@@ -315,6 +315,11 @@ class _Loop:
             else float(np.mean([found["recall@1"] for found in figures["peers"].values()]))
         )
         if value <= state.best:
+            if state.best == 1:
+                self._reporter.note(
+                    f"validation Recall@1 is 100 % since step {state.best_step} and can choose no "
+                    "later checkpoint; hold out more classes, or judge --weights last"
+                )
             return False
         state.best, state.best_step = value, state.step
         return True
@@ -359,6 +364,12 @@ def _load_splits(config: Config, reporter: Reporter) -> Splits:
             f"{sampler.small_classes} training classes have fewer than "
             f"{config.data.images_per_class} images: they give all they have, others fill the batch"
         )
+    for peer in config.cohort.peers:
+        if peer.weights == "none" and peer.batch_norm == "frozen" and not config.train.init_from:
+            reporter.note(
+                f"{peer.name} starts from random weights with its BatchNorm statistics frozen; from "
+                "scratch batch_norm: live learns better"
+            )
     return splits
 
 
@@ -388,6 +399,9 @@ def _judge(
         "step": step,
         "test_classes": splits.test.num_classes,
         "test_images": len(splits.test),
+        "test_queries": None if splits.test.query is None else len(splits.test.query),
+        "test_gallery": None if splits.test.gallery is None else len(splits.test.gallery),
+        "init_from": str(config.train.init_from) if config.train.init_from else None,
     }
 
 
