@@ -1,0 +1,161 @@
+"""How fast ray-dmml is, against what a competent user would write instead.
+
+    python experiments/benchmark.py [--only NAME]... [--rounds N] [--json FILE]
+
+A and B are measured in turn, in one run, on the same cores with the same number of threads; the
+figures are medians over the rounds. The competitors are the programs in experiments/benchmarks.
+`input-cached` has no row yet: there is no cache of decoded images.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from benchmarks.row import Row, Settings
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+EXPERIMENTS = Path(__file__).parent
+WIDTH = 200
+
+# Where a row is; imported when it is run, so that a row without Ray loads none.
+ROWS = {
+    "exchange": ("exchange", "exchange"),
+    "exchange-coordinator": ("exchange", "exchange_coordinator"),
+    "step-ideal": ("steps", "step_ideal"),
+    "step-plain": ("steps", "step_plain"),
+    "step-sequential": ("steps", "step_sequential"),
+    "relational": ("relational", "relational"),
+    "relational-memory": ("relational", "relational_memory"),
+    "recall": ("recall", "recall"),
+    "recall-pml": ("recall", "recall_pml"),
+    "input": ("images", "input_row"),
+    "start": ("start", "start"),
+    "memory": ("memory", "memory"),
+    "scaling": ("scaling", "scaling"),
+}
+PACKAGES = ("torch", "torchvision", "ray", "numpy", "faiss-cpu", "pytorch-metric-learning", "timm")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    cpu = next(
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    )
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
+    return {
+        "cpu": cpu,
+        "cores_used": len(os.sched_getaffinity(0)),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def commit() -> str:
+    """Of this repository, with `+` where files differ from it."""
+    described = subprocess.run(
+        ["git", "-C", str(EXPERIMENTS), "describe", "--always", "--abbrev=12", "--dirty=+"],
+        capture_output=True,
+        text=True,
+    )
+    return described.stdout.strip() or "unknown"
+
+
+def shown(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def rows_table(rows: list[Row]) -> Table:
+    header = ("name", "what (A / B)", "A", "B", "unit", "ratio", "spread", "goal", "met")
+    table = Table(*header, box=box.MARKDOWN)
+    for row in rows:
+        ratio = shown(median(row.ratios)) if row.b else ""
+        spread = " - ".join(shown(value) for value in row.spread or ())
+        b = shown(median(row.b)) if row.b else ""
+        met = "yes" if row.met else "NO"
+        a = shown(median(row.a))
+        table.add_row(row.name, row.what, a, b, row.unit, ratio, spread, str(row.goal), met)
+    return table
+
+
+def scaling_table(lines: list[dict[str, Any]]) -> Table:
+    table = Table(*lines[0], box=box.MARKDOWN)
+    for line in lines:
+        table.add_row(*(shown(value) for value in line.values()))
+    return table
+
+
+def main(
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A row to run. Repeatable.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often A and B are measured.")] = 5,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Where the figures are written.")
+    ] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Images to train on, one folder a class (16 or more)."),
+    ] = None,
+    cores: Annotated[int, typer.Option(min=1, help="Cores that everything runs on.")] = 2,
+) -> None:
+    """Measure ray-dmml against its competitors."""
+    names = only or list(ROWS)
+    if unknown := [name for name in names if name not in ROWS]:
+        sys.exit(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    # Before torch or Ray is loaded, which count the cores; processes that are started inherit them.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(EXPERIMENTS), str(EXPERIMENTS.parent), os.environ.get("PYTHONPATH", "")]
+    )
+    sys.path.append(str(EXPERIMENTS.parent))
+    report: dict[str, Any] = {
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "rounds": rounds,
+    }
+    console = Console(width=WIDTH)
+    rows: list[Row] = []
+    settings = Settings(rounds, data_root)
+    for name in names:
+        module, function = ROWS[name]
+        began = time.perf_counter()
+        found = getattr(importlib.import_module(f"benchmarks.{module}"), function)(settings)
+        seconds = time.perf_counter() - began
+        Console(stderr=True).print(f"{name}: measured in {seconds:.0f} s", highlight=False)
+        if name == "scaling":
+            report["scaling"] = found
+        else:
+            rows += found
+        if json_file is not None:  # after every row, as a later one may fail
+            report["rows"] = [row.as_json() for row in rows]
+            json_file.write_text(json.dumps(report, indent=1))
+    if rows:
+        console.print(rows_table(rows))
+    if "scaling" in report:
+        console.print(scaling_table(report["scaling"]))
+    cpu = report["machine"]["cpu"]
+    console.print(f"{report['commit']}, {cpu}, {cores} cores, {rounds} rounds", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,94 @@
+"""Rows `recall` and `recall-pml`: judging embeddings, against bare faiss and against the library."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+from benchmarks.resident import peak_beyond
+from benchmarks.row import Goal, Row, Settings, in_turn, require
+from ray_dmml.cores import num_cores
+from ray_dmml.retrieval.metrics import retrieval_metrics
+
+SIZE, IMAGES_PER_CLASS = 512, 5
+SOP_TEST_IMAGES, PML_IMAGES = 60_502, 10_000
+RECALL_AT = (1, 10, 100, 1000)
+
+
+def embeddings(num_images: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 512) float32 of unit length around the centres of classes of 5, and their labels."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(num_images) // IMAGES_PER_CLASS
+    points = rng.standard_normal((labels[-1] + 1, SIZE), dtype=np.float32)[labels]
+    points += 2 * rng.standard_normal(points.shape, dtype=np.float32)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    return points, labels
+
+
+def recall(settings: Settings) -> list[Row]:
+    """Of all the images of SOP's test classes."""
+    faiss.omp_set_num_threads(num_cores())
+    points, labels = embeddings(SOP_TEST_IMAGES)
+    peaks = []
+
+    def ours() -> float:
+        began = time.perf_counter()
+        peaks.append(
+            peak_beyond(lambda: retrieval_metrics(points, labels, recall_at=RECALL_AT)) / 1024
+        )
+        return time.perf_counter() - began
+
+    def bare() -> float:
+        began = time.perf_counter()
+        index = faiss.IndexFlatIP(SIZE)
+        index.add(points)
+        index.search(points, max(RECALL_AT))
+        return time.perf_counter() - began
+
+    a, b = in_turn(settings.rounds, ours, bare)
+    what = "Recall@1, 10, 100, 1000 of 60,502 x 512 / bare faiss flat search"
+    memory = "its peak memory beyond the embeddings"
+    return [
+        Row("recall", what, "s", a, b, Goal("A/B", "<=", 1.1)),
+        Row("recall", memory, "GiB", peaks, [], Goal("A", "<=", 2)),
+    ]
+
+
+def recall_pml(settings: Settings) -> list[Row]:
+    """The same values as the library's, sooner."""
+    faiss.omp_set_num_threads(num_cores())
+    torch.set_num_threads(num_cores())
+    points, labels = embeddings(PML_IMAGES)
+    as_tensors = torch.from_numpy(points), torch.from_numpy(labels)
+    calculator = AccuracyCalculator(
+        include=("precision_at_1", "r_precision", "mean_average_precision_at_r"),
+        k="max_bin_count",
+    )
+    found: dict[str, dict[str, Any]] = {}
+
+    def ours() -> float:
+        began = time.perf_counter()
+        found["ours"] = retrieval_metrics(points, labels, recall_at=(1,))
+        return time.perf_counter() - began
+
+    def library() -> float:
+        began = time.perf_counter()
+        found["library"] = calculator.get_accuracy(*as_tensors)
+        return time.perf_counter() - began
+
+    a, b = in_turn(settings.rounds, ours, library)
+    pairs = (
+        ("recall@1", "precision_at_1"),
+        ("r_precision", "r_precision"),
+        ("map@r", "mean_average_precision_at_r"),
+    )
+    for mine, theirs in pairs:
+        same = abs(found["ours"][mine] - found["library"][theirs]) < 1e-6
+        require(same, f"{mine} is the library's {theirs}: {found}")
+    what = "Recall@1, R-precision, MAP@R of 10,000 x 512 / pytorch-metric-learning"
+    return [Row("recall-pml", what, "s", a, b, Goal("B/A", ">=", 1.2), details=found["ours"])]

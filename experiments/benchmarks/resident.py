@@ -1,0 +1,39 @@
+"""Memory of processes, from Linux's /proc. Imports nothing: the coordinator's process loads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+MIB = 1024
+
+
+def process_id(actor: object) -> int:
+    """To be called inside an actor."""
+    return os.getpid()
+
+
+def resident(pid: int) -> dict[str, float]:
+    """MiB of a process: ``rss``, ``pss`` (shared pages in equal parts), ``uss`` (its own pages)."""
+    fields = {}
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+        name, value, *_ = line.split()
+        fields[name.rstrip(":")] = float(value) / MIB
+    own = fields["Private_Clean"] + fields["Private_Dirty"]
+    return {"rss": fields["Rss"], "pss": fields["Pss"], "uss": own}
+
+
+def peak_beyond(work: Callable[[], object]) -> float:
+    """MiB by which this process's resident memory rises at most while ``work`` runs."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _status("VmHWM")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return float(line.split()[1]) / MIB
+    raise RuntimeError(f"/proc/self/status has no {name}")

@@ -1,0 +1,128 @@
+"""`scaling`: time of a step and the exchange's share of it, by peers M and batch size N. A table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+import torch
+
+from benchmarks.cluster import private_ray
+from benchmarks.jpegs import write_classes
+from benchmarks.row import Settings
+from ray_dmml.cohort.coordinator import Coordinator
+from ray_dmml.cohort.remote import PeerActor
+from ray_dmml.cohort.transport import DirectExchange
+from ray_dmml.config import Config
+
+PEERS, BATCHES = (1, 2, 4, 8), (32, 128, 512)
+IMAGES_PER_CLASS, EMBEDDING_SIZE = 4, 128
+WARM_UP, STEPS, EXCHANGES = 1, 2, 20
+CELL_S = 12.0
+"""No further round of a line begins after so long: its largest cohort takes half a minute a step."""
+
+
+class TimedPeerActor(PeerActor):
+    """A peer's actor that can be built anew, and that times its exchange."""
+
+    def rebuild(self, config: Config, position: int, coordinator: Any) -> dict[str, str]:
+        if hasattr(self, "_loader"):
+            self._loader.close()
+            if isinstance(self._exchange, DirectExchange):
+                self._exchange.close()
+        return self.build(config, position, (), 1, coordinator, initial_weights=True)
+
+    def timed_run(self, start: int, stop: int) -> float:
+        """Seconds a step."""
+        began = time.perf_counter()
+        self.run(start, stop)
+        return (time.perf_counter() - began) / (stop - start)
+
+    def timed_exchange(self, start: int, count: int, rows: int) -> float:
+        """Seconds an exchange, with nothing else to do."""
+        sent = torch.randn(rows, EMBEDDING_SIZE)
+        began = time.perf_counter()
+        for step in range(start, start + count):
+            self._exchange.start(step, sent)
+            self._exchange.finish()
+        return (time.perf_counter() - began) / count
+
+
+def config(folder: Path, num_peers: int, batch_size: int) -> Config:
+    return Config.parse(
+        {
+            "data": {
+                "name": "imagefolder",
+                "root": str(folder),
+                "decode_size": 36,
+                "classes_per_batch": batch_size // IMAGES_PER_CLASS,
+                "images_per_class": IMAGES_PER_CLASS,
+                "validation_fraction": 0,
+            },
+            "cohort": {
+                "base": {
+                    "backbone": "test_resnet",
+                    "batch_norm": "live",
+                    "embedding_size": EMBEDDING_SIZE,
+                    "input_size": 32,
+                },
+                "peers": [{} for _ in range(num_peers)],
+            },
+        }
+    )
+
+
+@contextmanager
+def coordinator_of(names: list[str]) -> Iterator[Any]:
+    actor = ray.remote(Coordinator).options(num_cpus=0).remote(names, 120.0, 120.0)
+    yield actor
+    ray.kill(actor)
+
+
+def measure(actors: list[Any], folder: Path, batch_size: int, rounds: int) -> dict[str, Any]:
+    """One line of the table: the first M of the actors as a cohort."""
+    settings = config(folder, len(actors), batch_size)
+    with coordinator_of([str(peer.name) for peer in settings.cohort.peers]) as coordinator:
+        ray.get([a.rebuild.remote(settings, i, coordinator) for i, a in enumerate(actors)])
+        ray.get([a.timed_run.remote(0, WARM_UP) for a in actors])
+        steps: list[float] = []
+        exchanges: list[float] = []
+        began = time.perf_counter()
+        for number in range(rounds):
+            if steps and time.perf_counter() - began > CELL_S:
+                break
+            start = WARM_UP + number * STEPS
+            steps.append(max(ray.get([a.timed_run.remote(start, start + STEPS) for a in actors])))
+            exchanges.append(
+                max(ray.get([a.timed_exchange.remote(0, EXCHANGES, batch_size) for a in actors]))
+            )
+    step, exchange = median(steps), median(exchanges)
+    return {
+        "peers": len(actors),
+        "batch": batch_size,
+        "rounds": len(steps),
+        "step_ms": 1e3 * step,
+        "step_ms_per_peer_and_core": 1e3 * step / max(1.0, len(actors) / 2),
+        "exchange_ms": 1e3 * exchange,
+        "exchange_share": exchange / step,
+    }
+
+
+def scaling(settings: Settings) -> list[dict[str, Any]]:
+    """Small peers (test_resnet, 32 px, D = 128), direct transport, loading included, 2 cores."""
+    with TemporaryDirectory(prefix="benchmark-") as name, private_ray():
+        folder = Path(name)
+        write_classes(folder, 2 * max(BATCHES) // IMAGES_PER_CLASS, IMAGES_PER_CLASS, 40, 40)
+        timed = ray.remote(TimedPeerActor).options(num_cpus=0.2)
+        actors = [timed.remote() for _ in range(max(PEERS))]
+        return [
+            measure(actors[:num_peers], folder, batch_size, settings.rounds)
+            for num_peers in PEERS
+            for batch_size in BATCHES
+        ]

@@ -1,0 +1,58 @@
+"""Row `start`: from the command to the first finished step of the default run."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.row import Goal, Row, Settings, in_turn
+
+POLL_S, LIMIT_S = 0.01, 120.0
+IMPORTS_AND_RAY = """
+import os, logging
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+import torch, ray
+ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+print("up", flush=True)
+"""
+
+
+def first_step() -> float:
+    """Seconds from the command until its first step is in metrics.jsonl."""
+    with TemporaryDirectory(prefix="benchmark-") as name:
+        metrics = Path(name) / "run" / "metrics.jsonl"
+        settings = ["evaluation.untrained=false", "train.log_every=1"]
+        command = [sys.executable, "-m", "ray_dmml.cli", "train", "--out", str(metrics.parent)]
+        for setting in settings:
+            command += ["--set", setting]
+        began = time.perf_counter()
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            while not (metrics.exists() and metrics.stat().st_size):
+                if run.poll() is not None or time.perf_counter() - began > LIMIT_S:
+                    raise RuntimeError(f"{' '.join(command)}: no step within {LIMIT_S:g} s")
+                time.sleep(POLL_S)
+            return time.perf_counter() - began
+        finally:
+            run.send_signal(signal.SIGINT)
+            run.wait(60)
+
+
+def imports_and_ray() -> float:
+    """Seconds to import torch and ray and to start Ray, which no run can do without."""
+    began = time.perf_counter()
+    command = [sys.executable, "-c", IMPORTS_AND_RAY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        return time.perf_counter() - began
+
+
+def start(settings: Settings) -> list[Row]:
+    a, b = in_turn(settings.rounds, first_step, imports_and_ray)
+    what = "command to first finished step, default run / importing torch and ray, ray.init"
+    return [Row("start", what, "s", a, b, Goal("A", "<=", 15))]
