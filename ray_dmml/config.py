@@ -108,6 +108,14 @@ class DataConfig(_Section):
     """Decode every image once before training, so that a corrupt one is known then and not
     hours later."""
 
+    cache_gib: NonNegative = 8.0
+    """Disk for decoded images, in GiB: each is decoded once and shared by all peers of a machine.
+    What does not fit is decoded at every use; 0 keeps none."""
+
+    cache_dir: Path | None = None
+    """Folder of the decoded images; null: `ray-dmml` in `$XDG_CACHE_HOME` or `~/.cache`. What was
+    unused longest goes first where all data sets together exceed `cache_gib`."""
+
     @model_validator(mode="after")
     def _has_its_files(self) -> DataConfig:
         if self.name != "characters" and self.root is None:
@@ -304,6 +312,10 @@ class CohortConfig(_Section):
     transport: Literal["direct", "coordinator"] = "direct"
     """`direct`: the coordinator forms a torch.distributed group and embeddings go from peer to
     peer; `coordinator`: it carries them itself."""
+
+    max_teachers: Count | None = None
+    """A peer learns at each step from at most so many others, drawn by seed and step; null: from
+    all. Keeps the cost of a peer constant in large cohorts."""
 
     exchange_timeout_s: Positive = 300.0
     """A peer that is silent for so many seconds in an exchange ends the run by name."""
@@ -593,6 +605,7 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
 
     absolute(raw.get("data"), "root")
     absolute(raw.get("data"), "manifest")
+    absolute(raw.get("data"), "cache_dir")
     absolute(raw.get("train"), "init_from")
     cohort = raw.get("cohort")
     if isinstance(cohort, dict):

@@ -39,6 +39,8 @@ MAY_CHANGE_ON_RESUME = (
     # Where things are and how bytes travel: neither changes a number.
     "data.root",
     "data.manifest",
+    "data.cache_gib",
+    "data.cache_dir",
     "cohort.transport",
     "cohort.exchange_timeout_s",
     "cohort.start_timeout_s",

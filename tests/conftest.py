@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from PIL import Image
 from ray_dmml.config import Config
 
 torch.set_num_threads(1)
+
+# Decoded images are kept for the length of the test run, and out of the user's own cache.
+_cache_folder = tempfile.TemporaryDirectory(prefix="ray-dmml-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache_folder.name
 
 NUM_CLASSES, IMAGES_PER_CLASS = 16, 5
 

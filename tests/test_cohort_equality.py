@@ -38,7 +38,8 @@ def run_locally(config: Config) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def local_outcome(image_folder: Path) -> dict[str, Any]:
-    return run_locally(unlike_peers(image_folder))
+    """Every image decoded at every use; the actors read through the cache."""
+    return run_locally(unlike_peers(image_folder, data={"cache_gib": 0}))
 
 
 @pytest.mark.parametrize("transport", ["direct", "coordinator"])
@@ -55,6 +56,26 @@ def test_ray_equals_in_process(
     with closing(RayCohort(config, load_splits(config.data))) as cohort:
         assert cohort.transport == transport
         assert_same(outcome(cohort), local_outcome)
+
+
+@pytest.mark.parametrize("transport", ["direct", "coordinator"])
+def test_ray_equals_in_process_with_few_teachers(
+    ray_start_4_cpus: None, image_folder: Path, transport: str
+) -> None:
+    """4 peers of unlike embedding sizes that learn from 2 others each, drawn anew at every step;
+    embeddings of several blocks."""
+    from ray_dmml.cohort.remote import RayCohort
+
+    raw = tiny(image_folder, data={"classes_per_batch": 6, "images_per_class": 4})
+    raw["cohort"] |= {"max_teachers": 2, "transport": transport}
+    sizes = (2000, 16, 700, 3)
+    raw["cohort"]["peers"] = [{"embedding_size": size} for size in sizes]
+    config = Config.parse(raw)
+    with closing(LocalCohort(config, load_splits(config.data))) as cohort:
+        expected = outcome(cohort, stop=5)
+    with closing(RayCohort(config, load_splits(config.data))) as cohort:
+        assert cohort.transport == transport
+        assert_same(outcome(cohort, stop=5), expected)
 
 
 def test_two_runs_of_one_seed_are_equal_of_two_seeds_are_not(

@@ -13,6 +13,7 @@ from ray_dmml.cohort.coordinator import Coordinator, Group, Offer
 from ray_dmml.errors import PeerLostError
 
 NAMES = ("a", "b", "c")
+OTHERS = {0: (1, 2), 1: (0, 2), 2: (0, 1)}
 LONG = 60.0
 
 
@@ -27,10 +28,30 @@ def test_everyone_gets_the_others_in_peer_order() -> None:
         coordinator = Coordinator(NAMES, LONG, LONG)
         sent = {(s, p): np.full((2, p + 1), 10 * s + p) for s in (0, 1) for p in range(3)}
         order = [(0, 2), (0, 0), (1, 2), (1, 0), (0, 1), (1, 1)]
-        calls = [coordinator.exchange(step, peer, sent[step, peer]) for step, peer in order]
+        calls = [
+            coordinator.exchange(step, peer, OTHERS[peer], sent[step, peer]) for step, peer in order
+        ]
         for (step, peer), others in zip(order, await both(*calls), strict=True):
             expected = [sent[step, other] for other in range(3) if other != peer]
             assert [other.tolist() for other in others] == [e.tolist() for e in expected]
+
+    asyncio.run(scenario())
+
+
+def test_some_teachers_in_several_blocks() -> None:
+    """A peer gets the blocks of its teachers only; a single one comes as it is."""
+
+    async def scenario() -> None:
+        coordinator = Coordinator(NAMES, LONG, LONG)
+        blocks = {p: [np.full((1, 2), 10 * p + i) for i in range(p + 1)] for p in range(3)}
+        got = await both(
+            coordinator.exchange(0, 0, (2,), *blocks[0]),
+            coordinator.exchange(0, 1, (0,), *blocks[1]),
+            coordinator.exchange(0, 2, (0, 1), *blocks[2]),
+        )
+        assert [block is sent for block, sent in zip(got[0], blocks[2], strict=True)] == [True] * 3
+        assert got[1] is blocks[0][0]
+        assert [block.tolist() for block in got[2]] == [[[0, 0]], [[10, 10]], [[11, 11]]]
 
     asyncio.run(scenario())
 
@@ -41,12 +62,13 @@ def test_nobody_goes_on_before_the_last_has_come() -> None:
     async def scenario() -> None:
         coordinator = Coordinator(NAMES, LONG, LONG)
         early = [
-            asyncio.create_task(coordinator.exchange(4, peer, np.zeros((1, 1)))) for peer in (0, 1)
+            asyncio.create_task(coordinator.exchange(4, peer, OTHERS[peer], np.zeros((1, 1))))
+            for peer in (0, 1)
         ]
         for _ in range(20):
             await asyncio.sleep(0)
         assert not any(task.done() for task in early)
-        await coordinator.exchange(4, 2, np.ones((1, 1)))
+        await coordinator.exchange(4, 2, OTHERS[2], np.ones((1, 1)))
         assert [len(others) for others in await asyncio.gather(*early)] == [2, 2]
 
     asyncio.run(scenario())
@@ -58,7 +80,10 @@ def test_finished_exchanges_are_forgotten() -> None:
 
     async def scenario() -> None:
         for step in range(50):
-            calls = [coordinator.exchange(step, peer, np.zeros((1, 1))) for peer in range(3)]
+            calls = [
+                coordinator.exchange(step, peer, OTHERS[peer], np.zeros((1, 1)))
+                for peer in range(3)
+            ]
             await asyncio.gather(*calls)
 
     asyncio.run(scenario())
@@ -70,7 +95,7 @@ def test_a_silent_peer_is_named() -> None:
 
     async def scenario() -> list[Any]:
         coordinator = Coordinator(NAMES, 0.05, LONG)
-        return await both(coordinator.exchange(7, 1, np.zeros((1, 1))))
+        return await both(coordinator.exchange(7, 1, (0, 2), np.zeros((1, 1))))
 
     [error] = asyncio.run(scenario())
     assert isinstance(error, PeerLostError)

@@ -18,6 +18,7 @@ from benchmarks.plain_exchange import ROWS, SIZE
 from benchmarks.row import Goal, Row, Settings, in_turn
 from benchmarks.worker import Worker, ask_all
 from ray_dmml.cohort.coordinator import Coordinator
+from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.cohort.transport import connect
 
 DIRECT_COUNT, COORDINATOR_COUNT, WARM_UP = 500, 100, 10
@@ -35,6 +36,7 @@ class Exchanger:
             coordinator,
             position,
             [SIZE, SIZE],
+            Teachers(2),
             torch.device("cpu"),
             TIMEOUT_S,
             TIMEOUT_S,

@@ -62,15 +62,27 @@ class Coordinator:
         self._gatherings: dict[str, _Gathering] = {}
         self._finished = [0] * len(self._names)
 
-    async def exchange(self, step: int, position: int, embedding: np.ndarray) -> list[Any]:
-        """Takes a peer's (B, D) float32 embeddings of a step, gives those of the others in peer order.
+    async def exchange(
+        self, step: int, position: int, teachers: Sequence[int], *parts: np.ndarray
+    ) -> Any:
+        """Takes a peer's (B, D) float32 embeddings of a step, gives those of its teachers.
+
+        Args:
+            teachers: positions of the peers it learns from at this step.
+            parts: the rows of the embeddings in one or more blocks, which are handed on as they
+                come: what is below Ray's limit travels inside the call.
+
+        Returns:
+            the blocks of all its teachers, one after the other; a single one by itself, as Ray
+            wants it.
 
         Raises:
             PeerLostError: some peers sent none in time; they are named.
         """
         what = f"exchange of step {step + 1}"
-        everyone = await self._gather(what, position, embedding, self._exchange_timeout_s)
-        return everyone[:position] + everyone[position + 1 :]
+        everyone = await self._gather(what, position, parts, self._exchange_timeout_s)
+        found = [part for teacher in teachers for part in everyone[teacher]]
+        return found[0] if len(found) == 1 else found
 
     async def form_group(self, position: int, offer: Offer) -> Group | None:
         """The rendezvous of the direct transport: every peer offers, all get the same group, or

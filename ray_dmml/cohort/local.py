@@ -13,6 +13,7 @@ import torch
 
 from ray_dmml.checkpoint import PeerFiles, decode_peer, encode_peer
 from ray_dmml.cohort import StepRow
+from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.config import Config
 from ray_dmml.cores import num_cores
 from ray_dmml.data.images import Splits
@@ -29,6 +30,11 @@ def build_sampler(config: Config, splits: Splits) -> ClassBalancedSampler:
         config.data.images_per_class,
         config.seed,
     )
+
+
+def build_teachers(config: Config) -> Teachers:
+    """Who learns from whom; the same in every process."""
+    return Teachers(len(config.cohort.peers), config.cohort.max_teachers, config.seed)
 
 
 def build_peer(
@@ -72,6 +78,7 @@ class LocalCohort:
             build_peer(config, i, splits, device, initial_weights) for i in range(num_peers)
         ]
         self.names = tuple(peer.name for peer in self.peers)
+        self._teachers = build_teachers(config)
         threads = config.cohort.threads_per_peer or max(1, num_cores() // num_peers)
         self._loader = BatchLoader(splits.train, build_sampler(config, splits), threads)
         self.threads = (threads,) * num_peers
@@ -87,8 +94,8 @@ class LocalCohort:
             published = [peer.embed(batch) for peer in self.peers]
             rows.append(
                 {
-                    peer.name: peer.update(published[:i] + published[i + 1 :])
-                    for i, peer in enumerate(self.peers)
+                    peer.name: peer.update([published[teacher] for teacher in teachers])
+                    for peer, teachers in zip(self.peers, self._teachers.at(step), strict=True)
                 }
             )
             on_step(step + 1)

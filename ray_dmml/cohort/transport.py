@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from ray_dmml.cohort.coordinator import Group, Offer
+from ray_dmml.cohort.teachers import Teachers, students
 from ray_dmml.errors import PeerLostError
+
+INLINE_PART_BYTES = 96 * 1024
+"""Just below Ray's limit for what travels inside a call (100 KiB with its header)."""
+
+INLINE_EMBEDDING_BYTES = 2**20
+"""Larger embeddings go through the object store in one piece."""
 
 _DIST_ERRORS = (RuntimeError, ValueError, OSError)
 
@@ -30,7 +37,7 @@ class Exchange(Protocol):
         ...
 
     def finish(self) -> list[Tensor]:
-        """The others' (B, D_n) float32 embeddings of that step, in peer order.
+        """The (B, D_n) float32 embeddings of this peer's teachers of that step, in peer order.
 
         Raises:
             PeerLostError: they did not come.
@@ -51,27 +58,58 @@ class Alone:
 class CoordinatorExchange:
     """The coordinator carries the data, as numpy arrays (a torch tensor costs Ray three times that)."""
 
-    def __init__(self, coordinator: Any, position: int) -> None:
+    def __init__(
+        self, coordinator: Any, position: int, sizes: Sequence[int], teachers: Teachers
+    ) -> None:
         self._coordinator, self._position = coordinator, position
-        self._pending: Any = None
+        self._sizes, self._teachers = tuple(sizes), teachers
+        self._pending: list[Any] = []
+        self._shapes: list[tuple[int, int]] = []
 
     def start(self, step: int, embedding: Tensor) -> None:
+        teachers = self._teachers.at(step)[self._position]
         array = embedding.cpu().numpy()
-        self._pending = self._coordinator.exchange.remote(step, self._position, array)
+        self._shapes = [(len(array), self._sizes[teacher]) for teacher in teachers]
+        count = sum(len(_parts(*shape)) for shape in self._shapes)
+        pending = self._coordinator.exchange.options(num_returns=count).remote(
+            step, self._position, teachers, *(array[rows] for rows in _parts(*array.shape))
+        )
+        self._pending = [pending] if count == 1 else pending
 
     def finish(self) -> list[Tensor]:
-        arrays = ray.get(self._pending)
-        # Ray's arrays are read-only views at any address; a tensor of torch's own is writable and
-        # aligned, and matrix products give the same bits only for the same alignment.
-        return [torch.empty(a.shape).copy_(torch.tensor(a)) for a in arrays]
+        parts = iter(ray.get(self._pending))
+        found = []
+        for shape in self._shapes:
+            # Ray's arrays are read-only views at any address; a tensor of torch's own is writable
+            # and aligned, and matrix products give the same bits only for the same alignment.
+            embedding = torch.empty(shape)
+            for rows in _parts(*shape):
+                embedding.numpy()[rows] = next(parts)
+            found.append(embedding)
+        return found
+
+
+def _parts(num_rows: int, size: int) -> list[slice]:
+    """The rows of (N, D) float32 in blocks that travel inside a call of an actor.
+
+    Ray sends an argument or result beyond its limit through the object store, which takes longer
+    than to copy it; very large embeddings are better off there, in one piece.
+    """
+    if num_rows * size * 4 > INLINE_EMBEDDING_BYTES:
+        return [slice(0, num_rows)]
+    block = max(1, INLINE_PART_BYTES // (size * 4))
+    return [slice(start, min(start + block, num_rows)) for start in range(0, num_rows, block)]
 
 
 class DirectExchange:
     """A torch.distributed group of the peer actors, formed by the coordinator.
 
+    One collective where everybody learns from everybody, else a message from each teacher.
+
     Args:
         position: this peer's, which is its rank.
         sizes: embedding size of every peer, in peer order.
+        teachers: who learns from whom.
         store: where the group meets.
     """
 
@@ -81,10 +119,11 @@ class DirectExchange:
         store: Store,
         position: int,
         sizes: Sequence[int],
+        teachers: Teachers,
         device: torch.device,
         timeout_s: float,
     ) -> None:
-        self._position, self._sizes = position, tuple(sizes)
+        self._position, self._sizes, self._teachers = position, tuple(sizes), teachers
         # gloo wants equal shapes: narrower embeddings are padded to the widest.
         self._width = max(sizes)
         self._device = device if group.backend == "nccl" else torch.device("cpu")
@@ -96,31 +135,59 @@ class DirectExchange:
             timeout=timedelta(seconds=timeout_s),
             device_id=device if group.backend == "nccl" else None,
         )
-        self._work: Any = None
-        self._received: list[Tensor] = []
+        self._pending: list[Any] = []
+        self._received: dict[int, Tensor] = {}
         self._step = -1
 
     def start(self, step: int, embedding: Tensor) -> None:
-        num_rows, size = embedding.shape
-        sent = torch.zeros(num_rows, self._width, device=self._device)
-        sent[:, :size] = embedding
-        self._received = [torch.empty_like(sent) for _ in self._sizes]
         self._step = step
         try:
-            self._work = dist.all_gather(self._received, sent, async_op=True)
+            if self._teachers.all_others:
+                self._gather(embedding)
+            else:
+                self._send(embedding, self._teachers.at(step))
         except _DIST_ERRORS as error:
             raise PeerLostError(f"exchange of step {step + 1} failed: {error}") from None
 
     def finish(self) -> list[Tensor]:
         try:
-            self._work.wait()
+            for work in self._pending:
+                work.wait()
         except _DIST_ERRORS as error:
             raise PeerLostError(f"exchange of step {self._step + 1} failed: {error}") from None
         return [
-            received[:, :size].contiguous()
-            for i, (received, size) in enumerate(zip(self._received, self._sizes, strict=True))
-            if i != self._position
+            received[:, : self._sizes[teacher]].contiguous()
+            for teacher, received in self._received.items()
         ]
+
+    def _gather(self, embedding: Tensor) -> None:
+        """From all to all."""
+        num_rows, size = embedding.shape
+        sent = torch.zeros(num_rows, self._width, device=self._device)
+        sent[:, :size] = embedding
+        received = [torch.empty_like(sent) for _ in self._sizes]
+        self._pending = [dist.all_gather(received, sent, async_op=True)]
+        self._received = {n: rows for n, rows in enumerate(received) if n != self._position}
+
+    def _send(self, embedding: Tensor, teachers: Sequence[Sequence[int]]) -> None:
+        """To this peer's students, from its teachers."""
+        sent = embedding.to(self._device).contiguous()
+        self._received = {
+            teacher: torch.empty(len(sent), self._sizes[teacher], device=self._device)
+            for teacher in teachers[self._position]
+        }
+        self._pending = dist.batch_isend_irecv(
+            [
+                *(
+                    dist.P2POp(dist.isend, sent, student)
+                    for student in students(teachers, self._position)
+                ),
+                *(
+                    dist.P2POp(dist.irecv, rows, teacher)
+                    for teacher, rows in self._received.items()
+                ),
+            ]
+        )
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -132,6 +199,7 @@ def connect(
     coordinator: Any,
     position: int,
     sizes: Sequence[int],
+    teachers: Teachers,
     device: torch.device,
     exchange_timeout_s: float,
     start_timeout_s: float,
@@ -143,12 +211,12 @@ def connect(
     if len(sizes) == 1:
         return Alone(), "none"
     if transport == "coordinator":
-        return CoordinatorExchange(coordinator, position), "coordinator"
+        return CoordinatorExchange(coordinator, position, sizes, teachers), "coordinator"
     direct: DirectExchange | None = None
     reason = "another peer could not join"
     try:
         direct = _join_group(
-            coordinator, position, sizes, device, exchange_timeout_s, start_timeout_s
+            coordinator, position, sizes, teachers, device, exchange_timeout_s, start_timeout_s
         )
     except _DIST_ERRORS as error:
         reason = str(error).splitlines()[0]
@@ -158,13 +226,14 @@ def connect(
     if direct is not None:
         direct.close()
     how = f"coordinator, as no direct group could be formed ({reason})"
-    return CoordinatorExchange(coordinator, position), how
+    return CoordinatorExchange(coordinator, position, sizes, teachers), how
 
 
 def _join_group(
     coordinator: Any,
     position: int,
     sizes: Sequence[int],
+    teachers: Teachers,
     device: torch.device,
     exchange_timeout_s: float,
     start_timeout_s: float,
@@ -188,4 +257,4 @@ def _join_group(
     if group is None:
         raise RuntimeError(reason)
     store = own_store or TCPStore(*group.store, is_master=False, timeout=timeout)
-    return DirectExchange(group, store, position, sizes, device, exchange_timeout_s)
+    return DirectExchange(group, store, position, sizes, teachers, device, exchange_timeout_s)

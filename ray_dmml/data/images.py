@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 
 Aspect = Literal["squash", "crop"]
+
+Stamp = tuple[int, int]
+"""Size and time of change of an image's file: what tells that it is another one."""
 
 
 class BadImageError(UserError):
@@ -66,12 +70,26 @@ class FileImages:
     def name(self, index: int) -> str:
         return self.paths[index]
 
+    def stamp(self, index: int) -> Stamp:
+        """Of the file as it is now.
+
+        Raises:
+            BadImageError: it is not there.
+        """
+        try:
+            found = os.stat(self.root / self.paths[index])
+        except OSError as error:
+            raise self._bad(index, error) from error
+        return found.st_size, found.st_mtime_ns
+
     def read(self, index: int) -> Tensor:
         try:
             return to_square(_decode(self.root / self.paths[index]), self.decode_size, self.aspect)
         except Exception as error:  # a corrupt file makes decoders raise nearly anything
-            reason = _reason(error)
-            raise BadImageError(f"image {self.name(index)} cannot be read: {reason}") from error
+            raise self._bad(index, error) from error
+
+    def _bad(self, index: int, error: Exception) -> BadImageError:
+        return BadImageError(f"image {self.name(index)} cannot be read: {_reason(error)}")
 
 
 def _decode(path: Path) -> Tensor:
@@ -164,6 +182,21 @@ class ImageSet:
     def num_classes(self) -> int:
         """C."""
         return len(self.class_names)
+
+    def files(self) -> FileImages:
+        """The files of the images, in their order.
+
+        Raises:
+            TypeError: they are not read from files.
+        """
+        source, indices = self.source, np.arange(len(self))
+        if isinstance(source, _Selection):
+            indices = source.indices
+            source = source.source
+        if not isinstance(source, FileImages):
+            raise TypeError(f"{type(source).__name__} reads no files")
+        paths = [source.paths[index] for index in indices]
+        return FileImages(source.root, paths, source.decode_size, source.aspect)
 
     def can_be_judged(self) -> bool:
         """Whether any query has another image of its class to find."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from ray_dmml.config import DataConfig
 from ray_dmml.cores import num_cores
+from ray_dmml.data.cache import default_folder, through_cache
 from ray_dmml.data.datasets import benchmarks, characters, folder, manifest
 from ray_dmml.data.images import ImageSet, Splits, check_images, hold_out_classes
 from ray_dmml.errors import UserError
@@ -37,6 +38,9 @@ def load_splits(
         UserError: files are missing, unreadable or not laid out as the data set needs.
     """
     train, test = _read(config, log)
+    if config.cache_gib and config.name != "characters":
+        folder = config.cache_dir or default_folder()
+        train, test = through_cache([train, test], folder, int(config.cache_gib * 2**30), log)
     left_out: list[str] = []
     if skip:
         train, test = (_without(images, _named(images, skip), left_out) for images in (train, test))

@@ -1,0 +1,305 @@
+"""Decoded images are kept on disk: the same to the bit, whatever happens to the file."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny, write_image
+from torch import Tensor
+
+from ray_dmml.config import Config, DataConfig
+from ray_dmml.data.cache import HEADER_BYTES, CachedImages
+from ray_dmml.data.datasets import load_splits
+from ray_dmml.data.images import BadImageError, Splits
+
+SIDE = 36
+RECORD = 20 + 3 * SIDE * SIDE
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """4 classes of 3 images."""
+    rng = np.random.default_rng(1)
+    for label in range(4):
+        for image in range(3):
+            write_image(tmp_path / "images" / f"class{label}" / f"{image}.png", rng, label)
+    return tmp_path / "images"
+
+
+def settings(folder: Path, **changes: object) -> DataConfig:
+    data = {
+        "validation_fraction": 0,
+        "classes_per_batch": 2,
+        "cache_dir": str(folder.parent / "kept"),
+        "check_images": False,
+        **changes,
+    }
+    return Config.parse(
+        tiny(folder, data=data | {"name": "imagefolder", "root": str(folder), "decode_size": SIDE})
+    ).data
+
+
+def every_image(splits: Splits) -> list[Tensor]:
+    return [
+        images.source.read(i) for images in (splits.train, splits.test) for i in range(len(images))
+    ]
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+def uncached(folder: Path) -> list[Tensor]:
+    return every_image(load_splits(settings(folder, cache_gib=0)))
+
+
+def the_file(folder: Path) -> Path:
+    (found,) = (folder.parent / "kept").glob("*.images")
+    return found
+
+
+def spoil_quietly(file: Path) -> None:
+    """Other bytes of the same length, and the old time: only a decoder would see it."""
+    before = file.stat()
+    file.write_bytes(b"x" * before.st_size)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writes beyond ``size`` bytes of a file fail, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_cached_images_are_the_decoded_ones_and_are_decoded_once(folder: Path) -> None:
+    """While it fills, when it is full, and for the next run, which needs no decoder any more."""
+    expected = uncached(folder)
+    assert not (folder.parent / "kept").exists()
+    first = load_splits(settings(folder))
+    assert same(every_image(first), expected) and same(every_image(first), expected)
+    for file in folder.rglob("*.png"):
+        spoil_quietly(file)
+    assert same(every_image(first), expected)
+    assert same(every_image(load_splits(settings(folder))), expected)
+    with pytest.raises(BadImageError):
+        uncached(folder)
+
+
+def test_checking_the_images_fills_the_cache(folder: Path) -> None:
+    """The pass that looks for corrupt files decodes each image, and nothing decodes it again."""
+    expected = uncached(folder)
+    splits = load_splits(settings(folder, check_images=True))
+    for file in folder.rglob("*.png"):
+        spoil_quietly(file)
+    assert same(every_image(splits), expected)
+
+
+def test_a_changed_or_removed_file_is_noticed(folder: Path) -> None:
+    """An image replaced by another is decoded again, one that is gone is named."""
+    every_image(load_splits(settings(folder)))
+    write_image(folder / "class0" / "1.png", np.random.default_rng(9), 3)
+    again = load_splits(settings(folder))
+    assert same(every_image(again), uncached(folder))
+    late = load_splits(settings(folder))
+    (folder / "class0" / "0.png").unlink()
+    with pytest.raises(BadImageError, match=r"class0/0\.png cannot be read: No such file"):
+        late.train.source.read(0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: os.truncate(f, f.stat().st_size - 1), "cut short"),
+        (lambda f: os.truncate(f, 10), "no cache of this program|damaged header"),
+        (lambda f: os.truncate(f, 0), "no cache of this program"),
+        (lambda f: f.write_bytes(f.read_bytes().replace(b'"format": 1', b'"format": 0')), "format"),
+        (lambda f: f.write_bytes(f.read_bytes().replace(b'"torch": "', b'"torch": "0')), "decoders"),
+        (lambda f: f.write_bytes(b"ray-dmml images\n{not json".ljust(f.stat().st_size, b"\0")), "damaged"),
+    ],
+)  # fmt: skip
+def test_a_cut_or_foreign_file_is_noticed_and_made_anew(folder: Path, damage, says: str) -> None:  # type: ignore[no-untyped-def]
+    """It is said in one sentence, the images are right, and the next run has nothing to say."""
+    expected = uncached(folder)
+    every_image(load_splits(settings(folder)))
+    size = the_file(folder).stat().st_size
+    damage(the_file(folder))
+    said: list[str] = []
+    assert same(every_image(load_splits(settings(folder), said.append)), expected)
+    assert len(said) == 1 and "decoded anew" in said[0] and str(the_file(folder)) in said[0]
+    assert re.search(says, said[0])
+    assert the_file(folder).stat().st_size == size
+    said.clear()
+    for file in folder.rglob("*.png"):
+        spoil_quietly(file)
+    assert same(every_image(load_splits(settings(folder), said.append)), expected)
+    assert not said
+
+
+def test_damaged_records_are_decoded_again_and_mended(folder: Path) -> None:
+    """Flipped bits, and a record of which only the beginning was written."""
+    expected = uncached(folder)
+    every_image(load_splits(settings(folder)))
+    content = bytearray(the_file(folder).read_bytes())
+    content[HEADER_BYTES + 100] ^= 1  # of the first record's pixels
+    content[HEADER_BYTES + RECORD + 3] ^= 1  # of the second's checksum
+    content[HEADER_BYTES + 2 * RECORD + 500 : HEADER_BYTES + 3 * RECORD] = bytes(RECORD - 500)
+    the_file(folder).write_bytes(content)
+    assert same(every_image(load_splits(settings(folder))), expected)
+    for file in folder.rglob("*.png"):
+        spoil_quietly(file)
+    assert same(every_image(load_splits(settings(folder))), expected)
+
+
+def test_a_file_cut_short_under_a_running_process_does_it_no_harm(folder: Path) -> None:
+    """What is gone is decoded again: no read beyond the end kills the process."""
+    splits = load_splits(settings(folder))
+    expected = every_image(splits)
+    os.truncate(the_file(folder), HEADER_BYTES + RECORD + 7)
+    assert same(every_image(splits), expected)
+
+
+def _digest(config: DataConfig) -> str:
+    """Of all images, three times over; in a process of its own."""
+    splits, digest = load_splits(config), hashlib.sha256()
+    for _ in range(3):
+        for image in every_image(splits):
+            digest.update(image.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_processes_that_build_it_at_once_agree(folder: Path) -> None:
+    """Four that start together on an empty folder read the same images, and leave one whole file."""
+    expected = _digest(settings(folder, cache_gib=0))
+    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
+        assert set(pool.map(_digest, [settings(folder)] * 4)) == {expected}
+    for file in folder.rglob("*.png"):
+        spoil_quietly(file)
+    assert _digest(settings(folder)) == expected
+
+
+def test_the_limit_holds_for_one_data_set_and_for_all(folder: Path) -> None:
+    """What does not fit is decoded at every use; another data set's file makes room."""
+    expected = uncached(folder)
+    limit = (HEADER_BYTES + 5 * RECORD) / 2**30
+    splits = load_splits(settings(folder, cache_gib=limit))
+    assert same(every_image(splits), expected) and same(every_image(splits), expected)
+    first = the_file(folder)
+    assert first.stat().st_size == HEADER_BYTES + 5 * RECORD
+    # The same images cut to squares are another data set.
+    cropped = load_splits(settings(folder, cache_gib=limit, aspect="crop"))
+    every_image(cropped)
+    assert the_file(folder) != first
+    assert same(every_image(splits), expected)  # its file is open still
+    tiny_limit = load_splits(settings(folder, cache_gib=1e-9))
+    assert same(every_image(tiny_limit), expected)
+    assert not isinstance(tiny_limit.train.source, CachedImages)
+
+
+def test_of_two_the_longest_unused_makes_room(folder: Path) -> None:
+    """Three data sets under a limit for two: the one read last but one goes on."""
+    limit = 2 * (HEADER_BYTES + 12 * RECORD) / 2**30
+
+    def use(split_seed: int) -> Path:
+        load_splits(settings(folder, cache_gib=limit, split_seed=split_seed, aspect="crop"))
+        newest = max((folder.parent / "kept").glob("*.images"), key=lambda f: f.stat().st_mtime_ns)
+        return newest
+
+    seeds = iter(range(100))
+    files: dict[Path, int] = {}
+    while len(files) < 2:
+        seed = next(seeds)
+        files.setdefault(use(seed), seed)
+    one, other = files
+    use(files[one])
+    os.utime(other, ns=(1, 1))  # the clock may be too coarse to tell them apart
+    third = one
+    while third in files:
+        third = use(next(seeds))
+    assert one.exists() and third.exists() and not other.exists()
+
+
+def test_a_full_disk_is_said_once_and_the_images_are_read(folder: Path) -> None:
+    """The space is asked for at the start, so that it is known then."""
+    expected = uncached(folder)
+    said: list[str] = []
+    with largest_file(HEADER_BYTES + 3 * RECORD):
+        splits = load_splits(settings(folder, check_images=True), said.append)
+    assert same(every_image(splits), expected)
+    told = [line for line in said if "cannot be kept" in line]
+    assert len(told) == 1 and "File too large" in told[0] and "data.cache_dir" in told[0]
+    assert not list((folder.parent / "kept").glob("*.*"))
+
+
+def test_a_full_file_system_is_said_once(folder: Path, tmp_path: Path) -> None:
+    """The real thing: a file system of 64 KiB, too small for the images."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        code = """if True:
+            import pickle, sys
+            from ray_dmml.data.datasets import load_splits
+            splits = load_splits(pickle.load(sys.stdin.buffer), print)
+            print(len([splits.train.source.read(i) for i in range(6)]), "read")
+        """
+        config = settings(folder, cache_dir=str(disk), check_images=True)
+        ended = subprocess.run(
+            [sys.executable, "-c", code], input=pickle.dumps(config), capture_output=True
+        )
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert ended.returncode == 0, ended.stderr.decode()
+    told = [line for line in ended.stdout.decode().splitlines() if "cannot be kept" in line]
+    assert len(told) == 1 and "No space left on device" in told[0]
+    assert "6 read" in ended.stdout.decode()
+
+
+def test_a_disk_that_fails_later_is_said_once(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Writing stops, reading goes on."""
+    expected = uncached(folder)
+    splits = load_splits(settings(folder))
+    with largest_file(HEADER_BYTES), caplog.at_level(logging.WARNING):
+        assert same(every_image(splits), expected)
+    assert len([r for r in caplog.records if "cannot be kept" in r.getMessage()]) == 1
+    assert same(every_image(splits), expected)
+
+
+def test_a_folder_that_cannot_be_made_is_said(folder: Path) -> None:
+    """A file is in its place."""
+    (folder.parent / "kept").write_text("")
+    said: list[str] = []
+    splits = load_splits(settings(folder), said.append)
+    assert same(every_image(splits), uncached(folder))
+    assert len(said) == 1 and "kept" in said[0] and "the run goes on" in said[0]
+
+
+def test_what_a_killed_process_left_half_made_is_removed(folder: Path) -> None:
+    """And is not taken for a cache."""
+    (folder.parent / "kept").mkdir()
+    (folder.parent / "kept" / "0123.part").write_bytes(b"half")
+    assert same(every_image(load_splits(settings(folder))), uncached(folder))
+    assert not list((folder.parent / "kept").glob("*.part"))

@@ -1,0 +1,48 @@
+"""Who learns from whom."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_dmml.cohort.teachers import Teachers, students
+
+
+@given(st.integers(1, 20), st.integers(1, 25), st.integers(0, 10**6), st.integers(0, 10**6))
+def test_everyone_learns_from_k_others_and_teaches_k(
+    num_peers: int, at_most: int, seed: int, step: int
+) -> None:
+    """k different others each, ascending, and never oneself; as many learn from everybody."""
+    found = Teachers(num_peers, at_most, seed).at(step)
+    expected = min(at_most, num_peers - 1)
+    for peer, teachers in enumerate(found):
+        assert len(teachers) == len(set(teachers)) == expected
+        assert list(teachers) == sorted(teachers) and peer not in teachers
+        assert all(0 <= teacher < num_peers for teacher in teachers)
+    learners = [students(found, peer) for peer in range(num_peers)]
+    assert [len(each) for each in learners] == [expected] * num_peers
+    for peer, each in enumerate(learners):
+        assert each == [other for other, teachers in enumerate(found) if peer in teachers]
+    assert Teachers(num_peers, at_most, seed).at(step) == found
+
+
+def test_everybody_is_everybodys_teacher_in_time() -> None:
+    """Over many steps each pair meets as often as any other; another seed draws otherwise."""
+    draw = Teachers(6, 2, seed=3)
+    meetings = np.zeros((6, 6))
+    for step in range(3000):
+        for peer, teachers in enumerate(draw.at(step)):
+            meetings[peer, list(teachers)] += 1
+    off_diagonal = meetings[~np.eye(6, dtype=bool)]
+    assert np.allclose(off_diagonal, 3000 * 2 / 5, rtol=0.1)
+    other = Teachers(6, 2, seed=4)
+    assert any(other.at(step) != draw.at(step) for step in range(5))
+
+
+def test_without_a_limit_everybody_learns_from_all_others() -> None:
+    """In peer order; a limit that is no limit is the same."""
+    assert Teachers(3).at(7) == [(1, 2), (0, 2), (0, 1)]
+    assert Teachers(3, at_most=2).at(7) == Teachers(3).at(7)
+    assert Teachers(3).all_others and Teachers(3, 5).all_others and not Teachers(3, 1).all_others
+    assert Teachers(1).at(0) == [()]
