@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Annotated
 
 import typer
@@ -96,16 +98,17 @@ def train(
                 settings = settings.model_copy(update={"train": started})
             out = out or Path("runs") / f"{settings.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
             run.append(out)
-        from ray_dmml.console import LiveReporter, PlainReporter, elapsed, results_table
-        from ray_dmml.training import train as train_cohort
+        with _ray_and_training(in_process):
+            from ray_dmml.console import LiveReporter, PlainReporter, elapsed, results_table
+            from ray_dmml.training import train as train_cohort
 
-        results = train_cohort(
-            settings,
-            out,
-            resume=resume,
-            in_process=in_process,
-            reporter=LiveReporter(console) if console.is_terminal else PlainReporter(console),
-        )
+            results = train_cohort(
+                settings,
+                out,
+                resume=resume,
+                in_process=in_process,
+                reporter=LiveReporter(console) if console.is_terminal else PlainReporter(console),
+            )
         results_table(results, console)
         told = f"run: {resume or out}  ({elapsed(began)})"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
@@ -142,6 +145,21 @@ def _resumed_config(run: Path, config: Path | None, overrides: list[str] | None)
     from ray_dmml.runfolder import RunFolder
 
     return Config.load(config or RunFolder.open(run).config_file, overrides or ())
+
+
+@contextmanager
+def _ray_and_training(in_process: bool) -> Iterator[None]:
+    """Ray takes seconds to start its processes, and Python as long to import torch: both at once."""
+    if in_process:
+        yield
+        return
+    from ray_dmml.cohort.remote import ray_session
+
+    loading = Thread(target=import_module, args=("ray_dmml.training",), daemon=True)
+    loading.start()
+    with ray_session():
+        loading.join()
+        yield
 
 
 @contextmanager

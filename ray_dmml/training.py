@@ -17,10 +17,10 @@ from tensorboardX import SummaryWriter
 
 from ray_dmml.checkpoint import Checkpoint
 from ray_dmml.cohort import Cohort, StepRow
-from ray_dmml.cohort.local import LocalCohort, build_sampler
 from ray_dmml.config import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import ImageSet, Splits
+from ray_dmml.data.loading import build_sampler
 from ray_dmml.errors import UserError
 from ray_dmml.retrieval.ensemble import ensemble_embedding
 from ray_dmml.retrieval.metrics import retrieval_metrics
@@ -190,6 +190,8 @@ def evaluate(
     Raises:
         UserError: no such run or checkpoint, or its images are gone.
     """
+    from ray_dmml.cohort.local import LocalCohort
+
     folder = RunFolder.open(run)
     config = folder.config()
     environment = folder.environment()
@@ -379,11 +381,12 @@ def _build_cohort(
     config: Config, splits: Splits, in_process: bool, reporter: Reporter, initial_weights: bool
 ) -> Cohort:
     reporter.doing("starting the peers")
+    # Each takes seconds to import, and a run needs one of them.
     if in_process:
+        from ray_dmml.cohort.local import LocalCohort
+
         return LocalCohort(config, splits, initial_weights=initial_weights)
-    from ray_dmml.cohort.remote import (
-        RayCohort,
-    )  # seconds of import that in-process runs are spared
+    from ray_dmml.cohort.remote import RayCohort
 
     return RayCohort(config, splits, initial_weights=initial_weights)
 

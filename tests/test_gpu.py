@@ -12,10 +12,10 @@ import torch
 from conftest import assert_same, tiny
 
 from ray_dmml.checkpoint import decode_peer, encode_peer
-from ray_dmml.cohort.local import LocalCohort, build_peer, build_sampler
+from ray_dmml.cohort.local import LocalCohort, build_peer
 from ray_dmml.config import Config
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.loading import BatchLoader
+from ray_dmml.data.loading import BatchLoader, build_sampler
 from ray_dmml.peer import Peer
 
 pytestmark = [

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from ray_dmml.checkpoint import decode_peer, encode_peer
-from ray_dmml.cohort.local import LocalCohort, build_sampler
+from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config import Config, LossConfig, PeerConfig, ScheduleConfig
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.loading import Batch
+from ray_dmml.data.loading import Batch, build_sampler
 from ray_dmml.embedding import EmbeddingNet, build_embedding_net
 from ray_dmml.errors import NonFiniteLossError, UserError
 from ray_dmml.losses.metric import DistanceWeightedNegativeMiner, ExactEuclideanDistance

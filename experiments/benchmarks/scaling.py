@@ -17,8 +17,7 @@ from benchmarks.cluster import private_ray
 from benchmarks.jpegs import write_classes
 from benchmarks.row import Settings
 from ray_dmml.cohort.coordinator import Coordinator
-from ray_dmml.cohort.remote import PeerActor
-from ray_dmml.cohort.transport import DirectExchange
+from ray_dmml.cohort.member import Member
 from ray_dmml.config import Config
 
 PEERS, BATCHES = (1, 2, 4, 8), (32, 128, 512)
@@ -28,20 +27,21 @@ CELL_S = 12.0
 """No further round of a line begins after so long: its largest cohort takes half a minute a step."""
 
 
-class TimedPeerActor(PeerActor):
+class TimedPeer:
     """A peer's actor that can be built anew, and that times its exchange."""
 
+    _member: Member | None = None
+
     def rebuild(self, config: Config, position: int, coordinator: Any) -> dict[str, str]:
-        if hasattr(self, "_loader"):
-            self._loader.close()
-            if isinstance(self._exchange, DirectExchange):
-                self._exchange.close()
-        return self.build(config, position, (), 1, coordinator, initial_weights=True)
+        if self._member is not None:
+            self._member.close()
+        self._member = Member(config, position, (), 1, coordinator, initial_weights=True)
+        return self._member.facts
 
     def timed_run(self, start: int, stop: int) -> float:
         """Seconds a step."""
         began = time.perf_counter()
-        self.run(start, stop)
+        self._member.run(start, stop)
         return (time.perf_counter() - began) / (stop - start)
 
     def timed_exchange(self, start: int, count: int, rows: int) -> float:
@@ -49,8 +49,8 @@ class TimedPeerActor(PeerActor):
         sent = torch.randn(rows, EMBEDDING_SIZE)
         began = time.perf_counter()
         for step in range(start, start + count):
-            self._exchange.start(step, sent)
-            self._exchange.finish()
+            self._member._exchange.start(step, sent)
+            self._member._exchange.finish()
         return (time.perf_counter() - began) / count
 
 
@@ -119,7 +119,7 @@ def scaling(settings: Settings) -> list[dict[str, Any]]:
     with TemporaryDirectory(prefix="benchmark-") as name, private_ray():
         folder = Path(name)
         write_classes(folder, 2 * max(BATCHES) // IMAGES_PER_CLASS, IMAGES_PER_CLASS, 40, 40)
-        timed = ray.remote(TimedPeerActor).options(num_cpus=0.2)
+        timed = ray.remote(TimedPeer).options(num_cpus=0.2)
         actors = [timed.remote() for _ in range(max(PEERS))]
         return [
             measure(actors[:num_peers], folder, batch_size, settings.rounds)

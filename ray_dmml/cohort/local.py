@@ -17,24 +17,8 @@ from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.config import Config
 from ray_dmml.cores import num_cores
 from ray_dmml.data.images import Splits
-from ray_dmml.data.loading import BatchLoader
-from ray_dmml.data.sampling import ClassBalancedSampler
+from ray_dmml.data.loading import BatchLoader, build_sampler
 from ray_dmml.peer import Peer
-
-
-def build_sampler(config: Config, splits: Splits) -> ClassBalancedSampler:
-    """The batches of a run; the same in every process."""
-    return ClassBalancedSampler(
-        splits.train.labels,
-        config.data.classes_per_batch,
-        config.data.images_per_class,
-        config.seed,
-    )
-
-
-def build_teachers(config: Config) -> Teachers:
-    """Who learns from whom; the same in every process."""
-    return Teachers(len(config.cohort.peers), config.cohort.max_teachers, config.seed)
 
 
 def build_peer(
@@ -78,7 +62,7 @@ class LocalCohort:
             build_peer(config, i, splits, device, initial_weights) for i in range(num_peers)
         ]
         self.names = tuple(peer.name for peer in self.peers)
-        self._teachers = build_teachers(config)
+        self._teachers = Teachers.of(config)
         threads = config.cohort.threads_per_peer or max(1, num_cores() // num_peers)
         self._loader = BatchLoader(splits.train, build_sampler(config, splits), threads)
         self.threads = (threads,) * num_peers

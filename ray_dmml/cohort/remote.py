@@ -10,32 +10,30 @@ a user why a cohort ended.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ray_dmml.checkpoint import PeerFiles, decode_peer, encode_peer
 from ray_dmml.cohort import StepRow
 from ray_dmml.cohort.coordinator import Coordinator
-from ray_dmml.cohort.local import build_peer, build_sampler, build_teachers
-from ray_dmml.cohort.transport import connect
-from ray_dmml.config import Config, PeerConfig
+from ray_dmml.config import Config
 from ray_dmml.cores import num_cores
-from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.images import Splits
-from ray_dmml.data.loading import BatchLoader
 from ray_dmml.errors import PeerLostError, UserError
+
+if TYPE_CHECKING:  # which load torch
+    import numpy as np
+
+    from ray_dmml.checkpoint import PeerFiles
+    from ray_dmml.data.images import Splits
 
 POLL_S = 0.25
 """Seconds between two looks at the peers' progress."""
@@ -47,70 +45,25 @@ GRACE_S = 5.0
 """When one peer's exchange fails, so long do we wait for the peer that is the cause to be known."""
 
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
-
-
 class PeerActor:
-    """The Ray side of one peer. It is built by a call, not by its constructor: Ray hides the type
-    of an error that a constructor raises."""
+    """The process of one peer.
 
-    def build(
-        self,
-        config: Config,
-        position: int,
-        skipped: Sequence[str],
-        threads: int,
-        coordinator: Any,
-        initial_weights: bool,
-    ) -> dict[str, str]:
-        torch.set_num_threads(threads)
-        _keep_freed_memory()
-        self._config, self._position, self._coordinator = config, position, coordinator
-        self._splits = load_splits(config.data, skip=frozenset(skipped), check=False)
-        device = _device(config.cohort.peers[position])
-        self._peer = build_peer(config, position, self._splits, device, initial_weights)
-        sampler = build_sampler(config, self._splits)
-        self._loader = BatchLoader(self._splits.train, sampler, threads)
-        self._exchange, transport = connect(
-            config.cohort.transport,
-            coordinator,
-            position,
-            [peer.embedding_size for peer in config.cohort.peers],
-            build_teachers(config),
-            device,
-            config.cohort.exchange_timeout_s,
-            config.cohort.start_timeout_s,
-        )
-        return {"device": str(device), "transport": transport}
+    It is built by a call, not by its constructor: Ray hides the type of an error that a constructor
+    raises. And it alone imports what a peer needs: the driver starts sooner without.
+    """
 
-    def run(self, start: int, stop: int) -> list[dict[str, float]]:
-        rows = []
-        for step in range(start, stop):
-            batch = self._loader.batch(step)
-            self._exchange.start(step, self._peer.embed(batch))
-            self._peer.measure()
-            rows.append(self._peer.update(self._exchange.finish()))
-            self._coordinator.report.remote(self._position, step + 1)
-        return rows
+    def build(self, *arguments: Any) -> dict[str, str]:
+        from ray_dmml.cohort.member import Member
 
-    def embeddings(self, split: str, averaged: bool) -> np.ndarray:
-        images = getattr(self._splits, split)
-        size = self._config.evaluation.batch_size
-        return self._peer.embed_images(images, size, averaged=averaged)
+        self._member = Member(*arguments)
+        return self._member.facts
 
-    def state(self) -> PeerFiles:
-        return encode_peer(self._peer.state_dict())
-
-    def load(self, files: PeerFiles) -> None:
-        self._peer.load_state_dict(decode_peer(files))
-
-    def load_weights(self, files: PeerFiles) -> None:
-        self._peer.load_weights(decode_peer(files)["net"])
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._member, method)(*arguments)
 
 
 class RayCohort:
-    """A cohort on Ray. Joins the Ray session this process is in, or the cluster that RAY_ADDRESS
-    names, or else starts a private one on this machine.
+    """A cohort on Ray, in the session that :func:`ray_session` finds or starts.
 
     Args:
         config: the experiment.
@@ -123,10 +76,11 @@ class RayCohort:
 
     def __init__(self, config: Config, splits: Splits, *, initial_weights: bool = True) -> None:
         self.names = tuple(str(peer.name) for peer in config.cohort.peers)
-        self._owns_ray = _ensure_ray()
+        self._session = ExitStack()
         self._actors: list[Any] = []
         self._group: Any = None
         self._coordinator: Any = None
+        self._session.enter_context(ray_session())
         try:
             self._start(config, splits, initial_weights)
         except BaseException:
@@ -177,28 +131,22 @@ class RayCohort:
         self.devices = tuple(each["device"] for each in built)
 
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
-        per_peer = self._gather([a.run.remote(start, stop) for a in self._actors], on_step)
+        per_peer = self._gather(self._calls("run", start, stop), on_step)
         on_step(stop)
         return [dict(zip(self.names, terms, strict=True)) for terms in zip(*per_peer, strict=True)]
 
     def embeddings(self, split: str, *, averaged: bool = False) -> dict[str, np.ndarray]:
-        found = self._gather([a.embeddings.remote(split, averaged) for a in self._actors])
+        found = self._gather(self._calls("embeddings", split, averaged))
         return dict(zip(self.names, found, strict=True))
 
     def state(self) -> dict[str, PeerFiles]:
-        return dict(
-            zip(self.names, self._gather([a.state.remote() for a in self._actors]), strict=True)
-        )
+        return dict(zip(self.names, self._gather(self._calls("state")), strict=True))
 
     def load(self, state: Mapping[str, PeerFiles]) -> None:
-        self._gather(
-            [a.load.remote(state[n]) for n, a in zip(self.names, self._actors, strict=True)]
-        )
+        self._give("load", state)
 
     def load_weights(self, state: Mapping[str, PeerFiles]) -> None:
-        self._gather(
-            [a.load_weights.remote(state[n]) for n, a in zip(self.names, self._actors, strict=True)]
-        )
+        self._give("load_weights", state)
 
     def close(self) -> None:
         for actor in [*self._actors, self._coordinator]:
@@ -208,9 +156,18 @@ class RayCohort:
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
-        if self._owns_ray:
-            self._owns_ray = False
-            ray.shutdown()
+        self._session.close()
+
+    # --- calling ----------------------------------------------------------------------------
+
+    def _calls(self, method: str, *arguments: Any) -> list[Any]:
+        """The same call on every peer."""
+        return [actor.call.remote(method, *arguments) for actor in self._actors]
+
+    def _give(self, method: str, state: Mapping[str, PeerFiles]) -> None:
+        """To every peer what is its own."""
+        pairs = zip(self.names, self._actors, strict=True)
+        self._gather([actor.call.remote(method, state[name]) for name, actor in pairs])
 
     # --- waiting ----------------------------------------------------------------------------
 
@@ -280,21 +237,6 @@ class RayCohort:
             return {}
 
 
-def _keep_freed_memory() -> None:
-    """Has the C library keep what a step frees for the next step, in a process of our own.
-
-    As it is, glibc hands blocks of the size of activations back to the system at once, and the
-    kernel clears their pages anew at every step: measured as a third of the time of a CPU step.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    mallopt(_M_MMAP_THRESHOLD, 2**30)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_TOP_PAD, 2**26)
-
-
 def _cause(error: Exception) -> Exception:
     """What was raised inside the actor, out of Ray's wrapping."""
     return getattr(error, "cause", None) or error
@@ -306,23 +248,6 @@ def _is_mistake(error: Exception) -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
-
-
-def _device(peer: PeerConfig) -> torch.device:
-    """The GPU that Ray gave this actor, which alone is visible to it, else the CPU.
-
-    Raises:
-        UserError: the config asks for GPUs and torch has no use of them.
-    """
-    if ray.get_gpu_ids():
-        if torch.cuda.is_available():
-            return torch.device("cuda", 0)
-        if peer.num_gpus:
-            raise UserError(
-                f"{peer.name}: num_gpus is {peer.num_gpus:g} and Ray found a GPU, but this torch "
-                f"({torch.__version__}) cannot use it: install a CUDA build and the driver"
-            )
-    return torch.device("cpu")
 
 
 def plan_bundles(config: Config, nodes: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
@@ -380,10 +305,25 @@ def _shown(resources: Mapping[str, float]) -> str:
     return f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
 
 
-def _ensure_ray() -> bool:
-    """Starts or joins Ray unless this process already has; whether we did."""
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Ray for the length of the block: the session this process is in, or the cluster that
+    RAY_ADDRESS names, or else a private one on this machine.
+
+    Raises:
+        UserError: the cluster cannot be joined.
+    """
     if ray.is_initialized():
-        return False
+        yield
+        return
+    _start_ray()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_ray() -> None:
     # Ray reports usage to its makers unless told otherwise; a user who wants that says so.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -398,7 +338,6 @@ def _ensure_ray() -> bool:
     else:
         # "local": without it Ray would join any cluster that was left in the temp folder.
         ray.init("local", num_cpus=num_cores(), include_dashboard=False, **settings)
-    return True
 
 
 def _require_reachable(address: str) -> None:

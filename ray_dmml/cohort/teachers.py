@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ray_dmml.config import Config
 from ray_dmml.randomness import derive_seed
 
 
@@ -27,6 +28,11 @@ class Teachers:
 
     seed: int = 0
     """Of the run: draws the rings."""
+
+    @classmethod
+    def of(cls, config: Config) -> Teachers:
+        """Those of an experiment."""
+        return cls(len(config.cohort.peers), config.cohort.max_teachers, config.seed)
 
     @property
     def all_others(self) -> bool:

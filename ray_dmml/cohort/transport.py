@@ -36,6 +36,10 @@ class Exchange(Protocol):
         """Sends (B, D) float32 embeddings of a step on their way."""
         ...
 
+    def close(self) -> None:
+        """Leaves the group."""
+        ...
+
     def finish(self) -> list[Tensor]:
         """The (B, D_n) float32 embeddings of this peer's teachers of that step, in peer order.
 
@@ -53,6 +57,9 @@ class Alone:
 
     def finish(self) -> list[Tensor]:
         return []
+
+    def close(self) -> None:
+        pass
 
 
 class CoordinatorExchange:
@@ -87,6 +94,9 @@ class CoordinatorExchange:
                 embedding.numpy()[rows] = next(parts)
             found.append(embedding)
         return found
+
+    def close(self) -> None:
+        pass
 
 
 def _parts(num_rows: int, size: int) -> list[slice]:

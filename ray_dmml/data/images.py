@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
@@ -94,6 +93,9 @@ class FileImages:
 
 def _decode(path: Path) -> Tensor:
     """uint8 (3, H, W), upright according to its EXIF orientation."""
+    # More than a second to import, which a driver without files to read is spared.
+    from torchvision.io import ImageReadMode, decode_image
+
     data = np.fromfile(path, dtype=np.uint8)
     if not data.size:
         raise OSError("the file is empty")

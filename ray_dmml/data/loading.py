@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_dmml.data.images import ImageSet
+from ray_dmml.config import Config
+from ray_dmml.data.images import ImageSet, Splits
 from ray_dmml.data.sampling import ClassBalancedSampler
 
 
@@ -28,6 +29,16 @@ class Batch:
 
     labels: Tensor
     """(B,) int64."""
+
+
+def build_sampler(config: Config, splits: Splits) -> ClassBalancedSampler:
+    """The batches of a run; the same in every process."""
+    return ClassBalancedSampler(
+        splits.train.labels,
+        config.data.classes_per_batch,
+        config.data.images_per_class,
+        config.seed,
+    )
 
 
 class BatchLoader:
