@@ -4,7 +4,6 @@
 
 A and B are measured in turn, in one run, on the same cores with the same number of threads; the
 figures are medians over the rounds. The competitors are the programs in experiments/benchmarks.
-`input-cached` has no row yet: there is no cache of decoded images.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ ROWS = {
     "recall": ("recall", "recall"),
     "recall-pml": ("recall", "recall_pml"),
     "input": ("images", "input_row"),
+    "input-cached": ("images", "input_cached"),
     "start": ("start", "start"),
     "memory": ("memory", "memory"),
     "scaling": ("scaling", "scaling"),

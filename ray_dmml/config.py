@@ -271,6 +271,10 @@ class PeerConfig(_Section):
     channels_last: bool = True
     """Memory layout of the net and its images (faster for convolutions on CPUs and newer GPUs)."""
 
+    compile: bool = False
+    """Compile the net's training pass with torch.compile: the first step takes a minute longer; on
+    a CPU it needs a C++ compiler. Changes the last bits of a result."""
+
     num_gpus: NonNegative | None = None
     """GPUs of its actor (fractions share one); null: what the cluster has, shared out evenly."""
 

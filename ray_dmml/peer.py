@@ -8,7 +8,9 @@ A step has three calls, so that whoever drives peers can put the exchange betwee
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ray_dmml.config import LossConfig, PeerConfig, ScheduleConfig
 from ray_dmml.data.images import ImageSet
 from ray_dmml.data.loading import Batch, in_chunks
-from ray_dmml.data.views import evaluation_view, training_view
+from ray_dmml.data.views import View, evaluation_view, training_view
 from ray_dmml.embedding import EmbeddingNet, build_embedding_net, load_net_weights
 from ray_dmml.errors import NonFiniteLossError, UserError
 from ray_dmml.losses.metric import MetricLoss
@@ -79,6 +81,7 @@ class Peer:
             if config.averaging is not None
             else None
         )
+        self._trained_net = _compiled(self.net, self.name, device) if config.compile else self.net
         self.optimizer = self._build_optimizer()
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         self._batch: Batch | None = None
@@ -96,11 +99,11 @@ class Peer:
         self._batch = batch
         self._metric_term = None
         with self._seeded(batch.step, "view"):
-            images = self._to_device(self.view(batch.images))
+            images = self._see(self.view, batch.images)
         if self._learns_from(batch.step):
             self.net.train()
             with self._seeded(batch.step, "dropout"), self._autocast():
-                self._embedding = self.net(images)
+                self._embedding = self._trained_net(images)
             published = self._embedding.detach()
         else:
             # Evaluation mode: a batch that is not learned from moves no BatchNorm statistics.
@@ -177,7 +180,7 @@ class Peer:
         """
         net = self.averaged.module if averaged and self.averaged is not None else self.net
         found = [
-            self._infer(net, self._to_device(self.eval_view(chunk))).cpu()
+            self._infer(net, self._see(self.eval_view, chunk)).cpu()
             for chunk in in_chunks(images, batch_size)
         ]
         embeddings = torch.cat(found)
@@ -291,12 +294,11 @@ class Peer:
         with torch.no_grad(), self._autocast():
             return net(images)
 
-    def _to_device(self, images: Tensor) -> Tensor:
+    def _see(self, view: View, images: Tensor) -> Tensor:
+        """A view of decoded images, computed on the peer's device (its draws are the CPU's)."""
         if self.device.type == "cuda":
             images = images.pin_memory().to(self.device, non_blocking=True)
-        if self.config.channels_last:
-            return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        return images.to(self.device, non_blocking=True)
+        return view(images)
 
     def _autocast(self) -> torch.autocast:
         dtype = _AMP_TYPES.get(self.config.amp)
@@ -313,6 +315,21 @@ class Peer:
                 f"{self.name}: the {what} is not finite {when}; try a lower learning rate, "
                 "optimizer.clip_norm, or a gentler weight of the mutual term"
             )
+
+
+def _compiled(net: EmbeddingNet, name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The net's pass compiled at its first call; evaluation, of other shapes, goes by the net itself.
+
+    Raises:
+        UserError: there is no C++ compiler, which code for a CPU needs.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(
+            f"{name}: compile: true needs a C++ compiler on a CPU, and {compiler} is not there"
+        )
+    compiled: Callable[[Tensor], Tensor] = torch.compile(net, dynamic=False)
+    return compiled
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int) -> float:

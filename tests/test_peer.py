@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -456,3 +457,26 @@ def test_draws_follow_the_peers_seed_and_the_step() -> None:
     assert torch.equal(published(3, "b"), expected)
     assert not torch.equal(published(4, "a"), expected)
     assert not torch.equal(published(3, "a", step=1), expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_a_compiled_peer_learns_the_same() -> None:
+    """But for the last bits; its checkpoints are those of a peer that is not compiled."""
+    plain, compiled = build(), build(settings(**STILL, compile=True))
+    expected, found = train(plain, 0, 4, 8, 5), train(compiled, 0, 4, 8, 5)
+    for row, expected_row in zip(found, expected, strict=True):
+        assert row == pytest.approx(expected_row, rel=1e-3)
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(weights(compiled)[name], tensor, rtol=1e-3, atol=1e-4)
+    plain.load_state_dict(compiled.state_dict())
+    assert_same(plain.state_dict(), compiled.state_dict())
+    images = batch(9).images
+    with torch.no_grad():
+        assert torch.equal(plain.net.eval()(images), compiled.net.eval()(images))
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is trained, with the compiler's name."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"peer0: compile: true needs a C.. compiler.*no-such"):
+        build(settings(**STILL, compile=True))

@@ -51,7 +51,7 @@ class Member:
         initial_weights: bool,
     ) -> None:
         torch.set_num_threads(threads)
-        _keep_freed_memory()
+        keep_freed_memory()
         self._config, self._position, self._coordinator = config, position, coordinator
         self._splits = load_splits(config.data, skip=frozenset(skipped), check=False)
         device = _device(config.cohort.peers[position])
@@ -116,7 +116,7 @@ def _device(peer: PeerConfig) -> torch.device:
     return torch.device("cpu")
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Has the C library keep what a step frees for the next step, in a process of our own.
 
     As it is, glibc hands blocks of the size of activations back to the system at once, and the
