@@ -18,6 +18,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -122,6 +123,9 @@ def main(
         sys.exit(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     # Before torch or Ray is loaded, which count the cores; processes that are started inherit them.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    # The images of the benchmark are its own, and so is their cache.
+    cache = TemporaryDirectory(prefix="benchmark-cache-")
+    os.environ["XDG_CACHE_HOME"] = cache.name
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(EXPERIMENTS), str(EXPERIMENTS.parent), os.environ.get("PYTHONPATH", "")]
     )

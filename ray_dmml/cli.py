@@ -21,6 +21,7 @@ from rich.console import Console
 from ray_dmml.config import Config
 from ray_dmml.configdoc import documented_yaml
 from ray_dmml.errors import UserError
+from ray_dmml.runfolder import RunFolder
 
 app = typer.Typer(
     name="ray-dmml",
@@ -98,6 +99,7 @@ def train(
                 settings = settings.model_copy(update={"train": started})
             out = out or Path("runs") / f"{settings.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
             run.append(out)
+            RunFolder(out).refuse_existing()  # before anything takes time
         with _ray_and_training(in_process):
             from ray_dmml.console import LiveReporter, PlainReporter, elapsed, results_table
             from ray_dmml.training import train as train_cohort
@@ -142,8 +144,6 @@ def show_config(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 def _resumed_config(run: Path, config: Path | None, overrides: list[str] | None) -> Config:
-    from ray_dmml.runfolder import RunFolder
-
     return Config.load(config or RunFolder.open(run).config_file, overrides or ())
 
 
@@ -155,7 +155,7 @@ def _ray_and_training(in_process: bool) -> Iterator[None]:
         return
     from ray_dmml.cohort.remote import ray_session
 
-    loading = Thread(target=import_module, args=("ray_dmml.training",), daemon=True)
+    loading = Thread(target=import_module, args=("ray_dmml.training",))
     loading.start()
     with ray_session():
         loading.join()

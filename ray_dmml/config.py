@@ -86,6 +86,10 @@ class DataConfig(_Section):
     """Which training classes are held out. Independent of `seed`, so that seeds are compared on
     the same."""
 
+    validation_fold: Whole = 0
+    """Of the classes as shuffled by `validation_seed`, the next part and not the first: folds 0 to
+    round(1 / validation_fraction) - 1 hold out each class once."""
+
     classes_per_batch: Annotated[int, BeforeValidator(_no_bool), Field(ge=2)] = 16
     """P: classes in a batch."""
 
@@ -109,8 +113,8 @@ class DataConfig(_Section):
     hours later."""
 
     cache_gib: NonNegative = 8.0
-    """Disk for decoded images, in GiB: each is decoded once and shared by all peers of a machine.
-    What does not fit is decoded at every use; 0 keeps none."""
+    """Disk for decoded images, in GiB, of all data sets together: they are decoded once and shared
+    by all peers and runs of a machine. What does not fit is decoded at every use; 0 keeps none."""
 
     cache_dir: Path | None = None
     """Folder of the decoded images; null: `ray-dmml` in `$XDG_CACHE_HOME` or `~/.cache`. What was
@@ -269,11 +273,12 @@ class PeerConfig(_Section):
     """Mixed precision of the net (losses stay in float32); float16 needs a GPU."""
 
     channels_last: bool = True
-    """Memory layout of the net and its images (faster for convolutions on CPUs and newer GPUs)."""
+    """Memory layout of the net (faster for convolutions on CPUs and newer GPUs)."""
 
     compile: bool = False
-    """Compile the net's training pass with torch.compile: the first step takes a minute longer; on
-    a CPU it needs a C++ compiler. Changes the last bits of a result."""
+    """Compile the net's training pass with torch.compile. The first step takes a minute or two
+    longer, for which the others wait (cohort.exchange_timeout_s); on a CPU it needs a C++ compiler.
+    Numbers change: rounding, and what dropout draws."""
 
     num_gpus: NonNegative | None = None
     """GPUs of its actor (fractions share one); null: what the cluster has, shared out evenly."""
@@ -444,7 +449,7 @@ class RelationalConfig(_Section):
 
 
 class LossConfig(_Section):
-    """metric + 1/(M-1) * sum over the other peers of (w_d * distance + w_a * angle)."""
+    """metric + mean over the peers it learns from of (w_d * distance + w_a * angle)."""
 
     metric: MetricLossConfig = Field(default_factory=lambda: MetricLossConfig.model_validate({}))
     """The metric loss of every peer."""
@@ -491,6 +496,10 @@ class EvaluationConfig(_Section):
     """Which weights the run's test result uses; null: best where validation classes are held
     out, else last."""
 
+    test: bool = True
+    """Judge on the test classes at the end; false judges on the validation classes instead, for
+    searches, which must not see the test classes."""
+
     untrained: bool = True
     """Evaluate the untrained peers on the test classes too, as the figure to stand beside."""
 
@@ -515,6 +524,15 @@ class Config(_Section):
 
     evaluation: EvaluationConfig = EvaluationConfig()
     """And how they are judged."""
+
+    @model_validator(mode="after")
+    def _can_be_judged(self) -> Config:
+        if not self.evaluation.test and not self.data.validation_fraction:
+            raise ValueError(
+                "evaluation.test false judges on validation classes, and data.validation_fraction "
+                "is 0: there are none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _weights_will_exist(self) -> Config:

@@ -23,6 +23,7 @@ from ray_dmml.config import Config
 from ray_dmml.data.images import Splits
 from ray_dmml.training import Figures
 
+_KIND = {"test": "unseen", "validation": "validation"}
 _TERMS = ("loss", "metric", "distance", "angle")
 
 
@@ -199,10 +200,10 @@ def describe(config: Config, splits: Splits, facts: Mapping[str, Any]) -> list[s
 
 
 def results_table(results: Mapping[str, Any], console: Console) -> None:
-    """The test classes' figures: each peer and the ensemble, untrained beside trained."""
+    """The figures of a run: each peer and the ensemble, untrained beside trained."""
     metrics = list(results["ensemble"])
     table = Table(
-        title=f"{_searched(results)} of {results['test_classes']} unseen classes, "
+        title=f"{_searched(results)} of {results['classes']} {_KIND[results['split']]} classes, "
         f"weights: {results['weights']} (step {results['step']}), %",
         title_justify="left",
         title_style="",
@@ -228,9 +229,9 @@ def results_table(results: Mapping[str, Any], console: Console) -> None:
 
 
 def _searched(results: Mapping[str, Any]) -> str:
-    if results["test_queries"] is None:
-        return f"{results['test_images']:,} images"
-    return f"{results['test_queries']:,} queries in {results['test_gallery']:,} images"
+    if results["queries"] is None:
+        return f"{results['images']:,} images"
+    return f"{results['queries']:,} queries in {results['gallery']:,} images"
 
 
 def _percent(figures: Mapping[str, float], metric: str) -> str:

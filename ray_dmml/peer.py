@@ -72,8 +72,8 @@ class Peer:
         self.net: EmbeddingNet = build_embedding_net(config, run_seed, initial_weights)
         self.net.to(device).to(memory_format=layout)
         crop = config.eval_crop if config.eval_crop is not None else self.net.eval_crop
-        self.view = training_view(config.view, self.net.input_size, decode_size, self.name)
-        self.eval_view = evaluation_view(self.net.input_size, crop, decode_size)
+        self.view = training_view(config.view, self.net.input_size, decode_size, self.name, device)
+        self.eval_view = evaluation_view(self.net.input_size, crop, decode_size, device)
         with self._seeded("loss", "init"):
             self.metric = MetricLoss(loss.metric, num_classes, config.embedding_size).to(device)
         self.averaged = (
@@ -295,10 +295,10 @@ class Peer:
             return net(images)
 
     def _see(self, view: View, images: Tensor) -> Tensor:
-        """A view of decoded images, computed on the peer's device (its draws are the CPU's)."""
+        """A view of decoded images, on the peer's device."""
         if self.device.type == "cuda":
-            images = images.pin_memory().to(self.device, non_blocking=True)
-        return view(images)
+            images = images.pin_memory()
+        return view(images).to(self.device, non_blocking=True)
 
     def _autocast(self) -> torch.autocast:
         dtype = _AMP_TYPES.get(self.config.amp)

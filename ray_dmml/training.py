@@ -208,7 +208,8 @@ def evaluate(
     config = config.model_copy(update={"cohort": cohort_config})
     with closing(LocalCohort(config, splits, initial_weights=False)) as cohort:
         cohort.load(checkpoint.peers)
-        return _judge(config, splits, cohort, which, checkpoint.step, checkpoint.meta["untrained"])
+        untrained = checkpoint.meta["untrained"]
+        return _judge(config, splits, cohort, "test", which, checkpoint.step, untrained)
 
 
 @dataclass
@@ -254,7 +255,7 @@ class _Loop:
             else None
         )
         try:
-            if state.step == 0 and config.evaluation.untrained:
+            if state.step == 0 and config.evaluation.untrained and config.evaluation.test:
                 self._reporter.doing("judging the untrained peers")
                 state.untrained = _figures(config, self._cohort, "test", self._splits.test)
                 self._reporter.evaluated(0, "untrained", state.untrained)
@@ -348,9 +349,10 @@ class _Loop:
             step = checkpoint.step
             if step != self._state.step:
                 self._cohort.load_weights(checkpoint.peers)
-        self._reporter.doing("judging on the test classes")
+        split = "test" if self._config.evaluation.test else "validation"
+        self._reporter.doing(f"judging on the {split} classes")
         results = _judge(
-            self._config, self._splits, self._cohort, which, step, self._state.untrained
+            self._config, self._splits, self._cohort, split, which, step, self._state.untrained
         )
         if self._seconds:
             trained = self._batch_size * (self._state.step - self._started_at)
@@ -392,20 +394,28 @@ def _build_cohort(
 
 
 def _judge(
-    config: Config, splits: Splits, cohort: Cohort, which: str, step: int, untrained: Figures
+    config: Config,
+    splits: Splits,
+    cohort: Cohort,
+    split: str,
+    which: str,
+    step: int,
+    untrained: Figures,
 ) -> dict[str, Any]:
-    """The test classes' figures, in the form of results.json."""
-    figures = _figures(config, cohort, "test", splits.test, averaged=which == "averaged")
+    """The figures of test or validation classes, in the form of results.json."""
+    images: ImageSet = getattr(splits, split)
+    figures = _figures(config, cohort, split, images, averaged=which == "averaged")
     return {
         "untrained": untrained.get("peers", {}),
         "untrained_ensemble": untrained.get("ensemble", {}),
         **figures,
         "weights": which,
         "step": step,
-        "test_classes": splits.test.num_classes,
-        "test_images": len(splits.test),
-        "test_queries": None if splits.test.query is None else len(splits.test.query),
-        "test_gallery": None if splits.test.gallery is None else len(splits.test.gallery),
+        "split": split,
+        "classes": images.num_classes,
+        "images": len(images),
+        "queries": None if images.query is None else len(images.query),
+        "gallery": None if images.gallery is None else len(images.gallery),
         "init_from": str(config.train.init_from) if config.train.init_from else None,
     }
 
@@ -468,7 +478,8 @@ def _initial_weights(config: Config) -> dict[str, Any] | None:
 
 
 def _refuse_changes(config: Config, checkpoint: Checkpoint, run: RunFolder) -> None:
-    before = _flat(checkpoint.meta["config"])
+    # Read as a config: settings that an older version did not know have their defaults.
+    before = _flat(Config.parse(checkpoint.meta["config"]).model_dump(mode="json"))
     now = _flat(config.model_dump(mode="json"))
     changed = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
 import pickle
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +17,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +27,12 @@ from conftest import tiny, write_image
 from torch import Tensor
 
 from ray_dmml.config import Config, DataConfig
-from ray_dmml.data.cache import HEADER_BYTES, CachedImages
+from ray_dmml.data.cache import HEADER_BYTES, CachedImages, record_bytes
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import BadImageError, Splits
 
 SIDE = 36
-RECORD = 20 + 3 * SIDE * SIDE
+RECORD = record_bytes(SIDE)
 
 
 @pytest.fixture
@@ -49,9 +53,7 @@ def settings(folder: Path, **changes: object) -> DataConfig:
         "check_images": False,
         **changes,
     }
-    return Config.parse(
-        tiny(folder, data=data | {"name": "imagefolder", "root": str(folder), "decode_size": SIDE})
-    ).data
+    return Config.parse(tiny(folder, data=data)).data
 
 
 def every_image(splits: Splits) -> list[Tensor]:
@@ -73,11 +75,16 @@ def the_file(folder: Path) -> Path:
     return found
 
 
-def spoil_quietly(file: Path) -> None:
-    """Other bytes of the same length, and the old time: only a decoder would see it."""
-    before = file.stat()
-    file.write_bytes(b"x" * before.st_size)
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+@contextmanager
+def no_decoding() -> Iterator[None]:
+    """Inside the block an image that has to be decoded fails the test."""
+
+    def refuse(path: Path) -> Tensor:
+        raise AssertionError(f"{path} was decoded")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray_dmml.data.images._decode", refuse)
+        yield
 
 
 @contextmanager
@@ -92,38 +99,58 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def test_cached_images_are_the_decoded_ones_and_are_decoded_once(folder: Path) -> None:
-    """While it fills, when it is full, and for the next run, which needs no decoder any more."""
+    """While it fills, when it is full, for the next run, and for one that splits them otherwise."""
     expected = uncached(folder)
     assert not (folder.parent / "kept").exists()
     first = load_splits(settings(folder))
-    assert same(every_image(first), expected) and same(every_image(first), expected)
-    for file in folder.rglob("*.png"):
-        spoil_quietly(file)
     assert same(every_image(first), expected)
-    assert same(every_image(load_splits(settings(folder))), expected)
-    with pytest.raises(BadImageError):
-        uncached(folder)
+    with no_decoding():
+        assert same(every_image(first), expected)
+        assert same(every_image(load_splits(settings(folder))), expected)
+        drawn = every_image(load_splits(settings(folder, split_seed=3)))
+        assert {image.numpy().tobytes() for image in drawn} == {
+            image.numpy().tobytes() for image in expected
+        }
+        with pytest.raises(BadImageError, match="was decoded"):
+            uncached(folder)
 
 
 def test_checking_the_images_fills_the_cache(folder: Path) -> None:
     """The pass that looks for corrupt files decodes each image, and nothing decodes it again."""
     expected = uncached(folder)
     splits = load_splits(settings(folder, check_images=True))
-    for file in folder.rglob("*.png"):
-        spoil_quietly(file)
-    assert same(every_image(splits), expected)
+    with no_decoding():
+        assert same(every_image(splits), expected)
 
 
 def test_a_changed_or_removed_file_is_noticed(folder: Path) -> None:
-    """An image replaced by another is decoded again, one that is gone is named."""
+    """An image replaced by another, even of the same size and time, is decoded again; one that is
+    gone is named."""
     every_image(load_splits(settings(folder)))
-    write_image(folder / "class0" / "1.png", np.random.default_rng(9), 3)
-    again = load_splits(settings(folder))
-    assert same(every_image(again), uncached(folder))
+    replaced = folder / "class0" / "1.png"
+    before = replaced.stat()
+    write_image(replaced, np.random.default_rng(9), 3)
+    replaced.write_bytes(replaced.read_bytes().ljust(before.st_size, b"\0")[: before.st_size])
+    os.utime(replaced, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = load_splits(settings(folder, on_bad_image="fail"))
+    images = every_image(again)
+    assert same(images, uncached(folder))
     late = load_splits(settings(folder))
     (folder / "class0" / "0.png").unlink()
     with pytest.raises(BadImageError, match=r"class0/0\.png cannot be read: No such file"):
         late.train.source.read(0)
+
+
+def test_a_record_that_changes_under_a_reader_is_checked_again(folder: Path) -> None:
+    """Half a record of another process is no image, though this one has read the slot before."""
+    splits = load_splits(settings(folder))
+    expected = every_image(splits)
+    with the_file(folder).open("r+b") as file:
+        file.seek(HEADER_BYTES + 2000)
+        file.write(b"half of another image")
+    assert same(every_image(splits), expected)
+    with no_decoding():
+        assert same(every_image(splits), expected)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +159,7 @@ def test_a_changed_or_removed_file_is_noticed(folder: Path) -> None:
         (lambda f: os.truncate(f, f.stat().st_size - 1), "cut short"),
         (lambda f: os.truncate(f, 10), "no cache of this program|damaged header"),
         (lambda f: os.truncate(f, 0), "no cache of this program"),
-        (lambda f: f.write_bytes(f.read_bytes().replace(b'"format": 1', b'"format": 0')), "format"),
+        (lambda f: f.write_bytes(f.read_bytes().replace(b'"format": 1', b'"format": 0')), "another format"),
         (lambda f: f.write_bytes(f.read_bytes().replace(b'"torch": "', b'"torch": "0')), "decoders"),
         (lambda f: f.write_bytes(b"ray-dmml images\n{not json".ljust(f.stat().st_size, b"\0")), "damaged"),
     ],
@@ -149,9 +176,8 @@ def test_a_cut_or_foreign_file_is_noticed_and_made_anew(folder: Path, damage, sa
     assert re.search(says, said[0])
     assert the_file(folder).stat().st_size == size
     said.clear()
-    for file in folder.rglob("*.png"):
-        spoil_quietly(file)
-    assert same(every_image(load_splits(settings(folder), said.append)), expected)
+    with no_decoding():
+        assert same(every_image(load_splits(settings(folder), said.append)), expected)
     assert not said
 
 
@@ -165,9 +191,8 @@ def test_damaged_records_are_decoded_again_and_mended(folder: Path) -> None:
     content[HEADER_BYTES + 2 * RECORD + 500 : HEADER_BYTES + 3 * RECORD] = bytes(RECORD - 500)
     the_file(folder).write_bytes(content)
     assert same(every_image(load_splits(settings(folder))), expected)
-    for file in folder.rglob("*.png"):
-        spoil_quietly(file)
-    assert same(every_image(load_splits(settings(folder))), expected)
+    with no_decoding():
+        assert same(every_image(load_splits(settings(folder))), expected)
 
 
 def test_a_file_cut_short_under_a_running_process_does_it_no_harm(folder: Path) -> None:
@@ -178,102 +203,133 @@ def test_a_file_cut_short_under_a_running_process_does_it_no_harm(folder: Path) 
     assert same(every_image(splits), expected)
 
 
-def _digest(config: DataConfig) -> str:
-    """Of all images, three times over; in a process of its own."""
-    splits, digest = load_splits(config), hashlib.sha256()
-    for _ in range(3):
+def _digest(config: DataConfig, together: Any) -> str:
+    """Of all images, after all others are ready; in a process of its own."""
+    digest = hashlib.sha256()
+    for _ in range(20):
+        together.wait(60)
+        splits = load_splits(config)
         for image in every_image(splits):
             digest.update(image.numpy().tobytes())
+        together.wait(60)
+        shutil.rmtree(config.cache_dir or "", ignore_errors=True)
     return digest.hexdigest()
 
 
 def test_processes_that_build_it_at_once_agree(folder: Path) -> None:
-    """Four that start together on an empty folder read the same images, and leave one whole file."""
-    expected = _digest(settings(folder, cache_gib=0))
-    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
-        assert set(pool.map(_digest, [settings(folder)] * 4)) == {expected}
-    for file in folder.rglob("*.png"):
-        spoil_quietly(file)
-    assert _digest(settings(folder)) == expected
+    """Three that start at the same moment on an empty folder, twenty times, read the same images."""
+    (expected,) = {_digest(settings(folder, cache_gib=0), Barrier(1))}
+    context = get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(3, mp_context=context) as pool:
+        together = manager.Barrier(3)
+        calls = [pool.submit(_digest, settings(folder), together) for _ in range(3)]
+        assert {call.result() for call in calls} == {expected}
 
 
 def test_the_limit_holds_for_one_data_set_and_for_all(folder: Path) -> None:
-    """What does not fit is decoded at every use; another data set's file makes room."""
+    """What does not fit is decoded at every use, and said; another data set's file makes room once
+    nobody reads it."""
     expected = uncached(folder)
     limit = (HEADER_BYTES + 5 * RECORD) / 2**30
-    splits = load_splits(settings(folder, cache_gib=limit))
+    said: list[str] = []
+    splits = load_splits(settings(folder, cache_gib=limit), said.append)
     assert same(every_image(splits), expected) and same(every_image(splits), expected)
     first = the_file(folder)
     assert first.stat().st_size == HEADER_BYTES + 5 * RECORD
-    # The same images cut to squares are another data set.
-    cropped = load_splits(settings(folder, cache_gib=limit, aspect="crop"))
-    every_image(cropped)
+    assert len(said) == 1 and said[0].startswith("5 of 12 decoded images are kept")
+    said.clear()
+    # The same images cut to squares are another data set, and there is no room beside the first.
+    cropped = load_splits(settings(folder, cache_gib=limit, aspect="crop"), said.append)
+    assert len(said) == 1 and "less than one image" in said[0]
+    assert same(every_image(cropped), uncached(folder)) and the_file(folder) == first
+    del splits, cropped
+    gc.collect()
+    every_image(load_splits(settings(folder, cache_gib=limit, aspect="crop")))
     assert the_file(folder) != first
-    assert same(every_image(splits), expected)  # its file is open still
-    tiny_limit = load_splits(settings(folder, cache_gib=1e-9))
+    said.clear()
+    tiny_limit = load_splits(settings(folder, cache_gib=1e-9), said.append)
     assert same(every_image(tiny_limit), expected)
     assert not isinstance(tiny_limit.train.source, CachedImages)
+    assert len(said) == 1 and "less than one image" in said[0]
+
+
+def test_another_limit_grows_or_shrinks_the_file(folder: Path) -> None:
+    """What fits is kept when it grows; a lower limit is kept to."""
+    expected = uncached(folder)
+
+    def limit(images: int) -> float:
+        return (HEADER_BYTES + images * RECORD) / 2**30
+
+    every_image(load_splits(settings(folder, cache_gib=limit(5))))
+    small = the_file(folder)
+    grown = load_splits(settings(folder, cache_gib=limit(12)))
+    with no_decoding():
+        assert all(torch.equal(grown.train.source.read(i), expected[i]) for i in range(5))
+    assert same(every_image(grown), expected)
+    assert the_file(folder) == small and small.stat().st_size == HEADER_BYTES + 12 * RECORD
+    again = load_splits(settings(folder, cache_gib=limit(3)))
+    assert small.stat().st_size == HEADER_BYTES + 3 * RECORD
+    assert same(every_image(again), expected) and same(every_image(grown), expected)
 
 
 def test_of_two_the_longest_unused_makes_room(folder: Path) -> None:
     """Three data sets under a limit for two: the one read last but one goes on."""
     limit = 2 * (HEADER_BYTES + 12 * RECORD) / 2**30
-
-    def use(split_seed: int) -> Path:
-        load_splits(settings(folder, cache_gib=limit, split_seed=split_seed, aspect="crop"))
-        newest = max((folder.parent / "kept").glob("*.images"), key=lambda f: f.stat().st_mtime_ns)
-        return newest
-
-    seeds = iter(range(100))
-    files: dict[Path, int] = {}
-    while len(files) < 2:
-        seed = next(seeds)
-        files.setdefault(use(seed), seed)
-    one, other = files
-    use(files[one])
-    os.utime(other, ns=(1, 1))  # the clock may be too coarse to tell them apart
-    third = one
-    while third in files:
-        third = use(next(seeds))
-    assert one.exists() and third.exists() and not other.exists()
+    files = []
+    for number, aspect in enumerate(("squash", "crop")):
+        load_splits(settings(folder, cache_gib=limit, aspect=aspect))
+        (new,) = set((folder.parent / "kept").glob("*.images")) - set(files)
+        os.utime(new, ns=(number, number))  # the clock may be too coarse to tell them apart
+        files.append(new)
+    gc.collect()
+    load_splits(settings(folder, cache_gib=limit))  # the first again
+    load_splits(settings(folder, cache_gib=limit, decode_size=SIDE - 1))
+    assert files[0].exists() and not files[1].exists()
+    assert len(list((folder.parent / "kept").glob("*.images"))) == 2
 
 
 def test_a_full_disk_is_said_once_and_the_images_are_read(folder: Path) -> None:
-    """The space is asked for at the start, so that it is known then."""
+    """Writing fails: one sentence, and every image is right."""
     expected = uncached(folder)
     said: list[str] = []
     with largest_file(HEADER_BYTES + 3 * RECORD):
         splits = load_splits(settings(folder, check_images=True), said.append)
-    assert same(every_image(splits), expected)
+        assert same(every_image(splits), expected)
     told = [line for line in said if "cannot be kept" in line]
     assert len(told) == 1 and "File too large" in told[0] and "data.cache_dir" in told[0]
-    assert not list((folder.parent / "kept").glob("*.*"))
 
 
 def test_a_full_file_system_is_said_once(folder: Path, tmp_path: Path) -> None:
-    """The real thing: a file system of 64 KiB, too small for the images."""
+    """The real thing: a file system too small for the images, which another program then fills."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a file system needs root")
     try:
         code = """if True:
-            import pickle, sys
+            import pathlib, pickle, sys
             from ray_dmml.data.datasets import load_splits
-            splits = load_splits(pickle.load(sys.stdin.buffer), print)
-            print(len([splits.train.source.read(i) for i in range(6)]), "read")
+            config = pickle.load(sys.stdin.buffer)
+            splits = load_splits(config, print)
+            try:
+                (pathlib.Path(config.cache_dir) / "other").write_bytes(bytes(2**20))
+            except OSError:
+                print("full")
+            print(sum(len([s.source.read(i) for i in range(len(s))]) for s in (splits.train, splits.test)), "read")
         """
-        config = settings(folder, cache_dir=str(disk), check_images=True)
+        config = settings(folder, cache_dir=str(disk))
         ended = subprocess.run(
             [sys.executable, "-c", code], input=pickle.dumps(config), capture_output=True
         )
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     assert ended.returncode == 0, ended.stderr.decode()
-    told = [line for line in ended.stdout.decode().splitlines() if "cannot be kept" in line]
-    assert len(told) == 1 and "No space left on device" in told[0]
-    assert "6 read" in ended.stdout.decode()
+    said = ended.stdout.decode().splitlines()
+    assert len(said) == 4, said
+    assert re.match(r"[1-9] of 12 decoded images are kept in .*: more do not fit", said[0])
+    assert said[1] == "full" and said[3] == "12 read"
+    assert "cannot be kept" in said[2] and "No space left on device" in said[2]
 
 
 def test_a_disk_that_fails_later_is_said_once(

@@ -611,3 +611,21 @@ def test_a_failed_fetch_leaves_nothing(tmp_path, served_cub):
             load_cub(root, archive)
         assert archive.url in str(error.value)
         assert list(root.iterdir()) == []
+
+
+@given(st.integers(6, 40), st.sampled_from([0.1, 0.2, 0.25, 0.34, 0.5]), st.integers(0, 5))
+def test_folds_hold_out_every_class(num_classes: int, fraction: float, seed: int) -> None:
+    """One after the other they go through all classes, and all but the last share none."""
+    images = numbered([2] * num_classes)
+    held: list[set[str]] = []
+    while len(set().union(*held)) < num_classes:
+        rest, validation = hold_out_classes(images, fraction, seed, len(held))
+        assert validation is not None
+        assert not set(rest.class_names) & set(validation.class_names)
+        assert len(rest.class_names) + len(validation.class_names) == num_classes
+        held.append(set(validation.class_names))
+        assert len(held) <= num_classes
+    size = max(2, round(fraction * num_classes))
+    assert len(held) == -(-num_classes // size)
+    whole = held[: num_classes // size]
+    assert sum(map(len, whole)) == len(set().union(*whole))

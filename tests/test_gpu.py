@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import assert_same, tiny
 
-from ray_dmml.checkpoint import decode_peer, encode_peer
 from ray_dmml.cohort.local import LocalCohort, build_peer
 from ray_dmml.config import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loading import BatchLoader, build_sampler
 from ray_dmml.data.views import training_view
 from ray_dmml.peer import Peer
+from ray_dmml.peerfiles import decode_peer, encode_peer
 from ray_dmml.randomness import seeded
 
 pytestmark = [
@@ -48,12 +48,13 @@ def config_of(image_folder: Path, **base: Any) -> Config:
 def test_views_are_the_same_on_a_gpu(preset: str) -> None:
     """The same draws, and the same pixels but for rounding."""
     view = training_view(preset, 32, 40, "a peer")
+    on_gpu = training_view(preset, 32, 40, "a peer", torch.device("cuda"))
     images = (torch.rand(16, 3, 5, 5) * 255).to(torch.uint8).repeat_interleave(8, 2)
     images = images.repeat_interleave(8, 3)
     with seeded(1):
         expected = view(images)
     with seeded(1):
-        found = view(images.cuda())
+        found = on_gpu(images)
     assert found.is_cuda and found.dtype == torch.uint8 and found.shape == expected.shape
     assert (found.cpu().float() - expected.float()).abs().mean() < 2
 

@@ -20,9 +20,10 @@ import yaml
 from conftest import assert_same, tiny
 from PIL import Image
 
-from ray_dmml import Config, UserError, evaluate, train
-from ray_dmml.checkpoint import CheckpointStore, decode_peer
+from ray_dmml import Config, UserError, evaluate, train, yamlio
+from ray_dmml.checkpoint import CheckpointStore
 from ray_dmml.data.datasets import load_splits
+from ray_dmml.peerfiles import decode_peer
 from ray_dmml.training import Silent
 
 EVERY_TWO = {"steps": 6, "evaluate_every": 2, "checkpoint_every": 2, "log_every": 3}
@@ -112,7 +113,7 @@ def test_results_have_their_form(run: Path) -> None:
         assert all(0 <= value <= 1 for value in found.values())
         assert found["recall@1"] <= found["recall@2"]
     assert results["untrained"] != results["peers"]
-    assert (results["test_classes"], results["test_images"]) == (8, 40)
+    assert (results["classes"], results["images"]) == (8, 40)
     assert results["weights"] == "best" and results["images_per_s"] > 0
 
 
@@ -220,6 +221,23 @@ def test_without_validation_classes_the_last_weights_count(
         evaluate(tmp_path / "run", "best")
 
 
+def test_without_test_the_test_classes_are_never_read(image_folder: Path, tmp_path: Path) -> None:
+    """Their files are garbage, which nobody meets; the result is that of the validation classes."""
+    root = shutil.copytree(image_folder, tmp_path / "images")
+    for file in (f for label in range(8, 16) for f in (root / f"class{label:02d}").iterdir()):
+        file.write_bytes(b"no image")
+    raw = tiny(root, data={"check_images": False}, evaluation={"test": False})
+    results = train(Config.parse(raw), tmp_path / "run", in_process=True)
+    assert (results["split"], results["classes"], results["untrained"]) == ("validation", 2, {})
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    judged_at = {row["step"]: row["validation"] for row in rows if "validation" in row}
+    at_step = judged_at[results["step"]]
+    assert {"peers": results["peers"], "ensemble": results["ensemble"]} == at_step
+    raw["data"]["validation_fraction"] = 0
+    with pytest.raises(UserError, match=r"evaluation\.test false judges on validation classes"):
+        Config.parse(raw)
+
+
 # --- evaluate -------------------------------------------------------------------------------
 
 
@@ -319,6 +337,29 @@ def test_a_run_can_be_extended(run: Path, settings: dict[str, Any], tmp_path: Pa
 def test_a_finished_run_can_be_resumed(run: Path, tmp_path: Path) -> None:
     """Nothing is trained; the same results are written again."""
     shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    train(resume=tmp_path / "run", in_process=True)
+    assert_same_run(tmp_path / "run", run)
+
+
+def test_a_run_of_an_older_version_is_resumed(run: Path, tmp_path: Path) -> None:
+    """Settings that its version did not know are not changes: they have their defaults."""
+    shutil.copytree(run, tmp_path / "run")
+    unknown_then = ("compile", "max_teachers", "cache_gib", "cache_dir")
+
+    def as_then(tree: Any) -> Any:
+        if isinstance(tree, list):
+            return [as_then(each) for each in tree]
+        if isinstance(tree, dict):
+            return {key: as_then(each) for key, each in tree.items() if key not in unknown_then}
+        return tree
+
+    for file in (tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"):
+        before = file.read_text()
+        file.write_text(json.dumps(as_then(json.loads(before)), indent=1))
+        assert len(file.read_text()) < len(before)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(json.dumps(as_then(yamlio.load(config.read_text()))))
     (tmp_path / "run" / "results.json").unlink()
     train(resume=tmp_path / "run", in_process=True)
     assert_same_run(tmp_path / "run", run)

@@ -19,6 +19,7 @@ from benchmarks.row import Settings
 from ray_dmml.cohort.coordinator import Coordinator
 from ray_dmml.cohort.member import Member
 from ray_dmml.config import Config
+from ray_dmml.losses.relational import relational_losses
 
 PEERS, BATCHES = (1, 2, 4, 8), (32, 128, 512)
 IMAGES_PER_CLASS, EMBEDDING_SIZE = 4, 128
@@ -52,6 +53,17 @@ class TimedPeer:
             self._member._exchange.start(step, sent)
             self._member._exchange.finish()
         return (time.perf_counter() - began) / count
+
+    def timed_relational(self, rows: int, num_teachers: int) -> float:
+        """Seconds of the mutual term of one peer, forward and backward."""
+        points = torch.nn.functional.normalize(
+            torch.randn(1 + num_teachers, rows, EMBEDDING_SIZE), dim=2
+        )
+        student = points[0].requires_grad_()
+        began = time.perf_counter()
+        terms = relational_losses(student, list(points[1:]))
+        (terms.distance + 2 * terms.angle).backward()
+        return time.perf_counter() - began
 
 
 def config(folder: Path, num_peers: int, batch_size: int) -> Config:
@@ -93,6 +105,7 @@ def measure(actors: list[Any], folder: Path, batch_size: int, rounds: int) -> di
         ray.get([a.timed_run.remote(0, WARM_UP) for a in actors])
         steps: list[float] = []
         exchanges: list[float] = []
+        relational: list[float] = []
         began = time.perf_counter()
         for number in range(rounds):
             if steps and time.perf_counter() - began > CELL_S:
@@ -101,6 +114,9 @@ def measure(actors: list[Any], folder: Path, batch_size: int, rounds: int) -> di
             steps.append(max(ray.get([a.timed_run.remote(start, start + STEPS) for a in actors])))
             exchanges.append(
                 max(ray.get([a.timed_exchange.remote(0, EXCHANGES, batch_size) for a in actors]))
+            )
+            relational.append(
+                ray.get(actors[0].timed_relational.remote(batch_size, len(actors) - 1))
             )
     step, exchange = median(steps), median(exchanges)
     return {
@@ -111,6 +127,8 @@ def measure(actors: list[Any], folder: Path, batch_size: int, rounds: int) -> di
         "step_ms_per_peer_and_core": 1e3 * step / max(1.0, len(actors) / 2),
         "exchange_ms": 1e3 * exchange,
         "exchange_share": exchange / step,
+        "relational_ms": 1e3 * median(relational),
+        "relational_share": median(relational) / step,
     }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import ray
 import torch
 
-from ray_dmml.checkpoint import PeerFiles, decode_peer, encode_peer
+from ray_dmml.checkpoint import PeerFiles
 from ray_dmml.cohort.local import build_peer
 from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.cohort.transport import connect
@@ -22,6 +22,7 @@ from ray_dmml.config import Config, PeerConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loading import BatchLoader, build_sampler
 from ray_dmml.errors import UserError
+from ray_dmml.peerfiles import decode_peer, encode_peer
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
@@ -127,6 +128,8 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return
-    mallopt(_M_MMAP_THRESHOLD, 2**30)
+    # Before 2.35 glibc refuses more than 32 MiB; with no threshold set the others do harm.
+    if not mallopt(_M_MMAP_THRESHOLD, 2**30) and not mallopt(_M_MMAP_THRESHOLD, 2**25):
+        return
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, 2**26)

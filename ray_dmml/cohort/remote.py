@@ -195,6 +195,10 @@ class RayCohort:
         if _is_mistake(_cause(error)):
             return _cause(error)
         failures, silent = self._failures(refs)
+        progress = self._progress()
+        # Who waits for a silent peer is silent itself; who got least far is the cause.
+        least = min((progress.get(name, 0) for name in silent), default=0)
+        silent = [name for name in silent if progress.get(name, 0) == least]
         failures = failures or [(refs[0], error)]
         causes = [_cause(failure) for _, failure in failures]
         for cause in causes:
@@ -204,7 +208,7 @@ class RayCohort:
             # A call that failed on a dead actor is a RayActorError too: that one is the coordinator.
             if isinstance(failure, RayActorError) and not isinstance(failure, RayTaskError):
                 name = self.names[refs.index(ref)]
-                step = self._progress().get(name)
+                step = progress.get(name)
                 where = "" if step is None else f" after step {step}"
                 return PeerLostError(f"{name} died{where}: {_first_line(failure)}")
         for cause in causes:

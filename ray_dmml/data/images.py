@@ -21,7 +21,8 @@ from ray_dmml.randomness import derive_seed
 Aspect = Literal["squash", "crop"]
 
 Stamp = tuple[int, int]
-"""Size and time of change of an image's file: what tells that it is another one."""
+"""Size and time of change of an image's file: what tells that it is another one. The time is the
+file system's own (ctime): archives and copies set the other one back."""
 
 
 class BadImageError(UserError):
@@ -79,7 +80,7 @@ class FileImages:
             found = os.stat(self.root / self.paths[index])
         except OSError as error:
             raise self._bad(index, error) from error
-        return found.st_size, found.st_mtime_ns
+        return found.st_size, found.st_ctime_ns
 
     def read(self, index: int) -> Tensor:
         try:
@@ -250,12 +251,12 @@ class Splits:
 
 
 def hold_out_classes(
-    images: ImageSet, fraction: float, seed: int
+    images: ImageSet, fraction: float, seed: int, fold: int = 0
 ) -> tuple[ImageSet, ImageSet | None]:
     """Cuts a set by class into (the rest, held-out classes); fraction 0 holds out none.
 
     ``round(fraction * C)`` classes, but at least 2 (one class alone is retrieved perfectly by any
-    embedding), are drawn by ``seed``.
+    embedding), are drawn by ``seed``; the next as many by the next ``fold``.
 
     Raises:
         UserError: fewer than 2 held-out classes have 2 images, or fewer than 2 classes are left.
@@ -271,7 +272,7 @@ def hold_out_classes(
             f"and leaves fewer than 2 to train on; {advice}"
         )
     generator = np.random.Generator(np.random.PCG64(derive_seed("validation classes", seed)))
-    chosen = generator.permutation(total)[:held]
+    chosen = np.roll(generator.permutation(total), -fold * held)[:held]
     is_held = np.isin(images.labels, chosen)
     validation = images.subset(np.flatnonzero(is_held))
     if np.sum(np.bincount(validation.labels) >= 2) < 2 or not validation.can_be_judged():

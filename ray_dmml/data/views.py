@@ -22,6 +22,29 @@ from ray_dmml.errors import UserError
 RESIZE_BEFORE_CROP = 256 / 224
 """The usual ratio of the resized side to the crop (Wu et al. 2017 and most since)."""
 
+CPU = torch.device("cpu")
+
+_ON_ANY_DEVICE = frozenset(
+    {
+        "CenterCrop",
+        "ColorJitter",
+        "GaussianBlur",
+        "Pad",
+        "RandomAffine",
+        "RandomCrop",
+        "RandomErasing",
+        "RandomGrayscale",
+        "RandomHorizontalFlip",
+        "RandomPerspective",
+        "RandomResizedCrop",
+        "RandomRotation",
+        "RandomVerticalFlip",
+        "Resize",
+    }
+)
+"""Tensors in and out, and parameters drawn on the CPU: the same draws wherever they are computed
+(but for RandomErasing with random pixels). Others may need images of Pillow's, or on the CPU."""
+
 
 def _presets(size: int) -> dict[str, list[Transform]]:
     flip = Transform(name="RandomHorizontalFlip")
@@ -53,18 +76,27 @@ class View:
         size: H = W of what it must give.
         source: how to name it in an error.
         draws: it is random, so every image goes through it on its own and gets its own draws.
+        device: where it is computed.
 
     Raises:
         UserError: tried on one image of ``decode_size``, it fails or gives another shape or type.
     """
 
     def __init__(
-        self, pipeline: v2.Transform, size: int, decode_size: int, source: str, *, draws: bool
+        self,
+        pipeline: v2.Transform,
+        size: int,
+        decode_size: int,
+        source: str,
+        *,
+        draws: bool,
+        device: torch.device = CPU,
     ) -> None:
-        self._pipeline, self._draws = pipeline, draws
+        self._pipeline, self._draws, self._device = pipeline, draws, device
         generator_state = torch.get_rng_state()
+        black = torch.zeros(3, decode_size, decode_size, dtype=torch.uint8, device=device)
         try:
-            result = pipeline(torch.zeros(3, decode_size, decode_size, dtype=torch.uint8))
+            result = pipeline(black)
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise UserError(
                 f"{source} does not work on decoded images of {decode_size} x {decode_size} px: {error}"
@@ -82,16 +114,22 @@ class View:
             )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) -> uint8 (B, 3, H, H)."""
+        """uint8 (B, 3, S, S) anywhere -> uint8 (B, 3, H, H) on the view's device."""
+        images = images.to(self._device, non_blocking=True)
         if not self._draws:
             return self._pipeline(images)
         return torch.stack([self._pipeline(image) for image in images])
 
 
 def training_view(
-    config: str | Sequence[Transform], size: int, decode_size: int, owner: str
+    config: str | Sequence[Transform],
+    size: int,
+    decode_size: int,
+    owner: str,
+    device: torch.device = CPU,
 ) -> View:
-    """The augmentation named or listed in the config.
+    """The augmentation named or listed in the config, computed on ``device`` where all of its
+    transforms can be, else on the CPU.
 
     Raises:
         UserError: an unknown transform (with the nearest right name), or settings it refuses.
@@ -99,16 +137,22 @@ def training_view(
     transforms = _presets(size)[config] if isinstance(config, str) else config
     source = f"view of {owner}"
     built = [_build(transform, size, source) for transform in transforms]
+    everywhere = all(transform.name in _ON_ANY_DEVICE for transform in transforms)
     return View(
-        v2.Compose(built) if built else v2.Identity(), size, decode_size, source, draws=True
+        v2.Compose(built) if built else v2.Identity(),
+        size,
+        decode_size,
+        source,
+        draws=True,
+        device=device if everywhere else CPU,
     )
 
 
-def evaluation_view(size: int, crop: float, decode_size: int) -> View:
+def evaluation_view(size: int, crop: float, decode_size: int, device: torch.device = CPU) -> View:
     """Resize so that the centre crop keeps ``crop`` of the side: no draws."""
     resized = round(size / crop)
     pipeline = v2.Compose([v2.Resize([resized, resized]), v2.CenterCrop(size)])
-    return View(pipeline, size, decode_size, "the evaluation view", draws=False)
+    return View(pipeline, size, decode_size, "the evaluation view", draws=False, device=device)
 
 
 def _build(transform: Transform, size: int, source: str) -> v2.Transform:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ray_dmml.config import DataConfig
 from ray_dmml.cores import num_cores
-from ray_dmml.data.cache import default_folder, through_cache
+from ray_dmml.data.cache import through_cache
 from ray_dmml.data.datasets import benchmarks, characters, folder, manifest
 from ray_dmml.data.images import ImageSet, Splits, check_images, hold_out_classes
 from ray_dmml.errors import UserError
@@ -19,7 +19,7 @@ Log = Callable[[str], None]
 
 def load_splits(
     config: DataConfig,
-    log: Log = lambda message: None,
+    log: Log | None = None,
     skip: frozenset[str] = frozenset(),
     check: bool = True,
 ) -> Splits:
@@ -30,22 +30,24 @@ def load_splits(
 
     Args:
         config: which data set and where; ``check_images`` and ``on_bad_image`` as they say.
-        log: takes one line for each thing worth knowing.
+        log: takes one line for each thing worth knowing; None: what does not work as asked goes to
+            Python's logging, the rest nowhere.
         skip: names of images to leave out.
         check: False: do not decode the images, whatever the config says.
 
     Raises:
         UserError: files are missing, unreadable or not laid out as the data set needs.
     """
-    train, test = _read(config, log)
+    told = log or (lambda message: None)
+    train, test = _read(config, told)
     if config.cache_gib and config.name != "characters":
-        folder = config.cache_dir or default_folder()
-        train, test = through_cache([train, test], folder, int(config.cache_gib * 2**30), log)
+        limit = int(config.cache_gib * 2**30)
+        train, test = through_cache([train, test], config.cache_dir, limit, log)
     left_out: list[str] = []
     if skip:
         train, test = (_without(images, _named(images, skip), left_out) for images in (train, test))
     if check and config.check_images and config.name != "characters":
-        train, test = _without_bad(config, log, train, test, left_out)
+        train, test = _without_bad(config, told, train, test, left_out)
     _require_two_classes(train, "training")
     _require_two_classes(test, "test")
     if not test.can_be_judged():
@@ -53,7 +55,9 @@ def load_splits(
             "no test image has another of its class to find: every query needs an image of its "
             "class in the gallery (is_query and is_gallery of a manifest)"
         )
-    train, validation = hold_out_classes(train, config.validation_fraction, config.validation_seed)
+    train, validation = hold_out_classes(
+        train, config.validation_fraction, config.validation_seed, config.validation_fold
+    )
     return Splits(train, validation, test, tuple(sorted(left_out)))
 
 
