@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from ray_dmml.checkpoint import (
     FORMAT,
     CheckpointStore,
-    decode_peer,
-    encode_peer,
     read_checkpoint,
 )
 from ray_dmml.errors import UserError
+from ray_dmml.peerfiles import decode_peer, encode_peer
 
 FILES = {
     "a": {"weights.safetensors": b"0123456789", "training.pt": bytes(range(256))},
