@@ -56,6 +56,8 @@ class TimedPeer:
 
     def timed_relational(self, rows: int, num_teachers: int) -> float:
         """Seconds of the mutual term of one peer, forward and backward."""
+        if num_teachers == 0:
+            return 0.0
         points = torch.nn.functional.normalize(
             torch.randn(1 + num_teachers, rows, EMBEDDING_SIZE), dim=2
         )
