@@ -46,7 +46,9 @@ ROWS = {
     "start": ("start", "start"),
     "memory": ("memory", "memory"),
     "scaling": ("scaling", "scaling"),
+    "options": ("options", "options"),
 }
+TABLES = ("scaling", "options")
 PACKAGES = ("torch", "torchvision", "ray", "numpy", "faiss-cpu", "pytorch-metric-learning", "timm")
 
 
@@ -96,10 +98,12 @@ def rows_table(rows: list[Row]) -> Table:
     return table
 
 
-def scaling_table(lines: list[dict[str, Any]]) -> Table:
+def plain_table(lines: list[dict[str, Any]]) -> Table:
+    """Of what has no goal."""
     table = Table(*lines[0], box=box.MARKDOWN)
     for line in lines:
-        table.add_row(*(shown(value) for value in line.values()))
+        cells = (value if isinstance(value, str) else shown(value) for value in line.values())
+        table.add_row(*cells)
     return table
 
 
@@ -146,8 +150,8 @@ def main(
         found = getattr(importlib.import_module(f"benchmarks.{module}"), function)(settings)
         seconds = time.perf_counter() - began
         Console(stderr=True).print(f"{name}: measured in {seconds:.0f} s", highlight=False)
-        if name == "scaling":
-            report["scaling"] = found
+        if name in TABLES:
+            report[name] = found
         else:
             rows += found
         if json_file is not None:  # after every row, as a later one may fail
@@ -155,8 +159,9 @@ def main(
             json_file.write_text(json.dumps(report, indent=1))
     if rows:
         console.print(rows_table(rows))
-    if "scaling" in report:
-        console.print(scaling_table(report["scaling"]))
+    for name in TABLES:
+        if name in report:
+            console.print(plain_table(report[name]))
     cpu = report["machine"]["cpu"]
     console.print(f"{report['commit']}, {cpu}, {cores} cores, {rounds} rounds", highlight=False)
 

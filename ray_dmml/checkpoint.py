@@ -93,6 +93,21 @@ class CheckpointStore:
             raise UserError(f"{self.folder / 'index.json'} is damaged: {error}") from None
         return {key: str(found[key]) for key in ("last", "best") if key in found}
 
+    def path(self, which: str) -> Path:
+        """Folder of the ``last`` or the ``best`` checkpoint, which there is."""
+        return self.folder / self.index()[which]
+
+    def adopt(self, checkpoint: Path) -> None:
+        """Takes the folder of another run's checkpoint as its own last one, and its only one.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        name = f"step-{read_checkpoint(checkpoint).step:08d}"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.copytree(checkpoint, self.folder / name)
+        _write_synced(self.folder / "index.json", json.dumps({"last": name}).encode())
+
     def load(self, which: str) -> Checkpoint:
         """Reads and verifies the ``last`` or the ``best`` checkpoint.
 

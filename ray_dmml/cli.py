@@ -18,10 +18,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ray_dmml.config import Config
+from ray_dmml.config import QUICKSTART, Config, read_settings
 from ray_dmml.configdoc import documented_yaml
 from ray_dmml.errors import UserError
 from ray_dmml.runfolder import RunFolder
+from ray_dmml.search import Search, load_search
 
 app = typer.Typer(
     name="ray-dmml",
@@ -136,6 +137,82 @@ def evaluate(
             results_table(results, Console())
 
 
+@app.command()
+def tune(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    space: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML of what to search; none: the quickstart's."),
+    ] = None,
+    storage: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the search; default: runs/tune-TIME."),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Go on with the search in this folder.")
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Trials.")] = None,
+    search: Annotated[str | None, typer.Option(help="optuna or random.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="asha, pbt or none.")] = None,
+    final_seeds: Annotated[int | None, typer.Option(help="Final runs of each setting.")] = None,
+    gpus_per_trial: Annotated[
+        float | None,
+        typer.Option(min=0, help="Shared by the peers; default: one, if there are any."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; default: RAY_ADDRESS, or this machine.")
+    ] = None,
+) -> None:
+    """Search loss weights and diversities on validation classes, then train the best anew.
+
+    With no argument: the quickstart's weights, updates and views.
+    """
+    console = Console()
+    began = time.monotonic()
+    folder = resume or storage or Path("runs") / f"tune-{datetime.now():%Y%m%d-%H%M%S}"
+    if address is not None:
+        os.environ["RAY_ADDRESS"] = address
+    with _user_errors(), _told_how_to_go_on(console, folder):
+        asked = None
+        changes = {
+            "num_samples": num_samples,
+            "search": search,
+            "scheduler": scheduler,
+            "final_seeds": final_seeds,
+        }
+        if resume is not None:
+            given = [config, space, storage, *(overrides or ()), *changes.values()]
+            if any(value is not None for value in given):
+                raise UserError(
+                    "--resume goes on with the search as it was asked for: it takes nothing else"
+                )
+        else:
+            if config is not None and space is None:
+                raise UserError(
+                    "a search of your own config needs its --space; "
+                    "experiments/configs/grocery_search.yaml is an example"
+                )
+            raw = read_settings(config or QUICKSTART, overrides or ())
+            asked = Search(raw, load_search(space, **changes))
+        with _ray_and_training(in_process=False):
+            from ray_dmml.console import PlainReporter, TrialsTable, elapsed, final_table
+            from ray_dmml.tuning import SearchFolder, run_search
+
+            table = TrialsTable(console, asked or SearchFolder(folder).search())
+            with table:
+                final = run_search(
+                    folder,
+                    asked,
+                    gpus_per_trial=gpus_per_trial,
+                    watch=table.show,
+                    reporter=PlainReporter(console),
+                )
+        final_table(final, table.search, console)
+        told = f"search: {folder}, best setting: {folder / 'best.yaml'}  ({elapsed(began)})"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command(name="config")
 def show_config(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Print the effective config with what each setting means, as YAML."""
@@ -183,6 +260,18 @@ def _told_how_to_resume(console: Console, resume: Path | None) -> Iterator[list[
             console.print(told, highlight=False, markup=False, soft_wrap=True)
         else:
             console.print("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _told_how_to_go_on(console: Console, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        if (folder / "search.yaml").exists():
+            told = f"go on with: ray-dmml tune --resume {folder}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -28,7 +28,7 @@ from ray_dmml.errors import UserError
 QUICKSTART = Path(__file__).parent / "quickstart.yaml"
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
@@ -42,6 +42,11 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _off(value: Any) -> Any:
+    """YAML's ``off`` is False."""
+    return "off" if value is False else value
+
+
 Seed = Annotated[int, BeforeValidator(_no_bool)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
@@ -51,7 +56,7 @@ Rate = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e30)]  # floa
 Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which images, how they are split by class, and how a batch is drawn."""
 
     name: Literal["characters", "cub200", "cars196", "sop", "inshop", "imagefolder", "manifest"] = (
@@ -133,7 +138,7 @@ class DataConfig(_Section):
         return self
 
 
-class Transform(_Section):
+class Transform(Section):
     """One transform of torchvision.transforms.v2."""
 
     name: str
@@ -143,7 +148,7 @@ class Transform(_Section):
     """Its constructor's arguments. `size` is the peer's input size unless given."""
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """How one peer learns."""
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
@@ -169,7 +174,7 @@ class OptimizerConfig(_Section):
     """Gradients of the net are scaled down to this total L2 norm; null: not clipped."""
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """The factor on every learning rate of a peer, as a function of the step."""
 
     name: Literal["constant", "step", "cosine"] = "constant"
@@ -197,7 +202,7 @@ class ScheduleConfig(_Section):
         return self
 
 
-class AveragingConfig(_Section):
+class AveragingConfig(Section):
     """An exponential moving average of a peer's weights."""
 
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
@@ -207,7 +212,7 @@ class AveragingConfig(_Section):
     """Teach with the averaged weights instead of the live ones."""
 
 
-class PeerConfig(_Section):
+class PeerConfig(Section):
     """One peer network: what it is, what it sees, how often and how it learns."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
@@ -269,7 +274,7 @@ class PeerConfig(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
     """How its learning rates change over the run."""
 
-    amp: Literal["off", "bfloat16", "float16"] = "off"
+    amp: Annotated[Literal["off", "bfloat16", "float16"], BeforeValidator(_off)] = "off"
     """Mixed precision of the net (losses stay in float32); float16 needs a GPU."""
 
     channels_last: bool = True
@@ -308,7 +313,7 @@ def _deep_merge(base: Any, over: Any) -> Any:
     return over
 
 
-class CohortConfig(_Section):
+class CohortConfig(Section):
     """The peers and how they exchange embeddings."""
 
     peers: tuple[PeerConfig, ...] = (
@@ -390,7 +395,7 @@ class CohortConfig(_Section):
         return self
 
 
-class MinerConfig(_Section):
+class MinerConfig(Section):
     """Which pairs or triplets of a batch the metric loss sees."""
 
     name: str
@@ -407,7 +412,7 @@ TRIPLET_DEFAULTS: dict[str, Any] = {
 }
 
 
-class MetricLossConfig(_Section):
+class MetricLossConfig(Section):
     """A peer's own metric loss, from pytorch-metric-learning."""
 
     name: str = "TripletMarginLoss"
@@ -435,7 +440,7 @@ class MetricLossConfig(_Section):
         return raw
 
 
-class RelationalConfig(_Section):
+class RelationalConfig(Section):
     """Relational distillation against the other peers."""
 
     distance: NonNegative = 1.0
@@ -448,7 +453,7 @@ class RelationalConfig(_Section):
     """Both weights rise linearly from 0 over so many steps."""
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """metric + mean over the peers it learns from of (w_d * distance + w_a * angle)."""
 
     metric: MetricLossConfig = Field(default_factory=lambda: MetricLossConfig.model_validate({}))
@@ -458,7 +463,7 @@ class LossConfig(_Section):
     """The mutual term."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The loop."""
 
     steps: Count = 1000
@@ -483,7 +488,7 @@ class TrainConfig(_Section):
     """Write TensorBoard events into RUN/tensorboard."""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """How embeddings are judged."""
 
     recall_at: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 4, 8)
@@ -504,7 +509,7 @@ class EvaluationConfig(_Section):
     """Evaluate the untrained peers on the test classes too, as the figure to stand beside."""
 
 
-class Config(_Section):
+class Config(Section):
     """A whole experiment."""
 
     seed: Seed = 0
@@ -573,11 +578,7 @@ class Config(_Section):
             UserError: the file is missing or no YAML, or settings are unknown or out of range; all are listed.
         """
         path = QUICKSTART if path is None else Path(path)
-        raw = _read_yaml(path)
-        _resolve_paths(raw, path.parent.resolve())
-        for override in overrides:
-            _apply_override(raw, override)
-        _resolve_paths(raw, Path.cwd())
+        raw = read_settings(path, overrides)
         return cls.parse(raw, source=f"{path} with --set" if overrides else str(path))
 
     @classmethod
@@ -590,11 +591,32 @@ class Config(_Section):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise UserError(_explain(error, source)) from None
+            raise UserError(explain(error, source)) from None
 
     def to_yaml(self) -> str:
         """The effective config, every field stated; `Config.load` of it gives this config again."""
         return yamlio.dump(self.model_dump(mode="json"))
+
+
+def read_settings(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The settings of a YAML file with `KEY=VALUE` overrides, paths absolute, not yet validated.
+
+    Raises:
+        UserError: the file is missing or no YAML, or an override names no place.
+    """
+    raw = _read_yaml(path)
+    _resolve_paths(raw, path.parent.resolve())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {override!r}: write KEY=VALUE, such as train.steps=500")
+        try:
+            value = yamlio.load(text)
+        except yamlio.YAMLError as error:
+            raise UserError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+        set_setting(raw, key, value, f"--set {override!r}")
+    _resolve_paths(raw, Path.cwd())
+    return raw
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -637,16 +659,14 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
                 absolute(peer, "weights")
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override!r}: write KEY=VALUE, such as train.steps=500")
-    try:
-        value = yamlio.load(text)
-    except yamlio.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+def set_setting(raw: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Sets one of a config file's settings by its dotted key, in place.
+
+    Raises:
+        UserError: there is no such place, or the value would do nothing there; ``source`` is named.
+    """
     parts = key.split(".")
-    _refuse_hidden_base(raw, parts, override)
+    _refuse_hidden_base(raw, parts, source)
     if parts[:2] == ["cohort", "peers"] and len(parts) > 2:
         # The default peers, or those a base implies, are written out before one of them is changed.
         cohort = raw.setdefault("cohort", {})
@@ -658,9 +678,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         last = depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise UserError(
-                    f"--set {override!r}: {where} has entries 0 to {len(node) - 1}, not {part!r}"
-                )
+                raise UserError(f"{source}: {where} has entries 0 to {len(node) - 1}, not {part!r}")
             index = int(part)
             if last:
                 node[index] = value
@@ -676,12 +694,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
                     node[part] = {}
                 node = node[part]
         else:
-            raise UserError(
-                f"--set {override!r}: {where} is {node!r} and has no settings of its own"
-            )
+            raise UserError(f"{source}: {where} is {node!r} and has no settings of its own")
 
 
-def _refuse_hidden_base(raw: dict[str, Any], parts: list[str], override: str) -> None:
+def _refuse_hidden_base(raw: dict[str, Any], parts: list[str], source: str) -> None:
     """A setting of the base that every peer states itself would do nothing; a run's saved config
     states all of them."""
     cohort = raw.get("cohort")
@@ -690,7 +706,7 @@ def _refuse_hidden_base(raw: dict[str, Any], parts: list[str], override: str) ->
         return
     if all(_states(peer, parts[2:]) for peer in peers):
         raise UserError(
-            f"--set {override!r}: every peer of this config states that itself, so cohort.base does "
+            f"{source}: every peer of this config states that itself, so cohort.base does "
             f"nothing; set cohort.peers.0.{'.'.join(parts[2:])} and so on"
         )
 
@@ -703,7 +719,13 @@ def _states(settings: Any, path: list[str]) -> bool:
     return True
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def explain(error: ValidationError, source: str, model: type[BaseModel] | None = None) -> str:
+    """Every mistake of a file, its place, what was given and what is allowed.
+
+    Args:
+        source: what to call the file.
+        model: what it should have been; None: a :class:`Config`.
+    """
     lines = []
     for problem in error.errors():
         # The tags of a union are pydantic's, not the user's.
@@ -711,7 +733,7 @@ def _explain(error: ValidationError, source: str) -> str:
         where = ".".join(location) or "config"
         given = problem.get("input")
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown setting; {_hint(location)}")
+            lines.append(f"{where}: unknown setting; {_hint(location, model or Config)}")
         elif problem["type"] == "value_error":
             lines.append(f"{where}: {problem['ctx']['error']}")
         else:
@@ -720,10 +742,10 @@ def _explain(error: ValidationError, source: str) -> str:
     return f"{source}: " + ("" if len(lines) == 1 else "\n  ") + "\n  ".join(dict.fromkeys(lines))
 
 
-def _hint(location: list[str]) -> str:
+def _hint(location: list[str], model: type[BaseModel]) -> str:
     """The settings nearest to an unknown one: at its own place, or deeper or higher under the
     same name."""
-    here = _section_at(location[:-1])
+    here = _section_at(location[:-1], model)
     if here is None:
         return "nothing is allowed here"
     names = [*here.model_fields, *(["base"] if here is CohortConfig else [])]
@@ -731,14 +753,13 @@ def _hint(location: list[str]) -> str:
     if not near:
         # The shallowest of that name: `steps` means train.steps before a peer's schedule.steps.
         elsewhere = sorted(
-            [*_dotted_names(here), *_dotted_names(Config)], key=lambda n: n.count(".")
+            [*_dotted_names(here), *_dotted_names(model)], key=lambda n: n.count(".")
         )
         near = [name for name in elsewhere if name.rsplit(".", 1)[-1] == location[-1]][:1]
     return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
 
 
-def _section_at(location: list[str]) -> type[BaseModel] | None:
-    model: type[BaseModel] = Config
+def _section_at(location: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
     for part in location:
         if part == "base" or part.isdigit():
             continue

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,7 +21,11 @@ from rich.table import Table
 from ray_dmml.cohort import StepRow
 from ray_dmml.config import Config
 from ray_dmml.data.images import Splits
+from ray_dmml.search import Search, final_head, final_rows
 from ray_dmml.training import Figures
+
+if TYPE_CHECKING:  # which loads Ray Tune
+    from ray_dmml.tuning import Trial
 
 _KIND = {"test": "unseen", "validation": "validation"}
 _TERMS = ("loss", "metric", "distance", "angle")
@@ -197,6 +201,89 @@ def describe(config: Config, splits: Splits, facts: Mapping[str, Any]) -> list[s
         f"exchange: {facts['transport']}"
     )
     return lines
+
+
+class TrialsTable:
+    """The trials of a search: a live table on a terminal, else a line for each report."""
+
+    def __init__(self, console: Console, search: Search) -> None:
+        self.console, self.search = console, search
+        self._live: Live | None = None
+        self._told: dict[str, tuple[str, int]] = {}
+
+    def __enter__(self) -> TrialsTable:
+        if self.console.is_terminal:
+            self._live = Live(self._render([]), console=self.console, refresh_per_second=2)
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, trials: Sequence[Trial]) -> None:
+        if self._live is not None:
+            self._live.update(self._render(trials))
+            return
+        for trial in trials:
+            state = "training" if trial.status == "ended early" else trial.status
+            if self._told.get(trial.name) == (state, trial.step):
+                continue
+            if trial.name not in self._told:
+                drawn = ", ".join(f"{key} {_drawn(value)}" for key, value in trial.params.items())
+                self._print(f"trial {trial.number}: {drawn}")
+            self._told[trial.name] = (state, trial.step)
+            if trial.error is not None:
+                self._print(f"trial {trial.number}: failed: {trial.error}")
+            elif trial.reports:
+                value = f"{self.search.config.metric} {trial.objective or 0:.4f}"
+                self._print(f"trial {trial.number}: {state}, step {trial.step}, {value}")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _render(self, trials: Sequence[Trial]) -> Table:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("trial", justify="right")
+        table.add_column("", no_wrap=True)
+        for name in ("step", self.search.config.metric, "time"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for key in self.search.config.space:
+            table.add_column(".".join(key.split(".")[-2:]), overflow="fold")
+        done = [t.objective for t in trials if t.finished and t.objective is not None]
+        for trial in trials:
+            value = "-" if trial.objective is None else f"{100 * trial.objective:.1f} %"
+            table.add_row(
+                str(trial.number),
+                trial.status if trial.finished or trial.error else "",
+                str(trial.step),
+                value,
+                f"{trial.seconds:.0f} s",
+                *(_drawn(trial.params[key]) for key in self.search.config.space),
+                style="bold" if done and trial.finished and trial.objective == max(done) else "",
+            )
+        return table
+
+
+def _drawn(value: Any) -> str:
+    told = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return told if len(told) <= 24 else told[:23] + "…"
+
+
+def final_table(final: Mapping[str, Any], search: Search, console: Console) -> None:
+    """The test figures of a search's final runs."""
+    seeds = len(final["best"]["test"])
+    table = Table(
+        title=f"test classes, {seeds} seeds on all training classes, mean ± standard deviation, %",
+        title_justify="left",
+        title_style="",
+        header_style="bold",
+    )
+    for place, name in enumerate(final_head(search)):
+        table.add_column(name, justify="right" if place else "left")
+    for row in final_rows(final, search):
+        table.add_row(*row)
+    console.print(table)
 
 
 def results_table(results: Mapping[str, Any], console: Console) -> None:

@@ -63,7 +63,7 @@ class RunFolder:
             raise UserError(f"the run folder {self.path} cannot be made: {error}") from None
 
     def write_config(self, config: Config) -> None:
-        _replace(self.config_file, config.to_yaml())
+        replace_file(self.config_file, config.to_yaml())
 
     def config(self) -> Config:
         return Config.load(self.config_file)
@@ -76,7 +76,7 @@ class RunFolder:
             except metadata.PackageNotFoundError:
                 versions[name] = "not installed"
         found = {"python": platform.python_version(), "machine": platform.machine()}
-        _replace(
+        replace_file(
             self.path / "run.json", json.dumps({**facts, **found, "versions": versions}, indent=1)
         )
 
@@ -104,13 +104,14 @@ class RunFolder:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        _replace(self.metrics_file, "".join(kept))
+        replace_file(self.metrics_file, "".join(kept))
 
     def write_results(self, results: dict[str, Any]) -> None:
-        _replace(self.results_file, json.dumps(results, indent=1) + "\n")
+        replace_file(self.results_file, json.dumps(results, indent=1) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file aside and puts it in place: nobody reads half of it."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

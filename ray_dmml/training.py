@@ -99,6 +99,7 @@ def train(
     resume: Path | str | None = None,
     in_process: bool = False,
     reporter: Reporter | None = None,
+    changed: bool = False,
 ) -> dict[str, Any]:
     """Trains a cohort and judges it on the test classes.
 
@@ -108,6 +109,8 @@ def train(
         resume: a run to continue from its last checkpoint, or to extend by more ``train.steps``.
         in_process: all peers in this process, without Ray; the same numbers, slower.
         reporter: is told how it goes; None: nobody.
+        changed: with ``resume``: any setting may differ from the checkpoint's, as in a search that
+            changes them in mid-run.
 
     Returns:
         what ``results.json`` holds: ``untrained`` and ``peers`` (name to figures) and ``ensemble``,
@@ -123,7 +126,7 @@ def train(
             return _start(config, out, in_process, reporter)
         if out is not None:
             raise UserError("--resume continues a run in its folder: it takes no --out")
-        return _resume(RunFolder.open(resume), config, in_process, reporter)
+        return _resume(RunFolder.open(resume), config, in_process, reporter, changed)
     finally:
         reporter.stopped()
 
@@ -143,14 +146,15 @@ def _start(
 
 
 def _resume(
-    run: RunFolder, config: Config | None, in_process: bool, reporter: Reporter
+    run: RunFolder, config: Config | None, in_process: bool, reporter: Reporter, changed: bool
 ) -> dict[str, Any]:
     """Goes on from the last checkpoint; what was written after it is dropped."""
     config = config or run.config()
     checkpoint: Checkpoint | None = None
     if run.checkpoints.index():
         checkpoint = run.checkpoints.load("last")
-        _refuse_changes(config, checkpoint, run)
+        if not changed:
+            _refuse_changes(config, checkpoint, run)
     threads_before = run.environment().get("threads")
     splits = _load_splits(config, reporter)
     cohort = (

@@ -392,6 +392,16 @@ def test_yaml_out_is_plain(image_folder: Path) -> None:
     assert "base" not in written["cohort"]
 
 
+def test_off_is_a_value_of_amp(tmp_path: Path) -> None:
+    """Unquoted, as a person writes it, though YAML takes it for false."""
+    file = tmp_path / "c.yaml"
+    file.write_text("cohort: {base: {amp: off}}\n")
+    config = Config.load(file, ["cohort.peers.1.amp=off"])
+    assert [peer.amp for peer in config.cohort.peers] == ["off", "off"]
+    with pytest.raises(UserError, match="bfloat16"):
+        Config.load(file, ["cohort.peers.1.amp=on"])
+
+
 def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
     """`1e-4` is a number in a file, in an override and inside free settings; a text of that form
     comes back as a text."""

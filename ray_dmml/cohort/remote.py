@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_dmml.cohort import StepRow
@@ -88,17 +93,8 @@ class RayCohort:
             raise
 
     def _start(self, config: Config, splits: Splits, initial_weights: bool) -> None:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        bundles = plan_bundles(config, nodes)
-        self._group = placement_group(bundles, strategy="PACK")
-        try:
-            ray.get(self._group.ready(), timeout=config.cohort.start_timeout_s)
-        except GetTimeoutError:
-            raise UserError(
-                f"the cluster did not grant {bundles} within {config.cohort.start_timeout_s:g} s "
-                f"(cohort.start_timeout_s): it has {_shown(ray.cluster_resources())}, of which "
-                f"{_shown(ray.available_resources())} are free"
-            ) from None
+        group, bundles = self._reserve(config)
+        first = len(group.bundle_specs) - len(bundles)
         self._coordinator = (
             ray.remote(Coordinator)
             .options(num_cpus=0)
@@ -113,7 +109,7 @@ class RayCohort:
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._group, placement_group_bundle_index=i
+                    group, placement_group_bundle_index=first + i
                 ),
             )
             .remote()
@@ -129,6 +125,26 @@ class RayCohort:
         )
         self.transport: str = built[0]["transport"]
         self.devices = tuple(each["device"] for each in built)
+
+    def _reserve(self, config: Config) -> tuple[PlacementGroup, list[dict[str, float]]]:
+        """A place for every peer: in the group this process was started in (as a trial of a search
+        is), whose last bundles are the peers', or in a new one."""
+        num_peers = len(config.cohort.peers)
+        given = get_current_placement_group()
+        if given is not None and len(given.bundle_specs) >= num_peers:
+            return given, given.bundle_specs[-num_peers:]
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        bundles = plan_bundles(config, nodes)
+        self._group = placement_group(bundles, strategy="PACK")
+        try:
+            ray.get(self._group.ready(), timeout=config.cohort.start_timeout_s)
+        except GetTimeoutError:
+            raise UserError(
+                f"the cluster did not grant {bundles} within {config.cohort.start_timeout_s:g} s "
+                f"(cohort.start_timeout_s): it has {_shown(ray.cluster_resources())}, of which "
+                f"{_shown(ray.available_resources())} are free"
+            ) from None
+        return self._group, bundles
 
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
         per_peer = self._gather(self._calls("run", start, stop), on_step)

@@ -1,0 +1,299 @@
+"""What a search varies, how, and what it is judged by; all of it is checked before a trial runs.
+
+A search file names settings as ``--set`` does and says what each may be::
+
+    space:
+      loss.relational.distance: {loguniform: [0.1, 10]}
+      cohort.peers.1.update_interval: {choice: [1, 2, 4]}
+    trial: {train.steps: 100}      # of the trials only
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
+
+from ray_dmml import yamlio
+from ray_dmml.config import Config, Count, Section, Seed, explain, set_setting
+from ray_dmml.errors import UserError
+
+DEFAULT_SEARCH = Path(__file__).parent / "search.yaml"
+
+Params = Mapping[str, Any]
+"""A trial's draw: setting to value, choices by their label."""
+
+
+class Distribution(Section):
+    """The values of one setting; exactly one kind."""
+
+    choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    """One of these, whatever they are: numbers, names, whole lists of transforms or peers."""
+
+    uniform: tuple[float, float] | None = None
+    """A number from the first to the second."""
+
+    loguniform: tuple[float, float] | None = None
+    """Likewise, its logarithm being uniform."""
+
+    integer: tuple[int, int] | None = None
+    """A whole number from the first to the second, both included."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Distribution:
+        given = [kind for kind in type(self).model_fields if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(type(self).model_fields)}, not {len(given)}")
+        ends = self.ends
+        if ends is not None and not ends[0] < ends[1]:
+            raise ValueError(f"{given[0]} needs two numbers, the lower one first, not {list(ends)}")
+        if self.loguniform is not None and self.loguniform[0] <= 0:
+            raise ValueError("loguniform needs numbers above 0")
+        return self
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """Lowest and highest; None of a choice."""
+        return self.uniform or self.loguniform or self.integer
+
+    @property
+    def labels(self) -> list[str]:
+        """Of the choices: numbers and names as they are, the rest as JSON."""
+        return [
+            value if isinstance(value, str) else json.dumps(value) for value in self.choice or ()
+        ]
+
+    def value(self, drawn: Any) -> Any:
+        """What a draw stands for."""
+        return self.choice[self.labels.index(drawn)] if self.choice is not None else drawn
+
+    def extremes(self) -> list[Any]:
+        """Draws that, if they are all allowed, leave little that is not."""
+        return self.labels if self.ends is None else list(self.ends)
+
+
+class SearchConfig(Section):
+    """A search."""
+
+    space: Annotated[dict[str, Distribution], Field(min_length=1)]
+    """Setting (as in `--set`) to what it may be."""
+
+    trial: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the trials only, such as fewer train.steps; the final runs have the config's."""
+
+    objective: Literal["ensemble", "mean_peer", "best_peer"] = "ensemble"
+    """Whose figure on the validation classes is searched for."""
+
+    metric: str = "recall@1"
+    """Which figure: recall@K of evaluation.recall_at, map@r, r_precision."""
+
+    cost: bool = False
+    """Search for a low cost of inference, too: parameters of all nets that the objective takes.
+    Gives the trials that no other beats in both."""
+
+    num_samples: Count = 8
+    """Trials; the first is the config as it is."""
+
+    search: Literal["optuna", "random"] | None = None
+    """How settings are proposed; null: optuna (TPE, multivariate) where it is installed (extra
+    `search`), else random."""
+
+    scheduler: Literal["asha", "pbt", "none"] = "asha"
+    """`asha` ends the worse trials early; `pbt` copies better trials and changes their settings in
+    mid-run; `none` runs all to their end."""
+
+    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    """`asha`: one in so many trials goes on at each rung."""
+
+    folds: Count = 1
+    """Validation folds that a trial is judged on, one after the other; more than 1 needs
+    scheduler none."""
+
+    final_seeds: Count = 3
+    """Runs on all training classes, judged on the test classes, of the best setting and of the
+    config as it is."""
+
+    seed: Seed = 0
+    """Of the proposals."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> SearchConfig:
+        if self.folds > 1 and self.scheduler != "none":
+            raise ValueError(
+                f"folds {self.folds} needs scheduler: none, as a trial's figure is known only after "
+                "its last fold"
+            )
+        if self.cost and self.scheduler == "pbt":
+            raise ValueError("scheduler pbt has one objective: set cost: false")
+        if self.scheduler == "pbt" and self.search == "optuna":
+            raise ValueError("scheduler pbt proposes settings itself: set search: random")
+        return self
+
+    @property
+    def proposer(self) -> str:
+        """``optuna`` or ``random``."""
+        if self.scheduler == "pbt":
+            return "random"
+        if self.search is not None:
+            return self.search
+        return "optuna" if importlib.util.find_spec("optuna") else "random"
+
+
+class Search:
+    """A search over an experiment's settings.
+
+    Args:
+        raw: the experiment's settings as :func:`~ray_dmml.config.read_settings` gives them.
+        config: the search.
+
+    Raises:
+        UserError: a setting or value of the space is not allowed, the experiment's own value is
+            not in the space, or there are no validation classes to search on.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], config: SearchConfig) -> None:
+        self.raw, self.config = copy.deepcopy(dict(raw)), config
+        self.base = Config.parse(self.raw)
+        if not self.base.data.validation_fraction:
+            raise UserError(
+                "a search is judged on held-out training classes: set data.validation_fraction above 0"
+            )
+        if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
+            raise UserError("search: optuna needs the extra: pip install 'ray-dmml[search]'")
+        self.metrics = [f"recall@{k}" for k in sorted({1, *self.base.evaluation.recall_at})]
+        self.metrics += ["map@r", "r_precision"]
+        if config.metric not in self.metrics:
+            raise UserError(
+                f"metric {config.metric!r} is not taken; there are {', '.join(self.metrics)}"
+            )
+        for key, distribution in config.space.items():
+            for drawn in distribution.extremes():
+                try:
+                    self.trial_config({key: drawn})
+                except UserError as error:
+                    raise UserError(f"space.{key}: {drawn}: {error}") from None
+        self.default = {key: self._own_value(key) for key in config.space}
+        """The draw that is the experiment as it is."""
+
+    def config_of(self, params: Params) -> Config:
+        """The experiment with a draw's settings."""
+        return Config.parse(self._settings(params), source="the trial's settings")
+
+    def trial_config(self, params: Params, fold: int = 0) -> Config:
+        """The same for a trial: with the trials' settings, and without the test classes."""
+        raw = self._settings(params)
+        for key, value in self.config.trial.items():
+            set_setting(raw, key, value, f"trial.{key}")
+        config = Config.parse(raw, source="the trial's settings")
+        train = config.train.model_copy(
+            # A checkpoint at each report, to go on from there; and nothing to look at.
+            update={"checkpoint_every": config.train.evaluate_every, "tensorboard": False}
+        )
+        data = config.data.model_copy(update={"validation_fold": fold})
+        evaluation = config.evaluation.model_copy(update={"test": False, "weights": None})
+        update = {"train": train, "data": data, "evaluation": evaluation}
+        return config.model_copy(update=update)
+
+    def objective(self, figures: Mapping[str, Any]) -> float:
+        """Of an evaluation's ``{"peers": ..., "ensemble": ...}``."""
+        metric = self.config.metric
+        if self.config.objective == "ensemble":
+            return float(figures["ensemble"][metric])
+        values = [float(found[metric]) for found in figures["peers"].values()]
+        return max(values) if self.config.objective == "best_peer" else sum(values) / len(values)
+
+    def _settings(self, params: Params) -> dict[str, Any]:
+        raw = copy.deepcopy(self.raw)
+        for key, drawn in params.items():
+            set_setting(raw, key, self.config.space[key].value(drawn), f"space.{key}")
+        return raw
+
+    def _own_value(self, key: str) -> Any:
+        """The draw of a setting that changes nothing."""
+        distribution = self.config.space[key]
+        if distribution.choice is not None:
+            for label in distribution.labels:
+                if self.config_of({key: label}) == self.base:
+                    return label
+            allowed = f"is none of {', '.join(distribution.labels)}"
+        else:
+            value = _at(self.base.model_dump(mode="json"), key)
+            low, high = distribution.ends or (-math.inf, math.inf)
+            if isinstance(value, (int, float)) and low <= value <= high:
+                return value
+            allowed = f"{value} is not from {low:g} to {high:g}"
+        raise UserError(
+            f"space.{key}: the config's own value {allowed}; the first trial is the config as it is, "
+            "so widen the space"
+        )
+
+
+def final_rows(final: Mapping[str, Any], search: Search) -> list[list[str]]:
+    """Of the best setting and the config as it is: validation, and mean and deviation over seeds of
+    the test figures, in percent."""
+    rows = []
+    for name, shown in (("best", "best setting"), ("default", "config as it is")):
+        runs, validation = final[name]["test"], final[name]["validation"]
+        row = [shown, "-" if validation is None else f"{100 * validation:.1f}"]
+        for who in ("ensemble", "mean peer"):
+            for metric in dict.fromkeys(("recall@1", "map@r", search.config.metric)):
+                values = [_figure(run, who, metric) for run in runs]
+                deviation = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+                row.append(f"{100 * np.mean(values):.1f}{deviation}" if values else "-")
+        rows.append(row)
+    return rows
+
+
+def final_head(search: Search) -> list[str]:
+    metrics = dict.fromkeys(("recall@1", "map@r", search.config.metric))
+    return ["", "validation"] + [f"{who} {m}" for who in ("ensemble", "mean peer") for m in metrics]
+
+
+def _figure(run: Mapping[str, Any], who: str, metric: str) -> float:
+    if who == "ensemble":
+        return float(run["ensemble"][metric])
+    return float(np.mean([found[metric] for found in run["peers"].values()]))
+
+
+def load_search(path: Path | None = None, **changes: Any) -> SearchConfig:
+    """Reads a search file (None: the built-in one); what is in ``changes`` and not None replaces it.
+
+    Raises:
+        UserError: the file is missing or no YAML, or says what is not allowed.
+    """
+    path = path or DEFAULT_SEARCH
+    try:
+        raw = yamlio.load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"search file {path} cannot be read: {error}") from None
+    except yamlio.YAMLError as error:
+        raise UserError(f"search file {path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"search file {path} must hold settings (space: ...)")
+    raw |= {key: value for key, value in changes.items() if value is not None}
+    try:
+        return SearchConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(explain(error, str(path), SearchConfig)) from None
+
+
+def _at(tree: Any, key: str) -> Any:
+    """The value at a dotted key of an effective config; a base's setting is that of the first peer
+    (peers that differ in it state it themselves)."""
+    if key.startswith("cohort.base."):
+        key = "cohort.peers.0." + key.removeprefix("cohort.base.")
+    for part in key.split("."):
+        if isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
+            tree = tree[int(part)]
+        elif isinstance(tree, Mapping):
+            tree = tree.get(part)
+        else:
+            return None
+    return tree

@@ -1,0 +1,550 @@
+"""A search on Ray Tune: every trial trains a cohort and is judged on validation classes alone.
+
+    propose settings -> trial: train, report at each evaluation -> the scheduler goes on or ends it
+    then: the best setting and the config as it is, on all training classes, with several seeds,
+    judged on the test classes
+
+    FOLDER/
+        search.yaml           the settings and the search, as they were asked for
+        ray/                  Ray Tune's own state
+        trials/ID/            trial.json (draw, figures at each report, error) and the trial's run
+        results.csv           a line a trial
+        best.yaml             the config with the best draw: ray-dmml train --config best.yaml
+        final/NAME-seedN/     the final runs
+        final.json, report.html
+
+What a trial has reported is in its own folder, written by the trial: a search that is killed goes on
+with every trial where that one stood.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+import ray
+from ray import tune
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
+
+from ray_dmml import yamlio
+from ray_dmml.cohort.remote import ray_session
+from ray_dmml.config import Config
+from ray_dmml.errors import UserError
+from ray_dmml.runfolder import RunFolder, replace_file
+from ray_dmml.search import Params, Search, SearchConfig
+from ray_dmml.training import Reporter, Silent, train
+from ray_dmml.tunepage import write_page
+
+STEP, OBJECTIVE, COST = "step", "objective", "cost"
+POLL_S = 1.0
+"""Seconds between two looks at the trials' folders."""
+
+
+@dataclass
+class Trial:
+    """What is known of one trial."""
+
+    name: str
+    params: dict[str, Any]
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    """``step``, ``objective``, ``cost`` and ``figures`` of each evaluation."""
+
+    starts: list[int] = field(default_factory=list)
+    """The step at which each attempt at training it began: 0, then where an interrupted one stood."""
+
+    error: str | None = None
+    """Why it failed."""
+
+    finished: bool = False
+    """It trained to its end."""
+
+    seconds: float = 0.0
+    """Of training, all of its attempts together."""
+
+    began: float = 0.0
+    """When it first began, in seconds since 1970."""
+
+    is_default: bool = False
+    """It is the config as it is."""
+
+    number: int = 0
+    """0 is the config as it is, the others follow in the order in which they began."""
+
+    @property
+    def status(self) -> str:
+        if self.error is not None:
+            return "failed"
+        return "finished" if self.finished else "ended early"
+
+    @property
+    def step(self) -> int:
+        return int(self.reports[-1][STEP]) if self.reports else 0
+
+    @property
+    def objective(self) -> float | None:
+        """At its last report."""
+        return float(self.reports[-1][OBJECTIVE]) if self.reports else None
+
+
+class SearchFolder:
+    """The files of a search."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.trials_folder = self.path / "trials"
+        self.asked_file = self.path / "search.yaml"
+        self.best_file = self.path / "best.yaml"
+        self.results_file = self.path / "results.csv"
+        self.final_file = self.path / "final.json"
+        self.page_file = self.path / "report.html"
+
+    def create(self, search: Search) -> None:
+        """Raises UserError where the folder is taken or cannot be made."""
+        RunFolder(self.path).refuse_existing()
+        asked = {"settings": search.raw, "search": search.config.model_dump(mode="json")}
+        try:
+            self.trials_folder.mkdir(parents=True)
+            replace_file(self.asked_file, yamlio.dump(asked))
+        except OSError as error:
+            raise UserError(f"the search's folder {self.path} cannot be made: {error}") from None
+
+    def search(self) -> Search:
+        """The search that was begun here.
+
+        Raises:
+            UserError: none was.
+        """
+        if not self.asked_file.is_file():
+            raise UserError(f"{self.path} is not the folder of a search: it has no search.yaml")
+        asked = yamlio.load(self.asked_file.read_text())
+        return Search(asked["settings"], SearchConfig.model_validate(asked["search"]))
+
+    def trials(self) -> list[Trial]:
+        """All that have begun, the config as it is first."""
+        files = self.trials_folder.glob("*/trial.json")
+        found = [Trial(**json.loads(file.read_text())) for file in files]
+        found.sort(key=lambda trial: (not trial.is_default, trial.began, trial.name))
+        for number, trial in enumerate(found):
+            trial.number = number
+        return found
+
+
+def run_search(
+    folder: Path,
+    search: Search | None = None,
+    *,
+    gpus_per_trial: float | None = None,
+    watch: Callable[[Sequence[Trial]], None] = lambda trials: None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Searches, then trains the best setting and the config as it is with several seeds.
+
+    Args:
+        folder: of a new search, or, without ``search``, of one to go on with.
+        search: what to search; None: what was asked for in the folder.
+        gpus_per_trial: shared by its peers; None: one where the cluster has any.
+        watch: is given the trials whenever one of them has something new.
+        reporter: is told how the final runs go.
+
+    Returns:
+        what ``final.json`` holds: ``best`` and ``default``, each with ``params``, ``validation`` (the
+        objective of its trial) and ``test`` (figures of each seed).
+
+    Raises:
+        UserError: the folder is taken or is not one of a search, or no trial finished.
+    """
+    files = SearchFolder(folder)
+    resumed = search is None
+    if search is None:
+        search = files.search()
+    else:
+        files.create(search)
+    with ray_session():
+        _run_trials(files, search, resumed, gpus_per_trial, watch)
+        trials = files.trials()
+        write_results(files, search, trials)
+        best = best_trial(trials)
+        replace_file(files.best_file, search.config_of(best.params).to_yaml())
+        kept = pareto(trials) if search.config.cost else []
+        write_page(files.page_file, search, trials, None, kept)
+        final = _final_runs(files, search, best, trials, reporter or Silent())
+    replace_file(files.final_file, json.dumps(final, indent=1) + "\n")
+    write_page(files.page_file, search, trials, final, kept)
+    return final
+
+
+def best_trial(trials: Sequence[Trial]) -> Trial:
+    """Of those that trained to their end the one with the highest objective; the first of equals.
+
+    Raises:
+        UserError: none did; with the first failure.
+    """
+    finished = [trial for trial in trials if trial.finished and trial.objective is not None]
+    if not finished:
+        reasons = [trial.error for trial in trials if trial.error]
+        why = f": {reasons[0]}" if reasons else ""
+        raise UserError(f"no trial of {len(trials)} finished{why}")
+    return max(finished, key=lambda trial: (trial.objective, -trial.number))
+
+
+def pareto(trials: Sequence[Trial]) -> list[Trial]:
+    """The finished trials that no other beats in objective and cost, cheapest first."""
+    finished = [trial for trial in trials if trial.finished]
+
+    def beaten(trial: Trial) -> bool:
+        mine = trial.reports[-1]
+        return any(
+            other[OBJECTIVE] >= mine[OBJECTIVE]
+            and other[COST] <= mine[COST]
+            and (other[OBJECTIVE] > mine[OBJECTIVE] or other[COST] < mine[COST])
+            for other in (each.reports[-1] for each in finished)
+        )
+
+    kept = [trial for trial in finished if not beaten(trial)]
+    return sorted(kept, key=lambda trial: (trial.reports[-1][COST], trial.number))
+
+
+def write_results(files: SearchFolder, search: Search, trials: Sequence[Trial]) -> None:
+    """``results.csv``: a line a trial, its draw and its last figures."""
+    figures = [f"{who}_{metric}" for who in ("ensemble", "mean_peer") for metric in search.metrics]
+    head = ["trial", "status", STEP, OBJECTIVE, COST, "seconds", *search.config.space, *figures]
+    aside = files.results_file.with_suffix(".tmp")
+    with aside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*head, "error"])
+        writer.writeheader()
+        for trial in trials:
+            row: dict[str, Any] = {"trial": trial.number, "status": trial.status, **trial.params}
+            row |= {"seconds": round(trial.seconds, 1), "error": trial.error, STEP: trial.step}
+            if trial.reports:
+                last = trial.reports[-1]
+                row |= {OBJECTIVE: last[OBJECTIVE], COST: last[COST]}
+                for metric in search.metrics:
+                    peers = [found[metric] for found in last["figures"]["peers"].values()]
+                    row[f"ensemble_{metric}"] = last["figures"]["ensemble"][metric]
+                    row[f"mean_peer_{metric}"] = float(np.mean(peers))
+            writer.writerow(row)
+    os.replace(aside, files.results_file)
+
+
+# --- trials -------------------------------------------------------------------------------------
+
+
+def _run_trials(
+    files: SearchFolder,
+    search: Search,
+    resumed: bool,
+    gpus_per_trial: float | None,
+    watch: Callable[[Sequence[Trial]], None],
+) -> None:
+    # Its own state is saved whenever a trial has news: a killed search forgets no proposal.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    cluster = ray.cluster_resources()
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, search=search, folder=str(files.path)),
+        lambda params: _resources(search.trial_config(params), cluster, gpus_per_trial),
+    )
+    state = str(files.path / "ray")
+    if resumed and tune.Tuner.can_restore(state):
+        tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True, restart_errored=False)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space={key: _domain(search, key) for key in search.config.space},
+            tune_config=tune.TuneConfig(
+                num_samples=search.config.num_samples,
+                search_alg=_proposer(search),
+                scheduler=_scheduler(search),
+                reuse_actors=False,
+            ),
+            run_config=tune.RunConfig(name="ray", storage_path=str(files.path), verbose=0),
+        )
+    ended = Event()
+    watcher = Thread(target=_watch, args=(files, watch, ended))
+    watcher.start()
+    try:
+        _name_the_lost(files, tuner.fit())
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _name_the_lost(files: SearchFolder, results: tune.ResultGrid) -> None:
+    """A trial whose process was killed could not write down why."""
+    lost = {json.dumps(each.config, sort_keys=True): each.error for each in results if each.error}
+    for trial in files.trials():
+        error = lost.get(json.dumps(trial.params, sort_keys=True))
+        if error is not None and trial.error is None:
+            trial.error = str(error).strip().splitlines()[-1]
+            file = files.trials_folder / trial.name / "trial.json"
+            replace_file(file, json.dumps(vars(trial)))
+
+
+def _watch(files: SearchFolder, watch: Callable[[Sequence[Trial]], None], ended: Event) -> None:
+    """Tells of the trials' news until the search has ended, and once more then."""
+    told: list[Trial] = []
+    over = False
+    while not over:
+        over = ended.wait(POLL_S)
+        trials = files.trials()
+        if trials != told:
+            watch(trials)
+            told = trials
+
+
+def _domain(search: Search, key: str) -> Any:
+    distribution = search.config.space[key]
+    if distribution.choice is not None:
+        return tune.choice(distribution.labels)
+    if distribution.integer is not None:
+        low, high = distribution.integer
+        return tune.randint(low, high + 1)
+    ends = distribution.ends or (0.0, 0.0)
+    return (tune.loguniform if distribution.loguniform is not None else tune.uniform)(*ends)
+
+
+def _proposer(search: Search) -> Searcher | SearchAlgorithm:
+    config = search.config
+    if config.proposer == "random":
+        return BasicVariantGenerator(
+            points_to_evaluate=[dict(search.default)], random_state=config.seed
+        )
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(
+        multivariate=True, seed=config.seed, n_startup_trials=max(3, config.num_samples // 4)
+    )
+    return OptunaSearch(
+        metric=[OBJECTIVE, COST] if config.cost else OBJECTIVE,
+        mode=["max", "min"] if config.cost else "max",
+        points_to_evaluate=[dict(search.default)],
+        sampler=sampler,
+    )
+
+
+def _scheduler(search: Search) -> TrialScheduler:
+    train_config = search.trial_config({}).train
+    every = train_config.evaluate_every or train_config.steps
+    if search.config.scheduler == "asha":
+        return ASHAScheduler(
+            time_attr=STEP,
+            metric=OBJECTIVE,
+            mode="max",
+            max_t=train_config.steps,
+            grace_period=min(every, train_config.steps),
+            reduction_factor=search.config.reduction_factor,
+        )
+    if search.config.scheduler == "pbt":
+        return PopulationBasedTraining(
+            time_attr=STEP,
+            metric=OBJECTIVE,
+            mode="max",
+            perturbation_interval=every,
+            hyperparam_mutations={
+                key: distribution.labels
+                if distribution.choice is not None
+                else _domain(search, key)
+                for key, distribution in search.config.space.items()
+            },
+        )
+    return FIFOScheduler()
+
+
+def _resources(
+    config: Config, cluster: Mapping[str, float], gpus_per_trial: float | None
+) -> tune.PlacementGroupFactory:
+    """A bundle a peer; the trial's own process computes next to nothing and takes none."""
+    peers = config.cohort.peers
+    gpus = min(1.0, cluster.get("GPU", 0.0)) if gpus_per_trial is None else gpus_per_trial
+    cpu = min(1.0, cluster.get("CPU", 1.0) / len(peers))
+    if gpus:  # the cores that go with the GPUs
+        cpu = max(cpu, cluster.get("CPU", 1.0) * gpus / cluster.get("GPU", gpus) // len(peers))
+    bundles: list[dict[str, float]] = [{}]
+    for peer in peers:
+        gpu = gpus / len(peers) if peer.num_gpus is None else peer.num_gpus
+        bundles.append({"CPU": peer.num_cpus or cpu, **({"GPU": gpu} if gpu else {})})
+    return tune.PlacementGroupFactory(bundles)
+
+
+def _trial(params: dict[str, Any], search: Search, folder: str) -> None:
+    """One trial, in a process of its own; its peers are actors beside it."""
+    name = tune.get_context().get_trial_id()
+    journal = _Journal(
+        SearchFolder(Path(folder)).trials_folder / name, name, params, params == search.default
+    )
+    try:
+        folds = [_train_fold(params, search, journal, fold) for fold in range(search.config.folds)]
+        if len(folds) > 1:
+            journal.report(_mean(folds))
+    except Exception as error:
+        journal.trial.error = (
+            f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
+        )
+        journal.write()
+        raise
+    journal.trial.finished = True
+    journal.write()
+
+
+def _train_fold(
+    params: dict[str, Any], search: Search, journal: _Journal, fold: int
+) -> dict[str, Any]:
+    """Trains, from where an earlier attempt or the trial that this one copies stood; the last report."""
+    config = search.trial_config(params, fold)
+    run = RunFolder(journal.folder / f"fold{fold}")
+    copied = tune.get_checkpoint() if search.config.scheduler == "pbt" else None
+    if copied is not None:
+        with copied.as_directory() as donor:
+            run.checkpoints.adopt(Path(donor))
+        run.create(config)
+    begun = run.checkpoints.index()
+    journal.starts(run.checkpoints.load("last").step if begun else 0)
+    reporter = _TrialReporter(search, journal, run, alone=search.config.folds == 1)
+    if run.config_file.exists():
+        train(config, resume=run.path, reporter=reporter, changed=copied is not None)
+    else:
+        train(config, run.path, reporter=reporter)
+    rows = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    last = next(row for row in reversed(rows) if "validation" in row)
+    return reporter.row(last["step"], last["validation"])
+
+
+def _mean(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of several folds as one."""
+
+    def mean(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], Mapping):
+            return {key: mean([value[key] for value in values]) for key in values[0]}
+        return float(np.mean(values))
+
+    return {**mean(folds), STEP: folds[0][STEP]}
+
+
+class _Journal:
+    """What a trial writes down of itself."""
+
+    def __init__(self, folder: Path, name: str, params: dict[str, Any], is_default: bool) -> None:
+        self.folder, self._file = folder, folder / "trial.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.trial = Trial(name, params, began=time.time(), is_default=is_default)
+        if self._file.exists():  # an earlier attempt
+            self.trial = Trial(**json.loads(self._file.read_text()))
+            self.trial.params, self.trial.error = params, None
+        self._began, self._before = time.monotonic(), self.trial.seconds
+        self.write()
+
+    def starts(self, step: int) -> None:
+        self.trial.starts.append(step)
+        self.write()
+
+    def report(self, row: dict[str, Any], checkpoint: Path | None = None) -> None:
+        """To the journal and to the scheduler, which may end the trial here."""
+        self.trial.reports = [each for each in self.trial.reports if each[STEP] < row[STEP]]
+        self.trial.reports.append(row)
+        self.write()
+        told = {STEP: row[STEP], OBJECTIVE: row[OBJECTIVE], COST: row[COST]}
+        kept = None if checkpoint is None else tune.Checkpoint.from_directory(str(checkpoint))
+        tune.report(told, checkpoint=kept)
+
+    def write(self) -> None:
+        self.trial.seconds = self._before + time.monotonic() - self._began
+        replace_file(self._file, json.dumps(vars(self.trial)))
+
+
+class _TrialReporter(Silent):
+    """Hands a run's validation figures on, once their checkpoint is on disk."""
+
+    def __init__(self, search: Search, journal: _Journal, run: RunFolder, alone: bool) -> None:
+        self._search, self._journal, self._run, self._alone = search, journal, run, alone
+        self._figures: Mapping[str, Any] | None = None
+
+    def evaluated(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
+        if split == "validation":
+            self._figures = figures
+
+    def saved(self, step: int, *, best: bool) -> None:
+        if self._figures is None or not self._alone:
+            return
+        row, self._figures = self.row(step, self._figures), None
+        pbt = self._search.config.scheduler == "pbt"
+        self._journal.report(row, self._run.checkpoints.path("last") if pbt else None)
+
+    def row(self, step: int, figures: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            STEP: step,
+            OBJECTIVE: self._search.objective(figures),
+            COST: self._cost(figures),
+            "figures": dict(figures),
+        }
+
+    def _cost(self, figures: Mapping[str, Any]) -> float:
+        """Millions of parameters of the nets that the objective is of."""
+        folder, objective = self._run.checkpoints.path("last"), self._search.config.objective
+        metric = self._search.config.metric
+        sizes = {
+            peer: (folder / peer / "weights.safetensors").stat().st_size / 4e6
+            for peer in figures["peers"]
+        }
+        if objective == "ensemble":
+            return sum(sizes.values())
+        if objective == "mean_peer":
+            return sum(sizes.values()) / len(sizes)
+        return sizes[max(sizes, key=lambda peer: figures["peers"][peer][metric])]
+
+
+# --- final runs ---------------------------------------------------------------------------------
+
+
+def _final_runs(
+    files: SearchFolder, search: Search, best: Trial, trials: Sequence[Trial], reporter: Reporter
+) -> dict[str, Any]:
+    """The best setting and the config as it is, on all training classes; the test classes' figures."""
+    default = next((trial for trial in trials if trial.params == search.default), None)
+    chosen: dict[str, Params] = {"best": best.params, "default": search.default}
+    validation = {"best": best.objective, "default": default.objective if default else None}
+    final: dict[str, Any] = {}
+    for name, params in chosen.items():
+        if name == "default" and params == best.params:
+            final[name] = final["best"]
+            continue
+        config = search.config_of(params)
+        runs = []
+        for seed in range(config.seed, config.seed + search.config.final_seeds):
+            reporter.note(f"final run: {name}, seed {seed}")
+            runs.append(
+                _final_run(files.path / "final" / f"{name}-seed{seed}", config, seed, reporter)
+            )
+        final[name] = {"params": dict(params), "validation": validation[name], "test": runs}
+    return final
+
+
+def _final_run(folder: Path, config: Config, seed: int, reporter: Reporter) -> dict[str, Any]:
+    data = config.data.model_copy(update={"validation_fraction": 0.0})
+    evaluation = config.evaluation.model_copy(update={"untrained": False, "weights": None})
+    config = config.model_copy(update={"seed": seed, "data": data, "evaluation": evaluation})
+    run = RunFolder(folder)
+    if run.results_file.exists():
+        results = json.loads(run.results_file.read_text())
+    elif run.config_file.exists():
+        results = train(resume=folder, reporter=reporter)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        results = train(config, folder, reporter=reporter)
+    return {"seed": seed, "peers": results["peers"], "ensemble": results["ensemble"]}

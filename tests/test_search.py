@@ -1,0 +1,188 @@
+"""What may be searched, checked before anything runs; and what is made of the trials."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import tiny
+
+from ray_dmml.config import QUICKSTART, read_settings
+from ray_dmml.errors import UserError
+from ray_dmml.search import Search, SearchConfig, load_search
+from ray_dmml.tunepage import importance
+from ray_dmml.tuning import Trial, best_trial, pareto
+
+
+def search(raw: dict[str, Any], space: dict[str, Any], **settings: Any) -> Search:
+    return Search(raw, SearchConfig.model_validate({"space": space, **settings}))
+
+
+@pytest.fixture
+def raw(image_folder: Path) -> dict[str, Any]:
+    return tiny(image_folder)
+
+
+def trial(number: int, objective: float | None, cost: float = 1.0, **changes: Any) -> Trial:
+    reports = [] if objective is None else [{"step": 5, "objective": objective, "cost": cost}]
+    known = {"params": {}, "finished": True, "number": number, **changes}
+    return Trial(str(number), reports=reports, **known)
+
+
+def test_the_built_in_search_is_of_the_quickstart() -> None:
+    """Its trial 0 is the quickstart as it is; it varies weights, seeds, updates and views."""
+    built_in = Search(read_settings(QUICKSTART), load_search())
+    assert built_in.config_of(built_in.default) == built_in.base
+    assert {key.rsplit(".", 1)[-1] for key in built_in.config.space} >= {
+        "distance",
+        "angle",
+        "init_seed",
+        "update_interval",
+        "view",
+    }
+    config = built_in.trial_config(built_in.default)
+    assert config.train.steps == config.train.checkpoint_every * 4 == 100
+    assert not config.evaluation.test
+    assert config.cohort.peers[0].schedule.steps == 100
+
+
+@pytest.mark.parametrize(
+    ("space", "says"),
+    [
+        ({"loss.relational.distnce": {"uniform": [0, 2]}}, r"relational\.distnce: .*did you mean 'distance'"),
+        ({"loss.relational.angle": {"uniform": [-1, 4]}}, r"relational\.angle: -1.0: .*greater than or equal to 0"),
+        ({"cohort.peers.1.backbone": {"choice": ["test_resnet", 7]}}, r"space\.cohort\.peers\.1\.backbone: 7"),
+        ({"cohort.peers.5.seed": {"integer": [0, 3]}}, r"cohort\.peers has entries 0 to 1"),
+        ({"loss.relational.distance": {"uniform": [2, 4]}}, r"own value 1.0 is not from 2 to 4"),
+        ({"cohort.peers.1.view": {"choice": ["standard", "strong"]}}, "own value is none of standard, strong"),
+    ],
+)  # fmt: skip
+def test_a_space_that_cannot_be_is_refused(
+    raw: dict[str, Any], space: dict[str, Any], says: str
+) -> None:
+    """Unknown settings, values that a config refuses, and a space without the config itself."""
+    with pytest.raises(UserError, match=says):
+        search(raw, space)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("space: {seed: {choice: [0], uniform: [0, 1]}}", "give one of choice, uniform, .* not 2"),
+        ("space: {seed: {uniform: [2, 1]}}", "the lower one first"),
+        ("space: {seed: {loguniform: [0, 1]}}", "above 0"),
+        ("space: {}", "at least 1 item"),
+        ("objectiv: ensemble\nspace: {seed: {choice: [0]}}", "objectiv: unknown setting; did you mean 'objective'"),
+        ("folds: 2\nspace: {seed: {choice: [0]}}", "folds 2 needs scheduler: none"),
+        ("- space", "must hold settings"),
+        ("space: [", "not valid YAML"),
+    ],
+)  # fmt: skip
+def test_a_search_file_that_cannot_be_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    """With the place and what is allowed."""
+    (tmp_path / "search.yaml").write_text(text)
+    with pytest.raises(UserError, match=says):
+        load_search(tmp_path / "search.yaml")
+    with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read"):
+        load_search(tmp_path / "nowhere.yaml")
+
+
+def test_every_kind_of_setting_can_be_searched(raw: dict[str, Any]) -> None:
+    """Numbers, names, lists of transforms, whole cohorts; the base for all peers at once."""
+    views = [[{"name": "CenterCrop"}], "weak"]
+    cohorts = [raw["cohort"]["peers"], [{}, {}, {"update_interval": 2}]]
+    found = search(
+        raw,
+        {
+            "cohort.peers": {"choice": cohorts},
+            "cohort.base.optimizer.lr": {"loguniform": [1e-4, 1e-2]},
+            "loss.relational.warmup_steps": {"integer": [0, 9]},
+            "cohort.base.view": {"choice": ["standard", *views]},
+        },
+        metric="map@r",
+        objective="best_peer",
+    )
+    assert found.config_of(found.default) == found.base
+    config = found.config_of(
+        {
+            "cohort.peers": json.dumps(cohorts[1]),
+            "cohort.base.optimizer.lr": 2e-3,
+            "loss.relational.warmup_steps": 4,
+            "cohort.base.view": json.dumps(views[0]),
+        }
+    )
+    assert len(config.cohort.peers) == 3
+    assert [peer.optimizer.lr for peer in config.cohort.peers] == [2e-3] * 3
+    assert [peer.view[0].name for peer in config.cohort.peers] == ["CenterCrop"] * 3  # type: ignore[union-attr]
+    assert config.loss.relational.warmup_steps == 4
+    figures = {"peers": {"a": {"map@r": 0.25}, "b": {"map@r": 0.5}}, "ensemble": {"map@r": 0.75}}
+    assert found.objective(figures) == 0.5
+
+
+def test_a_search_needs_validation_classes_and_a_metric_that_is_taken(raw: dict[str, Any]) -> None:
+    space = {"seed": {"choice": [0]}}
+    with pytest.raises(UserError, match="metric 'recall@5' is not taken; there are recall@1, rec"):
+        search(raw, space, metric="recall@5")
+    raw["data"]["validation_fraction"] = 0
+    with pytest.raises(UserError, match=r"set data\.validation_fraction above 0"):
+        search(raw, space)
+
+
+def test_the_best_is_the_best_of_those_that_finished() -> None:
+    """A trial that was ended early or failed is not chosen, of equals the first is."""
+    trials = [
+        trial(0, 0.5),
+        trial(1, 0.9, finished=False),
+        trial(2, 0.7),
+        trial(3, 0.7),
+        trial(4, None, finished=False, error="it broke"),
+    ]
+    assert best_trial(trials).number == 2
+    with pytest.raises(UserError, match="no trial of 1 finished: it broke"):
+        best_trial(trials[4:])
+
+
+def test_pareto_is_who_nobody_beats() -> None:
+    """Against the definition, pair by pair."""
+    rng = np.random.default_rng(0)
+    trials = [
+        trial(n, float(value), float(cost))
+        for n, (value, cost) in enumerate(rng.integers(0, 6, (40, 2)))
+    ]
+    expected = {
+        one.number
+        for one in trials
+        if not any(
+            other.reports[0]["objective"] >= one.reports[0]["objective"]
+            and other.reports[0]["cost"] <= one.reports[0]["cost"]
+            and other.reports[0] != one.reports[0]
+            for other in trials
+        )
+    }
+    assert {each.number for each in pareto(trials)} == expected
+
+
+def test_importance_is_the_share_of_variance(raw: dict[str, Any]) -> None:
+    """All of it with a setting that decides, next to none with one that does nothing."""
+    found = search(
+        raw,
+        {
+            "loss.relational.distance": {"uniform": [0, 10]},
+            "cohort.peers.1.update_interval": {"choice": [1, 2, 3]},
+        },
+    )
+    rng = np.random.default_rng(0)
+    trials = []
+    for n in range(300):
+        params = {
+            "loss.relational.distance": float(rng.uniform(0, 10)),
+            "cohort.peers.1.update_interval": str(rng.integers(1, 4)),
+        }
+        objective = 0.1 * int(params["cohort.peers.1.update_interval"])
+        trials.append(trial(n, objective, params=params))
+    shares = importance(trials, found)
+    assert shares["cohort.peers.1.update_interval"] == pytest.approx(1)
+    assert shares["loss.relational.distance"] < 0.05

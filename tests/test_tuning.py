@@ -1,0 +1,212 @@
+"""Searches on Ray Tune, from end to end, on real trials."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import tiny
+
+from ray_dmml.config import Config
+from ray_dmml.errors import UserError
+from ray_dmml.search import Search, SearchConfig
+from ray_dmml.tuning import SearchFolder, Trial, run_search
+
+ANGLE = "loss.relational.angle"
+
+
+@pytest.fixture
+def raw(image_folder: Path) -> dict[str, Any]:
+    return tiny(image_folder, train={"steps": 4, "evaluate_every": 2})
+
+
+def search(raw: dict[str, Any], space: dict[str, Any] | None = None, **settings: Any) -> Search:
+    asked = {
+        "space": space or {ANGLE: {"uniform": [0, 4]}},
+        "num_samples": 2,
+        "search": "random",
+        "scheduler": "none",
+        "final_seeds": 1,
+        **settings,
+    }
+    return Search(raw, SearchConfig.model_validate(asked))
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_search_from_end_to_end(
+    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """Trial 0 is the config as it is; a trial that fails is named and ends nothing; the best on the
+    validation classes is best.yaml, and is trained with the seeds asked for beside the default."""
+    folder = tmp_path / "search"
+    space = {
+        ANGLE: {"uniform": [0, 4]},
+        # The second has no proxies to learn for classes that it does not know of: it cannot be built.
+        "loss.metric.settings.margin": {"choice": [0.2, "wide"]},
+    }
+    watched: list[Sequence[Trial]] = []
+    found = search(raw, space, num_samples=4, final_seeds=2)
+    final = run_search(folder, found, watch=watched.append)
+    rows = rows_of(folder)
+    assert [row["trial"] for row in rows] == ["0", "1", "2", "3"]
+    assert (rows[0][ANGLE], rows[0]["status"]) == ("2.0", "finished")
+    for row in rows:
+        if row["loss.metric.settings.margin"] == "wide":
+            assert row["status"] == "failed" and row["error"] and "Traceback" not in row["error"]
+        else:
+            assert row["status"] == "finished" and row["step"] == "4" and not row["error"]
+    assert {row["status"] for row in rows} == {"finished", "failed"}
+    best = max((r for r in rows if r["objective"]), key=lambda r: float(r["objective"]))
+    config = Config.load(folder / "best.yaml")
+    assert config.loss.relational.angle == pytest.approx(float(best[ANGLE]))
+    assert config.train.steps == 4 and config.evaluation.test
+    assert final["best"]["validation"] == pytest.approx(float(best["objective"]))
+    for name in ("best", "default"):
+        assert [run["seed"] for run in final[name]["test"]] == [0, 1]
+    seed_1 = json.loads((folder / "final" / "best-seed1" / "results.json").read_text())
+    assert (seed_1["split"], seed_1["weights"], seed_1["classes"]) == ("test", "last", 8)
+    assert seed_1["ensemble"] == final["best"]["test"][1]["ensemble"]
+    assert (folder / "report.html").read_text().count("<img") == 4
+    assert len(watched[-1]) == 4
+    for trial in SearchFolder(folder).trials():
+        results = folder / "trials" / trial.name / "fold0" / "results.json"
+        assert not results.exists() or json.loads(results.read_text())["split"] == "validation"
+    with pytest.raises(UserError, match="already exists"):
+        run_search(folder, found)
+
+
+@pytest.mark.slow
+def test_two_searches_of_one_seed_are_the_same(
+    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """The proposals, and what came of them; the model-based ones follow from the results."""
+    raw["cohort"]["base"]["num_cpus"] = 2  # one trial at a time
+    outcomes = []
+    for name in ("one", "two"):
+        found = search(raw, num_samples=4, search="optuna", final_seeds=1)
+        run_search(tmp_path / name, found)
+        outcomes.append([(row[ANGLE], row["objective"]) for row in rows_of(tmp_path / name)])
+    assert outcomes[0] == outcomes[1]
+    assert len({angle for angle, _ in outcomes[0]}) == 4
+
+
+def test_folds_are_judged_one_after_the_other(
+    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """The objective is the mean over folds that hold out other classes."""
+    run_search(tmp_path / "search", search(raw, num_samples=1, folds=2))
+    (trial,) = SearchFolder(tmp_path / "search").trials()
+    folds = []
+    for fold in range(2):
+        run = tmp_path / "search" / "trials" / trial.name / f"fold{fold}"
+        assert Config.load(run / "config.yaml").data.validation_fold == fold
+        folds.append(json.loads((run / "results.json").read_text())["ensemble"]["recall@1"])
+    assert trial.objective == pytest.approx(sum(folds) / 2)
+    assert trial.starts == [0, 0]
+
+
+@pytest.mark.slow
+def test_population_based_training_changes_weights_in_mid_run(
+    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """A trial that copied another goes on from its step with other weights, and the peers' losses
+    are made with these."""
+    raw["train"] = {"steps": 8, "evaluate_every": 2, "log_every": 2}
+    raw["cohort"]["base"]["optimizer"]["lr"] = 1e-2
+    space = {ANGLE: {"uniform": [0, 40]}, "loss.relational.distance": {"uniform": [0, 40]}}
+    run_search(tmp_path / "search", search(raw, space, num_samples=2, scheduler="pbt"))
+    trials = SearchFolder(tmp_path / "search").trials()
+    copied = [trial for trial in trials if len(trial.starts) > 1]
+    assert copied, "no trial was copied into another"
+    for trial in copied:
+        assert trial.starts[-1] > 0
+        run = tmp_path / "search" / "trials" / trial.name / "fold0"
+        config = Config.load(run / "config.yaml")
+        weights = config.loss.relational
+        assert weights.angle == pytest.approx(trial.params[ANGLE])
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        checked = 0
+        for row in rows:
+            for terms in row.get("peers", {}).values() if row["step"] > trial.starts[-1] else ():
+                mutual = weights.distance * terms["distance"] + weights.angle * terms["angle"]
+                assert terms["loss"] == pytest.approx(terms["metric"] + mutual, rel=1e-4)
+                checked += 1
+        assert checked
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on(raw: dict[str, Any], tmp_path: Path) -> None:
+    """SIGKILL while a trial trains: the finished one is not run again, the other goes on from its
+    step, and the end is as if nothing had been."""
+    raw["train"] = {"steps": 400, "evaluate_every": 20, "log_every": 20}
+    raw["cohort"]["base"]["num_cpus"] = 1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    space = {"space": {ANGLE: {"uniform": [0, 4]}}, "search": "random", "scheduler": "none"}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({**space, "num_samples": 2}))
+    folder = SearchFolder(tmp_path / "search")
+    command = [sys.executable, "-m", "ray_dmml.cli", "tune"]
+    asked = ["--config", "config.yaml", "--space", "space.yaml", "--storage", "search"]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(
+        [*command, *asked, "--final-seeds", "1"],
+        cwd=tmp_path,
+        stdout=log,
+        stderr=log,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        trials = folder.trials()
+        if len(trials) == 2 and trials[0].finished and 40 <= trials[1].step < 400:
+            break
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    before = folder.trials()
+    assert before[0].finished and not before[1].finished
+    ended = subprocess.run(
+        [*command, "--resume", "search"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    first, second = folder.trials()
+    assert vars(first) == vars(before[0])
+    assert second.finished and len(second.starts) == 2 and 40 <= second.starts[1] < 400
+    assert [report["step"] for report in second.reports] == list(range(20, 401, 20))
+    assert "ensemble recall@1" in ended.stdout and (folder.path / "best.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--config", "c.yaml"], "needs its --space"),
+        (["--resume", "nowhere"], "nowhere is not the folder of a search"),
+        (["--resume", "nowhere", "--num-samples", "3"], "takes nothing else"),
+        (["--scheduler", "hyperband"], "scheduler: Input should be 'asha', 'pbt' or 'none'"),
+        (["--set", "data.validation_fraction=0"], "set data.validation_fraction above 0"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    (tmp_path / "c.yaml").write_text("seed: 1\n")
+    script = Path(__file__).parent.parent / "experiments" / "tune_diversity.py"
+    ended = subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and says in " ".join(ended.stderr.split()), ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "runs").exists()
