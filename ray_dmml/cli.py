@@ -191,7 +191,7 @@ def tune(
             if config is not None and space is None:
                 raise UserError(
                     "a search of your own config needs its --space; "
-                    "experiments/configs/grocery_search.yaml is an example"
+                    "experiments/searches/grocery.yaml is an example"
                 )
             raw = read_settings(config or QUICKSTART, overrides or ())
             asked = Search(raw, load_search(space, **changes))

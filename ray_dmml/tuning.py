@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import shutil
 import time
@@ -173,8 +174,12 @@ def run_search(
     if search is None:
         search = files.search()
     else:
-        files.create(search)
+        RunFolder(files.path).refuse_existing()
     with ray_session():
+        cluster = ray.cluster_resources()
+        _require_room(_resources(search.trial_config({}), cluster, gpus_per_trial), cluster)
+        if not resumed:
+            files.create(search)
         _run_trials(files, search, resumed, gpus_per_trial, watch)
         trials = files.trials()
         write_results(files, search, trials)
@@ -251,6 +256,8 @@ def _run_trials(
     gpus_per_trial: float | None,
     watch: Callable[[Sequence[Trial]], None],
 ) -> None:
+    # A failed trial's reason is in its own file and in results.csv; Tune would print tracebacks.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     # Its own state is saved whenever a trial has news: a killed search forgets no proposal.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -381,6 +388,22 @@ def _resources(
         gpu = gpus / len(peers) if peer.num_gpus is None else peer.num_gpus
         bundles.append({"CPU": peer.num_cpus or cpu, **({"GPU": gpu} if gpu else {})})
     return tune.PlacementGroupFactory(bundles)
+
+
+def _require_room(trial: tune.PlacementGroupFactory, cluster: Mapping[str, float]) -> None:
+    """A private Ray never grows: what it has not, a trial would wait for without end.
+
+    Raises:
+        UserError: one trial asks for more than there is.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    for kind, needed in trial.required_resources.items():
+        if needed > cluster.get(kind, 0.0) + 1e-6:
+            raise UserError(
+                f"a trial needs {needed:g} {kind}s (--gpus-per-trial, cohort.peers.*.num_cpus and "
+                f"num_gpus) and this machine has {cluster.get(kind, 0.0):g}"
+            )
 
 
 def _trial(params: dict[str, Any], search: Search, folder: str) -> None:

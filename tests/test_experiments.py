@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_dmml.config import Config
+from ray_dmml.config import Config, read_settings
+from ray_dmml.search import Search, load_search
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -22,6 +23,16 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 def test_every_config_is_valid(path: Path) -> None:
     """Each experiment's config loads once it is told where its images are."""
     assert Config.load(path, ["data.root=somewhere"]).cohort.peers
+
+
+@pytest.mark.parametrize(
+    "path", sorted((EXPERIMENTS / "searches").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_search_is_valid(path: Path) -> None:
+    """It is of the config of the same name, whose own values are in its space."""
+    raw = read_settings(EXPERIMENTS / "configs" / path.name, ["data.root=somewhere"])
+    search = Search(raw, load_search(path))
+    assert search.config_of(search.default) == search.base
 
 
 def test_grocery_photos_get_the_names_of_the_manifest(tmp_path: Path) -> None:

@@ -89,6 +89,16 @@ def test_a_search_from_end_to_end(
         run_search(folder, found)
 
 
+def test_a_trial_that_never_fits_is_refused(
+    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """Where it would wait for ever for what this machine has not."""
+    raw["cohort"]["base"]["num_cpus"] = 3
+    with pytest.raises(UserError, match=r"a trial needs 6 CPUs .* and this machine has 4"):
+        run_search(tmp_path / "search", search(raw))
+    assert not (tmp_path / "search").exists()
+
+
 @pytest.mark.slow
 def test_two_searches_of_one_seed_are_the_same(
     ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
