@@ -197,7 +197,8 @@ class Search:
             update={"checkpoint_every": config.train.evaluate_every, "tensorboard": False}
         )
         data = config.data.model_copy(update={"validation_fold": fold})
-        evaluation = config.evaluation.model_copy(update={"test": False, "weights": None})
+        # The last weights: what the final runs, which hold out no classes to choose by, will have.
+        evaluation = config.evaluation.model_copy(update={"test": False, "weights": "last"})
         update = {"train": train, "data": data, "evaluation": evaluation}
         return config.model_copy(update=update)
 
