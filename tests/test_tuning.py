@@ -135,7 +135,7 @@ def test_population_based_training_changes_weights_in_mid_run(
 ) -> None:
     """A trial that copied another goes on from its step with other weights, and the peers' losses
     are made with these."""
-    raw["train"] = {"steps": 12, "evaluate_every": 2, "log_every": 2}
+    raw["train"] = {"steps": 12, "evaluate_every": 5, "log_every": 5}
     raw["cohort"]["base"]["optimizer"]["lr"] = 1e-2
     space = {ANGLE: {"uniform": [0, 40]}, "loss.relational.distance": {"uniform": [0, 40]}}
     run_search(tmp_path / "search", search(raw, space, num_samples=2, scheduler="pbt"))
