@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -23,6 +22,7 @@ from typing import Annotated, Any
 
 import typer
 from benchmarks.row import Row, Settings
+from provenance import commit
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -69,16 +69,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_before": os.getloadavg()[0],
     }
-
-
-def commit() -> str:
-    """Of this repository, with `+` where files differ from it."""
-    described = subprocess.run(
-        ["git", "-C", str(EXPERIMENTS), "describe", "--always", "--abbrev=12", "--dirty=+"],
-        capture_output=True,
-        text=True,
-    )
-    return described.stdout.strip() or "unknown"
 
 
 def shown(value: float) -> str:

@@ -208,7 +208,8 @@ def tune(
                     watch=table.show,
                     reporter=PlainReporter(console),
                 )
-        final_table(final, table.search, console)
+        if final["best"]["test"]:
+            final_table(final, table.search, console)
         told = f"search: {folder}, best setting: {folder / 'best.yaml'}  ({elapsed(began)})"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
 

@@ -193,6 +193,10 @@ class ScheduleConfig(Section):
     """The step at which `cosine` reaches 0, usually train.steps; stated apart, so that
     extending a run changes nothing before it."""
 
+    cycles: Count = 1
+    """`cosine` falls so many times within `steps`, from the full rate each time (snapshot
+    ensembles)."""
+
     @model_validator(mode="after")
     def _has_its_settings(self) -> ScheduleConfig:
         if self.name == "step" and not self.milestones:

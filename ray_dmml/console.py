@@ -233,7 +233,7 @@ class TrialsTable:
                 drawn = ", ".join(f"{key} {_drawn(value)}" for key, value in trial.params.items())
                 self._print(f"trial {trial.number}: {drawn}")
             self._told[trial.name] = (state, trial.step)
-            if trial.error is not None:
+            if trial.status == "failed":
                 self._print(f"trial {trial.number}: failed: {trial.error}")
             elif trial.reports:
                 value = f"{self.search.config.metric} {trial.objective or 0:.4f}"

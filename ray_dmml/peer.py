@@ -340,5 +340,6 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int) -> float:
         factor *= schedule.gamma ** sum(step >= milestone for milestone in schedule.milestones)
     elif schedule.name == "cosine":
         end = schedule.steps or 1  # the config makes sure that it is given
-        factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / end)))
+        cycle = (step * schedule.cycles / end) % 1 if step < end else 1.0
+        factor *= 0.5 * (1 + math.cos(math.pi * cycle))
     return factor

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from ray_dmml import yamlio
-from ray_dmml.config import Config, Count, Section, Seed, explain, set_setting
+from ray_dmml.config import Config, Count, Section, Seed, Whole, explain, set_setting
 from ray_dmml.errors import UserError
 
 DEFAULT_SEARCH = Path(__file__).parent / "search.yaml"
@@ -116,9 +116,9 @@ class SearchConfig(Section):
     """Validation folds that a trial is judged on, one after the other; more than 1 needs
     scheduler none."""
 
-    final_seeds: Count = 3
+    final_seeds: Whole = 3
     """Runs on all training classes, judged on the test classes, of the best setting and of the
-    config as it is."""
+    config as it is; 0: none, and the test classes are never read."""
 
     seed: Seed = 0
     """Of the proposals."""
@@ -165,6 +165,12 @@ class Search:
             raise UserError(
                 "a search is judged on held-out training classes: set data.validation_fraction above 0"
             )
+        possible = round(1 / self.base.data.validation_fraction)
+        if config.folds > possible:
+            raise UserError(
+                f"folds {config.folds}: data.validation_fraction "
+                f"{self.base.data.validation_fraction} gives at most {possible}"
+            )
         if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
             raise UserError("search: optuna needs the extra: pip install 'ray-dmml[search]'")
         self.metrics = [f"recall@{k}" for k in sorted({1, *self.base.evaluation.recall_at})]
@@ -197,8 +203,9 @@ class Search:
             update={"checkpoint_every": config.train.evaluate_every, "tensorboard": False}
         )
         data = config.data.model_copy(update={"validation_fold": fold})
-        # The last weights: what the final runs, which hold out no classes to choose by, will have.
-        evaluation = config.evaluation.model_copy(update={"test": False, "weights": "last"})
+        # Not the best: the final runs, which hold out no classes to choose by, will have none.
+        weights = "averaged" if config.evaluation.weights == "averaged" else "last"
+        evaluation = config.evaluation.model_copy(update={"test": False, "weights": weights})
         update = {"train": train, "data": data, "evaluation": evaluation}
         return config.model_copy(update=update)
 

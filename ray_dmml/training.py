@@ -309,7 +309,13 @@ class _Loop:
             return False
         state = self._state
         self._reporter.doing("judging on validation classes")
-        figures = _figures(self._config, self._cohort, "validation", self._splits.validation)
+        figures = _figures(
+            self._config,
+            self._cohort,
+            "validation",
+            self._splits.validation,
+            averaged=self._config.weights_to_judge() == "averaged",
+        )
         self._run.append_metrics([{"step": state.step, "validation": figures}])
         self._reporter.evaluated(state.step, "validation", figures)
         if events is not None:

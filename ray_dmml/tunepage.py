@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,26 +45,29 @@ def write_page(
         kept: the trials that no other beats in objective and cost, where both were searched for.
     """
     judged = [trial for trial in trials if trial.reports]
+    finals = final is not None and bool(final["best"]["test"])
     what = f"{search.config.metric} of the {search.config.objective.replace('_', ' ')}"
     parts = [
         f"<h1>Search: {html.escape(what)}</h1>",
         f"<p>{len(trials)} trials on {html.escape(search.base.data.name)}, judged on validation "
-        "classes; the test classes were seen by the final runs only.</p>",
+        f"classes; the test classes were seen by {'the final runs only' if finals else 'none'}.</p>",
     ]
-    if final is not None:
+    if final is not None and finals:
         parts += ["<h2>Test classes</h2>", _final_table(final, search)]
     if judged:
+        alike = at_common_step(judged)
         parts += [
             "<h2>Objective, trial by trial</h2>",
             _image(_history(judged, what)),
             "<h2>All settings of each trial</h2>",
-            _image(_parallel(judged, search, what)),
+            f"<p>From here on figures are those at step {alike[0].step}, which all trials reached.</p>",
+            _image(_parallel(alike, search, what, _best(judged))),
             "<h2>What each setting explains</h2>",
             "<p>Share of the trials' variance that goes with the setting alone (numbers in three "
             "classes of equal size). With few trials this is a hint and no more.</p>",
-            _image(_importance(judged, search)),
+            _image(_importance(alike, search)),
             "<h2>Each setting by itself</h2>",
-            _image(_marginals(judged, search, what)),
+            _image(_marginals(alike, search, what)),
         ]
     if kept:
         parts += ["<h2>Quality against cost of inference</h2>", _pareto_table(kept, search)]
@@ -74,6 +78,18 @@ def write_page(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Search</title>'
         f"<style>{_STYLE}</style><body>{text}</body></html>\n",
     )
+
+
+def at_common_step(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials as they were at the last step that each of them has reported: ones that were ended
+    early look worse for that alone."""
+    reported = (set(r["step"] for r in trial.reports) for trial in trials)
+    common = set.intersection(*reported)
+    step = max(common) if common else 0
+    return [
+        replace(trial, reports=[r for r in trial.reports if r["step"] <= step] or trial.reports)
+        for trial in trials
+    ]
 
 
 def importance(trials: Sequence[Trial], search: Search) -> dict[str, float]:
@@ -153,7 +169,7 @@ def _history(trials: Sequence[Trial], what: str) -> Figure:
     return _plain(figure)
 
 
-def _parallel(trials: Sequence[Trial], search: Search, what: str) -> Figure:
+def _parallel(trials: Sequence[Trial], search: Search, what: str, best: int | None) -> Figure:
     keys = list(search.config.space)
     figure = Figure(figsize=(max(9, 1.5 * len(keys)), 4), layout="constrained")
     axes = figure.add_subplot()
@@ -163,8 +179,8 @@ def _parallel(trials: Sequence[Trial], search: Search, what: str) -> Figure:
     for index in order:
         trial, share = trials[index], (values[index] - low) / ((high - low) or 1)
         points = [_position(search, key, trial.params[key]) for key in keys] + [share]
-        colour = GOOD if index == order[-1] else "#5b6b7b"
-        width = 2.5 if index == order[-1] else 1.0
+        colour = LINE if trial.number == best else "#5b6b7b"
+        width = 2.5 if trial.number == best else 1.0
         axes.plot(points, color=colour, alpha=0.25 + 0.75 * share, linewidth=width)
     for place, key in enumerate(keys):
         axes.axvline(place, color="#ccc", linewidth=0.8, zorder=0)
@@ -260,9 +276,14 @@ def _pareto_table(kept: Sequence[Trial], search: Search) -> str:
     return _table(head, rows)
 
 
-def _trials_table(trials: Sequence[Trial], search: Search) -> str:
+def _best(trials: Sequence[Trial]) -> int | None:
+    """Number of the trial that best.yaml is of."""
     finished = [trial for trial in trials if trial.finished and trial.objective is not None]
-    best = max(finished, key=lambda t: (t.objective, -t.number)).number if finished else None
+    return max(finished, key=lambda t: (t.objective, -t.number)).number if finished else None
+
+
+def _trials_table(trials: Sequence[Trial], search: Search) -> str:
+    best = _best(trials)
     head = [
         "trial",
         "status",
@@ -276,7 +297,11 @@ def _trials_table(trials: Sequence[Trial], search: Search) -> str:
         kind = "best" if trial.number == best else "" if trial.finished else "bad"
         value = "-" if trial.objective is None else f"{trial.objective:.4f}"
         told = [_short(trial.params[key]) for key in search.config.space]
-        status = trial.status if trial.error is None else f"failed: {_short(trial.error, 60)}"
+        status = (
+            trial.status
+            if trial.error is None or trial.finished
+            else f"failed: {_short(trial.error, 60)}"
+        )
         rows.append(
             (
                 kind,

@@ -10,7 +10,7 @@
         trials/ID/            trial.json (draw, figures at each report, error) and the trial's run
         results.csv           a line a trial
         best.yaml             the config with the best draw: ray-dmml train --config best.yaml
-        final/NAME-seedN/     the final runs
+        final/ID-seedN/       the final runs of the best trial; default-seedN: of the config as it is
         final.json, report.html
 
 What a trial has reported is in its own folder, written by the trial: a search that is killed goes on
@@ -23,10 +23,12 @@ import csv
 import json
 import logging
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -72,7 +74,7 @@ class Trial:
     """Why it failed."""
 
     finished: bool = False
-    """It trained to its end."""
+    """It has reported its last step."""
 
     seconds: float = 0.0
     """Of training, all of its attempts together."""
@@ -88,9 +90,9 @@ class Trial:
 
     @property
     def status(self) -> str:
-        if self.error is not None:
-            return "failed"
-        return "finished" if self.finished else "ended early"
+        if self.finished:
+            return "finished"
+        return "failed" if self.error is not None else "ended early"
 
     @property
     def step(self) -> int:
@@ -177,7 +179,8 @@ def run_search(
         RunFolder(files.path).refuse_existing()
     with ray_session():
         cluster = ray.cluster_resources()
-        _require_room(_resources(search.trial_config({}), cluster, gpus_per_trial), cluster)
+        for config in _configs_of_each_size(search):
+            _require_room(_resources(config, cluster, gpus_per_trial), cluster)
         if not resumed:
             files.create(search)
         _run_trials(files, search, resumed, gpus_per_trial, watch)
@@ -261,6 +264,8 @@ def _run_trials(
     # Its own state is saved whenever a trial has news: a killed search forgets no proposal.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Tune's own handler would take Ctrl-C for the end of the search, and go on to the final runs.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     cluster = ray.cluster_resources()
     trainable = tune.with_resources(
         tune.with_parameters(_trial, search=search, folder=str(files.path)),
@@ -268,7 +273,7 @@ def _run_trials(
     )
     state = str(files.path / "ray")
     if resumed and tune.Tuner.can_restore(state):
-        tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True, restart_errored=False)
+        tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True, resume_errored=True)
     else:
         tuner = tune.Tuner(
             trainable,
@@ -296,7 +301,7 @@ def _name_the_lost(files: SearchFolder, results: tune.ResultGrid) -> None:
     lost = {json.dumps(each.config, sort_keys=True): each.error for each in results if each.error}
     for trial in files.trials():
         error = lost.get(json.dumps(trial.params, sort_keys=True))
-        if error is not None and trial.error is None:
+        if error is not None and trial.error is None and not trial.finished:
             trial.error = str(error).strip().splitlines()[-1]
             file = files.trials_folder / trial.name / "trial.json"
             replace_file(file, json.dumps(vars(trial)))
@@ -359,6 +364,9 @@ def _scheduler(search: Search) -> TrialScheduler:
             reduction_factor=search.config.reduction_factor,
         )
     if search.config.scheduler == "pbt":
+        # It draws from the global generators.
+        random.seed(search.config.seed)
+        np.random.seed(search.config.seed % 2**32)
         return PopulationBasedTraining(
             time_attr=STEP,
             metric=OBJECTIVE,
@@ -370,8 +378,18 @@ def _scheduler(search: Search) -> TrialScheduler:
                 else _domain(search, key)
                 for key, distribution in search.config.space.items()
             },
+            custom_explore_fn=partial(_inside_the_space, search),
         )
     return FIFOScheduler()
+
+
+def _inside_the_space(search: Search, params: dict[str, Any]) -> dict[str, Any]:
+    """PBT multiplies numbers by 0.8 or 1.2, wherever that leads."""
+    ends = {key: distribution.ends for key, distribution in search.config.space.items()}
+    return {
+        key: value if (found := ends.get(key)) is None else min(max(value, found[0]), found[1])
+        for key, value in params.items()
+    }
 
 
 def _resources(
@@ -384,10 +402,20 @@ def _resources(
     if gpus:  # the cores that go with the GPUs
         cpu = max(cpu, cluster.get("CPU", 1.0) * gpus / cluster.get("GPU", gpus) // len(peers))
     bundles: list[dict[str, float]] = [{}]
+    # Whole GPUs, or parts of which several make up one: no peer gets a GPU and a half, or two parts.
+    share = gpus / len(peers)
+    share = float(int(share)) if share >= 1 else 1 / -(-len(peers) // gpus) if gpus > 1 else share
     for peer in peers:
-        gpu = gpus / len(peers) if peer.num_gpus is None else peer.num_gpus
+        gpu = share if peer.num_gpus is None else peer.num_gpus
         bundles.append({"CPU": peer.num_cpus or cpu, **({"GPU": gpu} if gpu else {})})
     return tune.PlacementGroupFactory(bundles)
+
+
+def _configs_of_each_size(search: Search) -> list[Config]:
+    """The trials' config, and those with the extremes of every setting, which may be of more peers."""
+    space = search.config.space.items()
+    draws = [{key: drawn} for key, distribution in space for drawn in distribution.extremes()]
+    return [search.trial_config(draw) for draw in ({}, *draws)]
 
 
 def _require_room(trial: tune.PlacementGroupFactory, cluster: Mapping[str, float]) -> None:
@@ -409,9 +437,13 @@ def _require_room(trial: tune.PlacementGroupFactory, cluster: Mapping[str, float
 def _trial(params: dict[str, Any], search: Search, folder: str) -> None:
     """One trial, in a process of its own; its peers are actors beside it."""
     name = tune.get_context().get_trial_id()
-    journal = _Journal(
-        SearchFolder(Path(folder)).trials_folder / name, name, params, params == search.default
-    )
+    file = SearchFolder(Path(folder)).trials_folder / name / "trial.json"
+    if search.config.scheduler != "pbt" and file.exists():
+        told = Trial(**json.loads(file.read_text()))
+        if told.finished:  # and killed before Tune knew
+            tune.report({key: told.reports[-1][key] for key in (STEP, OBJECTIVE, COST)})
+            return
+    journal = _Journal(SearchFolder(Path(folder)).trials_folder / name, name, params, search)
     try:
         folds = [_train_fold(params, search, journal, fold) for fold in range(search.config.folds)]
         if len(folds) > 1:
@@ -422,8 +454,6 @@ def _trial(params: dict[str, Any], search: Search, folder: str) -> None:
         )
         journal.write()
         raise
-    journal.trial.finished = True
-    journal.write()
 
 
 def _train_fold(
@@ -463,24 +493,32 @@ def _mean(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 class _Journal:
     """What a trial writes down of itself."""
 
-    def __init__(self, folder: Path, name: str, params: dict[str, Any], is_default: bool) -> None:
+    def __init__(self, folder: Path, name: str, params: dict[str, Any], search: Search) -> None:
         self.folder, self._file = folder, folder / "trial.json"
+        self._params, self._last_step = params, search.trial_config(params).train.steps
         folder.mkdir(parents=True, exist_ok=True)
+        is_default = params == search.default
         self.trial = Trial(name, params, began=time.time(), is_default=is_default)
         if self._file.exists():  # an earlier attempt
             self.trial = Trial(**json.loads(self._file.read_text()))
-            self.trial.params, self.trial.error = params, None
+            self.trial.error = None
         self._began, self._before = time.monotonic(), self.trial.seconds
         self.write()
 
     def starts(self, step: int) -> None:
         self.trial.starts.append(step)
+        if step < self._last_step:
+            # With what it trains from now on. One that is copied when all is over trains no more,
+            # and stays what its last report says.
+            self.trial.params, self.trial.finished = self._params, False
         self.write()
 
     def report(self, row: dict[str, Any], checkpoint: Path | None = None) -> None:
         """To the journal and to the scheduler, which may end the trial here."""
         self.trial.reports = [each for each in self.trial.reports if each[STEP] < row[STEP]]
         self.trial.reports.append(row)
+        # Told before Tune is: a scheduler may end the trial's process inside of its last report.
+        self.trial.finished = row[STEP] >= self._last_step
         self.write()
         told = {STEP: row[STEP], OBJECTIVE: row[OBJECTIVE], COST: row[COST]}
         kept = None if checkpoint is None else tune.Checkpoint.from_directory(str(checkpoint))
@@ -539,20 +577,24 @@ def _final_runs(
     files: SearchFolder, search: Search, best: Trial, trials: Sequence[Trial], reporter: Reporter
 ) -> dict[str, Any]:
     """The best setting and the config as it is, on all training classes; the test classes' figures."""
-    default = next((trial for trial in trials if trial.params == search.default), None)
+    default = next((trial for trial in trials if trial.is_default), None)
     chosen: dict[str, Params] = {"best": best.params, "default": search.default}
-    validation = {"best": best.objective, "default": default.objective if default else None}
+    # A figure of an earlier step, where the scheduler ended it, does not stand beside the best's.
+    known = default.objective if default is not None and default.finished else None
+    validation = {"best": best.objective, "default": known}
     final: dict[str, Any] = {}
     for name, params in chosen.items():
         if name == "default" and params == best.params:
             final[name] = final["best"]
             continue
         config = search.config_of(params)
+        # The best of a search that went on may be another one: its runs have its trial's name.
+        run_name = "default" if params == search.default else best.name
         runs = []
         for seed in range(config.seed, config.seed + search.config.final_seeds):
             reporter.note(f"final run: {name}, seed {seed}")
             runs.append(
-                _final_run(files.path / "final" / f"{name}-seed{seed}", config, seed, reporter)
+                _final_run(files.path / "final" / f"{run_name}-seed{seed}", config, seed, reporter)
             )
         final[name] = {"params": dict(params), "validation": validation[name], "test": runs}
     return final
@@ -560,7 +602,10 @@ def _final_runs(
 
 def _final_run(folder: Path, config: Config, seed: int, reporter: Reporter) -> dict[str, Any]:
     data = config.data.model_copy(update={"validation_fraction": 0.0})
-    evaluation = config.evaluation.model_copy(update={"untrained": False, "weights": None})
+    weights = "averaged" if config.evaluation.weights == "averaged" else None
+    evaluation = config.evaluation.model_copy(
+        update={"test": True, "untrained": False, "weights": weights}
+    )
     config = config.model_copy(update={"seed": seed, "data": data, "evaluation": evaluation})
     run = RunFolder(folder)
     if run.results_file.exists():

@@ -328,6 +328,7 @@ def test_averaging_is_an_exponential_moving_average(publish: bool) -> None:
             {"name": "cosine", "steps": 4, "warmup_steps": 2},
             [0.5, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0, 0, 0],
         ),
+        ({"name": "cosine", "steps": 4, "cycles": 2}, [1, 0.5, 1, 0.5, 0, 0, 0]),
     ],
 )
 def test_schedules(schedule: dict[str, Any], expected: list[float]) -> None:

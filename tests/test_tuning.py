@@ -77,7 +77,9 @@ def test_a_search_from_end_to_end(
     assert final["best"]["validation"] == pytest.approx(float(best["objective"]))
     for name in ("best", "default"):
         assert [run["seed"] for run in final[name]["test"]] == [0, 1]
-    seed_1 = json.loads((folder / "final" / "best-seed1" / "results.json").read_text())
+    name = next(t.name for t in SearchFolder(folder).trials() if t.number == int(best["trial"]))
+    name = "default" if best["trial"] == "0" else name
+    seed_1 = json.loads((folder / "final" / f"{name}-seed1" / "results.json").read_text())
     assert (seed_1["split"], seed_1["weights"], seed_1["classes"]) == ("test", "last", 8)
     assert seed_1["ensemble"] == final["best"]["test"][1]["ensemble"]
     assert (folder / "report.html").read_text().count("<img") == 4
@@ -218,3 +220,23 @@ def test_mistakes_are_told_before_anything_runs(
     assert ended.returncode == 2 and says in " ".join(ended.stderr.split()), ended.stderr
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_halving_ends_the_worse_and_the_rest_finish(
+    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """The default scheduler: a trial that reached its last step is finished, and one is the best."""
+    raw["train"] = {"steps": 8, "evaluate_every": 2}
+    raw["cohort"]["base"]["num_cpus"] = 2  # one trial at a time
+    final = run_search(
+        tmp_path / "search", search(raw, num_samples=4, scheduler="asha", final_seeds=0)
+    )
+    trials = SearchFolder(tmp_path / "search").trials()
+    assert all(trial.finished == (trial.step == 8) for trial in trials)
+    assert trials[0].finished and not any(trial.error for trial in trials)
+    assert {trial.step for trial in trials} <= {2, 4, 8}
+    best = max(trial.objective or 0 for trial in trials if trial.finished)
+    assert final["best"]["validation"] == best and final["best"]["test"] == []
+    assert not (tmp_path / "search" / "final").exists()
+    page = (tmp_path / "search" / "report.html").read_text()
+    assert "seen by none" in page and "Test classes" not in page

@@ -1,0 +1,154 @@
+"""The arms of the ablation: nets, images and steps alike, with and without each ingredient.
+
+A data set's folder has a `config.yaml` of equal peers, and an `arms.yaml` that says what each
+ingredient is::
+
+    independent: {...}   # settings, as in --set, of the arms that learn alone: found by their own search
+    mutual: {...}        # of those that learn from each other: found by theirs
+    model: [{...}, ...]  # what each diversity gives to peers 0 to 3
+    view: [...]
+    temporal: [...]
+    averaging: {...}     # settings
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_dmml import yamlio
+from ray_dmml.config import Config, read_settings, set_setting
+from ray_dmml.errors import UserError
+
+DIVERSITIES = ("model", "view", "temporal")
+NUM_SNAPSHOTS = 2
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm is made of."""
+
+    mutual: bool = False
+    """The peers learn from each other; else each from labels alone."""
+
+    diversities: tuple[str, ...] = ()
+    num_peers: int = 2
+    averaging: bool = False
+    """All peers average their weights, and are judged with the averages."""
+
+    snapshots: int = 1
+    """Above 1: one net, its learning rate falling so many times (Huang et al., *Snapshot Ensembles*,
+    ICLR 2017, https://arxiv.org/abs/1704.00109); what it was at each end is a member."""
+
+    teacher: bool = False
+    """The only peer learns from a frozen one: the same net, trained alone to the end before."""
+
+
+def _arms() -> dict[str, Arm]:
+    found = {}
+    for name, mutual in (("independent", False), ("mutual", True)):
+        found[name] = Arm(mutual)
+        for diversity in DIVERSITIES:
+            found[f"{name} + {diversity}"] = Arm(mutual, (diversity,))
+        found[f"{name} + all"] = Arm(mutual, DIVERSITIES)
+        found[f"{name} + all + averaging"] = Arm(mutual, DIVERSITIES, averaging=True)
+    found["single net"] = Arm(num_peers=1)
+    found["snapshots"] = Arm(num_peers=1, snapshots=NUM_SNAPSHOTS)
+    found["self-distillation"] = Arm(True, num_peers=1, teacher=True)
+    for num_peers in (3, 4):
+        found[f"independent + all, M = {num_peers}"] = Arm(False, DIVERSITIES, num_peers)
+        found[f"mutual + all, M = {num_peers}"] = Arm(True, DIVERSITIES, num_peers)
+    return found
+
+
+ARMS = _arms()
+
+
+class Plan:
+    """The experiment of one data set.
+
+    Args:
+        folder: with `config.yaml` and `arms.yaml`.
+        overrides: `KEY=VALUE` of all arms, such as where the images are.
+
+    Raises:
+        UserError: a file or setting is not as it must be.
+    """
+
+    def __init__(self, folder: Path, overrides: list[str]) -> None:
+        self._raw = read_settings(folder / "config.yaml", overrides)
+        self._parts = _read_arms(folder / "arms.yaml")
+        for name, arm in ARMS.items():
+            try:
+                config = self.config(arm, 0)
+            except UserError as error:
+                raise UserError(f"{folder / 'arms.yaml'}: {name}: {error}") from None
+        steps, every = config.train.steps, config.train.evaluate_every
+        if not every or steps % (every * NUM_SNAPSHOTS):  # measure() counts in whole `every`, too
+            raise UserError(
+                f"train.steps {steps} must be a multiple of {NUM_SNAPSHOTS} x train.evaluate_every "
+                f"{every}, so that snapshots are taken at the ends of cycles"
+            )
+        if not config.data.validation_fraction:
+            raise UserError(
+                "data.validation_fraction must be above 0: steps are chosen on those classes"
+            )
+
+    def config(self, arm: Arm, seed: int, teacher: Path | None = None) -> Config:
+        """Of an arm and seed; with a teacher's weights, its frozen peer comes last."""
+        raw = copy.deepcopy(self._raw)
+        raw["seed"] = seed
+        peers = [dict[str, Any]() for _ in range(arm.num_peers)]
+        for diversity in arm.diversities:
+            for peer, settings in zip(peers, self._parts[diversity], strict=False):
+                peer.update(settings)
+        if teacher is not None:
+            peers.append({"name": "teacher", "frozen": True, "weights": str(teacher)})
+        raw["cohort"]["peers"] = peers
+        steps = raw["train"]["steps"]
+        # One thread an arm: arms run side by side, and the bits of all are of the same threads.
+        settings = {"cohort.threads_per_peer": 1, "cohort.base.schedule.steps": steps}
+        settings |= self._parts["mutual" if arm.mutual else "independent"]
+        if not arm.mutual:
+            settings |= {"loss.relational.distance": 0, "loss.relational.angle": 0}
+        if arm.averaging:
+            settings |= self._parts["averaging"]
+        if arm.snapshots > 1:
+            settings["cohort.base.schedule.name"] = "cosine"
+            settings["cohort.base.schedule.cycles"] = arm.snapshots
+        for key, value in settings.items():
+            set_setting(raw, key, value, key)
+        return Config.parse(raw, source="the arm's settings")
+
+    def digest(self, arm: Arm) -> str:
+        """Of all settings that an arm's figures depend on, the seed apart."""
+        settings = self.config(arm, 0).model_dump(mode="json")
+        for place in ("root", "manifest", "cache_dir", "cache_gib", "check_images"):
+            del settings["data"][place]
+        told = json.dumps([settings, arm.snapshots, arm.teacher], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+
+def _read_arms(file: Path) -> dict[str, Any]:
+    """Raises UserError where something is missing or of another form."""
+    try:
+        parts = yamlio.load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yamlio.YAMLError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    known = {"independent", "mutual", "averaging", *DIVERSITIES}
+    if not isinstance(parts, dict) or set(parts) != known:
+        raise UserError(f"{file} must say {', '.join(sorted(known))}, and nothing else")
+    most = max(arm.num_peers for arm in ARMS.values())
+    for name, part in parts.items():
+        if name in DIVERSITIES:
+            if not isinstance(part, list) or len(part) < most:
+                raise UserError(
+                    f"{file}: {name} must be a list of settings, one of each of {most} peers"
+                )
+        elif not isinstance(part, dict):
+            raise UserError(f"{file}: {name} must be settings")
+    return parts

@@ -1,0 +1,259 @@
+"""Tables and plots of the ablation's rows, and where they stand in experiments/README.md."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from .arms import ARMS
+
+BASELINE = "independent"
+CURVES = ("independent", "independent + all", "mutual", "mutual + all", "mutual + all + averaging")
+COLOURS = {
+    "independent": "#8a929c",
+    "mutual": "#2563a8",
+    "other": "#d9822b",
+}
+AT = {"last": "last step", "best": "step that was best on validation classes"}
+
+Row = Mapping[str, Any]
+
+
+def mean_peer(row: Row, at: str, metric: str = "recall@1") -> float:
+    """Percent, on test classes."""
+    return 100 * float(np.mean([peer[metric] for peer in row[at]["test"]["peers"]]))
+
+
+def best_peer(row: Row, at: str, metric: str = "recall@1") -> float:
+    """Of the peer that is best on validation classes."""
+    found = row[at]
+    position = int(np.argmax([peer["recall@1"] for peer in found["validation"]["peers"]]))
+    return 100 * float(found["test"]["peers"][position][metric])
+
+
+def ensemble(row: Row, at: str, metric: str = "recall@1") -> float:
+    return 100 * float(row[at]["test"]["ensemble"][metric])
+
+
+class Difference(NamedTuple):
+    """Of two arms, seed by seed."""
+
+    mean: float
+    low: float
+    """Ends of the 95 % interval of the paired t-test; NaN for fewer than two seeds."""
+
+    high: float
+    seeds: int
+
+    def __str__(self) -> str:
+        if not self.seeds:
+            return "-"
+        interval = f" [{self.low:+.1f}, {self.high:+.1f}]" if self.seeds > 1 else ""
+        return f"{self.mean:+.1f}{interval}"
+
+
+def paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
+    """Arm less baseline, over the seeds (keys) that both have."""
+    seeds = sorted(arm.keys() & baseline.keys())
+    differences = np.array([arm[seed] - baseline[seed] for seed in seeds])
+    if len(seeds) < 2:
+        mean = float(differences.mean()) if len(seeds) else float("nan")
+        return Difference(mean, float("nan"), float("nan"), len(seeds))
+    error = float(stats.sem(differences))
+    half = float(stats.t.ppf(0.975, len(seeds) - 1)) * error
+    mean = float(differences.mean())
+    return Difference(mean, mean - half, mean + half, len(seeds))
+
+
+def by_arm(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """Arm to seed to row, in the order of the arms."""
+    found: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in rows:
+        found[row["arm"]].setdefault(row["seed"], row)
+    return {name: found[name] for name in ARMS if name in found}
+
+
+def table(rows: Sequence[Row], at: str) -> str:
+    """In Markdown: mean and deviation over seeds, and differences from independent peers."""
+    head = [
+        "arm",
+        "seeds",
+        "mean peer R@1",
+        "best peer R@1",
+        "ensemble R@1",
+        "mean peer MAP@R",
+        "ensemble MAP@R",
+        f"mean peer R@1 − {BASELINE}",
+        f"ensemble R@1 − {BASELINE}",
+        "mean peer R@1 − the same, independent",
+        "ensemble R@1 − the same, independent",
+    ]
+    arms = by_arm(rows)
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, of_seed in arms.items():
+        cells = [name, str(len(of_seed))]
+        for who, metric in (
+            (mean_peer, "recall@1"),
+            (best_peer, "recall@1"),
+            (ensemble, "recall@1"),
+            (mean_peer, "map@r"),
+            (ensemble, "map@r"),
+        ):
+            values = [who(row, at, metric) for row in of_seed.values()]
+            deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.1f}{deviation}")
+        alike = name.replace("mutual", "independent")
+        for other in (BASELINE, alike):
+            for who in (mean_peer, ensemble):
+                mine = {seed: who(row, at) for seed, row in of_seed.items()}
+                theirs = {seed: who(row, at) for seed, row in arms.get(other, {}).items()}
+                cells.append("" if other == name else str(paired(mine, theirs)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_report(rows: Sequence[Row], folder: Path, page: Path) -> None:
+    """Puts the plots into the folder, and the tables into the page: between its marks `<!-- NAME -->`
+    and `<!-- /NAME -->`, the name being the folder's; a new page has nothing else."""
+    write_plots(rows, folder)
+    plots = folder.resolve().relative_to(page.resolve().parent).as_posix()
+    commits = sorted({row["commit"] for row in rows})
+    hours = sum(row["seconds"] for row in rows) / 3600
+    text = [
+        f"{len(rows)} rows, {hours:.1f} hours of one core in all; commit {', '.join(commits)}. Percent, "
+        "mean ± standard deviation over seeds; differences with the 95 % interval of a paired t-test over "
+        "seeds, each for itself: of twenty that compare equals, one lies off zero.",
+        *(f"\nAt the {AT[at]}:\n\n{table(rows, at)}" for at in AT),
+        f"\n![Differences from independent peers]({plots}/differences.png)",
+        f"\n![What makes it work]({plots}/mechanism.png)",
+    ]
+    old = page.read_text() if page.exists() else ""
+    before, begin, rest = old.partition(f"<!-- {folder.name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{folder.name} -->\n")
+    if old and not (begin and end):
+        raise ValueError(f"{page} has no marks <!-- {folder.name} --> and <!-- /{folder.name} -->")
+    if not old:
+        before, after = "", ""
+        begin, end = f"<!-- {folder.name} -->\n", f"<!-- /{folder.name} -->\n"
+    page.write_text(before + begin + "\n".join(["", *text, ""]) + "\n" + end + after)
+
+
+def write_plots(rows: Sequence[Row], folder: Path) -> None:
+    """`differences.png` and `mechanism.png`."""
+    arms = by_arm(rows)
+    figure = Figure(figsize=(11, 0.32 * len(arms) + 1.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _differences(left, arms, mean_peer, "mean peer")
+    _differences(right, arms, ensemble, "ensemble")
+    figure.savefig(folder / "differences.png", dpi=110)
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    _agreement(axes[0, 0], arms)
+    _gap(axes[0, 1], arms)
+    _only_one(axes[1, 0], arms)
+    _sizes(axes[1, 1], arms)
+    figure.savefig(folder / "mechanism.png", dpi=110)
+
+
+def _colour(name: str) -> str:
+    return COLOURS.get(name.split(" ")[0].rstrip(","), COLOURS["other"])
+
+
+def _differences(axes: Axes, arms: Mapping[str, Mapping[int, Row]], who: Any, title: str) -> None:
+    shown = [name for name in arms if name != BASELINE]
+    if BASELINE not in arms:
+        return
+    for place, name in enumerate(reversed(shown)):
+        for at, offset, marker in (("last", 0.15, "o"), ("best", -0.15, "D")):
+            mine = {seed: who(row, at) for seed, row in arms[name].items()}
+            theirs = {seed: who(row, at) for seed, row in arms[BASELINE].items()}
+            found = paired(mine, theirs)
+            if not found.seeds:
+                continue
+            axes.plot(
+                found.mean,
+                place + offset,
+                marker,
+                color=_colour(name),
+                markersize=5,
+                fillstyle="full" if at == "last" else "none",
+            )
+            if found.seeds > 1:
+                axes.hlines(place + offset, found.low, found.high, color=_colour(name), lw=1.2)
+    axes.set_yticks(range(len(shown)), list(reversed(shown)))
+    axes.axvline(0, color="#888", lw=0.8)
+    axes.grid(axis="x", color="#eee")
+    axes.set_title(f"{title}: Recall@1 less that of independent peers, points", fontsize=10)
+    axes.set_xlabel("filled: last step; open: best step on validation classes", fontsize=9)
+
+
+def _over_training(arms: Mapping[str, Mapping[int, Row]], key: Callable[[Row], float]) -> Any:
+    """Name, steps, mean and deviation over seeds, of the arms that are plotted."""
+    for name in CURVES:
+        if name in arms:
+            curves = [[key(point) for point in row["curve"]] for row in arms[name].values()]
+            steps = [point["step"] for point in next(iter(arms[name].values()))["curve"]]
+            yield name, steps, np.mean(curves, axis=0), np.std(curves, axis=0)
+
+
+def _lines(axes: Axes, found: Any) -> None:
+    styles = {"mutual + all": "--", "independent + all": "--", "mutual + all + averaging": ":"}
+    for name, steps, mean, deviation in found:
+        axes.plot(steps, mean, styles.get(name, "-"), color=_colour(name), label=name)
+        axes.fill_between(steps, mean - deviation, mean + deviation, color=_colour(name), alpha=0.1)
+    axes.set_xlabel("step")
+    axes.grid(color="#eee")
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _agreement(axes: Axes, arms: Mapping[str, Mapping[int, Row]]) -> None:
+    _lines(axes, _over_training(arms, lambda point: point["agreement"]))
+    axes.set_title("Agreement: correlation of the peers' cosines, validation classes", fontsize=10)
+
+
+def _gap(axes: Axes, arms: Mapping[str, Mapping[int, Row]]) -> None:
+    _lines(axes, _over_training(arms, lambda point: 100 * point["gap"]))
+    axes.set_title(
+        "Generalisation gap: mean peer's Recall@1, training less validation classes, points",
+        fontsize=10,
+    )
+
+
+def _only_one(axes: Axes, arms: Mapping[str, Mapping[int, Row]]) -> None:
+    names = [name for name, arm in ARMS.items() if name in arms and arm.num_peers == 2]
+    values = [
+        [100 * row["last"]["only_one"] for row in arms[name].values()] for name in reversed(names)
+    ]
+    means, deviations = [np.mean(each) for each in values], [np.std(each) for each in values]
+    colours = [_colour(name) for name in reversed(names)]
+    axes.barh(range(len(names)), means, xerr=deviations, color=colours, height=0.7)
+    axes.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
+    axes.set_title(
+        "Overlap of errors: test queries that only one peer gets right, percent", fontsize=10
+    )
+
+
+def _sizes(axes: Axes, arms: Mapping[str, Mapping[int, Row]]) -> None:
+    for name in ("independent", "mutual"):
+        members = {1: "single net", 2: f"{name} + all"}
+        members |= {num: f"{name} + all, M = {num}" for num in (3, 4)}
+        sizes = [num for num, arm in members.items() if arm in arms]
+        for who, style in ((mean_peer, "o-"), (ensemble, "s--")):
+            values = [[who(row, "last") for row in arms[members[size]].values()] for size in sizes]
+            label = f"{name} + all, {'ensemble' if who is ensemble else 'mean peer'}"
+            mean, deviation = [np.mean(each) for each in values], [np.std(each) for each in values]
+            axes.errorbar(
+                sizes, mean, deviation, fmt=style, color=_colour(name), label=label, capsize=2
+            )
+    axes.set_xticks([1, 2, 3, 4])
+    axes.set_xlabel("peers M")
+    axes.grid(color="#eee")
+    axes.set_title("Recall@1 at the last step against the cohort's size, test classes", fontsize=10)
+    axes.legend(fontsize=8, frameon=False)

@@ -1,0 +1,268 @@
+"""The ablation: its arms are what they are called, its figures are those of a run, its rows are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import tiny
+from scipy import stats
+
+from ray_dmml.config import Config
+from ray_dmml.data.datasets import load_splits
+from ray_dmml.errors import UserError
+from ray_dmml.training import train
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+STEPS = 8
+PARTS: dict[str, Any] = {
+    "independent": {"cohort.base.optimizer.lr": 0.002},
+    "mutual": {"loss.relational.distance": 3},
+    "model": [{}, {"init_seed": 1}, {"init_seed": 2}, {"init_seed": 3}],
+    "view": [{"view": "weak"}, {"view": "standard"}, {"view": "weak"}, {"view": "strong"}],
+    "temporal": [{}, {"update_interval": 2}, {}, {"update_interval": 2}],
+    "averaging": {"cohort.base.averaging": {"decay": 0.5}},
+}
+
+
+@pytest.fixture
+def ablations() -> Iterator[Any]:
+    """The experiment's own modules."""
+    sys.path.insert(0, str(EXPERIMENTS))
+    try:
+        import ablations.arms
+        import ablations.measure
+        import ablations.report
+
+        yield ablations
+    finally:
+        sys.path.remove(str(EXPERIMENTS))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, image_folder: Path) -> Path:
+    """Of an ablation that takes seconds."""
+    raw = tiny(image_folder)
+    raw["data"] |= {"validation_fraction": 0.4}
+    base = raw["cohort"].get("base", {})
+    raw["cohort"] = {"base": {**base, "init_seed": 0}, "peers": [{}, {}]}
+    raw["train"] = {"steps": STEPS, "evaluate_every": 2, "tensorboard": False}
+    found = tmp_path / "mine"
+    found.mkdir()
+    (found / "config.yaml").write_text(yaml.safe_dump(raw))
+    (found / "arms.yaml").write_text(yaml.safe_dump(PARTS))
+    return found
+
+
+def plan(ablations: Any, folder: Path) -> Any:
+    return ablations.arms.Plan(folder, [])
+
+
+def test_arms_differ_in_what_they_are_called_and_in_nothing_else(
+    ablations: Any, folder: Path
+) -> None:
+    """Weights of the mutual term, initial weights, views and intervals, of every arm of two peers."""
+    arms, made = ablations.arms.ARMS, plan(ablations, folder)
+    for name, arm in arms.items():
+        config = made.config(arm, seed=3)
+        relational, peers = config.loss.relational, config.cohort.peers
+        assert config.seed == 3 and config.train.steps == STEPS
+        assert (relational.distance > 0) == (relational.angle > 0) == arm.mutual
+        assert len(peers) == arm.num_peers
+        same_start = len({peer.init_seed for peer in peers}) == 1
+        assert same_start == ("model" not in arm.diversities), name
+        assert len({peer.seed for peer in peers}) == len(peers)  # own draws of the recipe
+        if len(peers) == 2:
+            assert (peers[0].view == peers[1].view) == ("view" not in arm.diversities)
+            assert [peer.update_interval for peer in peers] == (
+                [1, 2] if "temporal" in arm.diversities else [1, 1]
+            )
+        assert all((peer.averaging is not None) == arm.averaging for peer in peers)
+        if not arm.mutual:
+            assert peers[0].optimizer.lr == 0.002
+    both = arms["mutual + all"]
+    assert (
+        len(made.config(both, 0).cohort.peers) == 2 and arms["mutual + all, M = 4"].num_peers == 4
+    )
+
+
+def test_an_arm_s_figures_are_those_of_a_run_of_its_config(
+    ablations: Any, folder: Path, tmp_path: Path
+) -> None:
+    """At the last step and at the best on validation classes: what `train` gives, on actors too."""
+    made, arm = plan(ablations, folder), ablations.arms.ARMS["mutual + all"]
+    config = made.config(arm, seed=1)
+    row = ablations.measure.measure(made, arm, 1, load_splits(config.data))
+    for at in ("last", "best"):
+        evaluation = config.evaluation.model_copy(update={"weights": at, "untrained": False})
+        judged = config.model_copy(update={"evaluation": evaluation})
+        results = train(judged, tmp_path / at, in_process=True)
+        assert results["step"] == row[at]["step"]
+        for mine, theirs in [
+            *zip(row[at]["test"]["peers"], results["peers"].values(), strict=True),
+            (row[at]["test"]["ensemble"], results["ensemble"]),
+        ]:
+            for metric in ("recall@1", "map@r"):
+                assert mine[metric] == pytest.approx(theirs[metric], abs=1e-5)
+    assert [point["step"] for point in row["curve"]] == [2, 4, 6, 8]
+    best = max(row["curve"], key=lambda point: point["ensemble"])
+    assert row["best"]["step"] == best["step"]
+
+
+def test_snapshots_are_the_net_at_the_end_of_each_cycle(ablations: Any, folder: Path) -> None:
+    """Two members, the second of which is the net at the last step; its rate fell twice."""
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["train"]["evaluate_every"] = 4
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    made, arm = plan(ablations, folder), ablations.arms.ARMS["snapshots"]
+    config = made.config(arm, 0)
+    schedule = config.cohort.peers[0].schedule
+    assert (schedule.name, schedule.steps, schedule.cycles) == ("cosine", STEPS, 2)
+    row = ablations.measure.measure(made, arm, 0, load_splits(config.data))
+    first, second = row["last"]["validation"]["peers"]
+    assert [point["mean_peer"] for point in row["curve"]] == [first["recall@1"], second["recall@1"]]
+    assert len(row["last"]["test"]["peers"]) == 2 and "only_one" in row["last"]
+
+
+def test_self_distillation_learns_from_a_finished_frozen_net(ablations: Any, folder: Path) -> None:
+    """The student alone is judged, and it is not the net that learns alone."""
+    made, arms = plan(ablations, folder), ablations.arms.ARMS
+    splits = load_splits(made.config(arms["single net"], 0).data)
+    rows = [
+        ablations.measure.measure(made, arms[name], 0, splits)
+        for name in ("single net", "self-distillation")
+    ]
+    assert all(len(row["last"]["test"]["peers"]) == 1 for row in rows)
+    assert rows[0]["curve"][-1]["metric_loss"] != rows[1]["curve"][-1]["metric_loss"]
+    config = made.config(arms["self-distillation"], 0, folder / "weights.safetensors")
+    assert [peer.frozen for peer in config.cohort.peers] == [False, True]
+
+
+def test_agreement_and_overlap_are_those_of_a_naive_loop(
+    ablations: Any, image_folder: Path
+) -> None:
+    """Three members with embeddings of different sizes, query against gallery and all against all."""
+    rng = np.random.default_rng(0)
+    images = load_splits(Config.parse(tiny(image_folder)).data).test
+    members = []
+    for size in (4, 8, 16):
+        drawn = rng.standard_normal((len(images), size)).astype(np.float32)
+        members.append(drawn / np.linalg.norm(drawn, axis=1, keepdims=True))
+    count = len(images)
+    pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
+    cosines = [[float(m[i] @ m[j]) for i, j in pairs] for m in members]
+    naive = [stats.pearsonr(cosines[a], cosines[b])[0] for a, b in [(0, 1), (0, 2), (1, 2)]]
+    assert ablations.measure.agreement(members) == pytest.approx(np.mean(naive), abs=1e-5)
+    assert ablations.measure.agreement(members[:1] * 2) == pytest.approx(1)
+
+    for query, gallery in [(None, None), (np.arange(0, count, 2), np.arange(1, count))]:
+        judged = type(images)(images.source, images.labels, images.class_names, query, gallery)
+        one = 0
+        asked = range(count) if query is None else query.tolist()
+        found = range(count) if gallery is None else gallery.tolist()
+        for i in asked:
+            right = 0
+            for m in members:
+                nearest = max((j for j in found if j != i), key=lambda j: float(m[i] @ m[j]))
+                right += images.labels[nearest] == images.labels[i]
+            one += right == 1
+        assert ablations.measure.only_one(members, judged) == pytest.approx(
+            one / len(asked), abs=1e-5
+        )
+
+
+def test_the_interval_is_that_of_a_paired_t_test(ablations: Any) -> None:
+    """Seeds that one arm lacks are left out; with one seed in common there is no interval."""
+    paired = ablations.report.paired
+    mine, theirs = {0: 81.0, 1: 83.5, 2: 80.5, 3: 99.0}, {0: 79.0, 1: 80.0, 2: 80.0}
+    found = paired(mine, theirs)
+    test = stats.ttest_rel([81.0, 83.5, 80.5], [79.0, 80.0, 80.0])
+    interval = test.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.mean == pytest.approx(2.0) and found.seeds == 3
+    assert str(paired({0: 2.0}, theirs)) == "-77.0" and str(paired({7: 2.0}, theirs)) == "-"
+
+
+def test_a_wrong_plan_is_refused(ablations: Any, folder: Path) -> None:
+    """A missing part and an unknown setting, each by name."""
+    for change, said in [
+        ({"temporal": None}, "must say"),
+        ({"mutual": {"loss.relational.distanc": 1}}, "distance"),
+        ({"view": [{"view": "mild"}, {}, {}, {}]}, "view"),
+        ({"model": [{}, {"init_seed": 1}]}, "one of each of 4 peers"),
+        ({"independent": None, "typo": {}}, "must say"),
+    ]:
+        parts = {key: value for key, value in {**PARTS, **change}.items() if value is not None}
+        (folder / "arms.yaml").write_text(yaml.safe_dump(parts))
+        with pytest.raises(UserError, match=said):
+            plan(ablations, folder)
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, EXPERIMENTS / "ablation.py", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=environment)
+
+
+def test_rows_are_kept_and_finished_ones_are_not_run_again(folder: Path) -> None:
+    """On a private Ray: a row a finished arm and seed; a second run adds what is missing only, and
+    tables and plots are of all rows. An arm that fails is named and costs no other."""
+    arms = ["--arm", "independent", "--arm", "mutual + all"]
+    ended = command(folder, *arms, "--seeds", "2")
+    assert ended.returncode == 0, ended.stderr
+    file = folder / "rows.jsonl"
+    first = file.read_text()
+    rows = [json.loads(line) for line in first.splitlines()]
+    assert sorted((row["arm"], row["seed"]) for row in rows) == [
+        *(("independent", 0), ("independent", 1)),
+        *(("mutual + all", 0), ("mutual + all", 1)),
+    ]
+    page = (folder / "report.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("| mutual + all |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    mean = np.mean(
+        [
+            [peer["recall@1"] for peer in row["last"]["test"]["peers"]]
+            for row in rows
+            if row["arm"] == "mutual + all"
+        ]
+    )
+    assert (
+        cells[1] == "2"
+        and cells[2].startswith(f"{100 * mean:.1f} ±")
+        and all("[" in cell for cell in cells[-4:-2])
+    )
+    for plot in ("differences.png", "mechanism.png"):
+        assert (folder / plot).stat().st_size > 5000 and plot in page
+
+    # Rows of other settings are not mixed with these.
+    ended = command(folder, *arms, "--seeds", "2", "--set", "cohort.base.embedding_size=24")
+    assert ended.returncode != 0 and "rows of other settings" in ended.stderr
+    assert file.read_text() == first
+
+    # A learning rate that blows up: that arm fails, the other is finished; the old rows stand, and of
+    # a line that was cut off by a kill nothing is left.
+    averaging = {"cohort.base.optimizer.lr": 1e30, **PARTS["averaging"]}
+    (folder / "arms.yaml").write_text(yaml.safe_dump({**PARTS, "averaging": averaging}))
+    file.write_text(first + first[:40])
+    broken = "mutual + all + averaging"
+    ended = command(folder, "--arm", broken, "--arm", "single net", *arms, "--seeds", "1")
+    assert ended.returncode == 1
+    assert f"{broken}, seed 0: " in ended.stdout and "not finite" in ended.stdout
+    now = file.read_text()
+    assert now.startswith(first)
+    assert [json.loads(line)["arm"] for line in now[len(first) :].splitlines()] == ["single net"]
+
+
+def test_a_folder_without_arms_is_refused(tmp_path: Path) -> None:
+    ended = command(tmp_path)
+    assert ended.returncode != 0
+    assert "arms.yaml" in ended.stderr and "Traceback" not in ended.stderr
