@@ -155,7 +155,9 @@ def tune(
     num_samples: Annotated[int | None, typer.Option(help="Trials.")] = None,
     search: Annotated[str | None, typer.Option(help="optuna or random.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="asha, pbt or none.")] = None,
-    final_seeds: Annotated[int | None, typer.Option(help="Final runs of each setting.")] = None,
+    final_seeds: Annotated[
+        int | None, typer.Option(help="Final runs of each setting; 0: none.")
+    ] = None,
     gpus_per_trial: Annotated[
         float | None,
         typer.Option(min=0, help="Shared by the peers; default: one, if there are any."),

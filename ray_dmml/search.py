@@ -247,7 +247,10 @@ def final_rows(final: Mapping[str, Any], search: Search) -> list[list[str]]:
     """Of the best setting and the config as it is: validation, and mean and deviation over seeds of
     the test figures, in percent."""
     rows = []
-    for name, shown in (("best", "best setting"), ("default", "config as it is")):
+    shown_as = {"best": "best setting", "default": "config as it is"}
+    if final["best"]["params"] == final["default"]["params"]:
+        shown_as = {"best": "config as it is, which is the best"}
+    for name, shown in shown_as.items():
         runs, validation = final[name]["test"], final[name]["validation"]
         row = [shown, "-" if validation is None else f"{100 * validation:.1f}"]
         for who in ("ensemble", "mean peer"):

@@ -191,6 +191,21 @@ def test_the_interval_is_that_of_a_paired_t_test(ablations: Any) -> None:
     assert str(paired({0: 2.0}, theirs)) == "-77.0" and str(paired({7: 2.0}, theirs)) == "-"
 
 
+@pytest.mark.parametrize("name", ["characters", "grocery"])
+def test_the_arms_of_the_experiments_are_valid(ablations: Any, tmp_path: Path, name: str) -> None:
+    """Every arm parses, and each diversity makes the peers differ."""
+    made = ablations.arms.Plan(EXPERIMENTS / "ablations" / name, [f"data.root={tmp_path}"])
+    for arm in ablations.arms.ARMS.values():
+        peers = made.config(arm, 0).cohort.peers
+        for diversity, key in [
+            ("model", "init_seed"),
+            ("view", "view"),
+            ("temporal", "update_interval"),
+        ]:
+            differ = any(getattr(p, key) != getattr(peers[0], key) for p in peers)
+            assert differ == (diversity in arm.diversities)
+
+
 def test_a_wrong_plan_is_refused(ablations: Any, folder: Path) -> None:
     """A missing part and an unknown setting, each by name."""
     for change, said in [

@@ -12,9 +12,9 @@ from conftest import tiny
 
 from ray_dmml.config import QUICKSTART, read_settings
 from ray_dmml.errors import UserError
-from ray_dmml.search import Search, SearchConfig, load_search
-from ray_dmml.tunepage import importance
-from ray_dmml.tuning import Trial, best_trial, pareto
+from ray_dmml.search import Search, SearchConfig, final_head, final_rows, load_search
+from ray_dmml.tunepage import at_common_step, importance
+from ray_dmml.tuning import Trial, _inside_the_space, best_trial, pareto
 
 
 def search(raw: dict[str, Any], space: dict[str, Any], **settings: Any) -> Search:
@@ -186,3 +186,68 @@ def test_importance_is_the_share_of_variance(raw: dict[str, Any]) -> None:
     shares = importance(trials, found)
     assert shares["cohort.peers.1.update_interval"] == pytest.approx(1)
     assert shares["loss.relational.distance"] < 0.05
+
+
+def test_trials_are_compared_at_a_step_that_all_reached(raw: dict[str, Any]) -> None:
+    """One that was ended early is not worse for that."""
+
+    def reported(number: int, values: list[float]) -> Trial:
+        rows = [{"step": 10 * n, "objective": v, "cost": 1.0} for n, v in enumerate(values, 1)]
+        return Trial(str(number), {}, rows, number=number)
+
+    trials = [reported(0, [0.2, 0.5, 0.9]), reported(1, [0.3, 0.4])]
+    assert [t.objective for t in at_common_step(trials)] == [0.5, 0.4]
+    assert trials[0].objective == 0.9
+
+
+def test_the_final_table_has_means_and_deviations(raw: dict[str, Any]) -> None:
+    """Over the seeds; and one line where the config as it is, is the best."""
+    found = search(raw, {"loss.relational.angle": {"uniform": [0, 4]}}, metric="recall@1")
+
+    def run(ensemble: float, *peers: float) -> dict[str, Any]:
+        each = [{"recall@1": value, "map@r": value / 2} for value in (ensemble, *peers)]
+        return {"ensemble": each[0], "peers": dict(enumerate(each[1:]))}
+
+    best = {
+        "params": {"a": 1},
+        "validation": 0.75,
+        "test": [run(0.8, 0.6, 0.8), run(0.9, 0.7, 0.7)],
+    }
+    default = {"params": {"a": 0}, "validation": None, "test": [run(0.5, 0.4, 0.4)]}
+    rows = final_rows({"best": best, "default": default}, found)
+    assert rows[0] == [
+        "best setting",
+        "75.0",
+        "85.0 ± 7.1",
+        "42.5 ± 3.5",
+        "70.0 ± 0.0",
+        "35.0 ± 0.0",
+    ]
+    assert rows[1] == ["config as it is", "-", "50.0", "25.0", "40.0", "20.0"]
+    assert len(final_head(found)) == len(rows[0])
+    (only,) = final_rows({"best": best, "default": best}, found)
+    assert only[1:] == rows[0][1:] and "which is the best" in only[0]
+
+
+def test_perturbed_settings_stay_in_the_space(raw: dict[str, Any]) -> None:
+    """Population based training multiplies; names are left alone."""
+    space = {
+        "loss.relational.angle": {"loguniform": [0.1, 10]},
+        "cohort.peers.1.update_interval": {"integer": [1, 4]},
+        "loss.relational.warmup_steps": {"choice": [0, 5]},
+    }
+    found = search(raw, space, scheduler="pbt")
+    drawn = {
+        "loss.relational.angle": 12.0,
+        "cohort.peers.1.update_interval": 5,
+        "loss.relational.warmup_steps": "5",
+    }
+    assert list(_inside_the_space(found, drawn).values()) == [10, 4, "5"]
+    lower = _inside_the_space(found, {**drawn, "loss.relational.angle": 0.01})
+    assert lower["loss.relational.angle"] == 0.1
+
+
+def test_more_folds_than_there_are_is_refused(raw: dict[str, Any]) -> None:
+    raw["data"]["validation_fraction"] = 0.5
+    with pytest.raises(UserError, match=r"folds 3: .* gives at most 2"):
+        search(raw, {"loss.relational.angle": {"uniform": [0, 4]}}, folds=3, scheduler="none")

@@ -159,9 +159,10 @@ def test_population_based_training_changes_weights_in_mid_run(
 
 
 @pytest.mark.slow
-def test_a_killed_search_goes_on(raw: dict[str, Any], tmp_path: Path) -> None:
-    """SIGKILL while a trial trains: the finished one is not run again, the other goes on from its
-    step, and the end is as if nothing had been."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_ended_search_goes_on(raw: dict[str, Any], tmp_path: Path, how: signal.Signals) -> None:
+    """SIGKILL or Ctrl-C while a trial trains: the finished one is not run again, the other goes on
+    from its step, and the end is as if nothing had been."""
     raw["train"] = {"steps": 400, "evaluate_every": 20, "log_every": 20}
     raw["cohort"]["base"]["num_cpus"] = 1
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
@@ -184,8 +185,14 @@ def test_a_killed_search_goes_on(raw: dict[str, Any], tmp_path: Path) -> None:
         if len(trials) == 2 and trials[0].finished and 40 <= trials[1].step < 400:
             break
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    os.kill(process.pid, how)
+    code = process.wait()
+    told = (tmp_path / "log").read_text()
+    if how == signal.SIGINT:
+        assert code == 130 and "go on with: ray-dmml tune --resume search" in told, told
+    else:
+        assert code == -signal.SIGKILL, told
+    assert not (folder.path / "final").exists()
     before = folder.trials()
     assert before[0].finished and not before[1].finished
     ended = subprocess.run(
