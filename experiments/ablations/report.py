@@ -220,10 +220,7 @@ def _agreement(axes: Axes, arms: Mapping[str, Mapping[int, Row]]) -> None:
 
 def _gap(axes: Axes, arms: Mapping[str, Mapping[int, Row]]) -> None:
     _lines(axes, _over_training(arms, lambda point: 100 * point["gap"]))
-    axes.set_title(
-        "Generalisation gap: mean peer's Recall@1, training less validation classes, points",
-        fontsize=10,
-    )
+    axes.set_title("Mean peer's Recall@1: training less validation classes, points", fontsize=10)
 
 
 def _only_one(axes: Axes, arms: Mapping[str, Mapping[int, Row]]) -> None:
