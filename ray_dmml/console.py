@@ -278,9 +278,11 @@ def final_table(final: Mapping[str, Any], search: Search, console: Console) -> N
         title_justify="left",
         title_style="",
         header_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
     )
     for place, name in enumerate(final_head(search)):
-        table.add_column(name, justify="right" if place else "left")
+        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
     for row in final_rows(final, search):
         table.add_row(*row)
     console.print(table)
