@@ -97,7 +97,7 @@ def test_arms_differ_in_what_they_are_called_and_in_nothing_else(
 def test_an_arm_s_figures_are_those_of_a_run_of_its_config(
     ablations: Any, folder: Path, tmp_path: Path
 ) -> None:
-    """At the last step and at the best on validation classes: what `train` gives, on actors too."""
+    """At the last step and at the best on validation classes: what `train` gives."""
     made, arm = plan(ablations, folder), ablations.arms.ARMS["mutual + all"]
     config = made.config(arm, seed=1)
     row = ablations.measure.measure(made, arm, 1, load_splits(config.data))
@@ -133,7 +133,8 @@ def test_snapshots_are_the_net_at_the_end_of_each_cycle(ablations: Any, folder: 
 
 
 def test_self_distillation_learns_from_a_finished_frozen_net(ablations: Any, folder: Path) -> None:
-    """The student alone is judged, and it is not the net that learns alone."""
+    """The student alone is judged, and but for its teacher it would be the net that learns alone."""
+    (folder / "arms.yaml").write_text(yaml.safe_dump({**PARTS, "independent": {}, "mutual": {}}))
     made, arms = plan(ablations, folder), ablations.arms.ARMS
     splits = load_splits(made.config(arms["single net"], 0).data)
     rows = [
@@ -142,6 +143,10 @@ def test_self_distillation_learns_from_a_finished_frozen_net(ablations: Any, fol
     ]
     assert all(len(row["last"]["test"]["peers"]) == 1 for row in rows)
     assert rows[0]["curve"][-1]["metric_loss"] != rows[1]["curve"][-1]["metric_loss"]
+    alone = made.config(arms["self-distillation"], 0).model_copy(
+        update={"loss": made.config(arms["single net"], 0).loss}
+    )
+    assert alone == made.config(arms["single net"], 0)
     config = made.config(arms["self-distillation"], 0, folder / "weights.safetensors")
     assert [peer.frozen for peer in config.cohort.peers] == [False, True]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_dmml import yamlio
-from ray_dmml.config import Config, read_settings, set_setting
+from ray_dmml.config import Config, TrainConfig, read_settings, set_setting
 from ray_dmml.errors import UserError
 
 DIVERSITIES = ("model", "view", "temporal")
@@ -108,8 +108,8 @@ class Plan:
                 peer.update(settings)
         if teacher is not None:
             peers.append({"name": "teacher", "frozen": True, "weights": str(teacher)})
-        raw["cohort"]["peers"] = peers
-        steps = raw["train"]["steps"]
+        raw.setdefault("cohort", {})["peers"] = peers
+        steps = raw.get("train", {}).get("steps", TrainConfig().steps)
         # One thread an arm: arms run side by side, and the bits of all are of the same threads.
         settings = {"cohort.threads_per_peer": 1, "cohort.base.schedule.steps": steps}
         settings |= self._parts["mutual" if arm.mutual else "independent"]
