@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ray_dmml.config import QUICKSTART, Config, read_settings
+from ray_dmml.config import QUICKSTART, Config, moved, read_settings
 from ray_dmml.configdoc import documented_yaml
-from ray_dmml.errors import UserError
+from ray_dmml.errors import Interrupted, UserError
 from ray_dmml.runfolder import RunFolder
 from ray_dmml.search import Search, load_search
 
@@ -31,7 +32,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+data_app = typer.Typer(help="Look at a data set.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
+FINDINGS = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -86,7 +90,8 @@ def train(
     """
     console = Console()
     began = time.monotonic()
-    with _user_errors(), _told_how_to_resume(console, resume) as run:
+    signals = _Signals(console)
+    with _user_errors(), _told_how_to_resume(console, resume, signals) as run:
         if resume is not None:
             if init_from is not None:
                 raise UserError(
@@ -105,12 +110,14 @@ def train(
             from ray_dmml.console import LiveReporter, PlainReporter, elapsed, results_table
             from ray_dmml.training import train as train_cohort
 
+            signals.listen()
             results = train_cohort(
                 settings,
                 out,
                 resume=resume,
                 in_process=in_process,
                 reporter=LiveReporter(console) if console.is_terminal else PlainReporter(console),
+                should_stop=signals.should_stop,
             )
         results_table(results, console)
         told = f"run: {resume or out}  ({elapsed(began)})"
@@ -223,8 +230,47 @@ def show_config(config: ConfigFile = None, overrides: Overrides = None) -> None:
         print(documented_yaml(Config.load(config, overrides or ())), end="")
 
 
+@data_app.command()
+def check(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all findings, too.")
+    ] = None,
+) -> None:
+    """Look a data set over: unreadable, double and mislabelled images, small classes.
+
+    Exit code 0: nothing to mend; 1: there are findings; 2: it cannot be loaded.
+    """
+    with _user_errors():
+        settings = Config.load(config, overrides or ()).data
+        from rich.progress import Progress
+
+        from ray_dmml.data.check import look_over
+        from ray_dmml.data.checktable import print_report
+
+        console, aside = Console(), Console(stderr=True)
+        with Progress(console=aside, transient=True, disable=not aside.is_terminal) as progress:
+            task = progress.add_task("decoding", total=None)
+            report = look_over(
+                settings,
+                log=lambda line: aside.print(line, highlight=False, markup=False, soft_wrap=True),
+                watch=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        if json_file is not None:
+            try:
+                json_file.write_text(json.dumps(report.to_json(), indent=1))
+            except OSError as error:
+                raise UserError(f"{json_file} cannot be written: {error.strerror}") from None
+        print_report(report, console)
+    if not report.is_clean():
+        raise typer.Exit(FINDINGS)
+
+
 def _resumed_config(run: Path, config: Path | None, overrides: list[str] | None) -> Config:
-    return Config.load(config or RunFolder.open(run).config_file, overrides or ())
+    own = RunFolder.open(run).config_file
+    source = str(config or own)
+    return Config.parse(moved(read_settings(config or own, overrides or ())), source=source)
 
 
 @contextmanager
@@ -252,18 +298,51 @@ def _user_errors() -> Iterator[None]:
         raise typer.Exit(USER_ERROR) from None
 
 
+class _Signals:
+    """Ctrl-C or SIGTERM: the first asks the run to stop after its step, the second ends it now."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.received = 0
+        """The first signal; 0: none."""
+
+    def listen(self) -> None:
+        """From now on the run can stop by itself; before, every signal ends the process."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def should_stop(self) -> bool:
+        return self.received != 0
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+        told = "stopping after this step, with a checkpoint; once more: stop now"
+        self._console.print(told, highlight=False)
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell has it: 128 and the signal's number."""
+        return 128 + (self.received or signal.SIGINT)
+
+
 @contextmanager
-def _told_how_to_resume(console: Console, resume: Path | None) -> Iterator[list[Path]]:
+def _told_how_to_resume(
+    console: Console, resume: Path | None, signals: _Signals
+) -> Iterator[list[Path]]:
     run = [resume] if resume is not None else []
     try:
         yield run
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as end:
+        if isinstance(end, Interrupted):
+            console.print(str(end), highlight=False)
         if run and (run[0] / "checkpoints" / "index.json").exists():
             told = f"interrupted; go on with: ray-dmml train --resume {run[0]}"
             console.print(told, highlight=False, markup=False, soft_wrap=True)
         else:
             console.print("interrupted")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(signals.exit_code) from None
 
 
 @contextmanager

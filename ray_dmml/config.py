@@ -26,6 +26,9 @@ from ray_dmml import yamlio
 from ray_dmml.errors import UserError
 
 QUICKSTART = Path(__file__).parent / "quickstart.yaml"
+MAX_CONFIG_BYTES = 8 * 2**20
+MAX_TOLD = 20
+"""Mistakes of a file that its message lists; it counts the others."""
 
 
 class Section(BaseModel):
@@ -286,7 +289,7 @@ class PeerConfig(Section):
 
     compile: bool = False
     """Compile the net's training pass with torch.compile. The first step takes a minute or two
-    longer, for which the others wait (cohort.exchange_timeout_s); on a CPU it needs a C++ compiler.
+    longer, for which the others wait (cohort.start_timeout_s); on a CPU it needs a C++ compiler.
     Numbers change: rounding, and what dropout draws."""
 
     num_gpus: NonNegative | None = None
@@ -335,11 +338,8 @@ class CohortConfig(Section):
     """A peer learns at each step from at most so many others, drawn by seed and step; null: from
     all. Keeps the cost of a peer constant in large cohorts."""
 
-    exchange_timeout_s: Positive = 300.0
-    """A peer that is silent for so many seconds in an exchange ends the run by name."""
-
     start_timeout_s: Positive = 300.0
-    """The longest wait, in seconds, for the cluster to start the peers."""
+    """The longest wait, in seconds, for the cluster to start the peers, and for their first step."""
 
     threads_per_peer: Count | None = None
     """torch threads of a peer; null: its CPUs (at least 1). The bits of a result on a CPU
@@ -482,14 +482,54 @@ class TrainConfig(Section):
     evaluate_every: Whole = 100
     """Steps between two evaluations on the validation classes; 0: only at the end."""
 
-    checkpoint_every: Whole = 100
-    """Steps between two checkpoints; 0: only at the end."""
-
     select_by: Literal["ensemble", "mean_peer"] = "ensemble"
     """Whose validation Recall@1 makes a checkpoint the best."""
 
     tensorboard: bool = True
     """Write TensorBoard events into RUN/tensorboard."""
+
+
+class CheckpointConfig(Section):
+    """What is kept, so that nothing is lost."""
+
+    every_steps: Whole = 100
+    """Steps between two checkpoints, which is also the most that a lost peer costs; 0: only before
+    the first step and after the last."""
+
+    keep: Count = 2
+    """The last so many are kept, and besides the best on the validation classes. The one before the
+    last is there for a last one that turns out to be damaged."""
+
+    storage: str | None = None
+    """Folder or URI (`s3://bucket/folder`, `gs://`, a mount) that each checkpoint is copied to, with
+    what else the run has written; `--resume` takes it, too. null: the run's folder alone."""
+
+
+class RunConfig(Section):
+    """What happens when something fails."""
+
+    on_peer_loss: Literal["restart", "drop", "fail"] = "restart"
+    """A peer died or fell silent: `restart` starts it anew and all go back to the last checkpoint;
+    `drop` does so, too, and goes on without the peer once `max_restarts` are used up (it comes back
+    at the next `--resume`); `fail` ends the run."""
+
+    max_restarts: Whole = 5
+    """Restarts of peers in a run, all together; past that the run ends with its checkpoint intact."""
+
+    detect_s: Positive = 10.0
+    """Seconds within which a lost node is noticed, where the run starts Ray itself; a cluster has
+    settings of its own. A lost process is noticed at once."""
+
+    silence_s: Positive = 60.0
+    """A peer that neither advances nor answers for so long, or for ten median steps if that is
+    longer, is stuck: it is named, killed, and treated as lost."""
+
+    on_bad_numbers: Literal["fail", "skip"] = "fail"
+    """A loss, gradient or embedding is NaN or infinite: `fail` ends the run, `skip` leaves out the
+    update of that peer, and what it published does not reach the others."""
+
+    max_bad_in_a_row: Count = 10
+    """`skip`: so many batches one after the other are left out by a peer before the run ends."""
 
 
 class EvaluationConfig(Section):
@@ -533,6 +573,12 @@ class Config(Section):
 
     evaluation: EvaluationConfig = EvaluationConfig()
     """And how they are judged."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is kept of it on the way."""
+
+    run: RunConfig = RunConfig()
+    """What happens when something fails."""
 
     @model_validator(mode="after")
     def _can_be_judged(self) -> Config:
@@ -609,27 +655,54 @@ def read_settings(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
         UserError: the file is missing or no YAML, or an override names no place.
     """
     raw = _read_yaml(path)
-    _resolve_paths(raw, path.parent.resolve())
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"--set {override!r}: write KEY=VALUE, such as train.steps=500")
-        try:
-            value = yamlio.load(text)
-        except yamlio.YAMLError as error:
-            raise UserError(f"--set {override!r}: the value is not valid YAML: {error}") from None
-        set_setting(raw, key, value, f"--set {override!r}")
-    _resolve_paths(raw, Path.cwd())
+    try:
+        _resolve_paths(raw, path.parent.resolve())
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            source = f"--set {_shown(override)}"
+            if not equals or not key:
+                raise UserError(f"{source}: write KEY=VALUE, such as train.steps=500")
+            if key.count(".") >= yamlio.MAX_DEPTH:
+                raise UserError(f"{source}: a key has at most {yamlio.MAX_DEPTH} parts")
+            try:
+                value = yamlio.load(text)
+            except yamlio.YAMLError as error:
+                raise UserError(f"{source}: the value is not valid YAML: {error}") from None
+            set_setting(raw, key, value, source)
+        _resolve_paths(raw, Path.cwd())
+    except RuntimeError as error:  # of ~somebody, who is not known here
+        raise UserError(f"config file {path}: a path in it cannot be resolved: {error}") from None
+    return raw
+
+
+MOVED = {
+    "train.checkpoint_every": "checkpoint.every_steps",
+    "cohort.exchange_timeout_s": "run.silence_s",
+}
+"""Settings of runs that an older version wrote, and what they are now."""
+
+
+def moved(raw: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an older version's run as they are now, in place."""
+    for old, new in MOVED.items():
+        section, key = old.split(".")
+        inside = raw.get(section)
+        if isinstance(inside, dict) and key in inside:
+            set_setting(raw, new, inside.pop(key), old)
     return raw
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # which may be a pipe, or have no end
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from None
+    if len(content) > MAX_CONFIG_BYTES:
+        raise UserError(f"config file {path} is larger than {MAX_CONFIG_BYTES // 2**20} MiB")
     try:
         raw = yamlio.load(text)
     except yamlio.YAMLError as error:
@@ -730,20 +803,39 @@ def explain(error: ValidationError, source: str, model: type[BaseModel] | None =
         source: what to call the file.
         model: what it should have been; None: a :class:`Config`.
     """
-    lines = []
-    for problem in error.errors():
+    lines: dict[str, None] = {}
+    problems = error.errors(include_url=False)
+    looked_at = 0
+    for problem in problems:
+        if len(lines) == MAX_TOLD:
+            break
+        looked_at += 1
         # The tags of a union are pydantic's, not the user's.
         location = [str(part) for part in problem["loc"] if part not in ("preset", "list")]
-        where = ".".join(location) or "config"
+        where = _cut(".".join(location)) or "config"
         given = problem.get("input")
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown setting; {_hint(location, model or Config)}")
+        if problem["type"] == "extra_forbidden" and where in MOVED:
+            line = f"{where}: is {MOVED[where]} now"
+        elif problem["type"] == "extra_forbidden":
+            line = f"{where}: unknown setting; {_hint(location, model or Config)}"
         elif problem["type"] == "value_error":
-            lines.append(f"{where}: {problem['ctx']['error']}")
+            line = f"{where}: {problem['ctx']['error']}"
         else:
-            shown = "" if isinstance(given, (dict, list, tuple)) else f" (got {given!r})"
-            lines.append(f"{where}: {problem['msg']}{shown}")
-    return f"{source}: " + ("" if len(lines) == 1 else "\n  ") + "\n  ".join(dict.fromkeys(lines))
+            is_long = isinstance(given, (dict, list, tuple))
+            line = f"{where}: {problem['msg']}{'' if is_long else f' (got {_shown(given)})'}"
+        lines[line] = None
+    told = list(lines)
+    if looked_at < len(problems):
+        told.append(f"... and {len(problems) - looked_at} more mistakes")
+    return f"{source}: " + ("" if len(told) == 1 else "\n  ") + "\n  ".join(told)
+
+
+def _shown(given: Any) -> str:
+    return _cut(repr(given))
+
+
+def _cut(text: str, longest: int = 200) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
 
 
 def _hint(location: list[str], model: type[BaseModel]) -> str:

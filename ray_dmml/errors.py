@@ -14,4 +14,13 @@ class NonFiniteLossError(UserError):
 
 
 class PeerLostError(UserError):
-    """A peer (or the coordinator) died or fell silent; the message names it and the step."""
+    """A peer (or the coordinator, or a node) died or fell silent, or what it sent arrived damaged; the
+    message names it. The cohort can recover from it."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has: its last checkpoint is of the step it stopped at."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written, or copied to the storage; what was there before is whole."""

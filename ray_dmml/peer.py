@@ -168,21 +168,27 @@ class Peer:
     # --- evaluation -------------------------------------------------------------------------
 
     def embed_images(
-        self, images: ImageSet, batch_size: int, *, averaged: bool = False
+        self,
+        images: ImageSet,
+        batch_size: int,
+        *,
+        averaged: bool = False,
+        after_chunk: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
         """The evaluation view of every image -> (N, D) float32, in the images' order.
 
         Args:
             averaged: use the averaged weights where the peer keeps them.
+            after_chunk: is called whenever ``batch_size`` images are done.
 
         Raises:
             NonFiniteLossError: an embedding is NaN or infinite.
         """
         net = self.averaged.module if averaged and self.averaged is not None else self.net
-        found = [
-            self._infer(net, self._see(self.eval_view, chunk)).cpu()
-            for chunk in in_chunks(images, batch_size)
-        ]
+        found = []
+        for chunk in in_chunks(images, batch_size):
+            found.append(self._infer(net, self._see(self.eval_view, chunk)).cpu())
+            after_chunk()
         embeddings = torch.cat(found)
         self._require_finite("embedding of an image", embeddings, "in an evaluation")
         return embeddings.numpy()

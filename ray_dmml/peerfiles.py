@@ -30,18 +30,38 @@ def decode_peer(files: Mapping[str, bytes]) -> dict[str, Any]:
     """The inverse of :func:`encode_peer`, on the CPU. Nothing in the files can run code.
 
     Raises:
-        UserError: training.pt holds other things than tensors and plain values.
+        UserError: training.pt holds other things than tensors and plain values, or a file is missing
+            or is not of its format.
     """
-    stored = io.BytesIO(files["training.pt"])
+    missing = {"training.pt", "weights.safetensors"} - files.keys()
+    if missing:
+        raise UserError(f"a peer's state has no {' and no '.join(sorted(missing))}")
+    state = _from_torch("training.pt", files["training.pt"])
+    state["net"] = _from_safetensors("weights.safetensors", files["weights.safetensors"])
+    if "averaged.safetensors" in files:
+        averaged = files["averaged.safetensors"]
+        state["averaged"] = _from_safetensors("averaged.safetensors", averaged)
+    return state
+
+
+def _from_torch(name: str, content: bytes) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(stored, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"training.pt holds more than tensors and is refused: {reason}") from None
-    state["net"] = safetensors.torch.load(files["weights.safetensors"])
-    if "averaged.safetensors" in files:
-        state["averaged"] = safetensors.torch.load(files["averaged.safetensors"])
+        raise UserError(f"{name} holds more than tensors and is refused: {reason}") from None
+    except Exception as error:  # whatever torch's reader stumbles over in a stranger's bytes
+        raise UserError(f"{name} cannot be read: {error!r:.200}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{name} holds a {type(state).__name__} and not a peer's state")
     return state
+
+
+def _from_safetensors(name: str, content: bytes) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load(content)
+    except Exception as error:
+        raise UserError(f"{name} cannot be read: {error!r:.200}") from None
 
 
 def _to_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_dmml.checkpoint import CheckpointStore
-from ray_dmml.config import Config
+from ray_dmml.config import Config, moved, read_settings
 from ray_dmml.errors import UserError
 
 _VERSIONS = ("ray-dmml", "torch", "torchvision", "timm", "pytorch-metric-learning", "ray", "numpy")
@@ -66,7 +66,7 @@ class RunFolder:
         replace_file(self.config_file, config.to_yaml())
 
     def config(self) -> Config:
-        return Config.load(self.config_file)
+        return Config.parse(moved(read_settings(self.config_file)), source=str(self.config_file))
 
     def write_environment(self, **facts: Any) -> None:
         versions = {}

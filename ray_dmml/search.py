@@ -198,15 +198,21 @@ class Search:
         for key, value in self.config.trial.items():
             set_setting(raw, key, value, f"trial.{key}")
         config = Config.parse(raw, source="the trial's settings")
-        train = config.train.model_copy(
-            # A checkpoint at each report, to go on from there; and nothing to look at.
-            update={"checkpoint_every": config.train.evaluate_every, "tensorboard": False}
+        train = config.train.model_copy(update={"tensorboard": False})  # nobody looks at it
+        # A checkpoint at each report, to go on from there.
+        checkpoint = config.checkpoint.model_copy(
+            update={"every_steps": config.train.evaluate_every, "storage": None}
         )
         data = config.data.model_copy(update={"validation_fold": fold})
         # Not the best: the final runs, which hold out no classes to choose by, will have none.
         weights = "averaged" if config.evaluation.weights == "averaged" else "last"
         evaluation = config.evaluation.model_copy(update={"test": False, "weights": weights})
-        update = {"train": train, "data": data, "evaluation": evaluation}
+        update = {
+            "train": train,
+            "data": data,
+            "evaluation": evaluation,
+            "checkpoint": checkpoint,
+        }
         return config.model_copy(update=update)
 
     def objective(self, figures: Mapping[str, Any]) -> float:

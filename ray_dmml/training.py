@@ -1,12 +1,13 @@
 """The loop over any cohort: steps, evaluation, checkpoints, what is written and what is told.
 
 load images -> build peers -> [run steps -> log -> evaluate -> checkpoint]* -> judge on test classes
+                                ^-- back to the last checkpoint, where a peer is lost
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +16,22 @@ from typing import Any, Protocol
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from ray_dmml.checkpoint import Checkpoint
+from ray_dmml.checkpoint import Checkpoint, PeerFiles
 from ray_dmml.cohort import Cohort, StepRow
-from ray_dmml.config import Config
+from ray_dmml.config import Config, moved
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import ImageSet, Splits
 from ray_dmml.data.loading import build_sampler
-from ray_dmml.errors import UserError
+from ray_dmml.errors import CheckpointError, Interrupted, PeerLostError, UserError
 from ray_dmml.retrieval.ensemble import ensemble_embedding
 from ray_dmml.retrieval.metrics import retrieval_metrics
 from ray_dmml.runfolder import RunFolder
+
+CHUNK_S = 1.0
+"""Seconds of training in one call of the peers: so long a run that is asked to stop may take to."""
+
+STRAGGLES = 0.1
+"""Share of the time that a peer waits for another, from which on that is said."""
 
 Figures = dict[str, Any]
 """``{"peers": {name: {"recall@1": ...}}, "ensemble": {"recall@1": ...}}``, fractions."""
@@ -33,7 +40,8 @@ MAY_CHANGE_ON_RESUME = (
     "train.steps",
     "train.log_every",
     "train.evaluate_every",
-    "train.checkpoint_every",
+    "checkpoint.",
+    "run.",
     "train.tensorboard",
     "evaluation.",
     # Where things are and how bytes travel: neither changes a number.
@@ -42,7 +50,6 @@ MAY_CHANGE_ON_RESUME = (
     "data.cache_gib",
     "data.cache_dir",
     "cohort.transport",
-    "cohort.exchange_timeout_s",
     "cohort.start_timeout_s",
 )
 
@@ -100,6 +107,7 @@ def train(
     in_process: bool = False,
     reporter: Reporter | None = None,
     changed: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Trains a cohort and judges it on the test classes.
 
@@ -111,28 +119,36 @@ def train(
         reporter: is told how it goes; None: nobody.
         changed: with ``resume``: any setting may differ from the checkpoint's, as in a search that
             changes them in mid-run.
+        should_stop: is asked about once a second; once it says so, the run ends after the step it
+            is at, with a checkpoint of it.
 
     Returns:
         what ``results.json`` holds: ``untrained`` and ``peers`` (name to figures) and ``ensemble``,
         figures such as ``recall@1`` as fractions, and which weights of which step they are of.
 
     Raises:
-        UserError: a setting, a file or the cluster does not allow it; a peer was lost; a loss is
-            not finite.
+        UserError: a setting, a file or the cluster does not allow it; peers were lost more often
+            than ``run.max_restarts`` allows; a loss is not finite.
+        Interrupted: ``should_stop`` said so.
     """
     reporter = reporter or Silent()
     try:
         if resume is None:
-            return _start(config, out, in_process, reporter)
+            return _start(config, out, in_process, reporter, should_stop)
         if out is not None:
             raise UserError("--resume continues a run in its folder: it takes no --out")
-        return _resume(RunFolder.open(resume), config, in_process, reporter, changed)
+        run = RunFolder.open(resume)
+        return _resume(run, config, in_process, reporter, changed, should_stop)
     finally:
         reporter.stopped()
 
 
 def _start(
-    config: Config | None, out: Path | str | None, in_process: bool, reporter: Reporter
+    config: Config | None,
+    out: Path | str | None,
+    in_process: bool,
+    reporter: Reporter,
+    should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """A new run. Nothing is on disk until all that can be known beforehand is known to be right."""
     if config is None or out is None:
@@ -142,11 +158,16 @@ def _start(
     splits = _load_splits(config, reporter)
     with closing(_fresh_cohort(config, splits, in_process, reporter)) as cohort:
         run.create(config)
-        return _Loop(config, run, splits, cohort, reporter, _State()).run()
+        return _Loop(config, run, splits, cohort, reporter, _State(), should_stop).run()
 
 
 def _resume(
-    run: RunFolder, config: Config | None, in_process: bool, reporter: Reporter, changed: bool
+    run: RunFolder,
+    config: Config | None,
+    in_process: bool,
+    reporter: Reporter,
+    changed: bool,
+    should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """Goes on from the last checkpoint; what was written after it is dropped."""
     config = config or run.config()
@@ -160,14 +181,15 @@ def _resume(
     cohort = (
         _fresh_cohort(config, splits, in_process, reporter)  # it was killed before its first step
         if checkpoint is None
-        else _build_cohort(config, splits, in_process, reporter, initial_weights=False)
+        else _build_cohort(config, splits, in_process, reporter, checkpoint.peers)
     )
     with closing(cohort):
         state = _State()
         if checkpoint is not None:
-            cohort.load(checkpoint.peers)
-            meta = checkpoint.meta
-            state = _State(checkpoint.step, meta["best"], meta["best_step"], meta["untrained"])
+            state = _State.of(checkpoint)
+            for name, since in state.dropped.items():
+                reporter.note(f"{name}, dropped at step {since}, takes part again")
+            state.dropped = {}
         if threads_before not in (None, list(cohort.threads)):
             reporter.note(
                 f"the peers have {list(cohort.threads)} torch threads and had {threads_before}: the "
@@ -175,7 +197,7 @@ def _resume(
             )
         run.write_config(config)
         run.truncate_metrics(state.step)
-        return _Loop(config, run, splits, cohort, reporter, state).run()
+        return _Loop(config, run, splits, cohort, reporter, state, should_stop).run()
 
 
 def evaluate(
@@ -209,6 +231,8 @@ def evaluate(
     )
     which = config.weights_to_judge(weights)
     checkpoint = folder.checkpoints.load("best" if which == "best" else "last")
+    peers = [p for p in config.cohort.peers if p.name not in checkpoint.meta.get("dropped", {})]
+    cohort_config = cohort_config.model_copy(update={"peers": tuple(peers)})
     config = config.model_copy(update={"cohort": cohort_config})
     with closing(LocalCohort(config, splits, initial_weights=False)) as cohort:
         cohort.load(checkpoint.peers)
@@ -224,6 +248,14 @@ class _State:
     best: float = -1.0
     best_step: int = 0
     untrained: Figures = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Peers that the others go on without, and since which step."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> _State:
+        meta = checkpoint.meta
+        best, best_step, untrained = meta["best"], meta["best_step"], meta["untrained"]
+        return cls(checkpoint.step, best, best_step, untrained, dict(meta.get("dropped", {})))
 
 
 class _Loop:
@@ -235,15 +267,20 @@ class _Loop:
         cohort: Cohort,
         reporter: Reporter,
         state: _State,
+        should_stop: Callable[[], bool],
     ) -> None:
         self._config, self._run, self._splits = config, run, splits
         self._cohort, self._reporter, self._state = cohort, reporter, state
+        self._should_stop = should_stop
+        self._restarts = 0
+        self._left_behind: dict[str, PeerFiles] = {}  # states of dropped peers
+        self._step_s = CHUNK_S  # the latest measured: before the first, a step is a chunk
+        self._bad: dict[str, int] = {}  # peer to batches it left out
         self._batch_size = config.data.classes_per_batch * config.data.images_per_class
-        self._seconds = 0.0
-        self._started_at = self._state.step
+        self._seconds, self._steps = 0.0, 0
 
     def run(self) -> dict[str, Any]:
-        config, state = self._config, self._state
+        config = self._config
         facts = {
             "threads": list(self._cohort.threads),
             "devices": list(self._cohort.devices),
@@ -253,24 +290,80 @@ class _Loop:
         }
         self._run.write_environment(**facts)
         self._reporter.started(config, self._splits, facts)
+        while True:
+            try:
+                self._train()
+                return self._finish()
+            except PeerLostError as loss:
+                self._go_back(loss)
+
+    def _train(self) -> None:
+        """From where the peers are to the last step."""
+        config, state = self._config, self._state
         events = (
             SummaryWriter(str(self._run.tensorboard), purge_step=state.step + 1)
             if config.train.tensorboard
             else None
         )
         try:
-            if state.step == 0 and config.evaluation.untrained and config.evaluation.test:
-                self._reporter.doing("judging the untrained peers")
-                state.untrained = _figures(config, self._cohort, "test", self._splits.test)
-                self._reporter.evaluated(0, "untrained", state.untrained)
             if state.step == 0:
                 self._save(best=False)  # so that a run killed at any time can be resumed
+                if config.evaluation.untrained and config.evaluation.test and not state.untrained:
+                    self._reporter.doing("judging the untrained peers")
+                    state.untrained = _figures(config, self._cohort, "test", self._splits.test)
+                    self._reporter.evaluated(0, "untrained", state.untrained)
             while state.step < config.train.steps:
                 self._advance(events)
-            return self._finish()
         finally:
             if events is not None:
                 events.close()
+
+    def _go_back(self, loss: PeerLostError) -> None:
+        """All peers to the last checkpoint, with others in the places of those that are lost, or
+        without them. Every number of a run follows from the step, so the same steps give the same
+        weights again."""
+        run, reporter = self._config.run, self._reporter
+        untrained = self._state.untrained
+        while True:
+            drop = False
+            self._restarts += 1
+            if run.on_peer_loss == "fail" or self._restarts > run.max_restarts:
+                if run.on_peer_loss != "drop":
+                    raise self._given_up(loss)
+                drop = True
+            checkpoint = self._run.checkpoints.load("last")
+            count = "" if drop else f", restart {self._restarts} of {run.max_restarts}"
+            reporter.note(
+                f"{loss}; all go back from step {self._state.step} to {checkpoint.step}{count}"
+            )
+            reporter.doing("starting lost peers anew")
+            began = time.monotonic()
+            try:
+                lost = self._cohort.recover(drop=drop)
+                self._cohort.load(checkpoint.peers)
+                break
+            except PeerLostError as again:
+                loss = again
+        state = self._state = _State.of(checkpoint)
+        state.untrained = state.untrained or untrained
+        if drop:
+            for name in lost:
+                state.dropped[name] = state.step
+                self._left_behind[name] = checkpoint.peers[name]
+            reporter.note(f"without {', '.join(lost)} from step {state.step} on")
+        self._run.truncate_metrics(state.step)
+        reporter.note(f"recovered in {time.monotonic() - began:.1f} s")
+        reporter.step(state.step)
+
+    def _given_up(self, loss: PeerLostError) -> UserError:
+        run = self._config.run
+        why = (
+            "run.on_peer_loss is fail"
+            if run.on_peer_loss == "fail"
+            else f"run.max_restarts, {run.max_restarts}, are used up"
+        )
+        step = self._run.checkpoints.load("last").step
+        return PeerLostError(f"{loss}; {why}. The checkpoint of step {step} is whole")
 
     def _advance(self, events: SummaryWriter | None) -> None:
         """The steps up to the next event, and that event."""
@@ -278,13 +371,45 @@ class _Loop:
         start, stop = state.step, self._next_stop()
         self._reporter.doing("training")
         began = time.perf_counter()
-        rows = self._cohort.run(start, stop, self._reporter.step)
+        rows: list[StepRow] = []
+        while start + len(rows) < stop and not self._should_stop():
+            # In calls of about a second, so that a run that is asked to stop does.
+            first = start + len(rows)
+            last = min(stop, first + max(1, int(CHUNK_S / self._step_s)))
+            chunk_began = time.perf_counter()
+            rows += self._cohort.run(first, last, self._reporter.step)
+            self._step_s = max(1e-4, (time.perf_counter() - chunk_began) / (last - first))
         seconds = time.perf_counter() - began
         self._seconds += seconds
-        state.step = stop
+        self._steps += len(rows)
+        asked_to_stop = start + len(rows) < stop
+        state.step = stop = start + len(rows)
+        if rows:
+            self._tell(start, rows, seconds, events)
+        if asked_to_stop:
+            if stop:
+                self._save(best=False)
+            raise Interrupted(f"stopped at step {stop} of {train.steps}")
+        ends = stop == train.steps
+        is_best = (ends or _due(stop, train.evaluate_every)) and self._validate(events)
+        if ends or is_best or _due(stop, self._config.checkpoint.every_steps):
+            self._save(best=is_best)
+
+    def _tell(
+        self, start: int, rows: list[StepRow], seconds: float, events: SummaryWriter | None
+    ) -> None:
+        """What the steps after ``start`` were like."""
+        stop = start + len(rows)
         self._run.append_metrics(
             [{"step": start + i + 1, "peers": row} for i, row in enumerate(rows)]
         )
+        for row in rows:
+            for name, terms in row.items():
+                if "left_out" in terms:
+                    self._bad[name] = self._bad.get(name, 0) + 1
+                    self._reporter.note(
+                        f"{name} has left out {self._bad[name]} batches whose numbers were not finite"
+                    )
         rate = self._batch_size * len(rows) / seconds
         latest = _latest(rows)
         self._reporter.losses(stop, latest, rate)
@@ -293,14 +418,10 @@ class _Loop:
                 for term, value in terms.items():
                     events.add_scalar(f"{term}/{peer}", value, stop)
             events.add_scalar("images_per_s", rate, stop)
-        ends = stop == train.steps
-        is_best = (ends or _due(stop, train.evaluate_every)) and self._validate(events)
-        if ends or is_best or _due(stop, train.checkpoint_every):
-            self._save(best=is_best)
 
     def _next_stop(self) -> int:
         train, step = self._config.train, self._state.step
-        every = (train.log_every, train.evaluate_every, train.checkpoint_every)
+        every = (train.log_every, train.evaluate_every, self._config.checkpoint.every_steps)
         return min(train.steps, *(step - step % n + n for n in every if n))
 
     def _validate(self, events: SummaryWriter | None) -> bool:
@@ -347,8 +468,17 @@ class _Loop:
             "best": state.best,
             "best_step": state.best_step,
             "untrained": state.untrained,
+            "dropped": state.dropped,
         }
-        self._run.checkpoints.save(state.step, self._cohort.state(), meta, best=best)
+        peers = {**self._cohort.state(), **self._left_behind}
+        try:
+            self._run.checkpoints.save(state.step, peers, meta, best=best)
+        except CheckpointError as error:
+            # The steps are worth more than their checkpoint: the next one may find room again.
+            if state.step in (0, self._config.train.steps):
+                raise
+            self._reporter.note(f"{error}; training goes on")
+            return
         self._reporter.saved(state.step, best=best)
 
     def _finish(self) -> dict[str, Any]:
@@ -365,10 +495,23 @@ class _Loop:
             self._config, self._splits, self._cohort, split, which, step, self._state.untrained
         )
         if self._seconds:
-            trained = self._batch_size * (self._state.step - self._started_at)
-            results["images_per_s"] = round(trained / self._seconds, 2)
+            results["images_per_s"] = round(self._batch_size * self._steps / self._seconds, 2)
+        if self._state.dropped:
+            results["dropped"] = self._state.dropped
+        self._tell_who_waited()
         self._run.write_results(results)
         return results
+
+    def _tell_who_waited(self) -> None:
+        """Where one peer is the slowest by far, the others' cores or GPUs are idle for it."""
+        waited = {name: self._cohort.waited[name] for name in self._cohort.names}
+        slowest = min(waited, key=lambda name: waited[name])
+        longest = max(waited.values())
+        if longest - waited[slowest] > STRAGGLES * self._seconds:
+            told = ", ".join(f"{n} {s:.0f} s" for n, s in waited.items() if n != slowest)
+            self._reporter.note(
+                f"the others waited for {slowest}: {told} of {self._seconds:.0f} s of training"
+            )
 
 
 def _load_splits(config: Config, reporter: Reporter) -> Splits:
@@ -390,9 +533,39 @@ def _load_splits(config: Config, reporter: Reporter) -> Splits:
 
 
 def _build_cohort(
-    config: Config, splits: Splits, in_process: bool, reporter: Reporter, initial_weights: bool
+    config: Config,
+    splits: Splits,
+    in_process: bool,
+    reporter: Reporter,
+    state: Mapping[str, PeerFiles] | None = None,
+    weights: Mapping[str, PeerFiles] | None = None,
 ) -> Cohort:
-    reporter.doing("starting the peers")
+    """Peers in a state of theirs, or with weights from elsewhere, or with their own initial ones."""
+    attempts = 0
+    while True:
+        reporter.doing("starting the peers")
+        cohort = None
+        try:
+            cohort = _new_cohort(config, splits, in_process, state is None and weights is None)
+            if state is not None:
+                cohort.load(state)
+            elif weights is not None:
+                cohort.load_weights(weights)
+            return cohort
+        except BaseException as error:
+            if cohort is not None:
+                cohort.close()
+            attempts += 1
+            if not isinstance(error, PeerLostError) or config.run.on_peer_loss == "fail":
+                raise
+            if attempts > config.run.max_restarts:
+                raise
+            reporter.note(
+                f"{error}; all start anew, restart {attempts} of {config.run.max_restarts}"
+            )
+
+
+def _new_cohort(config: Config, splits: Splits, in_process: bool, initial_weights: bool) -> Cohort:
     # Each takes seconds to import, and a run needs one of them.
     if in_process:
         from ray_dmml.cohort.local import LocalCohort
@@ -461,15 +634,7 @@ def _due(step: int, every: int) -> bool:
 
 def _fresh_cohort(config: Config, splits: Splits, in_process: bool, reporter: Reporter) -> Cohort:
     """Peers before their first step, from ``train.init_from`` where that is set."""
-    initial = _initial_weights(config)
-    cohort = _build_cohort(config, splits, in_process, reporter, initial_weights=initial is None)
-    if initial is not None:
-        try:
-            cohort.load_weights(initial)
-        except BaseException:
-            cohort.close()
-            raise
-    return cohort
+    return _build_cohort(config, splits, in_process, reporter, weights=_initial_weights(config))
 
 
 def _initial_weights(config: Config) -> dict[str, Any] | None:
@@ -489,7 +654,7 @@ def _initial_weights(config: Config) -> dict[str, Any] | None:
 
 def _refuse_changes(config: Config, checkpoint: Checkpoint, run: RunFolder) -> None:
     # Read as a config: settings that an older version did not know have their defaults.
-    before = _flat(Config.parse(checkpoint.meta["config"]).model_dump(mode="json"))
+    before = _flat(Config.parse(moved(checkpoint.meta["config"])).model_dump(mode="json"))
     now = _flat(config.model_dump(mode="json"))
     changed = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"

@@ -67,7 +67,6 @@ def tiny(root: Path, **changes: Any) -> dict[str, Any]:
         },
         "cohort": {
             "threads_per_peer": 1,
-            "exchange_timeout_s": 60,
             "base": {
                 "backbone": "test_resnet",
                 "embedding_size": 16,
@@ -77,7 +76,8 @@ def tiny(root: Path, **changes: Any) -> dict[str, Any]:
             },
             "peers": [{}, {"view": "weak"}],
         },
-        "train": {"steps": 6, "evaluate_every": 3, "checkpoint_every": 2, "log_every": 2},
+        "train": {"steps": 6, "evaluate_every": 3, "log_every": 2},
+        "checkpoint": {"every_steps": 2},
         "evaluation": {"recall_at": [1, 2]},
     }
     for section, entries in changes.items():

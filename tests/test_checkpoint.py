@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +24,11 @@ from hypothesis import strategies as st
 from ray_dmml.checkpoint import (
     FORMAT,
     CheckpointStore,
+    DamagedError,
     read_checkpoint,
+    sealed,
 )
-from ray_dmml.errors import UserError
+from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.peerfiles import decode_peer, encode_peer
 
 FILES = {
@@ -28,6 +36,31 @@ FILES = {
     "b": {"weights.safetensors": b"x" * 1000},
 }
 META = {"best": 0.5, "config": {"seed": 0}}
+OTHER = {peer: {name: content[::-1] for name, content in of.items()} for peer, of in FILES.items()}
+
+
+def folders(store: CheckpointStore) -> list[str]:
+    """Everything in the store but its index."""
+    return sorted(path.name for path in store.folder.iterdir() if path.name != "index.json")
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[Path]:
+    """A folder for hundreds of checkpoints, in memory where that can be: each is synced."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="ray-dmml-tests-", dir=place) as folder:
+        yield Path(folder)
+
+
+def new_folder(memory: Path) -> Path:
+    return Path(tempfile.mkdtemp(dir=memory))
+
+
+def rewritten(path: Path, **changes: Any) -> None:
+    """Changes entries of a manifest, as one who knows how to seal it can."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["checksum"]
+    (path / "manifest.json").write_bytes(sealed({**manifest, **changes}))
 
 
 def state() -> dict[str, Any]:
@@ -84,39 +117,37 @@ def test_saved_is_loaded(tmp_path: Path) -> None:
     assert sorted(file.name for file in store.folder.iterdir()) == ["index.json", path.name]
 
 
-def test_only_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_few_and_the_best_are_kept(tmp_path: Path, keep: int) -> None:
     """Older ones go; the best stays however many come after it, until a better one."""
-    store = CheckpointStore(tmp_path)
-
-    def save(step: int, best: bool) -> list[str]:
-        store.save(step, FILES, META, best=best)
-        return sorted(folder.name for folder in tmp_path.iterdir() if folder.is_dir())
-
-    assert save(0, False) == ["step-00000000"]
-    assert save(2, True) == ["step-00000002"]
-    assert save(4, False) == ["step-00000002", "step-00000004"]
-    assert save(6, False) == ["step-00000002", "step-00000006"]
-    assert store.load("best").step == 2 and store.load("last").step == 6
-    assert save(8, True) == ["step-00000008"]
+    store = CheckpointStore(tmp_path, keep)
+    steps = list(range(0, 20, 2))
+    for i, step in enumerate(steps):
+        store.save(step, FILES, META, best=step in (4, 14))
+        best = [4] if 4 <= step < 14 else [14] if step >= 14 else []
+        expected = sorted({*steps[: i + 1][-keep:], *best})
+        assert folders(store) == store.kept() == [f"step-{each:08d}" for each in expected]
+        assert store.load("last").step == step
+        assert not best or store.load("best").step == best[0]
 
 
 def test_missing_ones_are_told(tmp_path: Path) -> None:
-    """No checkpoint, no best one, a damaged index."""
+    """No checkpoint, no best one."""
     store = CheckpointStore(tmp_path / "checkpoints")
     with pytest.raises(UserError, match="has no last checkpoint"):
         store.load("last")
     store.save(1, FILES, META, best=False)
     with pytest.raises(UserError, match=r"has no best checkpoint \(no validation classes"):
         store.load("best")
-    (store.folder / "index.json").write_text('{"last": ')
-    with pytest.raises(UserError, match=r"index\.json is damaged"):
-        store.load("last")
 
 
-@pytest.mark.parametrize("obstacle", ["step-00000002", ".step-00000002.tmp", "index.json.tmp"])
+# --- saving that fails ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("obstacle", [".step-00000002.tmp", "index.json.tmp"])
 def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path, obstacle: str) -> None:
-    """Something in the way of the folder, of its place beside, or of the index: the failure is
-    told, the earlier checkpoint is the last and whole, and a later save works."""
+    """Something in the way of the folder's place beside, or of the index: the failure is told, the
+    earlier checkpoint is the last and whole, and a later save works."""
     store = CheckpointStore(tmp_path)
     store.save(1, FILES, META, best=True)
     in_the_way = tmp_path / obstacle
@@ -124,8 +155,9 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path, obstacle: str) ->
         in_the_way.mkdir()
     else:
         in_the_way.write_text("in the way")
-    with pytest.raises(UserError, match="checkpoint of step 2 cannot be written"):
+    with pytest.raises(CheckpointError, match="checkpoint of step 2 cannot be written"):
         store.save(2, FILES, META, best=True)
+    assert folders(store) == sorted([obstacle, "step-00000001"])
     assert store.load("last").step == store.load("best").step == 1
     assert store.load("last").peers == FILES
     in_the_way.rmdir() if in_the_way.is_dir() else in_the_way.unlink()
@@ -137,10 +169,126 @@ def test_a_save_that_fails_half_way_leaves_no_half(tmp_path: Path) -> None:
     """A peer whose file cannot be written after others were: the folder never appears."""
     store = CheckpointStore(tmp_path)
     store.save(1, FILES, META, best=False)
-    with pytest.raises(UserError, match="checkpoint of step 2 cannot be written"):
+    with pytest.raises(CheckpointError, match="checkpoint of step 2 cannot be written"):
         store.save(2, {**FILES, "c": {"no/such/folder": b""}}, META, best=False)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["index.json", "step-00000001"]
+    assert folders(store) == ["step-00000001"]
     assert store.load("last").peers == FILES
+
+
+def test_a_save_can_be_killed_at_any_point(memory: Path) -> None:
+    """Before each sync, rename and removal: last and best are complete, of the old step or the new
+    one, nobody is warned, and the next save leaves nothing of the killed one."""
+    old, new = "step-00000002", "step-00000003"
+    seen = []
+    for calls in range(100):
+        store = CheckpointStore(new_folder(memory))
+        store.save(1, FILES, META, best=False)
+        store.save(2, FILES, META, best=True)
+        child = os.fork()
+        if child == 0:
+            _save_and_die(store, calls)
+        status = os.waitpid(child, 0)[1]
+        for which in ("last", "best"):
+            found = store.load(which, pytest.fail)
+            assert found.peers == (FILES if found.path.name == old else OTHER)
+        assert store.index() in ({"last": old, "best": old}, {"last": new, "best": new})
+        seen.append(store.index()["last"])
+        store.save(3, FILES, META, best=False)
+        assert store.load("last", pytest.fail).peers == FILES and len(folders(store)) <= 3
+        shutil.rmtree(store.folder)
+        if status == 0:
+            break
+    assert seen == sorted(seen) and {*seen} == {old, new}
+    assert len(seen) > 8, "the case has lost its point"
+
+
+def _save_and_die(store: CheckpointStore, calls: int) -> None:
+    """In a process of its own: it ends before it touches the disk for the so-manieth time."""
+
+    def counted(call: Any) -> Any:
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls -= 1
+            if calls < 0:
+                os._exit(1)
+            return call(*args, **kwargs)
+
+        return instead
+
+    for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
+        setattr(module, name, counted(getattr(module, name)))
+    store.save(3, OTHER, META, best=True)
+    os._exit(0)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("a disk of its own can be mounted by root on Linux alone")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_costs_only_the_new_checkpoint(small_disk: Path) -> None:
+    """Wherever in the checkpoint the disk is full: the reason is told, nothing of the attempt is
+    left, what was there is whole, and the next one that fits is saved."""
+    store = CheckpointStore(small_disk / "checkpoints")
+    store.save(1, FILES, META, best=True)
+    store.save(2, FILES, META, best=False)
+    for size in (3_000_000, 2_080_000, 2_060_000):
+        large = {"a": {"weights.safetensors": b"w" * size, "training.pt": b"t" * 10}}
+        with pytest.raises(CheckpointError, match=r"step 3 cannot be written: .*No space left"):
+            store.save(3, large, META, best=True)
+        assert folders(store) == ["step-00000001", "step-00000002"]
+    assert store.load("last").peers == store.load("best").peers == FILES
+    rest = {"a": {"weights.safetensors": b"w" * 1_000_000}}
+    store.save(4, rest, META, best=True)
+    assert store.load("last").peers == store.load("best").peers == rest
+
+
+def test_a_disk_too_full_for_the_index(small_disk: Path) -> None:
+    """The last byte of the disk goes to the checkpoint itself: it is taken back."""
+    store = CheckpointStore(small_disk / "checkpoints")
+    store.save(1, FILES, META, best=True)
+    filler = small_disk / "filler"
+    failed = 0
+    for room in range(0, 12 * 4096, 4096):  # one of these leaves none for the index
+        filler.write_bytes(b"")
+        free = os.statvfs(small_disk)
+        filler.write_bytes(bytes(free.f_bavail * free.f_frsize - room))
+        try:
+            store.save(2, FILES, META, best=True)
+        except CheckpointError:
+            failed += 1
+            assert folders(store) == ["step-00000001"]
+            assert store.load("last").step == store.load("best").step == 1
+        else:
+            break
+    assert failed > 3, "the case has lost its point"
+    assert store.load("best").step == 2
+
+
+def test_a_read_only_disk_is_told(small_disk: Path) -> None:
+    """Reading goes on, and so does saving once it can be written again."""
+    store = CheckpointStore(small_disk / "checkpoints")
+    store.save(1, FILES, META, best=True)
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    subprocess.run(remount, check=True)
+    with pytest.raises(CheckpointError, match=r"step 2 cannot be written: .*Read-only"):
+        store.save(2, FILES, META, best=True)
+    assert store.load("last").peers == store.load("best").peers == FILES
+    subprocess.run([*remount[:2], "remount,rw", remount[3]], check=True)
+    store.save(2, FILES, META, best=True)
+    assert store.load("best").step == 2
+
+
+# --- saving again ---------------------------------------------------------------------------
 
 
 def test_a_checkpoint_nobody_names_is_written_again(tmp_path: Path) -> None:
@@ -150,18 +298,137 @@ def test_a_checkpoint_nobody_names_is_written_again(tmp_path: Path) -> None:
     store.save(1, FILES, META, best=False)
     index = (tmp_path / "index.json").read_bytes()
     store.save(2, FILES, META, best=True)
-    shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-00000001")
     (tmp_path / "index.json").write_bytes(index)
+    assert store.load("last").step == 1
+    (tmp_path / ".step-00000003.tmp").mkdir()
     changed = {**META, "best": 0.75}
     store.save(2, FILES, changed, best=True)
     assert store.load("best").meta == changed
+    assert folders(store) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_can_be_saved_again(tmp_path: Path, fails: bool) -> None:
+    """The new content is the last; where it cannot be written, the old one still is."""
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, FILES, META, best=True)
+    if fails:
+        with pytest.raises(CheckpointError):
+            store.save(1, {**OTHER, "c": {"no/such/folder": b""}}, META, best=True)
+        assert store.load("last").peers == store.load("best").peers == FILES
+    for content in (OTHER, FILES, OTHER):
+        store.save(1, content, META, best=True)
+        assert store.load("last").peers == store.load("best").peers == content
+        assert len(folders(store)) == 1
+
+
+# --- damage ---------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_whatever_is_damaged_the_one_before_is_used(memory: Path, data: st.DataObject) -> None:
+    """Any byte of any file of the last checkpoint, any truncation, any missing file: the one before
+    comes back to the bit, the warning names the file, and the damaged step can be saved again."""
+    store = CheckpointStore(new_folder(memory))
+    store.save(2, OTHER, META, best=True)
+    store.save(4, FILES, META, best=False)
+    path = store.save(6, OTHER, {**META, "name": "\u00e9"}, best=False)
+    assert folders(store) == ["step-00000002", "step-00000004", "step-00000006"]
+    victim = data.draw(st.sampled_from(sorted(f for f in path.rglob("*") if f.is_file())))
+    content = bytearray(victim.read_bytes())
+    damage = data.draw(st.sampled_from(["flip", "set", "cut", "grow", "remove"]))
+    position = data.draw(st.integers(0, len(content) - 1))
+    if damage == "flip":
+        content[position] ^= 1 << data.draw(st.integers(0, 7))
+    elif damage == "set":
+        content[position] = data.draw(st.integers(0, 255).filter(lambda x: x != content[position]))
+    elif damage == "cut":
+        del content[position:]
+    elif damage == "grow":
+        content += b" "
+    victim.write_bytes(content)
+    if damage == "remove":
+        victim.unlink()
+    told: list[str] = []
+    found = store.load("last", told.append)
+    assert (found.step, found.peers, found.meta) == (4, FILES, META)
+    assert len(told) == 1 and str(victim) in told[0] and "step-00000004 of step 4" in told[0]
+    store.save(6, FILES, META, best=False)
+    assert store.load("last", pytest.fail).peers == FILES
+    assert store.load("best").step == 2
+    good = [read_checkpoint(store.folder / name).step for name in folders(store)]
+    assert good == [2, 4, 6], "the damaged one is gone and takes no good one's place"
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_a_damaged_index_loses_nothing(memory: Path, data: st.DataObject) -> None:
+    """Whatever is wrong with it, last and best are the right ones, and the best outlives later
+    saves."""
+    store = CheckpointStore(new_folder(memory), keep=3)
+    for step in range(1, 6):
+        store.save(step, FILES, META, best=step in (1, 3))
+    file = store.folder / "index.json"
+    content = bytearray(file.read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    damage = data.draw(st.sampled_from(["set", "cut", "remove"]))
+    if damage == "set":
+        content[position] = data.draw(st.integers(0, 255).filter(lambda x: x != content[position]))
+    else:
+        del content[position:]
+    file.write_bytes(content)
+    if damage == "remove":
+        file.unlink()
+    told: list[str] = []
+    assert store.load("last", told.append).step == 5 and store.load("best").step == 3
+    assert len(told) == 1 and str(file) in told[0]
+    for step in range(6, 12):
+        store.save(step, FILES, META, best=False)
+    assert store.load("last", pytest.fail).step == 11 and store.load("best").step == 3
+
+
+def test_a_run_that_goes_back_forgets_what_came_after(tmp_path: Path) -> None:
+    """The last two are damaged, the one before is used, and a step before theirs is saved next: what
+    is kept is of one course of events."""
+    store = CheckpointStore(tmp_path, keep=3)
+    for step in (2, 4, 6):
+        path = store.save(step, FILES, META, best=step == 2)
+        if step > 2:
+            (path / "manifest.json").write_text("")
+    told: list[str] = []
+    assert store.load("last", told.append).step == 2
+    assert "step-00000004" in told[0] and "step-00000006" in told[0]
+    store.save(3, OTHER, META, best=False)
+    assert folders(store) == ["step-00000002", "step-00000003"]
+    assert store.load("last", pytest.fail).peers == OTHER
+
+
+def test_a_damaged_best_is_not_replaced_by_another(tmp_path: Path) -> None:
+    """Silently judging other weights would be worse than none."""
+    store = CheckpointStore(tmp_path)
+    path = store.save(2, FILES, META, best=True)
+    store.save(4, FILES, META, best=False)
+    (path / "a" / "training.pt").write_bytes(b"")
+    with pytest.raises(DamagedError, match=r"step-00000002/a/training\.pt is damaged"):
+        store.load("best")
+    assert store.load("last", pytest.fail).step == 4
+
+
+def test_where_all_are_damaged_all_are_named(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (2, 4):
+        (store.save(step, FILES, META, best=False) / "b" / "weights.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be used") as caught:
+        store.load("last")
+    assert "step-00000002" in str(caught.value) and "step-00000004" in str(caught.value)
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.data())
-def test_a_flipped_byte_is_noticed_and_named(tmp_path_factory: Any, data: st.DataObject) -> None:
+def test_a_flipped_byte_is_noticed_and_named(memory: Path, data: st.DataObject) -> None:
     """Whichever byte of whichever file of a peer is damaged."""
-    folder = tmp_path_factory.mktemp("flipped")
+    folder = new_folder(memory)
     path = CheckpointStore(folder).save(3, FILES, META, best=False)
     peer = data.draw(st.sampled_from(sorted(FILES)))
     name = data.draw(st.sampled_from(sorted(FILES[peer])))
@@ -195,10 +462,152 @@ def test_other_damage_is_named(tmp_path: Path) -> None:
         store.load("last")
 
 
+# --- of other versions and of strangers -----------------------------------------------------
+
+
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    """A checkpoint of a later version says so instead of failing somewhere."""
+    """A checkpoint of a later version says so instead of failing somewhere; it is not damaged, so no
+    older one takes its place."""
+    store = CheckpointStore(tmp_path)
+    store.save(2, FILES, META, best=False)
+    path = store.save(3, FILES, META, best=False)
+    rewritten(path, format=FORMAT + 1, version="9.8.7", files="somewhere else by then")
+    expected = rf"written by ray-dmml 9\.8\.7 in format {FORMAT + 1}.*reads up to {FORMAT}: update"
+    for read in (lambda: read_checkpoint(path), lambda: store.load("last", pytest.fail)):
+        with pytest.raises(UserError, match=expected):
+            read()
+
+
+def test_checkpoints_of_before_there_were_checksums_load(tmp_path: Path) -> None:
+    """The first format had none of its manifest, no version, and an index without a checksum."""
+    store = CheckpointStore(tmp_path)
+    store.save(2, OTHER, META, best=True)
+    path = store.save(4, FILES, META, best=False)
+    for folder in tmp_path.glob("step-*"):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        old = {key: manifest[key] for key in ("format", "step", "files", "meta")}
+        (folder / "manifest.json").write_text(json.dumps(old, indent=1))
+    names = {"last": path.name, "best": "step-00000002"}
+    (tmp_path / "index.json").write_text(json.dumps(names))
+    found = store.load("last", pytest.fail)
+    assert (found.peers, found.meta, found.version) == (FILES, META, None)
+    assert store.load("best").peers == OTHER
+    store.save(6, FILES, META, best=False)
+    assert folders(store) == ["step-00000002", "step-00000004", "step-00000006"]
+
+
+NOT_A_FILE = [
+    "../b/x",
+    "a/../../x",
+    "/etc/passwd",
+    "a/b/c",
+    "a",
+    "a/..",
+    "./x",
+    "a\\\\..\\x",
+    "a/",
+    "a/\0",
+]
+
+
+@pytest.mark.parametrize("name", NOT_A_FILE)
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> None:
+    """Whatever their size and checksum are said to be, they are not touched."""
     path = CheckpointStore(tmp_path).save(3, FILES, META, best=False)
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "format": FORMAT + 1}))
-    with pytest.raises(UserError, match=f"format {FORMAT + 1}.*reads up to {FORMAT}: update"):
+    rewritten(path, files={name: {"size": 10**30, "sha256": "0" * 64}})
+    with pytest.raises(DamagedError, match="is not the name of a peer's file"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("what", ["a/training.pt", "a", "manifest.json"])
+def test_links_and_pipes_are_refused(tmp_path: Path, what: str) -> None:
+    """A link may lead to another's file; a pipe would keep the reader waiting for ever."""
+    path = CheckpointStore(tmp_path / "run").save(3, FILES, META, best=False)
+    elsewhere = tmp_path / "elsewhere"
+    (path / what).rename(elsewhere)
+    (path / what).symlink_to(elsewhere)
+    with pytest.raises(DamagedError, match="not a plain file"):
+        read_checkpoint(path)
+    (path / what).unlink()
+    os.mkfifo(path / what)
+    with pytest.raises(DamagedError, match="not a plain file"):
+        read_checkpoint(path)
+
+
+def test_only_what_the_manifest_names_is_adopted(tmp_path: Path) -> None:
+    """The store has the other run's checkpoint and no more, whatever else lies in its folder."""
+    path = CheckpointStore(tmp_path / "donor").save(3, FILES, META, best=True)
+    (path / "link").symlink_to("/")
+    store = CheckpointStore(tmp_path / "heir")
+    store.save(9, OTHER, META, best=True)
+    store.adopt(path)
+    assert store.load("last").peers == FILES and store.load("last").meta == META
+    assert set(store.index()) == {"last"} and folders(store) == ["step-00000003"]
+    assert sorted(each.name for each in store.path("last").iterdir()) == ["a", "b", "manifest.json"]
+
+
+def test_pickles_for_manifest_and_index_run_no_code(tmp_path: Path) -> None:
+    """Both are read as JSON."""
+    made = tmp_path / "made"
+
+    class Malicious:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (made,))
+
+    store = CheckpointStore(tmp_path / "run")
+    path = store.save(3, FILES, META, best=False)
+    for file in (path / "manifest.json", store.folder / "index.json"):
+        file.write_bytes(pickle.dumps(Malicious(), protocol=0))
+    with pytest.raises(UserError, match="no checkpoint in"):
+        store.load("last")
+    assert not made.exists()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+FIELDS = st.sampled_from(["format", "version", "step", "best", "files", "meta", "checksum"])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.dictionaries(FIELDS, JSON), st.booleans())
+def test_strange_manifests_are_user_errors(
+    memory: Path, changes: dict[str, Any], seal: bool
+) -> None:
+    """Any JSON in any field, sealed or not, is read or refused with a sentence."""
+    store = CheckpointStore(new_folder(memory))
+    path = store.save(3, FILES, META, best=False)
+    changes.pop("checksum", None) if seal else None
+    if seal:
+        rewritten(path, **changes)
+    else:
+        found = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps({**found, **changes}))
+    with suppress(UserError):
+        assert isinstance(store.load("last").meta, dict)
+    assert store.index()["last"] == path.name
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "1" * 5000, "[]", "null", '"x"', ""])
+def test_manifests_that_strain_the_reader_are_refused(tmp_path: Path, content: str) -> None:
+    path = CheckpointStore(tmp_path).save(3, FILES, META, best=False)
+    (path / "manifest.json").write_text(content)
+    with pytest.raises(DamagedError, match=r"manifest\.json is damaged"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["training.pt", "weights.safetensors", "averaged.safetensors"])
+def test_garbage_in_a_peers_files_is_a_user_error(name: str) -> None:
+    """With a right checksum, as a stranger can give it; the file is named."""
+    files = encode_peer(state())
+    for garbage in (b"", b"x" * 100, files[name][: len(files[name]) // 2], pickle.dumps([1])):
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            decode_peer({**files, name: garbage})
+    buffer = io.BytesIO()
+    torch.save([1], buffer)
+    with pytest.raises(UserError, match=r"training\.pt holds a list"):
+        decode_peer({**files, "training.pt": buffer.getvalue()})
+    with pytest.raises(UserError, match=r"has no training\.pt"):
+        decode_peer({"weights.safetensors": files["weights.safetensors"]})

@@ -1,4 +1,4 @@
-"""The coordinator as an ordinary object: gatherings, deadlines, the choice of a group."""
+"""The coordinator as an ordinary object: gatherings, the choice of a group."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 
 from ray_dmml.cohort.coordinator import Coordinator, Group, Offer
-from ray_dmml.errors import PeerLostError
 
 NAMES = ("a", "b", "c")
 OTHERS = {0: (1, 2), 1: (0, 2), 2: (0, 1)}
-LONG = 60.0
 
 
 async def both(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
@@ -25,13 +23,15 @@ def test_everyone_gets_the_others_in_peer_order() -> None:
     """Whatever the order of arrival; peers may differ in D; steps may overlap."""
 
     async def scenario() -> None:
-        coordinator = Coordinator(NAMES, LONG, LONG)
+        coordinator = Coordinator(NAMES)
         sent = {(s, p): np.full((2, p + 1), 10 * s + p) for s in (0, 1) for p in range(3)}
         order = [(0, 2), (0, 0), (1, 2), (1, 0), (0, 1), (1, 1)]
         calls = [
-            coordinator.exchange(step, peer, OTHERS[peer], sent[step, peer]) for step, peer in order
+            coordinator.exchange(step, peer, OTHERS[peer], peer + 7, sent[step, peer])
+            for step, peer in order
         ]
-        for (step, peer), others in zip(order, await both(*calls), strict=True):
+        for (step, peer), (checksums, *others) in zip(order, await both(*calls), strict=True):
+            assert checksums == [other + 7 for other in OTHERS[peer]]
             expected = [sent[step, other] for other in range(3) if other != peer]
             assert [other.tolist() for other in others] == [e.tolist() for e in expected]
 
@@ -39,19 +39,20 @@ def test_everyone_gets_the_others_in_peer_order() -> None:
 
 
 def test_some_teachers_in_several_blocks() -> None:
-    """A peer gets the blocks of its teachers only; a single one comes as it is."""
+    """A peer gets the checksums and the blocks of its teachers only."""
 
     async def scenario() -> None:
-        coordinator = Coordinator(NAMES, LONG, LONG)
+        coordinator = Coordinator(NAMES)
         blocks = {p: [np.full((1, 2), 10 * p + i) for i in range(p + 1)] for p in range(3)}
         got = await both(
-            coordinator.exchange(0, 0, (2,), *blocks[0]),
-            coordinator.exchange(0, 1, (0,), *blocks[1]),
-            coordinator.exchange(0, 2, (0, 1), *blocks[2]),
+            coordinator.exchange(0, 0, (2,), 0, *blocks[0]),
+            coordinator.exchange(0, 1, (0,), 1, *blocks[1]),
+            coordinator.exchange(0, 2, (0, 1), 2, *blocks[2]),
         )
-        assert [block is sent for block, sent in zip(got[0], blocks[2], strict=True)] == [True] * 3
-        assert got[1] is blocks[0][0]
-        assert [block.tolist() for block in got[2]] == [[[0, 0]], [[10, 10]], [[11, 11]]]
+        assert [checksums for checksums, *_ in got] == [[2], [0], [0, 1]]
+        assert [b is sent for b, sent in zip(got[0][1:], blocks[2], strict=True)] == [True] * 3
+        assert [block.tolist() for block in got[1][1:]] == [[[0, 0]]]
+        assert [block.tolist() for block in got[2][1:]] == [[[0, 0]], [[10, 10]], [[11, 11]]]
 
     asyncio.run(scenario())
 
@@ -60,47 +61,34 @@ def test_nobody_goes_on_before_the_last_has_come() -> None:
     """Two of three wait; the third lets all go."""
 
     async def scenario() -> None:
-        coordinator = Coordinator(NAMES, LONG, LONG)
+        coordinator = Coordinator(NAMES)
         early = [
-            asyncio.create_task(coordinator.exchange(4, peer, OTHERS[peer], np.zeros((1, 1))))
+            asyncio.create_task(coordinator.exchange(4, peer, OTHERS[peer], 0, np.zeros((1, 1))))
             for peer in (0, 1)
         ]
         for _ in range(20):
             await asyncio.sleep(0)
         assert not any(task.done() for task in early)
-        await coordinator.exchange(4, 2, OTHERS[2], np.ones((1, 1)))
-        assert [len(others) for others in await asyncio.gather(*early)] == [2, 2]
+        await coordinator.exchange(4, 2, OTHERS[2], 0, np.ones((1, 1)))
+        assert [len(got) for got in await asyncio.gather(*early)] == [3, 3]
 
     asyncio.run(scenario())
 
 
 def test_finished_exchanges_are_forgotten() -> None:
     """A long run keeps no old embeddings in memory."""
-    coordinator = Coordinator(NAMES, LONG, LONG)
+    coordinator = Coordinator(NAMES)
 
     async def scenario() -> None:
         for step in range(50):
             calls = [
-                coordinator.exchange(step, peer, OTHERS[peer], np.zeros((1, 1)))
+                coordinator.exchange(step, peer, OTHERS[peer], 0, np.zeros((1, 1)))
                 for peer in range(3)
             ]
             await asyncio.gather(*calls)
 
     asyncio.run(scenario())
     assert coordinator._gatherings == {}
-
-
-def test_a_silent_peer_is_named() -> None:
-    """The deadline ends the wait of those who came, with the names of those who did not."""
-
-    async def scenario() -> list[Any]:
-        coordinator = Coordinator(NAMES, 0.05, LONG)
-        return await both(coordinator.exchange(7, 1, (0, 2), np.zeros((1, 1))))
-
-    [error] = asyncio.run(scenario())
-    assert isinstance(error, PeerLostError)
-    assert str(error).startswith("a, c: nothing came for the exchange of step 8 within 0.05 s")
-    assert "cohort.exchange_timeout_s" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +105,7 @@ def test_nccl_only_where_every_peer_has_its_own_gpu(devices: list[str], backend:
     which meets at the first peer's store."""
 
     async def scenario() -> list[Any]:
-        coordinator = Coordinator(NAMES, LONG, LONG)
+        coordinator = Coordinator(NAMES)
         offers = [Offer(device, None) for device in devices]
         offers[0] = Offer(devices[0], ("10.0.0.1", 4321))
         return await both(*[coordinator.form_group(p, offers[p]) for p in (2, 0, 1)])
@@ -130,20 +118,20 @@ def test_all_or_none_use_the_group(refusing: int | None) -> None:
     """One peer that could not join is enough for all to go by the coordinator."""
 
     async def scenario() -> list[Any]:
-        coordinator = Coordinator(NAMES, LONG, LONG)
+        coordinator = Coordinator(NAMES)
         return await both(*[coordinator.all_agree(p, p != refusing) for p in range(3)])
 
     assert asyncio.run(scenario()) == [refusing is None] * 3
 
 
-def test_progress_is_the_last_report_of_each() -> None:
-    """By name, 0 before the first."""
+def test_signs_are_the_last_of_each() -> None:
+    """By name, none before the first."""
 
-    async def scenario() -> dict[str, int]:
-        coordinator = Coordinator(NAMES, LONG, LONG)
-        await coordinator.report(2, 5)
-        await coordinator.report(0, 3)
-        await coordinator.report(2, 6)
-        return await coordinator.progress()
+    async def scenario() -> dict[str, tuple[int, int]]:
+        coordinator = Coordinator(NAMES)
+        await coordinator.report(2, 5, 0)
+        await coordinator.report(0, 3, 1)
+        await coordinator.report(2, 6, 4)
+        return await coordinator.signs()
 
-    assert asyncio.run(scenario()) == {"a": 3, "b": 0, "c": 6}
+    assert asyncio.run(scenario()) == {"a": (3, 1), "b": (0, 0), "c": (6, 4)}

@@ -19,7 +19,7 @@ SMALL = [
     *("cohort.base.backbone=test_resnet", "cohort.base.weights=none", "cohort.base.num_gpus=0"),
     *("cohort.base.embedding_size=16", "cohort.base.input_size=32", "data.decode_size=36"),
     *("cohort.base.amp=off", "data.classes_per_batch=2", "data.images_per_class=2"),
-    *("train.steps=2", "train.evaluate_every=1", "train.checkpoint_every=1"),
+    *("train.steps=2", "train.evaluate_every=1", "checkpoint.every_steps=1"),
 ]
 
 

@@ -44,7 +44,7 @@ def test_the_built_in_search_is_of_the_quickstart() -> None:
         "view",
     }
     config = built_in.trial_config(built_in.default)
-    assert config.train.steps == config.train.checkpoint_every * 4 == 100
+    assert config.train.steps == config.checkpoint.every_steps * 4 == 100
     assert not config.evaluation.test
     assert config.cohort.peers[0].schedule.steps == 100
 

@@ -26,7 +26,7 @@ from ray_dmml.data.datasets import load_splits
 from ray_dmml.peerfiles import decode_peer
 from ray_dmml.training import Silent
 
-EVERY_TWO = {"steps": 6, "evaluate_every": 2, "checkpoint_every": 2, "log_every": 3}
+EVERY_TWO = {"steps": 6, "evaluate_every": 2, "log_every": 3}
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +119,9 @@ def test_results_have_their_form(run: Path) -> None:
 
 def test_training_learns(image_folder: Path, tmp_path: Path) -> None:
     """Every peer is better on unseen classes after 40 steps than before, and its loss has fallen."""
-    raw = tiny(image_folder, train={"steps": 40, "evaluate_every": 0, "checkpoint_every": 0})
+    raw = tiny(
+        image_folder, train={"steps": 40, "evaluate_every": 0}, checkpoint={"every_steps": 0}
+    )
     raw["data"]["validation_fraction"] = 0
     results = train(Config.parse(raw), tmp_path / "run", in_process=True)
     rows = metrics(tmp_path / "run")
@@ -186,7 +188,8 @@ def test_the_best_is_kept_when_later_ones_are_worse(
     def settings(steps: int) -> Config:
         raw = tiny(
             noisy_folder,
-            train={"steps": steps, "evaluate_every": 1, "checkpoint_every": 4},
+            train={"steps": steps, "evaluate_every": 1},
+            checkpoint={"every_steps": 4},
         )
         raw["train"]["select_by"] = select_by
         raw["data"]["validation_fraction"] = 0.5

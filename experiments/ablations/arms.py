@@ -129,6 +129,8 @@ class Plan:
         settings = self.config(arm, 0).model_dump(mode="json")
         for place in ("root", "manifest", "cache_dir", "cache_gib", "check_images"):
             del settings["data"][place]
+        for part in ("checkpoint", "run"):
+            del settings[part]
         told = json.dumps([settings, arm.snapshots, arm.teacher], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 

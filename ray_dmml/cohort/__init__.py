@@ -27,6 +27,9 @@ class Cohort(Protocol):
     transport: str
     """How embeddings travel: ``in-process``, ``direct``, ``coordinator``, or ``none`` for one peer."""
 
+    waited: dict[str, float]
+    """Seconds that each peer has waited for embeddings of others."""
+
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
         """Trains steps ``start .. stop - 1``; tells ``on_step`` how many steps are finished."""
         ...
@@ -45,6 +48,11 @@ class Cohort(Protocol):
 
     def load_weights(self, state: Mapping[str, PeerFiles]) -> None:
         """Takes the nets' weights only; optimisers and averages start afresh."""
+        ...
+
+    def recover(self, *, drop: bool = False) -> list[str]:
+        """After a PeerLostError: puts new peers in the places of the lost ones, or goes on without
+        them; says who they are. All must be given a state next."""
         ...
 
     def close(self) -> None:

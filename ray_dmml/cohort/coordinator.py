@@ -1,8 +1,13 @@
 """The coordinator: exchanges batch embeddings among the peers and knows nothing of networks.
 
 Everything it does is one primitive, a gathering: each peer puts a value under a key and gets the
-list of all values, in peer order, once the last one has come. A deadline turns a silent peer into
-an error that names it. Its process loads neither torch nor Ray's libraries: it holds arrays.
+list of all values, in peer order, once the last one has come. Its process loads neither torch nor
+Ray's libraries: it holds arrays.
+
+A coordinator serves one *generation* of the cohort. Where a peer is lost, the driver ends the
+coordinator and starts another for the peers of the next generation: who waits in the old one is
+woken by its end, and a late message of an old generation reaches nobody. The deadline of a silent
+peer is the driver's, too, as it alone can do something about it.
 """
 
 from __future__ import annotations
@@ -13,8 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
-from ray_dmml.errors import PeerLostError
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Group:
-    """The torch.distributed group the coordinator has formed; a peer's rank is its position."""
+    """The torch.distributed group the coordinator has formed; a peer's rank in it is that of the generation."""
 
     backend: str
     store: tuple[str, int]
@@ -48,52 +51,40 @@ class Coordinator:
     """An asynchronous actor's class; also an ordinary one, for use without Ray.
 
     Args:
-        names: of the peers, in peer order.
-        exchange_timeout_s: seconds that a peer's embeddings wait for those of the others.
-        start_timeout_s: the same for what peers need from each other before the first step, when
-            some may still be fetching their weights.
+        names: of the peers of this generation, in peer order; a peer's rank is its place here.
     """
 
-    def __init__(
-        self, names: Sequence[str], exchange_timeout_s: float, start_timeout_s: float
-    ) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
-        self._exchange_timeout_s, self._start_timeout_s = exchange_timeout_s, start_timeout_s
         self._gatherings: dict[str, _Gathering] = {}
-        self._finished = [0] * len(self._names)
+        self._signs = [(0, 0)] * len(self._names)
 
     async def exchange(
-        self, step: int, position: int, teachers: Sequence[int], *parts: np.ndarray
-    ) -> Any:
+        self, step: int, rank: int, teachers: Sequence[int], checksum: int, *parts: np.ndarray
+    ) -> list[Any]:
         """Takes a peer's (B, D) float32 embeddings of a step, gives those of its teachers.
 
         Args:
-            teachers: positions of the peers it learns from at this step.
+            teachers: ranks of the peers it learns from at this step.
+            checksum: of its embeddings, for the others to compare with what reaches them.
             parts: the rows of the embeddings in one or more blocks, which are handed on as they
                 come: what is below Ray's limit travels inside the call.
 
         Returns:
-            the blocks of all its teachers, one after the other; a single one by itself, as Ray
-            wants it.
-
-        Raises:
-            PeerLostError: some peers sent none in time; they are named.
+            the checksums of all its teachers, then their blocks, one after the other.
         """
-        what = f"exchange of step {step + 1}"
-        everyone = await self._gather(what, position, parts, self._exchange_timeout_s)
-        found = [part for teacher in teachers for part in everyone[teacher]]
-        return found[0] if len(found) == 1 else found
+        everyone = await self._gather(f"exchange {step}", rank, (checksum, parts))
+        checksums = [everyone[teacher][0] for teacher in teachers]
+        return [checksums, *(part for teacher in teachers for part in everyone[teacher][1])]
 
-    async def form_group(self, position: int, offer: Offer) -> Group | None:
+    async def form_group(self, rank: int, offer: Offer) -> Group | None:
         """The rendezvous of the direct transport: every peer offers, all get the same group, or
         None where the first peer has no store to meet at.
 
         NCCL takes one rank a GPU, so it is used only where every peer has a GPU of its own;
         fractional and mixed cohorts use gloo.
         """
-        offers: list[Offer] = await self._gather(
-            "forming of the group", position, offer, self._start_timeout_s
-        )
+        offers: list[Offer] = await self._gather("form_group", rank, offer)
         devices = [each.device for each in offers]
         own_gpus = "cpu" not in devices and len(set(devices)) == len(devices)
         store = offers[0].store
@@ -101,32 +92,25 @@ class Coordinator:
             return None
         return Group(backend="nccl" if own_gpus else "gloo", store=store)
 
-    async def all_agree(self, position: int, agreed: bool) -> bool:
+    async def all_agree(self, rank: int, agreed: bool) -> bool:
         """Whether every peer says yes: so that all use the group, or none does."""
-        what = "agreement on the group"
-        return all(await self._gather(what, position, agreed, self._start_timeout_s))
+        return all(await self._gather("all_agree", rank, agreed))
 
-    async def report(self, position: int, finished: int) -> None:
-        """A peer says how many steps it has finished."""
-        self._finished[position] = finished
+    async def report(self, rank: int, sent: int, chunks: int) -> None:
+        """A sign of life: of how many steps a peer has sent its embeddings, and how many chunks of
+        images it has embedded in evaluations."""
+        self._signs[rank] = (sent, chunks)
 
-    async def progress(self) -> dict[str, int]:
-        """Finished steps of each peer, by name."""
-        return dict(zip(self._names, self._finished, strict=True))
+    async def signs(self) -> dict[str, tuple[int, int]]:
+        """The last sign of each peer, by name."""
+        return dict(zip(self._names, self._signs, strict=True))
 
-    async def _gather(self, what: str, position: int, value: Any, timeout_s: float) -> list[Any]:
+    async def _gather(self, what: str, rank: int, value: Any) -> list[Any]:
         gathering = self._gatherings.setdefault(what, _Gathering())
-        gathering.values[position] = value
+        gathering.values[rank] = value
         if len(gathering.values) == len(self._names):
             gathering.complete.set()
-        try:
-            await asyncio.wait_for(gathering.complete.wait(), timeout_s)
-        except TimeoutError:
-            silent = [n for i, n in enumerate(self._names) if i not in gathering.values]
-            raise PeerLostError(
-                f"{', '.join(silent)}: nothing came for the {what} within {timeout_s:g} s "
-                "(cohort.exchange_timeout_s, cohort.start_timeout_s)"
-            ) from None
+        await gathering.complete.wait()
         gathering.num_taken += 1
         if gathering.num_taken == len(self._names):
             del self._gatherings[what]

@@ -67,6 +67,7 @@ class LocalCohort:
         threads = config.cohort.threads_per_peer or max(1, num_cores() // num_peers)
         self._loader = BatchLoader(splits.train, build_sampler(config, splits), threads)
         self.threads = (threads,) * num_peers
+        self.waited = dict.fromkeys(self.names, 0.0)
         self.devices, self.transport = (str(device),) * num_peers, "in-process"
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -102,6 +103,9 @@ class LocalCohort:
     def load_weights(self, state: Mapping[str, PeerFiles]) -> None:
         for peer in self.peers:
             peer.load_weights(decode_peer(state[peer.name])["net"])
+
+    def recover(self, *, drop: bool = False) -> list[str]:
+        raise RuntimeError("peers in one process are lost with it")
 
     def close(self) -> None:
         self._loader.close()

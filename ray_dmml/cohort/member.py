@@ -7,6 +7,8 @@ draw batch t -> own view -> embed -> publish -> metric loss -> the others' embed
 from __future__ import annotations
 
 import ctypes
+import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from ray_dmml.checkpoint import PeerFiles
 from ray_dmml.cohort.local import build_peer
 from ray_dmml.cohort.teachers import Teachers
-from ray_dmml.cohort.transport import connect
+from ray_dmml.cohort.transport import Alone, Exchange, Members, connect
 from ray_dmml.config import Config, PeerConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loading import BatchLoader, build_sampler
@@ -35,7 +37,6 @@ class Member:
         position: of the peer in it.
         skipped: names of images to leave out.
         threads: of torch.
-        coordinator: the actor.
         initial_weights: False where a checkpoint replaces them at once.
 
     Raises:
@@ -48,43 +49,77 @@ class Member:
         position: int,
         skipped: Sequence[str],
         threads: int,
-        coordinator: Any,
         initial_weights: bool,
     ) -> None:
         torch.set_num_threads(threads)
         keep_freed_memory()
-        self._config, self._position, self._coordinator = config, position, coordinator
+        self._config = config
         self._splits = load_splits(config.data, skip=frozenset(skipped), check=False)
-        device = _device(config.cohort.peers[position])
-        self._peer = build_peer(config, position, self._splits, device, initial_weights)
+        self._device = _device(config.cohort.peers[position])
+        self._peer = build_peer(config, position, self._splits, self._device, initial_weights)
         sampler = build_sampler(config, self._splits)
         self._loader = BatchLoader(self._splits.train, sampler, threads)
-        self._exchange, transport = connect(
-            config.cohort.transport,
-            coordinator,
-            position,
-            [peer.embedding_size for peer in config.cohort.peers],
-            Teachers.of(config),
-            device,
-            config.cohort.exchange_timeout_s,
-            config.cohort.start_timeout_s,
-        )
-        self.facts: dict[str, str] = {"device": str(device), "transport": transport}
+        self._exchange: Exchange = Alone()
+        self._sent = self._chunks = 0
 
-    def run(self, start: int, stop: int) -> list[dict[str, float]]:
-        rows = []
+    def join(self, coordinator: Any, names: Sequence[str]) -> dict[str, Any]:
+        """Enters a generation, out of the one before.
+
+        Args:
+            coordinator: the generation's own.
+            names: its peers, in peer order.
+
+        Returns:
+            what there is to know about the peer's place in it.
+        """
+        self._exchange.close()
+        self._coordinator, self._rank = coordinator, list(names).index(self._peer.name)
+        sizes = {peer.name: peer.embedding_size for peer in self._config.cohort.peers}
+        self._exchange, transport = connect(
+            self._config.cohort.transport,
+            coordinator,
+            self._rank,
+            Members(tuple(names), tuple(sizes[name] for name in names)),
+            Teachers(len(names), self._config.cohort.max_teachers, self._config.seed),
+            self._device,
+            self._config.cohort.start_timeout_s,
+        )
+        return {
+            "device": str(self._device),
+            "transport": transport,
+            "node": ray.get_runtime_context().get_node_id(),
+            "pid": os.getpid(),
+        }
+
+    def run(self, start: int, stop: int) -> tuple[list[dict[str, float]], float]:
+        """The terms of each step's loss, and the seconds spent waiting for other peers."""
+        rows, waited = [], 0.0
         for step in range(start, stop):
             batch = self._loader.batch(step)
-            self._exchange.start(step, self._peer.embed(batch))
+            published = self._peer.embed(batch)
+            self._sent = step + 1
+            self._give_sign()
+            self._exchange.start(step, published)
             self._peer.measure()
-            rows.append(self._peer.update(self._exchange.finish()))
-            self._coordinator.report.remote(self._position, step + 1)
-        return rows
+            began = time.perf_counter()
+            others = self._exchange.finish()
+            waited += time.perf_counter() - began
+            rows.append(self._peer.update(others))
+        return rows, waited
 
     def embeddings(self, split: str, averaged: bool) -> np.ndarray:
         images = getattr(self._splits, split)
         size = self._config.evaluation.batch_size
-        return self._peer.embed_images(images, size, averaged=averaged)
+        return self._peer.embed_images(
+            images, size, averaged=averaged, after_chunk=self._finish_chunk
+        )
+
+    def _finish_chunk(self) -> None:
+        self._chunks += 1
+        self._give_sign()
+
+    def _give_sign(self) -> None:
+        self._coordinator.report.remote(self._rank, self._sent, self._chunks)
 
     def state(self) -> PeerFiles:
         return encode_peer(self._peer.state_dict())

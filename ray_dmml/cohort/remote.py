@@ -4,8 +4,9 @@
                                      |  embeddings  |
                                      +- Coordinator -+   (or peer to peer, in the group it forms)
 
-The actors delegate to :class:`~ray_dmml.peer.Peer`; what is here is placement, waiting, and telling
-a user why a cohort ended.
+The actors delegate to :class:`~ray_dmml.peer.Peer`; what is here is placement, waiting, noticing who
+is lost, and forming the next generation without them or with others in their places. What the peers
+then go on from is for :mod:`~ray_dmml.training` to say.
 """
 
 from __future__ import annotations
@@ -13,20 +14,26 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     get_current_placement_group,
     placement_group,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from ray_dmml.cohort import StepRow
 from ray_dmml.cohort.coordinator import Coordinator
@@ -41,13 +48,17 @@ if TYPE_CHECKING:  # which load torch
     from ray_dmml.data.images import Splits
 
 POLL_S = 0.25
-"""Seconds between two looks at the peers' progress."""
+"""Seconds between two looks at the peers."""
 
 CONNECT_S = 10.0
 """Seconds until a cluster that does not answer is reported."""
 
 GRACE_S = 5.0
-"""When one peer's exchange fails, so long do we wait for the peer that is the cause to be known."""
+"""When one peer's call fails, so long do we wait for the others': one may be the cause, and those that
+are still at work need not be started anew."""
+
+SILENT_STEPS = 10
+"""A peer may be silent for so many median steps."""
 
 
 class PeerActor:
@@ -57,14 +68,16 @@ class PeerActor:
     raises. And it alone imports what a peer needs: the driver starts sooner without.
     """
 
-    def build(self, *arguments: Any) -> dict[str, str]:
+    def build(self, *arguments: Any) -> None:
         from ray_dmml.cohort.member import Member
 
         self._member = Member(*arguments)
-        return self._member.facts
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._member, method)(*arguments)
+
+    def answer(self) -> None:
+        """It lives, and is through with its last call."""
 
 
 class RayCohort:
@@ -77,58 +90,77 @@ class RayCohort:
 
     Raises:
         UserError: the cluster has not what the peers ask for, or a peer cannot be built.
+        PeerLostError: one died on the way.
     """
 
     def __init__(self, config: Config, splits: Splits, *, initial_weights: bool = True) -> None:
         self.names = tuple(str(peer.name) for peer in config.cohort.peers)
-        self._session = ExitStack()
-        self._actors: list[Any] = []
+        self._config, self._skipped = config, splits.skipped
+        self._positions = {name: position for position, name in enumerate(self.names)}
+        self._actors: dict[str, Any] = {}
         self._group: Any = None
         self._coordinator: Any = None
+        self._nodes: dict[str, str] = {}  # name of a peer to the ID of its node
+        self.pids: dict[str, int] = {}
+        self._step_seconds: deque[float] = deque(maxlen=31)  # of the latest calls of run
+        self.waited: dict[str, float] = dict.fromkeys(self.names, 0.0)
+        self._session = ExitStack()
         self._session.enter_context(ray_session())
         try:
-            self._start(config, splits, initial_weights)
+            self._placement, self._bundles = self._reserve()
+            self.threads = tuple(
+                config.cohort.threads_per_peer or max(1, int(bundle["CPU"]))
+                for bundle in self._bundles
+            )
+            self._form(initial_weights)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, config: Config, splits: Splits, initial_weights: bool) -> None:
-        group, bundles = self._reserve(config)
-        first = len(group.bundle_specs) - len(bundles)
+    def _form(self, initial_weights: bool) -> None:
+        """A generation of ``names``: starts those that are missing, and has all of them meet."""
+        # Beside the driver, without whom nothing goes on anyway: one thing less that can be lost.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._coordinator = (
-            ray.remote(Coordinator)
-            .options(num_cpus=0)
-            .remote(self.names, config.cohort.exchange_timeout_s, config.cohort.start_timeout_s)
+            ray.remote(Coordinator).options(num_cpus=0, scheduling_strategy=here).remote(self.names)
         )
-        self.threads = tuple(
-            config.cohort.threads_per_peer or max(1, int(bundle["CPU"])) for bundle in bundles
-        )
-        self._actors = [
-            ray.remote(PeerActor)
-            .options(
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=first + i
-                ),
+        starting = [name for name in self.names if name not in self._actors]
+        for name in starting:
+            self._actors[name] = self._start_actor(self._positions[name])
+        refs = {
+            name: self._actors[name].build.remote(
+                self._config,
+                self._positions[name],
+                self._skipped,
+                self._threads_of(name),
+                initial_weights,
             )
-            .remote()
-            for i, bundle in enumerate(bundles)
-        ]
-        built = self._gather(
-            [
-                actor.build.remote(
-                    config, i, splits.skipped, threads, self._coordinator, initial_weights
-                )
-                for i, (actor, threads) in enumerate(zip(self._actors, self.threads, strict=True))
-            ]
-        )
-        self.transport: str = built[0]["transport"]
-        self.devices = tuple(each["device"] for each in built)
+            for name in starting
+        }
+        patience = self._config.cohort.start_timeout_s
+        self._gather(refs, patience)
+        facts = self._gather(self._calls("join", self._coordinator, self.names), patience)
+        self.transport: str = facts[self.names[0]]["transport"]
+        self.devices = tuple(each["device"] for each in facts.values())
+        self._nodes = {name: each["node"] for name, each in facts.items()}
+        self.pids = {name: each["pid"] for name, each in facts.items()}
 
-    def _reserve(self, config: Config) -> tuple[PlacementGroup, list[dict[str, float]]]:
+    def _start_actor(self, position: int) -> Any:
+        bundle = self._bundles[position]
+        first = len(self._placement.bundle_specs) - len(self._bundles)
+        place = PlacementGroupSchedulingStrategy(
+            self._placement, placement_group_bundle_index=first + position
+        )
+        options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)}
+        return ray.remote(PeerActor).options(**options, scheduling_strategy=place).remote()
+
+    def _threads_of(self, name: str) -> int:
+        return self.threads[self._positions[name]]
+
+    def _reserve(self) -> tuple[PlacementGroup, list[dict[str, float]]]:
         """A place for every peer: in the group this process was started in (as a trial of a search
         is), whose last bundles are the peers', or in a new one."""
+        config = self._config
         num_peers = len(config.cohort.peers)
         given = get_current_placement_group()
         if given is not None and len(given.bundle_specs) >= num_peers:
@@ -147,16 +179,28 @@ class RayCohort:
         return self._group, bundles
 
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
-        per_peer = self._gather(self._calls("run", start, stop), on_step)
+        began = time.monotonic()
+        # Before the first steps nobody knows how long one takes; and they compile, and fill caches.
+        patience = (
+            max(self._config.run.silence_s, SILENT_STEPS * self._median_step())
+            if self._step_seconds
+            else self._config.cohort.start_timeout_s
+        )
+        found = self._gather(self._calls("run", start, stop), patience, on_step)
+        self._step_seconds.append((time.monotonic() - began) / (stop - start))
         on_step(stop)
-        return [dict(zip(self.names, terms, strict=True)) for terms in zip(*per_peer, strict=True)]
+        for name, (_, waited) in found.items():
+            self.waited[name] += waited
+        rows = zip(*(rows for rows, _ in found.values()), strict=True)
+        return [dict(zip(self.names, terms, strict=True)) for terms in rows]
 
     def embeddings(self, split: str, *, averaged: bool = False) -> dict[str, np.ndarray]:
-        found = self._gather(self._calls("embeddings", split, averaged))
-        return dict(zip(self.names, found, strict=True))
+        return self._gather(
+            self._calls("embeddings", split, averaged), self._config.cohort.start_timeout_s
+        )
 
     def state(self) -> dict[str, PeerFiles]:
-        return dict(zip(self.names, self._gather(self._calls("state")), strict=True))
+        return self._gather(self._calls("state"), self._config.cohort.start_timeout_s)
 
     def load(self, state: Mapping[str, PeerFiles]) -> None:
         self._give("load", state)
@@ -164,97 +208,228 @@ class RayCohort:
     def load_weights(self, state: Mapping[str, PeerFiles]) -> None:
         self._give("load_weights", state)
 
+    def recover(self, *, drop: bool = False) -> list[str]:
+        """Forms the next generation after a :class:`PeerLostError`. Whoever does not answer is
+        ended; all peers must be given a state next.
+
+        Args:
+            drop: the others go on without them; else they are started anew.
+
+        Returns:
+            who was ended.
+
+        Raises:
+            PeerLostError: again one was lost, or none is left.
+        """
+        # Its end wakes who waits in an exchange for one that will never come.
+        self._end(self._coordinator)
+        grace = max(GRACE_S, 2 * self._median_step())
+        answers = {name: actor.answer.remote() for name, actor in self._actors.items()}
+        ray.wait(list(answers.values()), num_returns=len(answers), timeout=grace)
+        lost = [name for name in self.names if name in answers and not _has_come(answers[name])]
+        lost += [name for name in self.names if name not in answers]
+        here = ray.get_runtime_context().get_node_id()
+        for name in lost:
+            actor = self._actors.pop(name, None)
+            # Ray asks a process to end before it forces it to, and one that is stopped takes its time.
+            if actor is not None and self._nodes.get(name) == here:
+                with suppress(ProcessLookupError):
+                    os.kill(self.pids[name], signal.SIGKILL)
+            self._end(actor)
+        if drop:
+            self.names = tuple(name for name in self.names if name not in lost)
+            if not self.names:
+                raise PeerLostError(f"{', '.join(lost)}: lost, and no peer is left to go on")
+        self._form(initial_weights=False)
+        return lost
+
     def close(self) -> None:
-        for actor in [*self._actors, self._coordinator]:
-            if actor is not None:
-                ray.kill(actor)
-        self._actors, self._coordinator = [], None
+        for actor in [*self._actors.values(), self._coordinator]:
+            self._end(actor)
+        self._actors, self._coordinator = {}, None
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
         self._session.close()
 
+    @staticmethod
+    def _end(actor: Any) -> None:
+        if actor is not None:
+            ray.kill(actor)
+
     # --- calling ----------------------------------------------------------------------------
 
-    def _calls(self, method: str, *arguments: Any) -> list[Any]:
+    def _calls(self, method: str, *arguments: Any) -> dict[str, Any]:
         """The same call on every peer."""
-        return [actor.call.remote(method, *arguments) for actor in self._actors]
+        return {name: self._actors[name].call.remote(method, *arguments) for name in self.names}
 
     def _give(self, method: str, state: Mapping[str, PeerFiles]) -> None:
         """To every peer what is its own."""
-        pairs = zip(self.names, self._actors, strict=True)
-        self._gather([actor.call.remote(method, state[name]) for name, actor in pairs])
+        refs = {name: self._actors[name].call.remote(method, state[name]) for name in self.names}
+        self._gather(refs, self._config.cohort.start_timeout_s)
 
     # --- waiting ----------------------------------------------------------------------------
 
-    def _gather(self, refs: list[Any], on_step: Callable[[int], None] | None = None) -> list[Any]:
-        """The results of one call on every peer. The first failure ends the wait: the peers that
-        are left would only sit in an exchange until its deadline.
+    def _median_step(self) -> float:
+        return sorted(self._step_seconds)[len(self._step_seconds) // 2] if self._step_seconds else 0
+
+    def _gather(
+        self,
+        refs: dict[str, Any],
+        patience: float,
+        on_step: Callable[[int], None] | None = None,
+    ) -> dict[str, Any]:
+        """The results of one call on some peers. The first failure ends the wait: the peers that
+        are left would only sit in an exchange.
+
+        Args:
+            patience: seconds that a peer may go without a sign of life.
 
         Raises:
-            UserError: what a peer raised, or which peer died.
+            UserError: what a peer raised.
+            PeerLostError: who died or fell silent.
         """
-        waiting = list(refs)
+        watch = _Watch(patience, self._config.run.detect_s, self._nodes)
+        waiting = dict(refs)
         while waiting:
-            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-            for ref in done:
+            ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=POLL_S)
+            for name in [name for name, ref in waiting.items() if _is_ready(ref)]:
                 try:
-                    ray.get(ref)
+                    ray.get(waiting.pop(name))
                 except (RayTaskError, RayActorError) as error:
                     raise self._explain(error, refs) from error
-            if on_step is not None and waiting:
-                on_step(min(self._progress().values(), default=0))
-        return ray.get(refs)
+            if waiting:
+                signs = self._signs()
+                if on_step is not None and signs:
+                    on_step(max(0, min(sent for sent, _ in signs.values()) - 1))
+                watch.look(waiting, signs)
+        return {name: ray.get(ref) for name, ref in refs.items()}
 
-    def _explain(self, error: Exception, refs: list[Any]) -> Exception:
+    def _explain(self, error: Exception, refs: Mapping[str, Any]) -> Exception:
         """The failure that caused the others: a user's mistake, then a death, then a lost exchange."""
         if _is_mistake(_cause(error)):
             return _cause(error)
-        failures, silent = self._failures(refs)
-        progress = self._progress()
-        # Who waits for a silent peer is silent itself; who got least far is the cause.
-        least = min((progress.get(name, 0) for name in silent), default=0)
-        silent = [name for name in silent if progress.get(name, 0) == least]
-        failures = failures or [(refs[0], error)]
-        causes = [_cause(failure) for _, failure in failures]
+        # A death is its own cause. What else a peer raises may come of another's death.
+        failures = self._failures(refs, POLL_S if _is_death(error) else GRACE_S) or {"": error}
+        causes = [_cause(failure) for failure in failures.values()]
         for cause in causes:
             if _is_mistake(cause):
                 return cause
-        for ref, failure in failures:
-            # A call that failed on a dead actor is a RayActorError too: that one is the coordinator.
-            if isinstance(failure, RayActorError) and not isinstance(failure, RayTaskError):
-                name = self.names[refs.index(ref)]
-                step = progress.get(name)
-                where = "" if step is None else f" after step {step}"
-                return PeerLostError(f"{name} died{where}: {_first_line(failure)}")
+        died = {name: _why(failure) for name, failure in failures.items() if _is_death(failure)}
+        if died:
+            signs = self._signs()
+            told = []
+            for name, why in died.items():
+                sent = signs.get(name, (0, 0))[0]
+                told.append(f"{name} died{f' in step {sent}' if sent else ''}: {why}")
+            return PeerLostError("; ".join(told))
         for cause in causes:
             if isinstance(cause, RayActorError):
-                return PeerLostError(f"the coordinator died: {_first_line(cause)}")
-        for cause in causes:
-            if isinstance(cause, PeerLostError):
-                told, missing = str(cause), ", ".join(silent)
-                if told.startswith(missing):
-                    return cause
-                # torch.distributed does not say for whom it waited; the coordinator does.
-                return PeerLostError(f"{missing} gave no answer: {told}")
-        return causes[0]
+                return PeerLostError(f"the coordinator died: {_why(cause)}")
+        # A lost exchange is the last to be believed: it is what everything else looks like to others.
+        return next((cause for cause in causes if not isinstance(cause, PeerLostError)), causes[0])
 
-    def _failures(self, refs: list[Any]) -> tuple[list[tuple[Any, Exception]], list[str]]:
-        """What the peers raised by now, and who has not answered."""
-        done, waiting = ray.wait(refs, num_returns=len(refs), timeout=GRACE_S)
-        failures: list[tuple[Any, Exception]] = []
-        for ref in done:
+    def _failures(self, refs: Mapping[str, Any], grace: float) -> dict[str, Exception]:
+        """What the peers raised by now, or within so many seconds."""
+        ray.wait(list(refs.values()), num_returns=len(refs), timeout=grace)
+        failures: dict[str, Exception] = {}
+        for name, ref in refs.items():
             try:
-                ray.get(ref)
+                ray.get(ref, timeout=0)
+            except GetTimeoutError:
+                pass
             except (RayTaskError, RayActorError) as error:
-                failures.append((ref, error))
-        return failures, [self.names[refs.index(ref)] for ref in waiting]
+                failures[name] = error
+        return failures
 
-    def _progress(self) -> dict[str, int]:
+    def _signs(self) -> dict[str, tuple[int, int]]:
+        """The last sign of each peer; empty where the coordinator gives none."""
         try:
-            return ray.get(self._coordinator.progress.remote(), timeout=GRACE_S)
+            return ray.get(self._coordinator.signs.remote(), timeout=GRACE_S)
         except (RayActorError, GetTimeoutError):
             return {}
+
+
+class _Watch:
+    """Notices, in a wait, who is silent for too long and whose node is gone.
+
+    Args:
+        patience: seconds that a peer may go without a sign.
+        detect_s: seconds until a node that does not answer is lost.
+        nodes: name of a peer to the ID of its node.
+    """
+
+    def __init__(self, patience: float, detect_s: float, nodes: Mapping[str, str]) -> None:
+        self._patience, self._detect_s, self._nodes = patience, detect_s, nodes
+        now = time.monotonic()
+        self._last: dict[str, tuple[tuple[int, int], float]] = {}
+        self._heard_at = now
+        self._looked_at = now
+
+    def look(self, waiting: Mapping[str, Any], signs: Mapping[str, tuple[int, int]]) -> None:
+        """Raises PeerLostError."""
+        now = time.monotonic()
+        if signs:
+            self._heard_at = now
+        elif now - self._heard_at > self._patience:
+            raise PeerLostError(f"the coordinator gave no answer for {self._patience:.0f} s")
+        else:
+            return
+        for name in waiting:
+            sign = signs[name]
+            if name not in self._last or self._last[name][0] != sign:
+                self._last[name] = (sign, now)
+        stuck = [name for name in waiting if now - self._last[name][1] > self._patience]
+        if stuck:
+            # Who waits for a stuck peer is silent, too; who got least far is the cause.
+            least = min(signs[name][0] for name in stuck)
+            told = ", ".join(name for name in stuck if signs[name][0] == least)
+            raise PeerLostError(f"{told}: no sign of life for {self._patience:.0f} s")
+        if now - self._looked_at > self._detect_s / 3:
+            self._look_at_nodes(waiting)
+            self._looked_at = time.monotonic()
+
+    def _look_at_nodes(self, waiting: Mapping[str, Any]) -> None:
+        """Ray's own checks take up to a minute by default, and are the cluster's to set."""
+        nodes = {node["NodeID"]: node for node in ray.nodes()}
+        for where in {self._nodes[name] for name in waiting if name in self._nodes}:
+            node = nodes.get(where)
+            if node is not None and node["Alive"] and _answers(node, self._detect_s / 3):
+                continue
+            names = ", ".join(name for name in self._nodes if self._nodes[name] == where)
+            address = node["NodeManagerAddress"] if node else where
+            raise PeerLostError(f"{names}: the node {address} was lost")
+
+
+def _answers(node: Mapping[str, Any], timeout_s: float) -> bool:
+    """Twice, as a single packet may be lost."""
+    for _ in range(2):
+        try:
+            place = (node["NodeManagerAddress"], node["NodeManagerPort"])
+            socket.create_connection(place, timeout=timeout_s).close()
+            return True
+        except OSError:
+            continue
+    return False
+
+
+def _is_ready(ref: Any) -> bool:
+    return bool(ray.wait([ref], timeout=0)[0])
+
+
+def _has_come(ref: Any) -> bool:
+    """Whether a call is done and did not fail."""
+    try:
+        ray.get(ref, timeout=0)
+    except RayError:
+        return False
+    return True
+
+
+def _is_death(error: Exception) -> bool:
+    """Of the actor itself. A call of a living one that failed on a dead one is a RayTaskError, too:
+    the dead one is the coordinator."""
+    return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
 
 
 def _cause(error: Exception) -> Exception:
@@ -266,8 +441,18 @@ def _is_mistake(error: Exception) -> bool:
     return isinstance(error, UserError) and not isinstance(error, PeerLostError)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _why(error: Exception) -> str:
+    """Why an actor died, out of Ray's paragraph about it."""
+    told = str(error)
+    if "OUT_OF_MEMORY" in told or "running low on memory" in told:
+        return "out of memory: Ray ended it, as its node had too little left"
+    if "node has died" in told or "NODE_DIED" in told:
+        return "its node was lost"
+    if "ray.kill" in told:
+        return "it was ended"
+    if "SYSTEM_ERROR" in told or "connection error" in told.lower():
+        return "its process was killed or crashed"
+    return next((line.strip() for line in told.splitlines() if line.strip()), type(error).__name__)
 
 
 def plan_bundles(config: Config, nodes: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
@@ -347,6 +532,8 @@ def _start_ray() -> None:
     # Ray reports usage to its makers unless told otherwise; a user who wants that says so.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # What a peer raises because another was lost is told once, by us.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     address = os.environ.get("RAY_ADDRESS")
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:

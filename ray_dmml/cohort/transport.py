@@ -7,6 +7,7 @@ computed while the bytes travel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -23,10 +24,41 @@ from ray_dmml.errors import PeerLostError
 INLINE_PART_BYTES = 96 * 1024
 """Just below Ray's limit for what travels inside a call (100 KiB with its header)."""
 
+CHECKSUM_FLOATS = 2
+"""An int64 in the place of so many float32."""
+
 INLINE_EMBEDDING_BYTES = 2**20
 """Larger embeddings go through the object store in one piece."""
 
 _DIST_ERRORS = (RuntimeError, ValueError, OSError)
+
+_NEVER = timedelta(days=7)
+"""Waits inside a group have no deadline of their own: the driver ends those who keep others waiting."""
+
+
+def checksum(rows: Tensor) -> Tensor:
+    """Of (N, D) float32, an int64 scalar on the same device: any changed or moved bit changes it."""
+    bits = rows.contiguous().view(torch.int32).flatten().to(torch.int64)
+    weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # odd, so that none hides a bit
+    return (bits * weights).sum()  # wraps around, the same everywhere
+
+
+def _verified(rows: Tensor, expected: int, teacher: str, step: int) -> Tensor:
+    """Raises PeerLostError where the rows are not those that were sent."""
+    if int(checksum(rows)) != expected:
+        raise PeerLostError(
+            f"the embeddings of {teacher} of step {step + 1} were damaged on their way"
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Members:
+    """The peers of a generation, in peer order; the place of one is its rank."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    """Their embedding sizes."""
 
 
 class Exchange(Protocol):
@@ -44,7 +76,7 @@ class Exchange(Protocol):
         """The (B, D_n) float32 embeddings of this peer's teachers of that step, in peer order.
 
         Raises:
-            PeerLostError: they did not come.
+            PeerLostError: they did not come, or not as they were sent.
         """
         ...
 
@@ -65,34 +97,42 @@ class Alone:
 class CoordinatorExchange:
     """The coordinator carries the data, as numpy arrays (a torch tensor costs Ray three times that)."""
 
-    def __init__(
-        self, coordinator: Any, position: int, sizes: Sequence[int], teachers: Teachers
-    ) -> None:
-        self._coordinator, self._position = coordinator, position
-        self._sizes, self._teachers = tuple(sizes), teachers
+    def __init__(self, coordinator: Any, rank: int, members: Members, teachers: Teachers) -> None:
+        self._coordinator, self._rank = coordinator, rank
+        self._members, self._teachers = members, teachers
         self._pending: list[Any] = []
-        self._shapes: list[tuple[int, int]] = []
+        self._expected: list[int] = []
+        self._num_rows, self._step = 0, -1
 
     def start(self, step: int, embedding: Tensor) -> None:
-        teachers = self._teachers.at(step)[self._position]
+        self._expected = list(self._teachers.at(step)[self._rank])
+        self._num_rows, self._step = len(embedding), step
         array = embedding.cpu().numpy()
-        self._shapes = [(len(array), self._sizes[teacher]) for teacher in teachers]
-        count = sum(len(_parts(*shape)) for shape in self._shapes)
-        pending = self._coordinator.exchange.options(num_returns=count).remote(
-            step, self._position, teachers, *(array[rows] for rows in _parts(*array.shape))
+        sizes = [self._members.sizes[teacher] for teacher in self._expected]
+        count = 1 + sum(len(_parts(self._num_rows, size)) for size in sizes)
+        self._pending = self._coordinator.exchange.options(num_returns=count).remote(
+            step,
+            self._rank,
+            self._expected,
+            int(checksum(embedding)),
+            *(array[rows] for rows in _parts(*array.shape)),
         )
-        self._pending = [pending] if count == 1 else pending
+        if count == 1:  # nobody teaches it at this step
+            self._pending = [self._pending]
 
     def finish(self) -> list[Tensor]:
-        parts = iter(ray.get(self._pending))
+        checksums, *rest = ray.get(self._pending)
+        parts = iter(rest)
         found = []
-        for shape in self._shapes:
+        for teacher, expected in zip(self._expected, checksums, strict=True):
+            shape = (self._num_rows, self._members.sizes[teacher])
             # Ray's arrays are read-only views at any address; a tensor of torch's own is writable
             # and aligned, and matrix products give the same bits only for the same alignment.
             embedding = torch.empty(shape)
             for rows in _parts(*shape):
                 embedding.numpy()[rows] = next(parts)
-            found.append(embedding)
+            name = self._members.names[teacher]
+            found.append(_verified(embedding, expected, name, self._step))
         return found
 
     def close(self) -> None:
@@ -114,35 +154,36 @@ def _parts(num_rows: int, size: int) -> list[slice]:
 class DirectExchange:
     """A torch.distributed group of the peer actors, formed by the coordinator.
 
-    One collective where everybody learns from everybody, else a message from each teacher.
+    One collective where everybody learns from everybody, else a message from each teacher. What is
+    sent has one more row, which holds the checksum of the others.
 
     Args:
-        position: this peer's, which is its rank.
-        sizes: embedding size of every peer, in peer order.
-        teachers: who learns from whom.
         store: where the group meets.
+        rank: this peer's.
+        members: the group.
+        teachers: who learns from whom.
+        device: where this peer computes.
     """
 
     def __init__(
         self,
         group: Group,
         store: Store,
-        position: int,
-        sizes: Sequence[int],
+        rank: int,
+        members: Members,
         teachers: Teachers,
         device: torch.device,
-        timeout_s: float,
     ) -> None:
-        self._position, self._sizes, self._teachers = position, tuple(sizes), teachers
+        self._rank, self._members, self._teachers = rank, members, teachers
         # gloo wants equal shapes: narrower embeddings are padded to the widest.
-        self._width = max(sizes)
+        self._width = max(CHECKSUM_FLOATS, *members.sizes)
         self._device = device if group.backend == "nccl" else torch.device("cpu")
         dist.init_process_group(
             group.backend,
             store=store,
-            rank=position,
-            world_size=len(sizes),
-            timeout=timedelta(seconds=timeout_s),
+            rank=rank,
+            world_size=len(members.sizes),
+            timeout=_NEVER,
             device_id=device if group.backend == "nccl" else None,
         )
         self._pending: list[Any] = []
@@ -157,40 +198,55 @@ class DirectExchange:
             else:
                 self._send(embedding, self._teachers.at(step))
         except _DIST_ERRORS as error:
-            raise PeerLostError(f"exchange of step {step + 1} failed: {error}") from None
+            raise self._lost(error) from None
 
     def finish(self) -> list[Tensor]:
         try:
             for work in self._pending:
                 work.wait()
         except _DIST_ERRORS as error:
-            raise PeerLostError(f"exchange of step {self._step + 1} failed: {error}") from None
-        return [
-            received[:, : self._sizes[teacher]].contiguous()
-            for teacher, received in self._received.items()
-        ]
+            raise self._lost(error) from None
+        found = []
+        for teacher, received in self._received.items():
+            rows = received[:-1, : self._members.sizes[teacher]].contiguous()
+            expected = int(received[-1, :CHECKSUM_FLOATS].view(torch.int64))
+            found.append(_verified(rows, expected, self._members.names[teacher], self._step))
+        return found
+
+    def _lost(self, error: Exception) -> PeerLostError:
+        return PeerLostError(f"exchange of step {self._step + 1} failed: {_first_line(error)}")
+
+    def _packed(self, embedding: Tensor, width: int) -> Tensor:
+        """(B, D) -> (B + 1, width) with the checksum in the last row."""
+        num_rows, size = embedding.shape
+        packed = torch.zeros(num_rows + 1, width, device=self._device)
+        packed[:-1, :size] = embedding
+        packed[-1, :CHECKSUM_FLOATS] = checksum(packed[:-1, :size]).view(1).view(torch.float32)
+        return packed
 
     def _gather(self, embedding: Tensor) -> None:
         """From all to all."""
-        num_rows, size = embedding.shape
-        sent = torch.zeros(num_rows, self._width, device=self._device)
-        sent[:, :size] = embedding
-        received = [torch.empty_like(sent) for _ in self._sizes]
+        sent = self._packed(embedding, self._width)
+        received = [torch.empty_like(sent) for _ in self._members.sizes]
         self._pending = [dist.all_gather(received, sent, async_op=True)]
-        self._received = {n: rows for n, rows in enumerate(received) if n != self._position}
+        self._received = {n: rows for n, rows in enumerate(received) if n != self._rank}
 
     def _send(self, embedding: Tensor, teachers: Sequence[Sequence[int]]) -> None:
         """To this peer's students, from its teachers."""
-        sent = embedding.to(self._device).contiguous()
+
+        def width(rank: int) -> int:
+            return max(CHECKSUM_FLOATS, self._members.sizes[rank])
+
+        sent = self._packed(embedding, width(self._rank))
         self._received = {
-            teacher: torch.empty(len(sent), self._sizes[teacher], device=self._device)
-            for teacher in teachers[self._position]
+            teacher: torch.empty(len(sent), width(teacher), device=self._device)
+            for teacher in teachers[self._rank]
         }
         self._pending = dist.batch_isend_irecv(
             [
                 *(
                     dist.P2POp(dist.isend, sent, student)
-                    for student in students(teachers, self._position)
+                    for student in students(teachers, self._rank)
                 ),
                 *(
                     dist.P2POp(dist.irecv, rows, teacher)
@@ -207,45 +263,41 @@ class DirectExchange:
 def connect(
     transport: str,
     coordinator: Any,
-    position: int,
-    sizes: Sequence[int],
+    rank: int,
+    members: Members,
     teachers: Teachers,
     device: torch.device,
-    exchange_timeout_s: float,
     start_timeout_s: float,
 ) -> tuple[Exchange, str]:
     """A peer's end of the exchange, and the way that was taken, with the reason if not the asked.
 
     ``direct`` falls back to the coordinator, for all peers alike, where no group can be formed.
     """
-    if len(sizes) == 1:
+    if len(members.names) == 1:
         return Alone(), "none"
     if transport == "coordinator":
-        return CoordinatorExchange(coordinator, position, sizes, teachers), "coordinator"
+        return CoordinatorExchange(coordinator, rank, members, teachers), "coordinator"
     direct: DirectExchange | None = None
     reason = "another peer could not join"
     try:
-        direct = _join_group(
-            coordinator, position, sizes, teachers, device, exchange_timeout_s, start_timeout_s
-        )
+        direct = _join_group(coordinator, rank, members, teachers, device, start_timeout_s)
     except _DIST_ERRORS as error:
-        reason = str(error).splitlines()[0]
-    if ray.get(coordinator.all_agree.remote(position, direct is not None)):
+        reason = _first_line(error)
+    if ray.get(coordinator.all_agree.remote(rank, direct is not None)):
         assert direct is not None
         return direct, "direct"
     if direct is not None:
         direct.close()
     how = f"coordinator, as no direct group could be formed ({reason})"
-    return CoordinatorExchange(coordinator, position, sizes, teachers), how
+    return CoordinatorExchange(coordinator, rank, members, teachers), how
 
 
 def _join_group(
     coordinator: Any,
-    position: int,
-    sizes: Sequence[int],
+    rank: int,
+    members: Members,
     teachers: Teachers,
     device: torch.device,
-    exchange_timeout_s: float,
     start_timeout_s: float,
 ) -> DirectExchange:
     timeout = timedelta(seconds=start_timeout_s)
@@ -255,7 +307,7 @@ def _join_group(
     own_store: Store | None = None
     address: tuple[str, int] | None = None
     reason = "the first peer could open no store"
-    if position == 0:
+    if rank == 0:
         # Port 0: the system picks a free one, and no other process can take it in between.
         host = ray.util.get_node_ip_address()
         try:
@@ -263,8 +315,12 @@ def _join_group(
             address = (host, own_store.port)
         except _DIST_ERRORS as error:
             reason = f"no store on {host}: {error}"  # said below: the others wait for our offer
-    group: Group | None = ray.get(coordinator.form_group.remote(position, Offer(name, address)))
+    group: Group | None = ray.get(coordinator.form_group.remote(rank, Offer(name, address)))
     if group is None:
         raise RuntimeError(reason)
     store = own_store or TCPStore(*group.store, is_master=False, timeout=timeout)
-    return DirectExchange(group, store, position, sizes, teachers, device, exchange_timeout_s)
+    return DirectExchange(group, store, rank, members, teachers, device)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

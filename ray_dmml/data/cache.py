@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ray_dmml.data.images import FileImages, ImageSet, Stamp
 
-FORMAT = 1
+FORMAT = 2
 """Rises with every change of the file's layout or of how images are decoded."""
 
 HEADER_BYTES = 4096

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ray_dmml.data.imageheader import claimed_size
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 
@@ -25,8 +28,31 @@ Stamp = tuple[int, int]
 file system's own (ctime): archives and copies set the other one back."""
 
 
+MAX_PIXELS = 178_956_970
+"""Of an image, as its header claims them: 0.5 GiB as uint8 RGB. Pillow refuses at the same size."""
+
+MAX_FILE_BYTES = 2**30
+"""Of an image's file: what so many pixels take at 16 bits a channel, not compressed."""
+
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF"),
+    "WEBP",
+)
+"""What an image's file may be, by Pillow's names."""
+
+_TOO_LARGE = f"at most {MAX_PIXELS} are decoded"
+_MAX_ASPECT = 16
+
+
 class BadImageError(UserError):
     """An image cannot be read; the message names it and the reason."""
+
+
+def printable(name: str) -> str:
+    """A file's name for a message: what is no text, or would move a terminal's cursor, is escaped."""
+    if name.isprintable():
+        return name
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in name)
 
 
 class ImageSource(Protocol):
@@ -89,30 +115,66 @@ class FileImages:
             raise self._bad(index, error) from error
 
     def _bad(self, index: int, error: Exception) -> BadImageError:
-        return BadImageError(f"image {self.name(index)} cannot be read: {_reason(error)}")
+        return BadImageError(
+            f"image {printable(self.name(index))} cannot be read: {_reason(error)}"
+        )
 
 
 def _decode(path: Path) -> Tensor:
-    """uint8 (3, H, W), upright according to its EXIF orientation."""
+    """uint8 (3, H, W), upright according to its EXIF orientation, whatever its name says it is."""
     # More than a second to import, which a driver without files to read is spared.
     from torchvision.io import ImageReadMode, decode_image
 
-    data = np.fromfile(path, dtype=np.uint8)
-    if not data.size:
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):  # to read a pipe would wait for ever
+        raise OSError("it is not a regular file")
+    if found.st_size > MAX_FILE_BYTES:
+        raise OSError(f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB")
+    array = np.fromfile(path, dtype=np.uint8)
+    if not array.size:
         raise OSError("the file is empty")
+    data = array.tobytes()
+    size = claimed_size(data)
+    if size is None:  # none of those that torchvision decodes within a bound
+        return _decode_with_pillow(data)
+    _refuse_huge(*size)
     try:
         image: Tensor = decode_image(
-            torch.from_numpy(data), mode=ImageReadMode.RGB, apply_exif_orientation=True
+            torch.from_numpy(array), mode=ImageReadMode.RGB, apply_exif_orientation=True
         )
-    except RuntimeError:  # BMP, TIFF and rare kinds of JPEG; Pillow also says what is wrong
-        with Image.open(io.BytesIO(data.tobytes())) as opened:
-            upright = ImageOps.exif_transpose(opened).convert("RGB")
-        return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
-    if image.ndim == 4:  # an animation: its first frame
-        image = image[0]
+    except RuntimeError:  # rare kinds of JPEG; Pillow also says what is wrong
+        return _decode_with_pillow(data)
     if image.dtype == torch.uint16:  # PNG with 16 bits a channel
         image = (image.to(torch.int32) >> 8).to(torch.uint8)
     return image
+
+
+def _decode_with_pillow(data: bytes) -> Tensor:
+    """BMP, TIFF, GIF (torchvision decodes all frames of one, we need the first) and rarer ones."""
+    try:
+        opened = Image.open(io.BytesIO(data), formats=_pillow_formats())
+    except Image.DecompressionBombError:
+        raise OSError(f"it claims too large a size, and {_TOO_LARGE}") from None
+    with opened:
+        _refuse_huge(*opened.size)
+        upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I;16"):  # convert would cut off at 255
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    elif upright.mode in ("I", "F"):
+        raise OSError("its pixels have 32 bits, and nothing says which value is white")
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+
+
+@functools.cache
+def _pillow_formats() -> tuple[str, ...]:
+    """Those that are pictures and decoded by Pillow itself: it would run Ghostscript for EPS."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _refuse_huge(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise OSError(f"it claims {width} x {height} pixels, and {_TOO_LARGE}")
 
 
 def to_square(image: Tensor, size: int, aspect: Aspect) -> Tensor:
@@ -122,6 +184,11 @@ def to_square(image: Tensor, size: int, aspect: Aspect) -> Tensor:
         target = (size, size)
     else:
         shorter = min(height, width)
+        # Of a thread of pixels only the middle is seen; all of it, enlarged, might be gigabytes.
+        for side in (1, 2):
+            longest = min(image.shape[side], _MAX_ASPECT * shorter)
+            image = image.narrow(side, (image.shape[side] - longest) // 2, longest)
+        height, width = image.shape[1:]
         target = (round(height * size / shorter), round(width * size / shorter))
     if (height, width) != target:
         image = torch.nn.functional.interpolate(

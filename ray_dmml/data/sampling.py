@@ -173,7 +173,7 @@ class ClassBalancedSampler:
         own = np.concatenate([images[label] for label in batch])
         spare = rng.permutation(np.setdiff1d(own, had))[:missing]
         if len(spare) < missing:
-            others = np.setdiff1d(np.concatenate(images), own)
+            others = np.delete(np.arange(len(self._labels)), own)  # in order, without sorting all
             spare = np.concatenate([spare, rng.permutation(others)[: missing - len(spare)]])
         for image in spare.tolist():
             label = int(self._labels[image])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_dmml.data.images import Aspect, FileImages, ImageSet
+from ray_dmml.data.images import Aspect, FileImages, ImageSet, printable
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 
@@ -23,11 +23,9 @@ def load(
     ``split_seed``; the others are the test classes.
 
     Raises:
-        UserError: no class folders, one without images, or too few classes to cut.
+        UserError: no class folders, one without images or not to be read, or too few classes.
     """
-    classes = sorted(
-        entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."
-    )
+    classes = _class_folders(root)
     num_train = round(train_fraction * len(classes))
     if len(classes) < 4:
         raise UserError(
@@ -45,7 +43,7 @@ def load(
         found = _images_under(root, name)
         if not found:
             raise UserError(
-                f"class folder {root / name} has no images ({', '.join(SUFFIXES)}): fill or "
+                f"class folder {printable(str(root / name))} has no images ({', '.join(SUFFIXES)}): fill or "
                 "remove it"
             )
         paths += found
@@ -63,9 +61,36 @@ def load(
     return images.subset(np.flatnonzero(trains)), images.subset(np.flatnonzero(~trains))
 
 
+def _class_folders(root: Path) -> list[str]:
+    """In name order. One may be a link to a folder elsewhere, but not to one around it."""
+    try:
+        names = sorted(name for name in os.listdir(root) if name[0] != "." and (root / name).is_dir())
+    except OSError as error:
+        raise _not_readable(error) from None
+    around = os.path.realpath(root)
+    for name in names:
+        if os.path.islink(root / name):
+            target = os.path.realpath(root / name)
+            if os.path.commonpath([target, around]) == target:
+                raise UserError(
+                    f"class folder {printable(str(root / name))} is a link to {printable(target)}, "
+                    "which holds the other classes too: remove it"
+                )
+    return names
+
+
+def _not_readable(error: OSError) -> UserError:
+    return UserError(f"folder {printable(str(error.filename))} cannot be read: {error.strerror}")
+
+
 def _images_under(root: Path, name: str) -> list[str]:
+    """Links to files are followed, links to folders are not: they may lead round in a circle."""
+
+    def refuse(error: OSError) -> None:
+        raise _not_readable(error)
+
     found = []
-    for folder, subfolders, files in os.walk(root / name):
+    for folder, subfolders, files in os.walk(root / name, onerror=refuse):
         subfolders[:] = [subfolder for subfolder in subfolders if subfolder[0] != "."]
         inside = Path(folder).relative_to(root)
         found += [

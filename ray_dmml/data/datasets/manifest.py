@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
-from ray_dmml.data.images import Aspect, FileImages, ImageSet
+from ray_dmml.data.images import Aspect, FileImages, ImageSet, printable
 from ray_dmml.errors import UserError
 
 # 1.0 and 0.0 are how pandas writes a column of 0 and 1 that has gaps.
 FLAGS = {"": False, "0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+
+
+MAX_LINE = 2**20
+"""Characters of a line."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +54,13 @@ def load(manifest: Path, root: Path, decode_size: int, aspect: Aspect) -> tuple[
     both = sorted({row.label for row in train} & {row.label for row in test})
     if both:
         raise UserError(
-            f"manifest {manifest}: label {both[0]!r} is in both splits ({len(both)} such labels); "
+            f"manifest {manifest}: label {_cut(both[0])!r} is in both splits ({len(both)} such labels); "
             "classes must be in one of train and validation"
         )
-    missing = [row.path for row in rows if not (root / row.path).is_file()]
+    missing = [row.path for row in rows if not os.path.isfile(os.path.join(root, row.path))]
     if missing:
         raise UserError(
-            f"manifest {manifest} lists {missing[0]}, which is not in {root} "
+            f"manifest {manifest} lists {_cut(missing[0])}, which is not in {root} "
             f"({len(missing)} files are missing)"
         )
     return (
@@ -81,11 +87,18 @@ def _image_set(rows: list[_Row], root: Path, decode_size: int, aspect: Aspect) -
 
 
 def _read(manifest: Path, root: Path) -> list[_Row]:
+    base = os.path.abspath(root)
     try:
+        if manifest.exists() and not manifest.is_file():
+            raise UserError(f"data.manifest {manifest} is not a file")
         with manifest.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(_lines(file))
+            names = reader.fieldnames or ()
+            for column in ("path", "label", "split", "is_query", "is_gallery"):
+                if names.count(column) > 1:
+                    raise UserError(f"manifest {manifest} has two columns '{column}'")
             for column in ("path", "label", "split"):
-                if column not in (reader.fieldnames or ()):
+                if column not in names:
                     raise UserError(
                         f"manifest {manifest} has no column '{column}'; its first line must name "
                         "path, label, split and, if wanted, is_query and is_gallery"
@@ -93,9 +106,9 @@ def _read(manifest: Path, root: Path) -> list[_Row]:
             rows: dict[str, _Row] = {}
             for cells in reader:
                 where = f"manifest {manifest}, line {reader.line_num}"
-                row = _parse(cells, root, where)
+                row = _parse(cells, root, base, where)
                 if row.path in rows:
-                    raise UserError(f"{where}: {row.path} is listed a second time")
+                    raise UserError(f"{where}: {_cut(row.path)} is listed a second time")
                 rows[row.path] = row
             return list(rows.values())
     except OSError as error:
@@ -104,14 +117,27 @@ def _read(manifest: Path, root: Path) -> list[_Row]:
         raise UserError(f"data.manifest {manifest} is not a CSV file in UTF-8: {error}") from None
 
 
-def _parse(cells: dict[str, str | None], root: Path, where: str) -> _Row:
+def _lines(file: TextIO) -> Iterator[str]:
+    """Of a file that may be no table at all, and one line as long as it is."""
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise csv.Error(f"a line has more than {MAX_LINE} characters")
+        yield line
+
+
+def _cut(text: str) -> str:
+    text = printable(text)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _parse(cells: dict[str, str | None], root: Path, base: str, where: str) -> _Row:
     def cell(column: str) -> str:
         return (cells.get(column) or "").strip()
 
     def flag(column: str) -> bool:
         text = cell(column)
         if text.lower() not in FLAGS:
-            raise UserError(f"{where}: {column} is {text!r}; allowed: 0, 1, True, False or empty")
+            raise UserError(f"{where}: {column} is {_cut(text)!r}; allowed: 0, 1, True, False or empty")
         return FLAGS[text.lower()]
 
     for column in ("path", "label"):
@@ -119,13 +145,16 @@ def _parse(cells: dict[str, str | None], root: Path, where: str) -> _Row:
             raise UserError(f"{where}: {column} is empty")
     split = cell("split")
     if split not in ("train", "validation"):
-        raise UserError(f"{where}: split is {split!r}; allowed: train, validation")
-    base = os.path.abspath(root)
+        raise UserError(f"{where}: split is {_cut(split)!r}; allowed: train, validation")
+    for column in ("path", "label"):
+        if "\0" in cell(column):
+            raise UserError(f"{where}: {column} has a character 0: this is no text file")
     path = os.path.normpath(os.path.join(base, cell("path")))
-    if not path.startswith(os.path.join(base, "")):
-        raise UserError(f"{where}: {cell('path')} is outside data.root {root}")
+    inside = os.path.join(base, "")
+    if not path.startswith(inside):
+        raise UserError(f"{where}: {_cut(cell('path'))} is outside data.root {root}")
     return _Row(
-        Path(path).relative_to(base).as_posix(),
+        Path(path[len(inside) :]).as_posix(),
         cell("label"),
         split,
         flag("is_query"),

@@ -1,0 +1,289 @@
+"""Peers that are killed, stopped or lost amid a run: it goes on and ends with the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny
+
+from ray_dmml.cohort import transport as transports
+from ray_dmml.cohort.coordinator import Coordinator
+from ray_dmml.cohort.transport import checksum
+from ray_dmml.config import Config
+from ray_dmml.data.datasets import load_splits
+from ray_dmml.errors import Interrupted, PeerLostError
+from ray_dmml.runfolder import RunFolder
+from ray_dmml.training import Silent, evaluate, train
+
+STEPS = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray(ray_start_4_cpus: None) -> None:
+    """All of these need it."""
+
+
+class Faults(Silent):
+    """Does something to a run once it is at a step, and keeps what is told."""
+
+    def __init__(self, at: int, fault: Callable[[], None]) -> None:
+        self.notes: list[str] = []
+        self._at, self._fault, self._is_done = at, fault, False
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def step(self, finished: int) -> None:
+        if finished >= self._at and not self._is_done:
+            self._is_done = True
+            self._fault()
+
+
+def settings(root: Path, **changes: Any) -> Config:
+    raw = tiny(
+        root,
+        **{
+            "train": {"steps": STEPS, "evaluate_every": 8, "log_every": 2, "tensorboard": False},
+            "checkpoint": {"every_steps": 4},
+            "evaluation": {"recall_at": [1], "untrained": False},
+            **changes,
+        },
+    )
+    return Config.parse(raw)
+
+
+@pytest.fixture
+def cohorts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The cohorts that runs make, to get at their processes."""
+    from ray_dmml.cohort.remote import RayCohort
+
+    made: list[Any] = []
+    plain = RayCohort.__init__
+
+    def kept(self: Any, *args: Any, **kwargs: Any) -> None:
+        made.append(self)
+        plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(RayCohort, "__init__", kept)
+    return made
+
+
+def weights(run: Path) -> dict[str, dict[str, bytes]]:
+    return RunFolder.open(run).checkpoints.load("last").peers
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(settings(image_folder), out, in_process=True)
+    return out
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert weights(found) == weights(expected)
+    assert RunFolder(found).metrics_file.read_text() == RunFolder(expected).metrics_file.read_text()
+
+
+@pytest.mark.parametrize("transport", ["direct", "coordinator"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_peer_is_replaced(
+    image_folder: Path,
+    tmp_path: Path,
+    undisturbed: Path,
+    cohorts: list[Any],
+    transport: str,
+    how: signal.Signals,
+) -> None:
+    """Killed or stopped amid training: another takes its place, all go back to the checkpoint, and
+    weights, optimisers and metrics are in the end those of a run without it."""
+    config = settings(image_folder, run={"silence_s": 5})
+    cohort = config.cohort.model_copy(update={"transport": transport})
+    config = config.model_copy(update={"cohort": cohort})
+    faults = Faults(6, lambda: os.kill(cohorts[0].pids["peer1"], how))
+    train(config, tmp_path / "run", reporter=faults)
+    assert_same_run(tmp_path / "run", undisturbed)
+    why = "died in step" if how == signal.SIGKILL else "no sign of life for"
+    [told] = [note for note in faults.notes if "all go back" in note]
+    assert "peer1" in told and why in told and "to 4, restart 1 of 5" in told
+
+
+def test_both_peers_and_the_coordinator(
+    image_folder: Path, tmp_path: Path, undisturbed: Path, cohorts: list[Any]
+) -> None:
+    """Everything that the driver has started dies at once; the same end."""
+
+    def fault() -> None:
+        import ray
+
+        for pid in cohorts[0].pids.values():
+            os.kill(pid, signal.SIGKILL)
+        ray.kill(cohorts[0]._coordinator)
+
+    train(settings(image_folder), tmp_path / "run", reporter=Faults(10, fault))
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_lost_coordinator_is_replaced(
+    image_folder: Path, tmp_path: Path, undisturbed: Path, cohorts: list[Any]
+) -> None:
+    """The peers live on and meet at another."""
+    import ray
+
+    faults = Faults(6, lambda: ray.kill(cohorts[0]._coordinator))
+    config = settings(image_folder)
+    cohort = config.cohort.model_copy(update={"transport": "coordinator"})
+    train(config.model_copy(update={"cohort": cohort}), tmp_path / "run", reporter=faults)
+    assert_same_run(tmp_path / "run", undisturbed)
+    assert any("the coordinator died" in note for note in faults.notes)
+
+
+def test_no_more_restarts(image_folder: Path, tmp_path: Path, cohorts: list[Any]) -> None:
+    """The run ends by name, and what it has kept can be resumed."""
+    config = settings(image_folder, run={"max_restarts": 0})
+    faults = Faults(6, lambda: os.kill(cohorts[0].pids["peer0"], signal.SIGKILL))
+    with pytest.raises(PeerLostError, match=r"peer0 died.*max_restarts, 0.*step 4 is whole"):
+        train(config, tmp_path / "run", reporter=faults)
+    assert RunFolder.open(tmp_path / "run").checkpoints.load("last").step == 4
+
+
+def test_going_on_without_a_peer(image_folder: Path, tmp_path: Path, cohorts: list[Any]) -> None:
+    """`drop`: the others learn from each other alone from the checkpoint on, what the lost one was is
+    kept, the result is of those that are left, and a resumed run has all again."""
+    raw = tiny(image_folder)["cohort"]
+    config = settings(
+        image_folder,
+        cohort={**raw, "peers": [{}, {"view": "weak"}, {"view": "strong"}]},
+        run={"on_peer_loss": "drop", "max_restarts": 0},
+    )
+    out = tmp_path / "run"
+    faults = Faults(6, lambda: os.kill(cohorts[0].pids["peer1"], signal.SIGKILL))
+    results = train(config, out, reporter=faults)
+    assert set(results["peers"]) == {"peer0", "peer2"} and results["dropped"] == {"peer1": 4}
+    assert "without peer1 from step 4 on" in faults.notes
+    last = RunFolder.open(out).checkpoints.load("last")
+    assert last.meta["dropped"] == {"peer1": 4} and set(last.peers) == {"peer0", "peer1", "peer2"}
+    assert set(evaluate(out)["peers"]) == {"peer0", "peer2"}
+
+    # The two that are left are, from step 4 on, a cohort of two.
+    two = config.cohort.model_copy(
+        update={"peers": (config.cohort.peers[0], config.cohort.peers[2])}
+    )
+    from ray_dmml.cohort.local import LocalCohort
+
+    with closing(LocalCohort(config, load_splits(config.data))) as three:
+        three.run(0, 4, lambda finished: None)
+        at_4 = three.state()
+    assert last.peers["peer1"] == at_4["peer1"]
+    pair = config.model_copy(update={"cohort": two})
+    with closing(LocalCohort(pair, load_splits(config.data), initial_weights=False)) as local:
+        local.load(at_4)
+        local.run(4, STEPS, lambda finished: None)
+        assert local.state() == {name: last.peers[name] for name in ("peer0", "peer2")}
+
+    longer = config.model_copy(
+        update={"train": config.train.model_copy(update={"steps": STEPS + 4})}
+    )
+    notes = Faults(10**9, lambda: None)
+    results = train(longer, resume=out, reporter=notes)
+    assert set(results["peers"]) == {"peer0", "peer1", "peer2"} and "dropped" not in results
+    assert "peer1, dropped at step 4, takes part again" in notes.notes
+
+
+def test_asked_to_stop(image_folder: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """The run ends after a step, with a checkpoint of it, and goes on to the same bits."""
+    reached = [0]
+
+    class Steps(Silent):
+        def step(self, finished: int) -> None:
+            reached[0] = finished
+
+    config = settings(image_folder)
+    with pytest.raises(Interrupted, match=r"stopped at step \d+ of 16"):
+        train(config, tmp_path / "run", reporter=Steps(), should_stop=lambda: reached[0] >= 5)
+    assert 5 <= RunFolder.open(tmp_path / "run").checkpoints.load("last").step < STEPS
+    train(resume=tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_late_message_of_an_old_generation(image_folder: Path) -> None:
+    """It reaches nobody: its coordinator has ended, and the new one was never given to its sender."""
+    import ray
+
+    from ray_dmml.cohort.remote import RayCohort
+
+    config = settings(image_folder)
+    with closing(RayCohort(config, load_splits(config.data))) as cohort:
+        old = cohort._coordinator
+        state = cohort.state()
+        os.kill(cohort.pids["peer0"], signal.SIGKILL)
+        with pytest.raises(PeerLostError):
+            cohort.run(0, 2, lambda finished: None)
+        assert cohort.recover() == ["peer0"]
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(old.report.remote(0, 99, 0))
+        cohort.load(state)
+        assert cohort._signs() == {"peer0": (0, 0), "peer1": (0, 0)}
+
+
+class _DamagingCoordinator(Coordinator):
+    """Flips a bit of one embedding."""
+
+    is_done = False
+
+    async def exchange(
+        self, step: int, rank: int, teachers: Any, expected: int, *parts: Any
+    ) -> list[Any]:
+        if step == 6 and rank == 1 and not type(self).is_done:
+            # A generation has one coordinator process, and the next must not do so again.
+            flag = Path(os.environ["RAY_DMML_TEST_FLAG"])
+            if not flag.exists():
+                flag.touch()
+                parts = (parts[0].copy(), *parts[1:])
+                parts[0].view("u1").reshape(-1)[5] ^= 4
+        return await super().exchange(step, rank, teachers, expected, *parts)
+
+
+def test_an_embedding_damaged_on_its_way(
+    image_folder: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused by its checksum, and the steps are done again."""
+    from ray_dmml.cohort import remote
+
+    flag = str(tmp_path / "damaged")
+
+    class Damaging(_DamagingCoordinator):
+        def __init__(self, names: Any) -> None:
+            os.environ["RAY_DMML_TEST_FLAG"] = flag
+            super().__init__(names)
+
+    monkeypatch.setattr(remote, "Coordinator", Damaging)
+    config = settings(image_folder)
+    cohort = config.cohort.model_copy(update={"transport": "coordinator"})
+    faults = Faults(10**9, lambda: None)
+    train(config.model_copy(update={"cohort": cohort}), tmp_path / "run", reporter=faults)
+    assert any("embeddings of peer1 of step 7 were damaged" in note for note in faults.notes)
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (128, 512)])
+def test_a_checksum_sees_every_change(shape: tuple[int, int]) -> None:
+    """A flipped bit, swapped numbers, a zero's sign."""
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    right = int(checksum(rows))
+    assert int(checksum(rows.clone())) == right
+    for bit in range(32):
+        changed = rows.clone()
+        changed.view(torch.int32)[-1, 0] ^= 1 << bit if bit < 31 else -(2**31)
+        assert int(checksum(changed)) != right
+    if rows.numel() > 1:
+        assert int(checksum(rows.flip(0, 1))) != right
+    assert int(checksum(torch.zeros(1, 2))) != int(checksum(torch.tensor([[0.0, -0.0]])))
+    with pytest.raises(PeerLostError, match="peer9 of step 3 were damaged"):
+        transports._verified(rows, right + 1, "peer9", 2)
