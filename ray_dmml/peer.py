@@ -44,6 +44,8 @@ class Peer:
         num_classes: training classes (for losses with proxies).
         decode_size: side S of the decoded images it is given, in pixels.
         device: where it computes.
+        on_bad_numbers: ``fail`` or ``skip``, see :class:`~ray_dmml.config.RunConfig`.
+        max_bad_in_a_row: with ``skip``, batches that may be left out one after the other.
         initial_weights: False leaves ``config.weights`` unread, for a state that is loaded next.
 
     Raises:
@@ -59,6 +61,8 @@ class Peer:
         num_classes: int,
         decode_size: int,
         device: torch.device,
+        on_bad_numbers: str = "fail",
+        max_bad_in_a_row: int = 10,
         initial_weights: bool = True,
     ) -> None:
         if config.amp == "float16" and device.type == "cpu":
@@ -67,6 +71,9 @@ class Peer:
         self.name = str(config.name)
         self.device = device
         self._relational = loss.relational
+        self._skips_bad, self._max_bad = on_bad_numbers == "skip", max_bad_in_a_row
+        self._num_bad_in_a_row = 0
+        self._is_bad = False  # something of this step is not finite, and is not learned from
         self._run_seed = run_seed
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.net: EmbeddingNet = build_embedding_net(config, run_seed, initial_weights)
@@ -94,29 +101,36 @@ class Peer:
         """The peer's own view of the batch -> its embeddings to publish, (B, D) float32, detached.
 
         Raises:
-            NonFiniteLossError: an embedding is NaN or infinite.
+            NonFiniteLossError: an embedding is NaN or infinite. (With ``on_bad_numbers: skip`` it is
+                published as it is, and nobody learns from it.)
         """
         self._batch = batch
         self._metric_term = None
+        self._is_bad = False
         with self._seeded(batch.step, "view"):
             images = self._see(self.view, batch.images)
         if self._learns_from(batch.step):
             self.net.train()
+            # BatchNorm would keep what is not finite for ever.
+            before = [buffer.clone() for buffer in self.net.buffers()] if self._skips_bad else []
             with self._seeded(batch.step, "dropout"), self._autocast():
                 self._embedding = self._trained_net(images)
             published = self._embedding.detach()
+            if before and not torch.isfinite(published).all():
+                for buffer, old in zip(self.net.buffers(), before, strict=True):
+                    buffer.copy_(old)
         else:
             # Evaluation mode: a batch that is not learned from moves no BatchNorm statistics.
             self._embedding = None
             published = self._infer(self.net, images)
         if self.averaged is not None and self.config.averaging and self.config.averaging.publish:
             published = self._infer(self.averaged.module, images)
-        self._require_finite("embedding", published, f"at step {batch.step + 1}")
+        self._check_finite("embedding", published, batch.step)
         return published
 
     def measure(self) -> None:
         """The metric loss of the step: all of it that needs no other peer."""
-        if self._embedding is None or self._batch is None:
+        if self._embedding is None or self._batch is None or self._is_bad:
             return
         with self._seeded(self._batch.step, "miner"):
             self._metric_term = self.metric(
@@ -131,23 +145,46 @@ class Peer:
                 each, in peer order.
 
         Returns:
-            the terms of the loss by name; empty where this step is not learned from.
+            the terms of the loss by name; empty where this step is not learned from;
+            ``{"left_out": 1}`` where it would have been, were its numbers finite.
 
         Raises:
-            NonFiniteLossError: a term is NaN or infinite; nothing was learned from this step.
+            NonFiniteLossError: a term or gradient is NaN or infinite, or with ``skip`` too many
+                batches were left out in a row; nothing was learned from this step.
         """
         if self._embedding is None or self._batch is None:
+            return {}
+        terms = self._learn_from(others)
+        self._embedding = self._metric_term = None
+        if not self._is_bad:
+            self._num_bad_in_a_row = 0
+            return terms
+        self._num_bad_in_a_row += 1
+        if self._num_bad_in_a_row > self._max_bad:
+            raise NonFiniteLossError(
+                f"{self.name}: the numbers of {self._num_bad_in_a_row} batches in a row were not "
+                f"finite, the last at step {self._batch.step + 1} (run.max_bad_in_a_row)"
+            )
+        return {"left_out": 1.0}
+
+    def _learn_from(self, others: Sequence[Tensor]) -> dict[str, float]:
+        """The rest of :meth:`update`: marks the step as bad where its numbers are."""
+        assert self._batch is not None
+        if self._is_bad:
+            self._end_of_interval(self._batch.step)
             return {}
         if self._metric_term is None:
             self.measure()
         step, interval = self._batch.step, self._interval
-        assert self._metric_term is not None
+        assert self._metric_term is not None and self._embedding is not None
         terms = {"metric": self._metric_term}
         loss = self._metric_term
         ramp = (
             min(1.0, step / self._relational.warmup_steps) if self._relational.warmup_steps else 1.0
         )
         w_d, w_a = ramp * self._relational.distance, ramp * self._relational.angle
+        if self._skips_bad:  # what a peer published that does not learn from it either
+            others = [other for other in others if torch.isfinite(other).all()]
         if others and (w_d or w_a):
             mutual = relational_losses(
                 self._embedding,
@@ -158,11 +195,10 @@ class Peer:
             terms |= {"distance": mutual.distance, "angle": mutual.angle}
             loss = loss + (w_d * mutual.distance + w_a * mutual.angle)
         for term, value in terms.items():
-            self._require_finite(f"{term} loss", value.detach(), f"at step {step + 1}")
-        self._scaler.scale(loss / interval).backward()
-        if (step + 1) % self.config.update_interval == 0:
-            self._learn(step)
-        self._embedding = self._metric_term = None
+            self._check_finite(f"{term} loss", value.detach(), step)
+        if not self._is_bad:
+            self._scaler.scale(loss / interval).backward()
+        self._end_of_interval(step)
         return {"loss": float(loss.detach()), **{k: float(v.detach()) for k, v in terms.items()}}
 
     # --- evaluation -------------------------------------------------------------------------
@@ -204,6 +240,7 @@ class Peer:
             "metric": self.metric.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
+            "num_bad_in_a_row": self._num_bad_in_a_row,
             "gradients": {
                 name: parameter.grad
                 for name, parameter in self._named_parameters()
@@ -221,6 +258,7 @@ class Peer:
         self.metric.load_state_dict(state["metric"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
+        self._num_bad_in_a_row = state.get("num_bad_in_a_row", 0)  # older states have none
         if self.averaged is not None:
             self.averaged.module.load_state_dict(state["averaged"])
             self.averaged.n_averaged.copy_(state["num_averaged"])
@@ -255,6 +293,12 @@ class Peer:
             self.config.update_mode == "accumulate" or (step + 1) % self.config.update_interval == 0
         )
 
+    def _end_of_interval(self, step: int) -> None:
+        """The update, where one is due and any batch of the interval has given gradients."""
+        is_due = (step + 1) % self.config.update_interval == 0
+        if is_due and any(p.grad is not None for _, p in self._named_parameters()):
+            self._learn(step)
+
     def _learn(self, step: int) -> None:
         """One optimiser step."""
         factor = learning_rate_factor(self.config.schedule, step)
@@ -266,7 +310,10 @@ class Peer:
         if not self._scaler.is_enabled():  # which itself leaves out updates that overflow
             gradients = [p.grad for _, p in self._named_parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
-            self._require_finite("gradient", norm, f"at step {step + 1}")
+            self._check_finite("gradient", norm, step)
+            if not torch.isfinite(norm):
+                self.optimizer.zero_grad(set_to_none=True)
+                return
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -313,6 +360,13 @@ class Peer:
     def _seeded(self, *key: int | str) -> Any:
         """Draws of this peer: they follow its seed and the key, not its name or position."""
         return seeded(self._run_seed, self.config.seed or 0, *key)
+
+    def _check_finite(self, what: str, value: Tensor, step: int) -> None:
+        """With ``skip`` the step is marked, else raises NonFiniteLossError."""
+        if self._skips_bad:
+            self._is_bad |= not bool(torch.isfinite(value).all())
+        else:
+            self._require_finite(what, value, f"at step {step + 1}")
 
     def _require_finite(self, what: str, value: Tensor, when: str) -> None:
         """Steps are told as metrics.jsonl counts them, from 1."""

@@ -35,7 +35,8 @@ from ray_dmml.errors import CheckpointError, UserError
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "run.json", "results.json")
 CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S = 10, 30
-"""Of one try; S3 has three. A Google server that takes a request and falls silent is given up after\ntwo minutes, which its client does not let us change."""
+"""Of one try; S3 has three. A Google server that takes a request and falls silent is given up after
+two minutes: pyarrow does not hand on its client's timeout."""
 
 
 class RunStorage:
@@ -51,11 +52,13 @@ class RunStorage:
     """
 
     def __init__(self, uri: str) -> None:
-        self.name = re.sub(r"//[^/@]*@", "//", uri.partition("?")[0])  # without a password
+        self.name = _without_secrets(uri)
         try:
             files, self._base = _open(uri)
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise UserError(f"the storage {self.name} is not understood: {error}") from None
+            raise UserError(
+                f"the storage {self.name} is not understood: {_reason(error)}"
+            ) from None
         except OSError as error:
             raise CheckpointError(
                 f"the storage {self.name} cannot be reached: {_reason(error)}"
@@ -63,6 +66,10 @@ class RunStorage:
         self._is_local = files.type_name == "local"
         self._has_folders = files.type_name not in ("s3", "gcs")
         self._files = fs.SubTreeFileSystem(self._base, files)
+
+    def is_at(self, folder: Path) -> bool:
+        """The storage is this very folder, as in a run that is continued in its storage."""
+        return self._is_local and Path(self._base).resolve() == folder.resolve()
 
     def refuse_existing(self) -> None:
         """A new run never takes an old one's place.
@@ -85,7 +92,7 @@ class RunStorage:
                 the storage had are whole.
         """
         store = CheckpointStore(run / "checkpoints")
-        if self._is_local and Path(self._base).resolve() == run.resolve():
+        if self.is_at(run):
             raise CheckpointError(f"the storage {self.name} is the run's own folder")
         with self._told("written"):
             copies = self._push_checkpoints(store)
@@ -245,4 +252,10 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    lines = str(error).splitlines() or [type(error).__name__]
+    return _without_secrets(lines[0]).rstrip(".")
+
+
+def _without_secrets(text: str) -> str:
+    """URIs without the user's name and password and without their queries."""
+    return re.sub(r"//[^/@\s]*@", "//", re.sub(r"(://[^?\s]*)\?\S*", r"\1", text))

@@ -625,7 +625,10 @@ def _figures(
 
 def _latest(rows: list[StepRow]) -> StepRow:
     """Each peer's last step that it learned from (a peer in skip mode does not at every one)."""
-    return {peer: next((row[peer] for row in reversed(rows) if row[peer]), {}) for peer in rows[-1]}
+    return {
+        peer: next((row[peer] for row in reversed(rows) if "loss" in row[peer]), {})
+        for peer in rows[-1]
+    }
 
 
 def _due(step: int, every: int) -> bool:

@@ -44,7 +44,9 @@ def settings(**given: Any) -> PeerConfig:
     return PeerConfig.model_validate({"name": "peer0", "seed": 3, "init_seed": 4, **small, **given})
 
 
-def build(config: PeerConfig | None = None, **loss: Any) -> Peer:
+def build(
+    config: PeerConfig | None = None, numbers: dict[str, Any] | None = None, **loss: Any
+) -> Peer:
     loss_config = LossConfig.model_validate({"metric": MS_LOSS, **loss})
     return Peer(
         config or settings(**STILL),
@@ -53,6 +55,7 @@ def build(config: PeerConfig | None = None, **loss: Any) -> Peer:
         num_classes=4,
         decode_size=36,
         device=CPU,
+        **(numbers or {}),
     )
 
 
@@ -225,6 +228,85 @@ def test_a_non_finite_term_stops_before_anything_is_learned(image_folder: Path) 
 
 
 # --- updates --------------------------------------------------------------------------------
+
+
+SKIP = {"on_bad_numbers": "skip", "max_bad_in_a_row": 2}
+
+
+def step_of(peer: Peer, number: int, others: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    published = peer.embed(batch(number))
+    peer.measure()
+    return published, peer.update(others)
+
+
+def weights_of(peer: Peer) -> dict[str, Any]:
+    return {k: v for k, v in copy.deepcopy(peer.state_dict()).items() if k != "num_bad_in_a_row"}
+
+
+def test_bad_numbers_of_its_own_are_left_out() -> None:
+    """`skip`: a batch whose embeddings are not finite moves nothing, BatchNorm's statistics
+    included, and the next one is learned from as ever."""
+    peer = build(numbers=SKIP)
+    head = next(iter(peer.net.head.parameters()))
+    step_of(peer, 0, [])
+    before = weights_of(peer)
+    good = head.detach().clone()
+    head.data.fill_(torch.inf)
+    published, terms = step_of(peer, 1, [])
+    assert not torch.isfinite(published).all() and terms == {"left_out": 1.0}
+    head.data.copy_(good)
+    assert_same(weights_of(peer), before)
+    _, terms = step_of(peer, 2, [])
+    assert math.isfinite(terms["loss"])
+    assert peer.state_dict()["num_bad_in_a_row"] == 0
+
+
+def test_bad_numbers_of_another_do_not_reach_it() -> None:
+    """`skip`: a teacher whose embeddings are not finite is none at that step; the mean is over those
+    that are left."""
+    poisoned, spared = build(numbers=SKIP), build(numbers=SKIP)
+    right = teachers(0, 5, 6)
+    bad = right[0].clone()
+    bad[3, 2] = torch.nan
+    _, found = step_of(poisoned, 0, [bad, right[1]])
+    _, expected = step_of(spared, 0, [right[1]])
+    assert found == expected
+    assert_same(weights_of(poisoned), weights_of(spared))
+
+
+def test_bad_gradients_are_left_out() -> None:
+    """`skip`: a finite loss whose gradient is not leaves weights and optimiser as they were."""
+    peer = build(numbers=SKIP)
+    step_of(peer, 0, [])
+    before = weights_of(peer)
+    parameter = next(iter(peer.net.head.parameters()))
+    handle = parameter.register_hook(lambda gradient: gradient * torch.nan)
+    _, terms = step_of(peer, 1, [])
+    handle.remove()
+    assert terms == {"left_out": 1.0}
+    after = weights_of(peer)
+    for part in ("metric", "optimizer", "gradients"):
+        assert_same(after[part], before[part])
+    for name, tensor in peer.net.named_parameters():
+        assert torch.equal(tensor, before["net"][name]), name
+
+
+def test_too_many_bad_batches_in_a_row(image_folder: Path) -> None:
+    """`skip` gives up on a peer that does not recover, by name; until then the other learned on,
+    and is finite."""
+    ruin = {"name": "sgd", "lr": 1e30}
+    raw = tiny(image_folder, run={"on_bad_numbers": "skip", "max_bad_in_a_row": 3})
+    raw["cohort"]["peers"] = [{}, {"optimizer": ruin}]
+    config = Config.parse(raw)
+    rows: list[Any] = []
+    with closing(LocalCohort(config, load_splits(config.data))) as cohort:
+        with pytest.raises(NonFiniteLossError, match=r"peer1: .*4 batches in a row.* step 5"):
+            for step in range(10):
+                rows += cohort.run(step, step + 1, lambda finished: None)
+        good = cohort.peers[0]
+        assert all(torch.isfinite(p).all() for p in good.net.parameters())
+    assert [row["peer1"] for row in rows[1:]] == [{"left_out": 1.0}] * 3
+    assert all(math.isfinite(row["peer0"]["loss"]) for row in rows)
 
 
 @pytest.mark.parametrize("interval", [1, 3])

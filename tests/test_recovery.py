@@ -232,36 +232,27 @@ def test_a_late_message_of_an_old_generation(image_folder: Path) -> None:
         assert cohort._signs() == {"peer0": (0, 0), "peer1": (0, 0)}
 
 
-class _DamagingCoordinator(Coordinator):
-    """Flips a bit of one embedding."""
-
-    is_done = False
-
-    async def exchange(
-        self, step: int, rank: int, teachers: Any, expected: int, *parts: Any
-    ) -> list[Any]:
-        if step == 6 and rank == 1 and not type(self).is_done:
-            # A generation has one coordinator process, and the next must not do so again.
-            flag = Path(os.environ["RAY_DMML_TEST_FLAG"])
-            if not flag.exists():
-                flag.touch()
-                parts = (parts[0].copy(), *parts[1:])
-                parts[0].view("u1").reshape(-1)[5] ^= 4
-        return await super().exchange(step, rank, teachers, expected, *parts)
-
-
 def test_an_embedding_damaged_on_its_way(
     image_folder: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is refused by its checksum, and the steps are done again."""
     from ray_dmml.cohort import remote
 
-    flag = str(tmp_path / "damaged")
+    flag = (
+        tmp_path / "damaged"
+    )  # the next generation has another process, which must not do so again
 
-    class Damaging(_DamagingCoordinator):
-        def __init__(self, names: Any) -> None:
-            os.environ["RAY_DMML_TEST_FLAG"] = flag
-            super().__init__(names)
+    class Damaging(Coordinator):
+        """Flips a bit of one embedding."""
+
+        async def exchange(
+            self, step: int, rank: int, teachers: Any, expected: int, *parts: Any
+        ) -> list[Any]:
+            if step == 6 and rank == 1 and not flag.exists():
+                flag.touch()
+                parts = (parts[0].copy(), *parts[1:])
+                parts[0].view("u1").reshape(-1)[5] ^= 4
+            return await Coordinator.exchange(self, step, rank, teachers, expected, *parts)
 
     monkeypatch.setattr(remote, "Coordinator", Damaging)
     config = settings(image_folder)

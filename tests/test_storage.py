@@ -55,10 +55,14 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
+        self.log = log
+        self.start()
+
+    def start(self) -> None:
         command = [sys.executable, "-c", "from moto.server import main; main()"]
         self.process = subprocess.Popen(
             [*command, "-H", "127.0.0.1", "-p", str(self.port)],
-            stdout=log.open("w"),
+            stdout=self.log.open("a"),
             stderr=subprocess.STDOUT,
         )
         deadline = time.monotonic() + 120
@@ -70,7 +74,7 @@ class Server:
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     self.stop()
                     raise AssertionError(
-                        f"moto's server did not start: {log.read_text()}"
+                        f"moto's server did not start: {self.log.read_text()}"
                     ) from None
                 time.sleep(0.1)
 
@@ -289,17 +293,25 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         storage.push(run)
     (tmp_path / "link").symlink_to(run)
     before = files_of(run)
+    assert RunStorage(str(tmp_path / "link")).is_at(run) and not storage.is_at(run)
     with pytest.raises(CheckpointError, match="the run's own folder"):
         RunStorage(str(tmp_path / "link")).push(run)
     assert files_of(run) == before
 
 
 @pytest.mark.parametrize(
-    "wrong", ["s3:///folder", "nothing://bucket/run", "s3://bucket/run?region=eu-west-1&colour=red"]
+    "wrong",
+    [
+        "s3:///folder",
+        "nothing://key:secret@bucket/run?password=secret",
+        "s3://key:secret@bucket/run?region=eu-west-1&colour=red",
+    ],
 )
 def test_uris_that_mean_nothing_are_refused(wrong: str) -> None:
-    with pytest.raises(UserError, match="is not understood"):
+    """Without telling the secrets in them."""
+    with pytest.raises(UserError, match="is not understood") as caught:
         RunStorage(wrong)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_bucket_that_is_not_there_is_told(s3: Server, tmp_path: Path) -> None:
@@ -333,6 +345,10 @@ def test_a_server_that_dies_costs_the_copy_alone(tmp_path: Path) -> None:
             storage.push(run)
         assert time.monotonic() - began < 30
         assert files_of(run) == before
+        server.start()
+        storage._files.base_fs.create_dir("bucket")
+        storage.push(run)
+        assert stored(storage) == files_of(run)
     finally:
         server.stop()
 

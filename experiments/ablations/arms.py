@@ -103,9 +103,6 @@ class Plan:
         raw = copy.deepcopy(self._raw)
         raw["seed"] = seed
         peers = [dict[str, Any]() for _ in range(arm.num_peers)]
-        for diversity in arm.diversities:
-            for peer, settings in zip(peers, self._parts[diversity], strict=False):
-                peer.update(settings)
         if teacher is not None:
             peers.append({"name": "teacher", "frozen": True, "weights": str(teacher)})
         raw.setdefault("cohort", {})["peers"] = peers
@@ -122,6 +119,10 @@ class Plan:
             settings["cohort.base.schedule.cycles"] = arm.snapshots
         for key, value in settings.items():
             set_setting(raw, key, value, key)
+        # After the base's settings: what all peers state, such as a view each, is no mistake here.
+        for diversity in arm.diversities:
+            for peer, own in zip(peers, self._parts[diversity], strict=False):
+                peer.update(own)
         return Config.parse(raw, source="the arm's settings")
 
     def digest(self, arm: Arm) -> str:

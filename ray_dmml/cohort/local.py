@@ -33,6 +33,8 @@ def build_peer(
         num_classes=splits.train.num_classes,
         decode_size=config.data.decode_size,
         device=device,
+        on_bad_numbers=config.run.on_bad_numbers,
+        max_bad_in_a_row=config.run.max_bad_in_a_row,
         initial_weights=initial_weights,
     )
 
