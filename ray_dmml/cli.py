@@ -73,8 +73,11 @@ def train(
         typer.Option(metavar="DIR", help="Folder of the new run; default: runs/DATA-TIME."),
     ] = None,
     resume: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="Continue a run from its last checkpoint, or extend it."),
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Continue a run from its last checkpoint, or extend it; of a URI, into --out.",
+        ),
     ] = None,
     init_from: Annotated[
         Path | None,
@@ -91,13 +94,19 @@ def train(
     console = Console()
     began = time.monotonic()
     signals = _Signals(console)
-    with _user_errors(), _told_how_to_resume(console, resume, signals) as run:
+    with _user_errors(), _told_how_to_resume(console, signals) as run:
+        old: Path | None = None
         if resume is not None:
             if init_from is not None:
                 raise UserError(
                     "--resume goes on from a run's own checkpoint: it takes no --init-from"
                 )
-            settings = _resumed_config(resume, config, overrides)
+            if out is not None and "://" not in resume:
+                raise UserError("--resume continues a run in its folder: it takes no --out")
+            old = _local_run(resume, out, console)
+            run.append(old)
+            out = None
+            settings = _resumed_config(old, config, overrides)
         else:
             settings = Config.load(config, overrides or ())
             if init_from is not None:
@@ -114,13 +123,13 @@ def train(
             results = train_cohort(
                 settings,
                 out,
-                resume=resume,
+                resume=old,
                 in_process=in_process,
                 reporter=LiveReporter(console) if console.is_terminal else PlainReporter(console),
                 should_stop=signals.should_stop,
             )
         results_table(results, console)
-        told = f"run: {resume or out}  ({elapsed(began)})"
+        told = f"run: {old or out}  ({elapsed(began)})"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -267,6 +276,17 @@ def check(
         raise typer.Exit(FINDINGS)
 
 
+def _local_run(resume: str, out: Path | None, console: Console) -> Path:
+    """The run's folder; one that is in a storage is fetched first."""
+    if "://" not in resume:
+        return Path(resume)
+    from ray_dmml.storage import RunStorage
+
+    into = out or Path("runs") / resume.partition("?")[0].rstrip("/").rpartition("/")[2]
+    RunStorage(resume).fetch(into, lambda told: console.print(told, markup=False, soft_wrap=True))
+    return into
+
+
 def _resumed_config(run: Path, config: Path | None, overrides: list[str] | None) -> Config:
     own = RunFolder.open(run).config_file
     source = str(config or own)
@@ -328,16 +348,14 @@ class _Signals:
 
 
 @contextmanager
-def _told_how_to_resume(
-    console: Console, resume: Path | None, signals: _Signals
-) -> Iterator[list[Path]]:
-    run = [resume] if resume is not None else []
+def _told_how_to_resume(console: Console, signals: _Signals) -> Iterator[list[Path]]:
+    run: list[Path] = []
     try:
         yield run
     except (KeyboardInterrupt, Interrupted) as end:
         if isinstance(end, Interrupted):
             console.print(str(end), highlight=False)
-        if run and (run[0] / "checkpoints" / "index.json").exists():
+        if run and RunFolder(run[0]).checkpoints.index():
             told = f"interrupted; go on with: ray-dmml train --resume {run[0]}"
             console.print(told, highlight=False, markup=False, soft_wrap=True)
         else:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ray_dmml.checkpoint import CheckpointStore
 from ray_dmml.config import Config, moved, read_settings
-from ray_dmml.errors import UserError
+from ray_dmml.errors import CheckpointError, UserError
 
 _VERSIONS = ("ray-dmml", "torch", "torchvision", "timm", "pytorch-metric-learning", "ray", "numpy")
 
@@ -89,8 +89,23 @@ class RunFolder:
         return found
 
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        """All of them, or none.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                before = file.tell()
+                try:
+                    file.write(text)
+                    file.flush()
+                except OSError:
+                    file.truncate(before)
+                    raise
+        except OSError as error:
+            raise CheckpointError(f"{self.metrics_file} cannot be written: {error}") from None
 
     def truncate_metrics(self, step: int) -> None:
         """Drops what was written after ``step``, and a last line cut short, so that the file of a

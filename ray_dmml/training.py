@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -26,6 +26,9 @@ from ray_dmml.errors import CheckpointError, Interrupted, PeerLostError, UserErr
 from ray_dmml.retrieval.ensemble import ensemble_embedding
 from ray_dmml.retrieval.metrics import retrieval_metrics
 from ray_dmml.runfolder import RunFolder
+
+if TYPE_CHECKING:
+    from ray_dmml.storage import RunStorage
 
 CHUNK_S = 1.0
 """Seconds of training in one call of the peers: so long a run that is asked to stop may take to."""
@@ -155,10 +158,12 @@ def _start(
         raise UserError("a new run needs a config and a folder (out)")
     run = RunFolder(Path(out))
     run.refuse_existing()
+    storage = _storage(config, run, reporter, new=True)
     splits = _load_splits(config, reporter)
     with closing(_fresh_cohort(config, splits, in_process, reporter)) as cohort:
         run.create(config)
-        return _Loop(config, run, splits, cohort, reporter, _State(), should_stop).run()
+        state = _State()
+        return _Loop(config, run, splits, cohort, reporter, state, should_stop, storage).run()
 
 
 def _resume(
@@ -171,9 +176,10 @@ def _resume(
 ) -> dict[str, Any]:
     """Goes on from the last checkpoint; what was written after it is dropped."""
     config = config or run.config()
+    storage = _storage(config, run, reporter)
     checkpoint: Checkpoint | None = None
     if run.checkpoints.index():
-        checkpoint = run.checkpoints.load("last")
+        checkpoint = run.checkpoints.load("last", reporter.note)
         if not changed:
             _refuse_changes(config, checkpoint, run)
     threads_before = run.environment().get("threads")
@@ -197,7 +203,7 @@ def _resume(
             )
         run.write_config(config)
         run.truncate_metrics(state.step)
-        return _Loop(config, run, splits, cohort, reporter, state, should_stop).run()
+        return _Loop(config, run, splits, cohort, reporter, state, should_stop, storage).run()
 
 
 def evaluate(
@@ -218,6 +224,7 @@ def evaluate(
     """
     from ray_dmml.cohort.local import LocalCohort
 
+    note = (reporter or Silent()).note
     folder = RunFolder.open(run)
     config = folder.config()
     environment = folder.environment()
@@ -225,12 +232,12 @@ def evaluate(
     cohort_config = config.cohort.model_copy(update={"threads_per_peer": threads})
     splits = load_splits(
         config.data,
-        (reporter or Silent()).note,
+        note,
         skip=frozenset(environment.get("skipped_images", ())),
         check=False,
     )
     which = config.weights_to_judge(weights)
-    checkpoint = folder.checkpoints.load("best" if which == "best" else "last")
+    checkpoint = folder.checkpoints.load("best" if which == "best" else "last", note)
     peers = [p for p in config.cohort.peers if p.name not in checkpoint.meta.get("dropped", {})]
     cohort_config = cohort_config.model_copy(update={"peers": tuple(peers)})
     config = config.model_copy(update={"cohort": cohort_config})
@@ -268,13 +275,16 @@ class _Loop:
         reporter: Reporter,
         state: _State,
         should_stop: Callable[[], bool],
+        storage: RunStorage | None,
     ) -> None:
+        run.checkpoints.keep = config.checkpoint.keep
         self._config, self._run, self._splits = config, run, splits
         self._cohort, self._reporter, self._state = cohort, reporter, state
-        self._should_stop = should_stop
+        self._should_stop, self._storage = should_stop, storage
         self._restarts = 0
         self._left_behind: dict[str, PeerFiles] = {}  # states of dropped peers
         self._step_s = CHUNK_S  # the latest measured: before the first, a step is a chunk
+        self._unwritten: list[dict[str, Any]] = []
         self._bad: dict[str, int] = {}  # peer to batches it left out
         self._batch_size = config.data.classes_per_batch * config.data.images_per_class
         self._seconds, self._steps = 0.0, 0
@@ -331,7 +341,7 @@ class _Loop:
                 if run.on_peer_loss != "drop":
                     raise self._given_up(loss)
                 drop = True
-            checkpoint = self._run.checkpoints.load("last")
+            checkpoint = self._run.checkpoints.load("last", reporter.note)
             count = "" if drop else f", restart {self._restarts} of {run.max_restarts}"
             reporter.note(
                 f"{loss}; all go back from step {self._state.step} to {checkpoint.step}{count}"
@@ -351,6 +361,7 @@ class _Loop:
                 state.dropped[name] = state.step
                 self._left_behind[name] = checkpoint.peers[name]
             reporter.note(f"without {', '.join(lost)} from step {state.step} on")
+        self._unwritten = [row for row in self._unwritten if row["step"] <= state.step]
         self._run.truncate_metrics(state.step)
         reporter.note(f"recovered in {time.monotonic() - began:.1f} s")
         reporter.step(state.step)
@@ -391,18 +402,18 @@ class _Loop:
                 self._save(best=False)
             raise Interrupted(f"stopped at step {stop} of {train.steps}")
         ends = stop == train.steps
+        before = (state.best, state.best_step)
         is_best = (ends or _due(stop, train.evaluate_every)) and self._validate(events)
-        if ends or is_best or _due(stop, self._config.checkpoint.every_steps):
-            self._save(best=is_best)
+        is_due = ends or is_best or _due(stop, self._config.checkpoint.every_steps)
+        if is_due and not self._save(best=is_best):
+            state.best, state.best_step = before  # what is not kept can be beaten
 
     def _tell(
         self, start: int, rows: list[StepRow], seconds: float, events: SummaryWriter | None
     ) -> None:
         """What the steps after ``start`` were like."""
         stop = start + len(rows)
-        self._run.append_metrics(
-            [{"step": start + i + 1, "peers": row} for i, row in enumerate(rows)]
-        )
+        self._write([{"step": start + i + 1, "peers": row} for i, row in enumerate(rows)])
         for row in rows:
             for name, terms in row.items():
                 if "left_out" in terms:
@@ -418,6 +429,17 @@ class _Loop:
                 for term, value in terms.items():
                     events.add_scalar(f"{term}/{peer}", value, stop)
             events.add_scalar("images_per_s", rate, stop)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        """To metrics.jsonl, with what could not be written before."""
+        self._unwritten += rows
+        try:
+            self._run.append_metrics(self._unwritten)
+        except CheckpointError as error:
+            if len(self._unwritten) == len(rows):  # said once
+                self._reporter.note(f"{error}; it is kept until it can be")
+            return
+        self._unwritten = []
 
     def _next_stop(self) -> int:
         train, step = self._config.train, self._state.step
@@ -437,7 +459,7 @@ class _Loop:
             self._splits.validation,
             averaged=self._config.weights_to_judge() == "averaged",
         )
-        self._run.append_metrics([{"step": state.step, "validation": figures}])
+        self._write([{"step": state.step, "validation": figures}])
         self._reporter.evaluated(state.step, "validation", figures)
         if events is not None:
             for name, found in [*figures["peers"].items(), ("ensemble", figures["ensemble"])]:
@@ -460,7 +482,8 @@ class _Loop:
         state.best, state.best_step = value, state.step
         return True
 
-    def _save(self, *, best: bool) -> None:
+    def _save(self, *, best: bool) -> bool:
+        """Whether it could be written."""
         state = self._state
         self._reporter.doing("saving a checkpoint")
         meta = {
@@ -478,8 +501,20 @@ class _Loop:
             if state.step in (0, self._config.train.steps):
                 raise
             self._reporter.note(f"{error}; training goes on")
-            return
+            return False
+        self._copy()
         self._reporter.saved(state.step, best=best)
+        return True
+
+    def _copy(self) -> None:
+        if self._storage is None:
+            return
+        self._reporter.doing("copying the run to its storage")
+        try:
+            self._storage.push(self._run.path)
+        except CheckpointError as error:
+            told = "training goes on, and the next checkpoint is copied again"
+            self._reporter.note(f"{error}; {told}")
 
     def _finish(self) -> dict[str, Any]:
         which = self._config.weights_to_judge()
@@ -500,6 +535,7 @@ class _Loop:
             results["dropped"] = self._state.dropped
         self._tell_who_waited()
         self._run.write_results(results)
+        self._copy()
         return results
 
     def _tell_who_waited(self) -> None:
@@ -512,6 +548,26 @@ class _Loop:
             self._reporter.note(
                 f"the others waited for {slowest}: {told} of {self._seconds:.0f} s of training"
             )
+
+
+def _storage(
+    config: Config, run: RunFolder, reporter: Reporter, *, new: bool = False
+) -> RunStorage | None:
+    """Where the run is copied to; one that goes on while that place does not answer is told so."""
+    if config.checkpoint.storage is None:
+        return None
+    from ray_dmml.storage import RunStorage  # pyarrow is loaded by those who ask for it
+
+    try:
+        storage = RunStorage(config.checkpoint.storage)
+        if new:
+            storage.refuse_existing()
+    except CheckpointError as error:
+        if new:
+            raise
+        reporter.note(f"{error}; this run is not copied there")
+        return None
+    return None if storage.is_at(run.path) else storage
 
 
 def _load_splits(config: Config, reporter: Reporter) -> Splits:

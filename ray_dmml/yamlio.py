@@ -24,6 +24,7 @@ MAX_VALUES = 1_000_000
 MAX_INT_BITS = 4096
 """Of a whole number. Python refuses to print far longer ones."""
 
+_KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
@@ -74,7 +75,7 @@ class _Loader(yaml.SafeLoader):
         except YAMLError:
             raise
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError):
-            # What PyYAML's converters raise on 2001-99-99, !!int x and the like.
+            # What PyYAML's converters raise on !!int x and the like.
             kind = node.tag.rsplit(":", 1)[-1]
             raise _refused(f"what is no {kind}", node.start_mark) from None
         if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
@@ -110,6 +111,16 @@ class _Dumper(yaml.SafeDumper):
 
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+    _side.yaml_implicit_resolvers = {  # YAML 1.2 has no dates: 2001-01-01 is text
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in _side.yaml_implicit_resolvers.items()
+    }
+# What is left is what a config can be written with, too.
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rsplit(":", 1)[-1] in _KINDS
+}
 
 
 def load(text: str) -> Any:

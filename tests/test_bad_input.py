@@ -585,7 +585,8 @@ def test_an_alias_of_itself_is_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("seed: 2001-99-99", "found what is no timestamp"),
+        ("seed: !!timestamp 2001-01-01", "could not determine a constructor"),
+        ("seed: 2001-99-99", "unable to parse string as an integer (got '2001-99-99')"),
         ("seed: !!int x", "found what is no int"),
         ("seed: !!bool x", "found what is no bool"),
         ("seed: " + "9" * 5000, "found what is no int"),

@@ -64,7 +64,9 @@ def load(
 def _class_folders(root: Path) -> list[str]:
     """In name order. One may be a link to a folder elsewhere, but not to one around it."""
     try:
-        names = sorted(name for name in os.listdir(root) if name[0] != "." and (root / name).is_dir())
+        names = sorted(
+            name for name in os.listdir(root) if name[0] != "." and (root / name).is_dir()
+        )
     except OSError as error:
         raise _not_readable(error) from None
     around = os.path.realpath(root)

@@ -137,7 +137,9 @@ def _parse(cells: dict[str, str | None], root: Path, base: str, where: str) -> _
     def flag(column: str) -> bool:
         text = cell(column)
         if text.lower() not in FLAGS:
-            raise UserError(f"{where}: {column} is {_cut(text)!r}; allowed: 0, 1, True, False or empty")
+            raise UserError(
+                f"{where}: {column} is {_cut(text)!r}; allowed: 0, 1, True, False or empty"
+            )
         return FLAGS[text.lower()]
 
     for column in ("path", "label"):

@@ -1,0 +1,180 @@
+"""`ray-dmml data check`: what it finds, prints, writes and returns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+from typer.testing import CliRunner
+
+from ray_dmml.cli import app
+from ray_dmml.config import DataConfig
+from ray_dmml.data.check import Group, Report, look_over
+from ray_dmml.data.checktable import histogram
+
+
+def scene(seed: int, side: int = 96) -> Image.Image:
+    """Smooth and unlike every other seed's, as photos are."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """c0 to c3 train, c4 to c7 test, 4 images each, all different."""
+    for number in range(32):
+        path = tmp_path / "images" / f"c{number // 4}" / f"{number % 4}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scene(number).save(path)
+    return tmp_path / "images"
+
+
+def settings(root: Path) -> DataConfig:
+    return DataConfig(name="imagefolder", root=root, decode_size=64, validation_fraction=0)
+
+
+def names(group: Group) -> list[str]:
+    return [member.name for member in group.members]
+
+
+def check(root: Path, *more: str) -> Any:
+    options = ["name=imagefolder", f"root={root}", "decode_size=64", "validation_fraction=0"]
+    sets = [part for option in options for part in ("--set", f"data.{option}")]
+    return CliRunner().invoke(app, ["data", "check", *sets, *more])
+
+
+def test_a_clean_data_set(root: Path) -> None:
+    """Exit code 0, sizes, no findings."""
+    ended = check(root)
+    assert ended.exit_code == 0, ended.output
+    assert ended.stdout.count(": none") == 6 and "nothing to mend" in ended.stdout
+    report = look_over(settings(root))
+    assert report.splits == {"train": (16, 4), "test": (16, 4)} and report.groups == ()
+    assert report.class_sizes == (4,) * 8
+
+
+def test_unreadable_images_are_told_with_the_reason(root: Path) -> None:
+    """All of them, whatever data.on_bad_image says."""
+    for number in range(4):
+        (root / "c1" / f"bad{number}.png").write_bytes(b"broken" * number)
+    ended = check(root)
+    assert ended.exit_code == 1 and "unreadable images: 4" in ended.stdout
+    flat = " ".join(ended.stdout.split())
+    assert "image c1/bad0.png cannot be read: the file is empty" in flat and "and 1 more" in flat
+    assert [name for name, _ in look_over(settings(root)).unreadable] == [
+        f"c1/bad{number}.png" for number in range(4)
+    ]
+
+
+def test_exact_duplicates(root: Path) -> None:
+    """Equal files, and other files of equal pixels; within a class, across labels, into the test."""
+    (root / "c0" / "copy.png").write_bytes((root / "c0" / "0.png").read_bytes())
+    scene(1).save(root / "c1" / "copy.bmp")
+    scene(2).save(root / "c5" / "copy.png", compress_level=0)
+    report = look_over(settings(root))
+    found = {tuple(names(group)): group for group in report.exact}
+    assert set(found) == {
+        ("c0/0.png", "c0/copy.png"), ("c0/1.png", "c1/copy.bmp"), ("c0/2.png", "c5/copy.png"),
+    }  # fmt: skip
+    kinds = [(group.in_two_classes, group.in_train_and_test) for group in found.values()]
+    assert sorted(kinds) == [(False, False), (True, False), (True, True)]
+    assert not report.near and not report.is_clean() and check(root).exit_code == 1
+
+
+@pytest.mark.parametrize("how", ["saved anew", "half as large", "brighter"])
+def test_near_duplicates_across_classes(root: Path, how: str) -> None:
+    """A copy that is not equal to the bit is found, and is a fault between two classes."""
+    copy, options = scene(3), {"quality": 40}
+    if how == "half as large":
+        copy = copy.resize((48, 48))
+    elif how == "brighter":
+        copy = ImageEnhance.Brightness(copy).enhance(1.1)
+    copy.save(root / "c6" / "copy.jpg", **options)
+    report = look_over(settings(root))
+    (group,) = report.groups
+    assert names(group) == ["c0/3.png", "c6/copy.jpg"] and not group.exact
+    assert group.in_two_classes and group.in_train_and_test and not report.is_clean()
+
+
+def test_near_duplicates_within_a_class_are_no_fault(root: Path) -> None:
+    """They are told, and the exit code stays 0."""
+    scene(3).save(root / "c0" / "copy.jpg")
+    ended = check(root)
+    assert ended.exit_code == 0 and "near duplicates: 1 groups" in ended.stdout
+
+
+def test_many_copies_hide_nothing(root: Path) -> None:
+    """Copies of one image are one group; what is near one of them joins all in a near group."""
+    for number in range(20):
+        scene(0).save(root / "c0" / f"copy{number:02d}.png")
+    scene(0).save(root / "c7" / "near.jpg")
+    report = look_over(settings(root))
+    assert [len(group.members) for group in report.exact] == [21]
+    assert [len(group.members) for group in report.near] == [22]
+
+
+def test_flat_images_are_not_alike(root: Path) -> None:
+    """Of two almost uniform images there is nothing to compare."""
+    for number, grey in enumerate((100, 101, 200)):
+        pixels = np.full((64, 64, 3), grey, dtype=np.uint8)
+        pixels[0, 0] += 1
+        Image.fromarray(pixels).save(root / f"c{number}" / "flat.png")
+    assert look_over(settings(root)).groups == ()
+
+
+def test_small_classes(root: Path) -> None:
+    """Training classes of fewer than K images, by name and number; not those of the test."""
+    for name in ("c2/0.png", "c2/1.png", "c6/0.png"):
+        (root / name).unlink()
+    ended = check(root)
+    assert ended.exit_code == 1 and "classes of fewer than 4 images: 1" in ended.stdout
+    assert look_over(settings(root)).small_classes == (("c2", 2),)
+    assert check(root, "--set", "data.images_per_class=2").exit_code == 0
+
+
+def test_the_json_file_has_everything(root: Path, tmp_path: Path) -> None:
+    """What is cut on the screen is whole there."""
+    for number in range(5):
+        (root / "c1" / f"copy{number}.png").write_bytes((root / "c1" / "0.png").read_bytes())
+    (root / "c3" / "bad.png").write_bytes(b"")
+    assert check(root, "--json", str(tmp_path / "found.json")).exit_code == 1
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["clean"] is False and found["splits"]["train"] == {"images": 22, "classes": 4}
+    assert found["unreadable"][0]["name"] == "c3/bad.png"
+    (group,) = found["duplicates"]
+    assert group["exact"] and not group["two_classes"] and len(group["images"]) == 6
+    assert group["images"][0] == {"name": "c1/0.png", "label": "c1", "split": "train"}
+
+
+def test_what_cannot_be_loaded_is_a_users_error(root: Path, tmp_path: Path) -> None:
+    """Exit code 2 and a sentence: no such folder; no place for the JSON."""
+    ended = check(tmp_path / "nowhere")
+    assert ended.exit_code == 2 and "is not an existing folder" in ended.stderr
+    ended = check(root, "--json", str(tmp_path / "no" / "such.json"))
+    assert ended.exit_code == 2 and "cannot be written: No such file" in ended.stderr
+
+
+def test_the_output_fits_a_screen(root: Path) -> None:
+    """80 columns, with names that are longer."""
+    long = "a very long class name, " * 6
+    (root / "c0").rename(root / long)
+    (root / long / "copy.png").write_bytes((root / long / "0.png").read_bytes())
+    assert max(map(len, check(root).stdout.splitlines())) <= 80
+
+
+def test_built_in_data_can_be_checked() -> None:
+    """Without a file; every image can be read."""
+    report = look_over(DataConfig(decode_size=32))
+    assert isinstance(report, Report) and report.unreadable == ()
+    assert set(report.splits) == {"train", "validation", "test"}
+
+
+def test_the_histogram() -> None:
+    """A row for each power of two between the smallest and the largest, the longest bar 40."""
+    rows = [line.split() for line in histogram([1, 1, 2, 3, 3, 9])]
+    assert [row[:2] for row in rows] == [["1", "2"], ["2-3", "3"], ["4-7", "0"], ["8-15", "1"]]
+    assert [len(row[2]) if len(row) > 2 else 0 for row in rows] == [27, 40, 0, 14]

@@ -1,0 +1,131 @@
+"""Ctrl-C and SIGTERM from outside: a checkpoint, the command to go on with, and no process left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import tiny
+
+from ray_dmml import yamlio
+from ray_dmml.runfolder import RunFolder
+from ray_dmml.training import train
+
+PATIENCE_S = 120.0
+
+
+def start(image_folder: Path, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
+    """A long run in a session of its own, so that what it leaves behind is found."""
+    config = tmp_path / "config.yaml"
+    raw = tiny(
+        image_folder,
+        train={"steps": 100_000, "evaluate_every": 0, "log_every": 2, "tensorboard": False},
+        checkpoint={"every_steps": 0},
+        evaluation={"recall_at": [1], "untrained": False},
+    )
+    config.write_text(yamlio.dump(raw))
+    command = [sys.executable, "-m", "ray_dmml.cli", "train", "--config", str(config)]
+    return subprocess.Popen(
+        [*command, "--out", str(tmp_path / "run"), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_steps(run: Path) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < until, "no step was made"
+        time.sleep(0.1)
+
+
+def processes_of(session: int) -> list[str]:
+    """Command lines of the living processes of a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getsid(int(entry.name)) == session:
+                    state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+                    if state != "Z":
+                        found.append((entry / "cmdline").read_bytes().decode())
+            except (OSError, ProcessLookupError):
+                continue
+    return found
+
+
+def assert_nothing_left(session: int) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while processes_of(session):
+        assert time.monotonic() < until, processes_of(session)
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(signal.SIGINT, ["--in-process"]), (signal.SIGTERM, [])],
+    ids=["SIGINT in process", "SIGTERM on Ray"],
+)
+def test_once_stops_after_the_step(
+    image_folder: Path, tmp_path: Path, number: signal.Signals, options: list[str]
+) -> None:
+    """It ends with the signal's exit code, a checkpoint of the step it was at, and the command that
+    goes on; weights and metrics are those of a run of as many steps."""
+    process = start(image_folder, tmp_path, *options)
+    run = tmp_path / "run"
+    wait_for_steps(run)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 128 + number, said
+    assert "stopping after this step" in said
+    assert f"go on with: ray-dmml train --resume {run}" in said
+    folder = RunFolder.open(run)
+    last = folder.checkpoints.load("last")
+    lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    assert last.step == lines[-1]["step"] == len(lines) > 0
+    assert_nothing_left(process.pid)
+
+    config = folder.config()
+    short = config.model_copy(
+        update={"train": config.train.model_copy(update={"steps": last.step})}
+    )
+    train(short, tmp_path / "undisturbed", in_process=True)
+    assert RunFolder(tmp_path / "undisturbed").checkpoints.load("last").peers == last.peers
+
+
+def test_twice_stops_now(image_folder: Path, tmp_path: Path) -> None:
+    """The second one does not wait for a step that never ends, here that of a stopped peer."""
+    process = start(image_folder, tmp_path)
+    wait_for_steps(tmp_path / "run")
+    [peer] = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit()
+        and (entry / "cmdline").exists()
+        and b"PeerActor" in (entry / "cmdline").read_bytes()
+        and os.getsid(int(entry.name)) == process.pid
+    ][:1]
+    os.kill(peer, signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130 and "--resume" in said
+    assert_nothing_left(process.pid)
+
+
+def test_a_killed_driver_leaves_no_process(image_folder: Path, tmp_path: Path) -> None:
+    """SIGKILL gives it no chance to tidy up; peers and Ray end by themselves."""
+    process = start(image_folder, tmp_path)
+    wait_for_steps(tmp_path / "run")
+    process.kill()
+    process.communicate()
+    assert_nothing_left(process.pid)
