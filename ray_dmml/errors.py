@@ -15,7 +15,16 @@ class NonFiniteLossError(UserError):
 
 class PeerLostError(UserError):
     """A peer (or the coordinator, or a node) died or fell silent, or what it sent arrived damaged; the
-    message names it. The cohort can recover from it."""
+    message names it. The cohort can recover from it.
+
+    Args:
+        message: for the user.
+        stuck: names of peers whose processes may live and are to be ended.
+    """
+
+    def __init__(self, message: str, stuck: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.stuck = stuck
 
 
 class Interrupted(Exception):

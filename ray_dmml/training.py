@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 CHUNK_S = 1.0
 """Seconds of training in one call of the peers: so long a run that is asked to stop may take to."""
 
+LAST_SAVE_S = 60.0
+"""Seconds in which the checkpoint of the last step is tried again where it cannot be written."""
+
 STRAGGLES = 0.1
 """Share of the time that a peer waits for another, from which on that is said."""
 
@@ -494,14 +497,22 @@ class _Loop:
             "dropped": state.dropped,
         }
         peers = {**self._cohort.state(), **self._left_behind}
-        try:
-            self._run.checkpoints.save(state.step, peers, meta, best=best)
-        except CheckpointError as error:
-            # The steps are worth more than their checkpoint: the next one may find room again.
-            if state.step in (0, self._config.train.steps):
-                raise
-            self._reporter.note(f"{error}; training goes on")
-            return False
+        # Steps are worth more than their checkpoint: the next one may find room again. After the last
+        # step there is no next one, and before the first nothing is worth anything yet.
+        is_last = state.step == self._config.train.steps
+        until = time.monotonic() + LAST_SAVE_S
+        while True:
+            try:
+                self._run.checkpoints.save(state.step, peers, meta, best=best)
+                break
+            except CheckpointError as error:
+                if state.step == 0 or (is_last and time.monotonic() > until):
+                    raise
+                if not is_last:
+                    self._reporter.note(f"{error}; training goes on")
+                    return False
+                self._reporter.note(f"{error}; trying again for {LAST_SAVE_S:.0f} s")
+                time.sleep(LAST_SAVE_S / 20)
         self._copy()
         self._reporter.saved(state.step, best=best)
         return True
@@ -517,6 +528,9 @@ class _Loop:
             self._reporter.note(f"{error}; {told}")
 
     def _finish(self) -> dict[str, Any]:
+        if self._unwritten:
+            self._run.append_metrics(self._unwritten)
+            self._unwritten = []
         which = self._config.weights_to_judge()
         step = self._state.step
         if which == "best":

@@ -447,7 +447,9 @@ def test_lines_without_end_are_refused(tmp_path: Path) -> None:
     """Of a file that is no table; a cell that is too long; a path that no file can have."""
     assert "a line has more than" in manifest_refusal(tmp_path, HEAD + "x," * 2**20)
     assert "field larger than" in manifest_refusal(tmp_path, HEAD + "x" * 200_000)
-    assert "files are missing" in manifest_refusal(tmp_path, HEAD + rows() + "y" * 5000 + ",a,train")
+    assert "files are missing" in manifest_refusal(
+        tmp_path, HEAD + rows() + "y" * 5000 + ",a,train"
+    )
 
 
 def test_a_manifest_that_is_no_file_is_refused(tmp_path: Path) -> None:

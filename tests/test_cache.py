@@ -159,7 +159,7 @@ def test_a_record_that_changes_under_a_reader_is_checked_again(folder: Path) -> 
         (lambda f: os.truncate(f, f.stat().st_size - 1), "cut short"),
         (lambda f: os.truncate(f, 10), "no cache of this program|damaged header"),
         (lambda f: os.truncate(f, 0), "no cache of this program"),
-        (lambda f: f.write_bytes(f.read_bytes().replace(b'"format": 1', b'"format": 0')), "another format"),
+        (lambda f: f.write_bytes(f.read_bytes().replace(b'"format": 2', b'"format": 0')), "another format"),
         (lambda f: f.write_bytes(f.read_bytes().replace(b'"torch": "', b'"torch": "0')), "decoders"),
         (lambda f: f.write_bytes(b"ray-dmml images\n{not json".ljust(f.stat().st_size, b"\0")), "damaged"),
     ],

@@ -102,6 +102,7 @@ class RayCohort:
         self._coordinator: Any = None
         self._nodes: dict[str, str] = {}  # name of a peer to the ID of its node
         self.pids: dict[str, int] = {}
+        self._stuck: tuple[str, ...] = ()
         self._step_seconds: deque[float] = deque(maxlen=31)  # of the latest calls of run
         self.waited: dict[str, float] = dict.fromkeys(self.names, 0.0)
         self._session = ExitStack()
@@ -221,27 +222,34 @@ class RayCohort:
         Raises:
             PeerLostError: again one was lost, or none is left.
         """
-        # Its end wakes who waits in an exchange for one that will never come.
+        # Their end wakes who waits in an exchange for one that will never come.
         self._end(self._coordinator)
+        for name in self._stuck:
+            self._end_peer(name)
+        self._stuck = ()
         grace = max(GRACE_S, 2 * self._median_step())
         answers = {name: actor.answer.remote() for name, actor in self._actors.items()}
         ray.wait(list(answers.values()), num_returns=len(answers), timeout=grace)
         lost = [name for name in self.names if name in answers and not _has_come(answers[name])]
         lost += [name for name in self.names if name not in answers]
-        here = ray.get_runtime_context().get_node_id()
         for name in lost:
-            actor = self._actors.pop(name, None)
-            # Ray asks a process to end before it forces it to, and one that is stopped takes its time.
-            if actor is not None and self._nodes.get(name) == here:
-                with suppress(ProcessLookupError):
-                    os.kill(self.pids[name], signal.SIGKILL)
-            self._end(actor)
+            self._end_peer(name)
         if drop:
             self.names = tuple(name for name in self.names if name not in lost)
             if not self.names:
                 raise PeerLostError(f"{', '.join(lost)}: lost, and no peer is left to go on")
         self._form(initial_weights=False)
         return lost
+
+    def _end_peer(self, name: str) -> None:
+        actor = self._actors.pop(name, None)
+        where = self._nodes.pop(name, None)  # the next one may be anywhere
+        # Ray asks a process to end before it forces it to, and one that is stopped takes its time.
+        is_here = where == ray.get_runtime_context().get_node_id()
+        if actor is not None and is_here:
+            with suppress(ProcessLookupError):
+                os.kill(self.pids[name], signal.SIGKILL)
+        self._end(actor)
 
     def close(self) -> None:
         for actor in [*self._actors.values(), self._coordinator]:
@@ -300,9 +308,15 @@ class RayCohort:
                     raise self._explain(error, refs) from error
             if waiting:
                 signs = self._signs()
+                if signs is None:
+                    raise PeerLostError("the coordinator died: its process was killed or crashed")
                 if on_step is not None and signs:
                     on_step(max(0, min(sent for sent, _ in signs.values()) - 1))
-                watch.look(waiting, signs)
+                try:
+                    watch.look(waiting, signs)
+                except PeerLostError as loss:
+                    self._stuck = loss.stuck
+                    raise
         return {name: ray.get(ref) for name, ref in refs.items()}
 
     def _explain(self, error: Exception, refs: Mapping[str, Any]) -> Exception:
@@ -317,7 +331,7 @@ class RayCohort:
                 return cause
         died = {name: _why(failure) for name, failure in failures.items() if _is_death(failure)}
         if died:
-            signs = self._signs()
+            signs = self._signs() or {}
             told = []
             for name, why in died.items():
                 sent = signs.get(name, (0, 0))[0]
@@ -342,12 +356,14 @@ class RayCohort:
                 failures[name] = error
         return failures
 
-    def _signs(self) -> dict[str, tuple[int, int]]:
-        """The last sign of each peer; empty where the coordinator gives none."""
+    def _signs(self) -> dict[str, tuple[int, int]] | None:
+        """The last sign of each peer; empty where the coordinator is silent, None where it is dead."""
         try:
             return ray.get(self._coordinator.signs.remote(), timeout=GRACE_S)
-        except (RayActorError, GetTimeoutError):
+        except GetTimeoutError:
             return {}
+        except RayActorError:
+            return None
 
 
 class _Watch:
@@ -383,8 +399,9 @@ class _Watch:
         if stuck:
             # Who waits for a stuck peer is silent, too; who got least far is the cause.
             least = min(signs[name][0] for name in stuck)
-            told = ", ".join(name for name in stuck if signs[name][0] == least)
-            raise PeerLostError(f"{told}: no sign of life for {self._patience:.0f} s")
+            causes = tuple(name for name in stuck if signs[name][0] == least)
+            told = f"{', '.join(causes)}: no sign of life for {self._patience:.0f} s"
+            raise PeerLostError(told, causes)
         if now - self._looked_at > self._detect_s / 3:
             self._look_at_nodes(waiting)
             self._looked_at = time.monotonic()
@@ -396,9 +413,9 @@ class _Watch:
             node = nodes.get(where)
             if node is not None and node["Alive"] and _answers(node, self._detect_s / 3):
                 continue
-            names = ", ".join(name for name in self._nodes if self._nodes[name] == where)
+            lost = tuple(name for name in self._nodes if self._nodes[name] == where)
             address = node["NodeManagerAddress"] if node else where
-            raise PeerLostError(f"{names}: the node {address} was lost")
+            raise PeerLostError(f"{', '.join(lost)}: the node {address} was lost", lost)
 
 
 def _answers(node: Mapping[str, Any], timeout_s: float) -> bool:
@@ -448,6 +465,8 @@ def _why(error: Exception) -> str:
         return "out of memory: Ray ended it, as its node had too little left"
     if "node has died" in told or "NODE_DIED" in told:
         return "its node was lost"
+    if "unavailable" in told:
+        return "it does not answer"
     if "ray.kill" in told:
         return "it was ended"
     if "SYSTEM_ERROR" in told or "connection error" in told.lower():

@@ -1,0 +1,432 @@
+"""Kills, stops and damages everything that can fail, at random, and compares what the run ends with.
+
+    python experiments/chaos.py --runs 60
+
+Each run trains three unlike peers on Ray while faults drawn from its seed strike at drawn moments:
+amid steps, while a checkpoint is written, and while the cohort recovers from the fault before. A row
+says what was done and whether weights, optimisers and metrics are, to the bit, those of the
+undisturbed run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+from provenance import commit
+from rich.console import Console
+
+STEPS = 60
+SILENCE_S = 5.0
+HANGS_S = 300.0
+"""A run that takes longer hangs."""
+
+FAULTS = (
+    "kill peer",
+    "stop peer",
+    "kill coordinator",
+    "stop coordinator",
+    "kill node",
+    "kill driver",
+    "cut checkpoint",
+    "full disk",
+    "damage embedding",
+)
+
+
+def settings(root: Path, transport: str) -> dict[str, Any]:
+    return {
+        "data": {
+            "name": "imagefolder",
+            "root": str(root),
+            "decode_size": 36,
+            "classes_per_batch": 4,
+            "images_per_class": 3,
+            "validation_fraction": 0.25,
+        },
+        "cohort": {
+            "threads_per_peer": 1,
+            "transport": transport,
+            "start_timeout_s": 120,
+            "base": {"input_size": 32, "embedding_size": 16, "batch_norm": "live", "num_cpus": 1},
+            "peers": [
+                {"backbone": "test_resnet", "averaging": {"decay": 0.9}},
+                {"backbone": "test_efficientnet", "embedding_size": 24, "update_interval": 2},
+                {"backbone": "test_resnet", "view": "strong", "optimizer": {"name": "adamw"}},
+            ],
+        },
+        "train": {"steps": STEPS, "evaluate_every": 20, "log_every": 5, "tensorboard": False},
+        "evaluation": {"recall_at": [1], "untrained": False},
+        "checkpoint": {"every_steps": 10},
+        "run": {"silence_s": SILENCE_S, "max_restarts": 30, "detect_s": 10},
+    }
+
+
+def make_images(root: Path) -> None:
+    """16 classes of noise with a mark, so that there is something to learn."""
+    generator = np.random.default_rng(0)
+    for label in range(16):
+        (root / f"class{label:02d}").mkdir(parents=True)
+        for image in range(5):
+            pixels = generator.integers(0, 120, (24, 24, 3), dtype=np.uint8)
+            pixels[4 * (label % 4) : 4 * (label % 4) + 8, 4 * (label // 4) :][:, :8] += 100
+            Image.fromarray(pixels).save(root / f"class{label:02d}" / f"{image}.png")
+
+
+# --- inside the driver, a process of its own ----------------------------------------------------
+
+
+class Striker:
+    """Does a fault when its moment comes: at a step, or so long after a checkpoint or a recovery has
+    begun."""
+
+    def __init__(self, folder: Path, faults: list[dict[str, Any]]) -> None:
+        self._folder, self._faults = folder, faults
+        self.cohort: Any = None
+        self.cluster_nodes: list[Any] = []
+        self._ballast: Path | None = None
+
+    def _is_new(self, fault: dict[str, Any]) -> bool:
+        """Faults are struck once, also where the driver is started again."""
+        mark = self._folder / f"struck-{fault['number']}"
+        if mark.exists():
+            return False
+        mark.write_text(f"{time.time()}")
+        return True
+
+    def at(self, moment: str, step: int = 0) -> None:
+        for fault in self._faults:
+            if fault["moment"] == moment and step >= fault["step"] and self._is_new(fault):
+                if moment == "step":
+                    self._strike(fault)
+                else:  # amid what has just begun
+                    threading.Timer(fault["delay"], self._strike, [fault]).start()
+
+    def _strike(self, fault: dict[str, Any]) -> None:
+        what, peer = fault["what"], f"peer{fault['peer']}"
+        if what == "kill driver":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what in ("kill peer", "stop peer"):
+            self._signal(self.cohort.pids.get(peer), what)
+        elif what in ("kill coordinator", "stop coordinator"):
+            self._signal(_coordinator_pid(), what)
+        elif what == "kill node":
+            # The last node that has a peer and is not the head, whose end is that of the session.
+            where = set(self.cohort._nodes.values())
+            for node in [node for node in self.cluster_nodes[1:] if node.node_id in where][-1:]:
+                os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        elif what == "cut checkpoint":
+            self._cut_the_last_checkpoint(fault)
+        elif what == "full disk":
+            self._fill_the_disk()
+        elif what == "damage embedding":
+            (self._folder / "damage").touch()
+
+    @staticmethod
+    def _signal(pid: int | None, what: str) -> None:
+        if pid is None:
+            return
+        try:
+            os.kill(pid, signal.SIGKILL if what.startswith("kill") else signal.SIGSTOP)
+        except ProcessLookupError:
+            return  # the fault before was faster
+
+    def _cut_the_last_checkpoint(self, fault: dict[str, Any]) -> None:
+        """And kills a peer, as otherwise nobody would read it."""
+        checkpoints = self._folder / "disk" / "run" / "checkpoints"
+        folders = sorted(checkpoints.glob("step-*"))
+        if len(folders) > 1:
+            files = sorted(path for path in folders[-1].rglob("*") if path.is_file())
+            chosen = files[fault["peer"] % len(files)]
+            os.truncate(chosen, chosen.stat().st_size // 2)
+        self._signal(self.cohort.pids.get(f"peer{fault['peer']}"), "kill peer")
+
+    def _fill_the_disk(self) -> None:
+        """For three seconds."""
+        ballast = self._folder / "disk" / "ballast"
+        try:
+            with ballast.open("wb") as file:
+                while True:
+                    file.write(b"\0" * 2**16)
+                    file.flush()
+        except OSError:
+            pass
+        threading.Timer(3.0, lambda: ballast.unlink(missing_ok=True)).start()
+
+
+def _coordinator_pid() -> int | None:
+    import psutil
+
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or ())
+        if title.startswith("ray::") and "Coordinator" in title:
+            try:
+                if os.getsid(process.pid) == os.getsid(0):
+                    return int(process.pid)
+            except OSError:
+                continue
+    return None
+
+
+def drive(folder: Path) -> None:
+    """Trains, or goes on, in the run of a folder with the faults that its plan has."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from ray_dmml.cohort import remote
+    from ray_dmml.cohort.coordinator import Coordinator
+    from ray_dmml.config import Config
+    from ray_dmml.training import Silent, train
+
+    plan = json.loads((folder / "plan.json").read_text())
+    striker = Striker(folder, plan["faults"])
+    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    if plan["nodes"] > 1:
+        checks = {
+            "health_check_initial_delay_ms": 1000,
+            "health_check_period_ms": 1000,
+            "health_check_timeout_ms": 2000,
+            "health_check_failure_threshold": 3,
+        }
+        cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 2, "_system_config": checks}
+        )
+        striker.cluster_nodes = [
+            cluster.head_node,
+            *(cluster.add_node(num_cpus=2) for _ in range(plan["nodes"] - 1)),
+        ]
+        ray.init(address=cluster.address, **quiet)
+    else:
+        ray.init("local", num_cpus=4, include_dashboard=False, **quiet)
+
+    flag = folder / "damage"
+
+    class DamagingCoordinator(Coordinator):
+        """Flips a bit of the next embedding once it is told to."""
+
+        async def exchange(
+            self, step: int, rank: int, teachers: Any, expected: int, *parts: Any
+        ) -> list[Any]:
+            if flag.exists():
+                flag.unlink()
+                parts = (parts[0].copy(), *parts[1:])
+                parts[0].view("u1").reshape(-1)[5] ^= 4
+            return await Coordinator.exchange(self, step, rank, teachers, expected, *parts)
+
+    class DamagingPeer(remote.PeerActor):
+        """The same where embeddings go from peer to peer: a bit of what is sent, after its checksum
+        was taken."""
+
+        def build(self, *arguments: Any) -> None:
+            from ray_dmml.cohort.transport import DirectExchange
+
+            super().build(*arguments)
+            packed = DirectExchange._packed
+
+            def damaged(self: Any, *given: Any) -> Any:
+                sent = packed(self, *given)
+                if flag.exists():
+                    flag.unlink(missing_ok=True)
+                    sent.view(-1)[3] += 1
+                return sent
+
+            DirectExchange._packed = damaged  # type: ignore[method-assign]
+
+    remote.Coordinator = DamagingCoordinator  # type: ignore[misc]
+    remote.PeerActor = DamagingPeer  # type: ignore[misc]
+    made = remote.RayCohort.__init__
+
+    def kept(cohort: Any, *arguments: Any, **named: Any) -> None:
+        striker.cohort = cohort
+        made(cohort, *arguments, **named)
+
+    remote.RayCohort.__init__ = kept  # type: ignore[method-assign]
+
+    class Told(Silent):
+        def note(self, message: str) -> None:
+            with (folder / "notes.jsonl").open("a") as file:
+                file.write(json.dumps([time.time(), message]) + "\n")
+
+        def doing(self, what: str) -> None:
+            striker.at({"saving a checkpoint": "save", "starting lost peers anew": "recovery"}.get(
+                what, what))  # fmt: skip
+
+        def step(self, finished: int) -> None:
+            striker.at("step", finished)
+
+    run = folder / "disk" / "run"
+    if (run / "config.yaml").exists():
+        train(resume=run, reporter=Told())
+    else:
+        train(Config.parse(plan["settings"]), run, reporter=Told())
+    ray.shutdown()
+
+
+# --- outside ------------------------------------------------------------------------------------
+
+
+def draw(seed: int) -> tuple[str, int, list[dict[str, Any]]]:
+    """Transport, nodes and faults of a run."""
+    chance = random.Random(seed)
+    # Every fault comes first in one run of nine, so that few runs have them all.
+    first = FAULTS[seed % len(FAULTS)]
+    transport = ("direct", "coordinator")[seed // len(FAULTS) % 2]
+    chosen = [first, *chance.choices(FAULTS, k=chance.randint(0, 2))]
+    nodes = 3 if "kill node" in chosen else 1
+    faults = []
+    for number, what in enumerate(chosen):
+        moment = chance.choice(["step", "step", "save", "recovery"]) if number else "step"
+        if what == "cut checkpoint":
+            moment = "step"
+        faults.append(
+            {
+                "number": number,
+                "what": what,
+                "peer": chance.randrange(3),
+                "moment": moment,
+                "step": chance.randint(11, STEPS - 5) if moment == "step" else 0,
+                "delay": round(chance.uniform(0, 1.5), 2),
+            }
+        )
+    return transport, nodes, faults
+
+
+def outcome(run: Path) -> tuple[Any, str]:
+    from ray_dmml.runfolder import RunFolder
+
+    folder = RunFolder.open(run)
+    last = folder.checkpoints.load("last")
+    return (last.step, last.peers), folder.metrics_file.read_text()
+
+
+def one_run(seed: int, root: Path, expected: tuple[Any, str], work: Path) -> dict[str, Any]:
+    transport, nodes, faults = draw(seed)
+    folder = work / f"run-{seed}"
+    (folder / "disk").mkdir(parents=True)
+    told_faults = [f"{f['what']}@{f['step'] or f['moment']}" for f in faults]
+    row: dict[str, Any] = {
+        "seed": seed,
+        "transport": transport,
+        "nodes": nodes,
+        "faults": told_faults,
+    }
+    is_small = any(fault["what"] == "full disk" for fault in faults)
+    if is_small:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder / "disk")]
+        if subprocess.run(mount, capture_output=True).returncode:
+            return {**row, "equal": None, "why": "a small disk needs root"}
+    plan = {"settings": settings(root, transport), "faults": faults, "nodes": nodes}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    began, starts = time.monotonic(), 0
+    try:
+        while True:
+            starts += 1
+            with (folder / "log.txt").open("a") as log:
+                driver = subprocess.Popen(
+                    [sys.executable, __file__, "--drive", str(folder)],
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+                try:
+                    code = driver.wait(timeout=HANGS_S)
+                except subprocess.TimeoutExpired:
+                    return {**row, "equal": False, "why": "it hangs"}
+                finally:
+                    _end_session(driver.pid)
+            if code == 0:
+                break
+            if code != -signal.SIGKILL or starts > len(faults) + 1:
+                return {**row, "equal": False, "why": f"exit code {code}: {folder / 'log.txt'}"}
+        weights, metrics = outcome(folder / "disk" / "run")
+        notes = [
+            json.loads(line)[1]
+            for line in (folder / "notes.jsonl").read_text().splitlines()
+        ] if (folder / "notes.jsonl").exists() else []  # fmt: skip
+        backs = [note for note in notes if "go back from step" in note]
+        row |= {
+            "struck": len(list(folder.glob("struck-*"))),
+            "starts": starts,
+            "recoveries": len(backs),
+            "steps_again": sum(_steps_again(note) for note in backs),
+            "recovered_s": [
+                float(note.split()[2]) for note in notes if note.startswith("recovered in")
+            ],
+            "seconds": round(time.monotonic() - began),
+            "equal": weights == expected[0] and metrics == expected[1],
+        }
+        return row
+    finally:
+        if is_small:
+            subprocess.run(["umount", "-l", str(folder / "disk")], capture_output=True)
+
+
+def _steps_again(note: str) -> int:
+    words = note.split("go back from step ")[1].split()
+    return int(words[0]) - int(words[2].rstrip(","))
+
+
+def _end_session(session: int) -> None:
+    """What the driver had started, where it was killed: the next one starts at once."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getsid(int(entry.name)) == session:
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except (OSError, ProcessLookupError):
+                continue
+
+
+def main(
+    runs: Annotated[int, typer.Option(min=1, help="Runs.")] = 60,
+    first_seed: Annotated[int, typer.Option(help="Seeds are this and the next ones.")] = 0,
+    rows: Annotated[Path | None, typer.Option(help="A JSON line a run is added here.")] = None,
+    drive_in: Annotated[Path | None, typer.Option("--drive", hidden=True)] = None,
+) -> None:
+    """Kill anything at any time, and compare."""
+    if drive_in is not None:
+        drive(drive_in)
+        return
+    from ray_dmml.config import Config
+    from ray_dmml.training import train
+
+    console = Console(width=160)
+    work = Path(tempfile.mkdtemp(prefix="ray-dmml-chaos-"))
+    is_right = True
+    try:
+        make_images(work / "images")
+        train(
+            Config.parse(settings(work / "images", "direct")), work / "undisturbed", in_process=True
+        )
+        expected = outcome(work / "undisturbed")
+        made_by = commit()
+        for seed in range(first_seed, first_seed + runs):
+            row = one_run(seed, work / "images", expected, work)
+            is_right &= row["equal"] is not False
+            console.print(json.dumps(row), highlight=False, markup=False)
+            if rows is not None:
+                with rows.open("a") as file:
+                    file.write(json.dumps({**row, "commit": made_by}) + "\n")
+            if row["equal"]:
+                shutil.rmtree(work / f"run-{seed}", ignore_errors=True)
+    finally:
+        if is_right:
+            shutil.rmtree(work, ignore_errors=True)
+    raise typer.Exit(0 if is_right else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
