@@ -368,6 +368,9 @@ def one_run(seed: int, root: Path, expected: tuple[Any, str], work: Path) -> dic
             "seconds": round(time.monotonic() - began),
             "equal": weights == expected[0] and metrics == expected[1],
         }
+        if not row["equal"]:  # for a look at them
+            row["why"] = f"weights {weights == expected[0]}, metrics {metrics == expected[1]}"
+            (folder / "metrics.jsonl").write_text(metrics)
         return row
     finally:
         if is_small:

@@ -94,13 +94,14 @@ class RunFolder:
         Raises:
             CheckpointError: they cannot be written.
         """
-        text = "".join(json.dumps(row) + "\n" for row in rows)
+        rest = "".join(json.dumps(row) + "\n" for row in rows).encode()
         try:
-            with self.metrics_file.open("a", encoding="utf-8") as file:
+            # Unbuffered: a buffer would write what it holds once more when the file is closed.
+            with self.metrics_file.open("ab", buffering=0) as file:
                 before = file.tell()
                 try:
-                    file.write(text)
-                    file.flush()
+                    while rest:
+                        rest = rest[file.write(rest) :]
                 except OSError:
                     file.truncate(before)
                     raise

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +279,42 @@ def test_a_checksum_sees_every_change(shape: tuple[int, int]) -> None:
     assert int(checksum(torch.zeros(1, 2))) != int(checksum(torch.tensor([[0.0, -0.0]])))
     with pytest.raises(PeerLostError, match="peer9 of step 3 were damaged"):
         transports._verified(rows, right + 1, "peer9", 2)
+
+
+def test_a_full_disk_at_times(image_folder: Path, tmp_path: Path) -> None:
+    """Checkpoints and metrics that find no room are told, training goes on, and once there is room
+    nothing is missing or there twice."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted: needs root")
+    ballast = disk / "ballast"
+
+    class Full(Silent):
+        notes: list[str]
+
+        def __init__(self) -> None:
+            self.notes = []
+
+        def note(self, message: str) -> None:
+            self.notes.append(message)
+
+        def step(self, finished: int) -> None:
+            if finished == 6:
+                with suppress(OSError), ballast.open("wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(2**12))
+            if finished == 11:
+                ballast.unlink(missing_ok=True)
+
+    try:
+        full = Full()
+        config = settings(image_folder)
+        train(config, disk / "run", reporter=full, in_process=True)
+        train(config, tmp_path / "undisturbed", in_process=True)
+        assert_same_run(disk / "run", tmp_path / "undisturbed")
+        assert any("checkpoint of step 8 cannot be written" in note for note in full.notes)
+        assert any("metrics.jsonl cannot be written" in note for note in full.notes)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
