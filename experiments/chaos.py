@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -168,17 +169,23 @@ class Striker:
 
 
 def _coordinator_pid() -> int | None:
-    import psutil
-
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or ())
-        if title.startswith("ray::") and "Coordinator" in title:
-            try:
-                if os.getsid(process.pid) == os.getsid(0):
-                    return int(process.pid)
-            except OSError:
-                continue
+    for pid in processes_of(os.getsid(0)):
+        with suppress(OSError):
+            title = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if title.startswith(b"ray::") and b"Coordinator" in title:
+                return pid
     return None
+
+
+def processes_of(session: int) -> list[int]:
+    """Those of a driver are all that it has started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if os.getsid(int(entry.name)) == session:
+                    found.append(int(entry.name))
+    return found
 
 
 def drive(folder: Path) -> None:
@@ -384,13 +391,9 @@ def _steps_again(note: str) -> int:
 
 def _end_session(session: int) -> None:
     """What the driver had started, where it was killed: the next one starts at once."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == session:
-                    os.kill(int(entry.name), signal.SIGKILL)
-            except (OSError, ProcessLookupError):
-                continue
+    for pid in processes_of(session):
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def main(

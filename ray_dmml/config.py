@@ -385,13 +385,15 @@ class CohortConfig(Section):
         twice = sorted({str(name) for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"peer names must be unique; used twice: {', '.join(twice)}")
-        for i, one in enumerate(self.peers):
-            for other in self.peers[i + 1 :]:
-                if one.model_copy(update={"name": other.name}) == other and not one.frozen:
-                    raise ValueError(
-                        f"{one.name} and {other.name} have the same seed and settings and would "
-                        "stay the same network: give one another seed"
-                    )
+        alike: dict[str, str | None] = {}
+        for peer in self.peers:
+            settings = peer.model_dump_json(exclude={"name"})
+            if settings in alike and not peer.frozen:
+                raise ValueError(
+                    f"{alike[settings]} and {peer.name} have the same seed and settings and would "
+                    "stay the same network: give one another seed"
+                )
+            alike.setdefault(settings, peer.name)
         if not self.peers:
             raise ValueError("peers is empty: a cohort has at least one peer")
         if all(peer.frozen for peer in self.peers):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,26 @@ class Peer:
         self._metric_term: Tensor | None = None
 
     # --- one step ---------------------------------------------------------------------------
+
+    @contextmanager
+    def enough_memory(self) -> Iterator[None]:
+        """Raises UserError where the device has not enough memory for what is done inside."""
+        try:
+            yield
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; CPUs have none of their own
+            told = str(error).splitlines()[0]
+            is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in told
+            if not is_memory:
+                raise
+            batch = "an evaluation"
+            if self._batch is not None:
+                batch = f"step {self._batch.step + 1} ({len(self._batch.labels)} images a batch)"
+            raise UserError(
+                f"{self.name}: {self.device} ran out of memory in {batch}: {told}. "
+                f"{self.config.backbone} at {self.net.input_size} pixels, amp {self.config.amp}: "
+                "lower data.classes_per_batch, input_size or evaluation.batch_size, set amp, or "
+                "give the peer a larger part of a device (num_gpus)"
+            ) from None
 
     def embed(self, batch: Batch) -> Tensor:
         """The peer's own view of the batch -> its embeddings to publish, (B, D) float32, detached.

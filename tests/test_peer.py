@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -567,3 +569,41 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"peer0: compile: true needs a C.. compiler.*no-such"):
         build(settings(**STILL, compile=True))
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from contextlib import closing
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from conftest import tiny
+from ray_dmml.cohort.local import LocalCohort
+from ray_dmml.config import Config
+from ray_dmml.data.datasets import load_splits
+from ray_dmml.errors import UserError
+
+raw = tiny(Path(sys.argv[1]))
+raw["cohort"]["base"]["input_size"] = 2048
+config = Config.parse(raw)
+with closing(LocalCohort(config, load_splits(config.data))) as cohort:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 300 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        cohort.run(0, 1, lambda finished: None)
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit of the address space")
+def test_out_of_memory_is_one_sentence(image_folder: Path) -> None:
+    """Who, where, what was asked for, what it was for, and what to lower."""
+    ended = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, str(image_folder), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.startswith("peer0: cpu ran out of memory in step 1 (12 images a batch):")
+    assert "bytes" in ended.stdout and "test_resnet at 2048 pixels" in ended.stdout
+    assert "lower data.classes_per_batch" in ended.stdout

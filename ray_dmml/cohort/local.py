@@ -79,13 +79,14 @@ class LocalCohort:
         for step in range(start, stop):
             batch = self._loader.batch(step)
             # Teachers are the embeddings from before any update: embed all, exchange, update all.
-            published = [peer.embed(batch) for peer in self.peers]
-            rows.append(
-                {
-                    peer.name: peer.update([published[teacher] for teacher in teachers])
-                    for peer, teachers in zip(self.peers, self._teachers.at(step), strict=True)
-                }
-            )
+            published, row = [], {}
+            for peer in self.peers:
+                with peer.enough_memory():
+                    published.append(peer.embed(batch))
+            for peer, teachers in zip(self.peers, self._teachers.at(step), strict=True):
+                with peer.enough_memory():
+                    row[peer.name] = peer.update([published[teacher] for teacher in teachers])
+            rows.append(row)
             on_step(step + 1)
         return rows
 

@@ -93,6 +93,10 @@ class Member:
 
     def run(self, start: int, stop: int) -> tuple[list[dict[str, float]], float]:
         """The terms of each step's loss, and the seconds spent waiting for other peers."""
+        with self._peer.enough_memory():
+            return self._run(start, stop)
+
+    def _run(self, start: int, stop: int) -> tuple[list[dict[str, float]], float]:
         rows, waited = [], 0.0
         for step in range(start, stop):
             batch = self._loader.batch(step)
@@ -110,9 +114,10 @@ class Member:
     def embeddings(self, split: str, averaged: bool) -> np.ndarray:
         images = getattr(self._splits, split)
         size = self._config.evaluation.batch_size
-        return self._peer.embed_images(
-            images, size, averaged=averaged, after_chunk=self._finish_chunk
-        )
+        with self._peer.enough_memory():
+            return self._peer.embed_images(
+                images, size, averaged=averaged, after_chunk=self._finish_chunk
+            )
 
     def _finish_chunk(self) -> None:
         self._chunks += 1

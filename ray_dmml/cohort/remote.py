@@ -23,7 +23,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import (
+    AuthenticationError,
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 from ray.util.placement_group import (
     PlacementGroup,
     get_current_placement_group,
@@ -555,8 +562,10 @@ def _start_ray() -> None:
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     address = os.environ.get("RAY_ADDRESS")
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    _require_token_file()
     if address:
         _require_reachable(address)
+        _require_accepted(address)
         try:
             ray.init(address=address, **settings)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -564,6 +573,30 @@ def _start_ray() -> None:
     else:
         # "local": without it Ray would join any cluster that was left in the temp folder.
         ray.init("local", num_cpus=num_cores(), include_dashboard=False, **settings)
+
+
+def _require_token_file() -> None:
+    """Ray itself ends the process, with a list of addresses in memory."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if os.environ.get("RAY_AUTH_MODE") == "token" and path and not os.path.isfile(path):
+        raise UserError(
+            f"RAY_AUTH_TOKEN_PATH {path} is not a file: it must hold the cluster's token"
+        )
+
+
+def _require_accepted(address: str) -> None:
+    """Ray itself tries for 20 seconds and does not say why."""
+    _, colon, port = address.rpartition(":")
+    if "://" in address or not colon or not port.isdigit():
+        return
+    try:
+        GcsClient(address=address)
+    except AuthenticationError:
+        raise UserError(
+            f"RAY_ADDRESS {address} does not accept this token: set RAY_AUTH_MODE=token, and the "
+            "cluster's own token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or "
+            "in ~/.ray/auth_token"
+        ) from None
 
 
 def _require_reachable(address: str) -> None:
