@@ -19,7 +19,7 @@ from benchmarks.row import Goal, Row, Settings, in_turn
 from benchmarks.worker import Worker, ask_all
 from ray_dmml.cohort.coordinator import Coordinator
 from ray_dmml.cohort.teachers import Teachers
-from ray_dmml.cohort.transport import connect
+from ray_dmml.cohort.transport import Members, connect
 
 DIRECT_COUNT, COORDINATOR_COUNT, WARM_UP = 500, 100, 10
 TIMEOUT_S = 60.0
@@ -35,10 +35,9 @@ class Exchanger:
             transport,
             coordinator,
             position,
-            [SIZE, SIZE],
+            Members(("peer0", "peer1"), (SIZE, SIZE)),
             Teachers(2),
             torch.device("cpu"),
-            TIMEOUT_S,
             TIMEOUT_S,
         )
         return how
@@ -80,9 +79,7 @@ class Caller:
 @contextmanager
 def exchangers(transport: str) -> Iterator[list[Any]]:
     """Two actors that are connected; Ray is up."""
-    coordinator = (
-        ray.remote(Coordinator).options(num_cpus=0).remote(("peer0", "peer1"), TIMEOUT_S, TIMEOUT_S)
-    )
+    coordinator = ray.remote(Coordinator).options(num_cpus=0).remote(("peer0", "peer1"))
     actors = [ray.remote(Exchanger).options(num_cpus=1).remote() for _ in range(2)]
     how = ray.get([a.connect.remote(transport, coordinator, i) for i, a in enumerate(actors)])
     if set(how) != {transport}:

@@ -21,7 +21,7 @@ def memory(settings: Settings) -> list[Row]:
         folder = stack.enter_context(training_folder(settings.data_root))
         plain = stack.enter_context(Worker("independent", str(folder), "0", LOADERS))
         timed = stack.enter_context(timed_cohort(folder))
-        actors = [timed.cohort._actors[0], timed.cohort._coordinator]
+        actors = [timed.cohort._actors[timed.cohort.names[0]], timed.cohort._coordinator]
         pids = ray.get([actor.__ray_call__.remote(process_id) for actor in actors])
         found: dict[str, list[dict[str, float]]] = {"peer": [], "coordinator": [], "plain": []}
         for _ in range(settings.rounds):

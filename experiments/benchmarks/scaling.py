@@ -33,11 +33,11 @@ class TimedPeer:
 
     _member: Member | None = None
 
-    def rebuild(self, config: Config, position: int, coordinator: Any) -> dict[str, str]:
+    def rebuild(self, config: Config, position: int, coordinator: Any) -> dict[str, Any]:
         if self._member is not None:
             self._member.close()
-        self._member = Member(config, position, (), 1, coordinator, initial_weights=True)
-        return self._member.facts
+        self._member = Member(config, position, (), 1, initial_weights=True)
+        return self._member.join(coordinator, [str(peer.name) for peer in config.cohort.peers])
 
     def timed_run(self, start: int, stop: int) -> float:
         """Seconds a step."""
@@ -94,7 +94,7 @@ def config(folder: Path, num_peers: int, batch_size: int) -> Config:
 
 @contextmanager
 def coordinator_of(names: list[str]) -> Iterator[Any]:
-    actor = ray.remote(Coordinator).options(num_cpus=0).remote(names, 120.0, 120.0)
+    actor = ray.remote(Coordinator).options(num_cpus=0).remote(names)
     yield actor
     ray.kill(actor)
 
