@@ -13,6 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny
+from typer.testing import CliRunner
+
+from ray_dmml.cli import app
+from ray_dmml.config import Config
+from ray_dmml.errors import Interrupted
+from ray_dmml.runfolder import RunFolder
+from ray_dmml.training import Silent, train
 
 pytest.importorskip("pyarrow.fs", reason="ray[tune] brings pyarrow, which is not installed")
 
@@ -377,3 +385,41 @@ def test_a_server_that_does_not_answer_is_given_up(
         with pytest.raises(CheckpointError, match=rf"{scheme}://bucket/run cannot be written"):
             storage.push(tmp_path / "run")
         assert time.monotonic() - began < 60
+
+
+def test_a_run_goes_on_from_its_copy(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training copies each checkpoint; on another machine the command line fetches the copy and goes
+    on to the bits of an undisturbed run."""
+    uri = f"file://{tmp_path}/copy"
+    raw = tiny(image_folder, checkpoint={"every_steps": 2, "storage": uri})
+    monkeypatch.chdir(tmp_path)
+    config = Config.parse(raw)
+    reached = [0]
+
+    class Steps(Silent):
+        def step(self, finished: int) -> None:
+            reached[0] = finished
+
+    with pytest.raises(Interrupted):
+        train(
+            config,
+            "first",
+            in_process=True,
+            reporter=Steps(),
+            should_stop=lambda: reached[0] >= 3,
+        )
+    shutil.rmtree("first")
+    result = CliRunner().invoke(
+        app, ["train", "--in-process", "--resume", uri, "--out", "second"], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    train(Config.parse(tiny(image_folder)), "undisturbed", in_process=True)
+    peers = [
+        RunFolder(Path(run)).checkpoints.load("last").peers for run in ("second", "undisturbed")
+    ]
+    assert peers[0] == peers[1]
+    assert (tmp_path / "copy" / "results.json").exists()
+    with pytest.raises(UserError, match="already"):
+        train(config, "third", in_process=True)
