@@ -99,7 +99,8 @@ class CheckpointStore:
             try:
                 self._write_index(index)
             except OSError:
-                shutil.rmtree(self.folder / name, ignore_errors=True)
+                if self.index().get("last") != name:
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
                 raise
         except OSError as error:
             raise CheckpointError(f"checkpoint of step {step} cannot be written: {error}") from None

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from enum import StrEnum
 from importlib import import_module
@@ -339,7 +339,8 @@ class _Signals:
             raise KeyboardInterrupt
         self.received = number
         told = "stopping after this step, with a checkpoint; once more: stop now"
-        self._console.print(told, highlight=False)
+        with suppress(RuntimeError):  # amid another print; the signal counts all the same
+            self._console.print(told, highlight=False)
 
     @property
     def exit_code(self) -> int:

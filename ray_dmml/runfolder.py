@@ -10,9 +10,13 @@ tensorboard/    events
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,7 +53,10 @@ class RunFolder:
 
     def refuse_existing(self) -> None:
         """Raises UserError where the folder is taken: a new run never writes into an old one's."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        # A file written aside is what is left where a run was killed before it had a config.
+        if self.path.exists() and (
+            not self.path.is_dir() or any(path.suffix != ".tmp" for path in self.path.iterdir())
+        ):
             raise UserError(
                 f"{self.path} already exists; give another --out, or continue it with "
                 f"--resume {self.path}"
@@ -59,8 +66,28 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_config(config)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             raise UserError(f"the run folder {self.path} cannot be made: {error}") from None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For the length of the block no other process trains in this folder.
+
+        A file system that knows no locks protects nobody.
+
+        Raises:
+            UserError: one does.
+        """
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise UserError(f"another process is training in {self.path}") from None
+            yield
+        finally:
+            os.close(folder)
 
     def write_config(self, config: Config) -> None:
         replace_file(self.config_file, config.to_yaml())
@@ -113,21 +140,37 @@ class RunFolder:
         resumed run equals that of an undisturbed one."""
         if not self.metrics_file.exists():
             return
-        kept = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-        replace_file(self.metrics_file, "".join(kept))
+        # Rows come in the order of their steps: it is cut in its place, which needs no room.
+        end = read = 0
+        try:
+            with self.metrics_file.open("rb+") as file:
+                for line in file:
+                    read += len(line)
+                    try:
+                        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                            break
+                        end = read
+                    except (ValueError, KeyError, TypeError):
+                        continue
+                file.truncate(end)
+        except OSError as error:
+            raise CheckpointError(f"{self.metrics_file} cannot be cut: {error}") from None
 
     def write_results(self, results: dict[str, Any]) -> None:
         replace_file(self.results_file, json.dumps(results, indent=1) + "\n")
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file aside and puts it in place: nobody reads half of it."""
+    """Writes a file aside and puts it in place: nobody reads half of it.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before is whole.
+    """
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        raise CheckpointError(f"{path} cannot be written: {error}") from None

@@ -32,6 +32,7 @@ from ray_dmml.checkpoint import (
     sync,
 )
 from ray_dmml.errors import CheckpointError, UserError
+from ray_dmml.runfolder import RunFolder
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "run.json", "results.json")
 CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S = 10, 30
@@ -83,7 +84,7 @@ class RunStorage:
         if taken:
             raise UserError(f"the storage {self.name} has a run already; give another")
 
-    def push(self, run: Path) -> None:
+    def push(self, run: RunFolder) -> None:
         """Copies what a run's folder has and the storage has not, and removes the checkpoints there
         that the run no longer keeps.
 
@@ -91,14 +92,14 @@ class RunStorage:
             CheckpointError: with the reason; the run's folder is only read, and the checkpoints that
                 the storage had are whole.
         """
-        store = CheckpointStore(run / "checkpoints")
-        if self.is_at(run):
+        store = run.checkpoints
+        if self.is_at(run.path):
             raise CheckpointError(f"the storage {self.name} is the run's own folder")
         with self._told("written"):
             copies = self._push_checkpoints(store)
             for name in RUN_FILES:
-                if (run / name).is_file():
-                    with (run / name).open("rb") as file:
+                if (run.path / name).is_file():
+                    with (run.path / name).open("rb") as file:
                         self._put(file, name)
             if not copies:
                 return

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
-from ray_dmml.checkpoint import Checkpoint, PeerFiles
+from ray_dmml.checkpoint import Checkpoint, DamagedError, PeerFiles
 from ray_dmml.cohort import Cohort, StepRow
 from ray_dmml.config import Config, moved
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import ImageSet, Splits
 from ray_dmml.data.loading import build_sampler
 from ray_dmml.errors import CheckpointError, Interrupted, PeerLostError, UserError
+from ray_dmml.events import Events
 from ray_dmml.retrieval.ensemble import ensemble_embedding
 from ray_dmml.retrieval.metrics import retrieval_metrics
 from ray_dmml.runfolder import RunFolder
@@ -144,7 +144,8 @@ def train(
         if out is not None:
             raise UserError("--resume continues a run in its folder: it takes no --out")
         run = RunFolder.open(resume)
-        return _resume(run, config, in_process, reporter, changed, should_stop)
+        with run.alone():
+            return _resume(run, config, in_process, reporter, changed, should_stop)
     finally:
         reporter.stopped()
 
@@ -166,7 +167,8 @@ def _start(
     with closing(_fresh_cohort(config, splits, in_process, reporter)) as cohort:
         run.create(config)
         state = _State()
-        return _Loop(config, run, splits, cohort, reporter, state, should_stop, storage).run()
+        with run.alone():
+            return _Loop(config, run, splits, cohort, reporter, state, should_stop, storage).run()
 
 
 def _resume(
@@ -241,7 +243,9 @@ def evaluate(
     )
     which = config.weights_to_judge(weights)
     checkpoint = folder.checkpoints.load("best" if which == "best" else "last", note)
-    peers = [p for p in config.cohort.peers if p.name not in checkpoint.meta.get("dropped", {})]
+    # As the run's own result: of those that were left at its end.
+    last = checkpoint if which != "best" else folder.checkpoints.load("last", note)
+    peers = [p for p in config.cohort.peers if p.name not in last.meta.get("dropped", {})]
     cohort_config = cohort_config.model_copy(update={"peers": tuple(peers)})
     config = config.model_copy(update={"cohort": cohort_config})
     with closing(LocalCohort(config, splits, initial_weights=False)) as cohort:
@@ -288,7 +292,7 @@ class _Loop:
         self._left_behind: dict[str, PeerFiles] = {}  # states of dropped peers
         self._step_s = CHUNK_S  # the latest measured: before the first, a step is a chunk
         self._unwritten: list[dict[str, Any]] = []
-        self._bad: dict[str, int] = {}  # peer to batches it left out
+        self._bad: dict[str, set[int]] = {}  # peer to the steps whose batches it left out
         self._batch_size = config.data.classes_per_batch * config.data.images_per_class
         self._seconds, self._steps = 0.0, 0
 
@@ -314,13 +318,14 @@ class _Loop:
         """From where the peers are to the last step."""
         config, state = self._config, self._state
         events = (
-            SummaryWriter(str(self._run.tensorboard), purge_step=state.step + 1)
+            Events(self._run.tensorboard, state.step + 1, self._reporter.note)
             if config.train.tensorboard
             else None
         )
         try:
             if state.step == 0:
-                self._save(best=False)  # so that a run killed at any time can be resumed
+                if not self._run.checkpoints.index():
+                    self._save(best=False)  # so that a run killed at any time can be resumed
                 if config.evaluation.untrained and config.evaluation.test and not state.untrained:
                     self._reporter.doing("judging the untrained peers")
                     state.untrained = _figures(config, self._cohort, "test", self._splits.test)
@@ -338,12 +343,12 @@ class _Loop:
         run, reporter = self._config.run, self._reporter
         untrained = self._state.untrained
         while True:
-            drop = False
             self._restarts += 1
-            if run.on_peer_loss == "fail" or self._restarts > run.max_restarts:
-                if run.on_peer_loss != "drop":
-                    raise self._given_up(loss)
-                drop = True
+            drop = run.on_peer_loss == "drop" and self._restarts > run.max_restarts
+            # Each peer can be dropped once: what is lost besides would be lost for ever.
+            allowed = run.max_restarts + (len(self._config.cohort.peers) if drop else 0)
+            if run.on_peer_loss == "fail" or self._restarts > allowed:
+                raise self._given_up(loss)
             checkpoint = self._run.checkpoints.load("last", reporter.note)
             count = "" if drop else f", restart {self._restarts} of {run.max_restarts}"
             reporter.note(
@@ -352,18 +357,23 @@ class _Loop:
             reporter.doing("starting lost peers anew")
             began = time.monotonic()
             try:
-                lost = self._cohort.recover(drop=drop)
+                self._cohort.recover(drop=drop)
                 self._cohort.load(checkpoint.peers)
                 break
             except PeerLostError as again:
                 loss = again
+        before = self._state.dropped
         state = self._state = _State.of(checkpoint)
         state.untrained = state.untrained or untrained
-        if drop:
-            for name in lost:
-                state.dropped[name] = state.step
-                self._left_behind[name] = checkpoint.peers[name]
-            reporter.note(f"without {', '.join(lost)} from step {state.step} on")
+        # Whoever is no longer there, since this loss or since one that this checkpoint is older than.
+        state.dropped = {
+            name: before.get(name, state.step)
+            for name in checkpoint.peers
+            if name not in self._cohort.names
+        }
+        self._left_behind = {name: checkpoint.peers[name] for name in state.dropped}
+        if new := [name for name in state.dropped if name not in before]:
+            reporter.note(f"without {', '.join(new)} from step {state.step} on")
         self._unwritten = [row for row in self._unwritten if row["step"] <= state.step]
         self._run.truncate_metrics(state.step)
         reporter.note(f"recovered in {time.monotonic() - began:.1f} s")
@@ -379,7 +389,7 @@ class _Loop:
         step = self._run.checkpoints.load("last").step
         return PeerLostError(f"{loss}; {why}. The checkpoint of step {step} is whole")
 
-    def _advance(self, events: SummaryWriter | None) -> None:
+    def _advance(self, events: Events | None) -> None:
         """The steps up to the next event, and that event."""
         state, train = self._state, self._config.train
         start, stop = state.step, self._next_stop()
@@ -401,9 +411,11 @@ class _Loop:
         if rows:
             self._tell(start, rows, seconds, events)
         if asked_to_stop:
-            if stop:
-                self._save(best=False)
-            raise Interrupted(f"stopped at step {stop} of {train.steps}")
+            at = f"stopped at step {stop} of {train.steps}"
+            if stop and not self._save(best=False):
+                kept = self._run.checkpoints.load("last").step
+                raise Interrupted(f"{at}; the last checkpoint is of step {kept}")
+            raise Interrupted(at)
         ends = stop == train.steps
         before = (state.best, state.best_step)
         is_best = (ends or _due(stop, train.evaluate_every)) and self._validate(events)
@@ -411,45 +423,47 @@ class _Loop:
         if is_due and not self._save(best=is_best):
             state.best, state.best_step = before  # what is not kept can be beaten
 
-    def _tell(
-        self, start: int, rows: list[StepRow], seconds: float, events: SummaryWriter | None
-    ) -> None:
+    def _tell(self, start: int, rows: list[StepRow], seconds: float, events: Events | None) -> None:
         """What the steps after ``start`` were like."""
         stop = start + len(rows)
         self._write([{"step": start + i + 1, "peers": row} for i, row in enumerate(rows)])
-        for row in rows:
+        for step, row in enumerate(rows, start + 1):
             for name, terms in row.items():
                 if "left_out" in terms:
-                    self._bad[name] = self._bad.get(name, 0) + 1
+                    steps = self._bad.setdefault(name, set())
+                    steps.add(step)
                     self._reporter.note(
-                        f"{name} has left out {self._bad[name]} batches whose numbers were not finite"
+                        f"{name} has left out {len(steps)} batches whose numbers were not finite"
                     )
         rate = self._batch_size * len(rows) / seconds
         latest = _latest(rows)
         self._reporter.losses(stop, latest, rate)
         if events is not None:
-            for peer, terms in latest.items():
-                for term, value in terms.items():
-                    events.add_scalar(f"{term}/{peer}", value, stop)
-            events.add_scalar("images_per_s", rate, stop)
+            values = {f"{t}/{peer}": v for peer, terms in latest.items() for t, v in terms.items()}
+            events.add(stop, {**values, "images_per_s": rate})
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         """To metrics.jsonl, with what could not be written before."""
+        is_first = not self._unwritten
         self._unwritten += rows
         try:
-            self._run.append_metrics(self._unwritten)
+            self._write_the_rest()
         except CheckpointError as error:
-            if len(self._unwritten) == len(rows):  # said once
+            if is_first:  # said once
                 self._reporter.note(f"{error}; it is kept until it can be")
-            return
-        self._unwritten = []
+
+    def _write_the_rest(self) -> None:
+        """Raises CheckpointError where it still cannot be written."""
+        if self._unwritten:
+            self._run.append_metrics(self._unwritten)
+            self._unwritten = []
 
     def _next_stop(self) -> int:
         train, step = self._config.train, self._state.step
         every = (train.log_every, train.evaluate_every, self._config.checkpoint.every_steps)
         return min(train.steps, *(step - step % n + n for n in every if n))
 
-    def _validate(self, events: SummaryWriter | None) -> bool:
+    def _validate(self, events: Events | None) -> bool:
         """Judges on the held-out training classes; whether this is the best so far."""
         if self._splits.validation is None:
             return False
@@ -465,11 +479,13 @@ class _Loop:
         self._write([{"step": state.step, "validation": figures}])
         self._reporter.evaluated(state.step, "validation", figures)
         if events is not None:
-            for name, found in [*figures["peers"].items(), ("ensemble", figures["ensemble"])]:
-                for metric, value in found.items():
-                    events.add_scalar(
-                        f"validation_{metric.replace('@', '_at_')}/{name}", value, state.step
-                    )
+            judged = {**figures["peers"], "ensemble": figures["ensemble"]}
+            values = {
+                f"validation_{metric.replace('@', '_at_')}/{name}": value
+                for name, found in judged.items()
+                for metric, value in found.items()
+            }
+            events.add(state.step, values)
         value = (
             figures["ensemble"]["recall@1"]
             if self._config.train.select_by == "ensemble"
@@ -497,47 +513,63 @@ class _Loop:
             "dropped": state.dropped,
         }
         peers = {**self._cohort.state(), **self._left_behind}
+
+        def write() -> None:
+            self._write_the_rest()  # no checkpoint is ahead of the metrics
+            self._run.checkpoints.save(state.step, peers, meta, best=best)
+
         # Steps are worth more than their checkpoint: the next one may find room again. After the last
         # step there is no next one, and before the first nothing is worth anything yet.
-        is_last = state.step == self._config.train.steps
-        until = time.monotonic() + LAST_SAVE_S
-        while True:
+        if state.step == 0:
+            write()
+        elif state.step == self._config.train.steps:
+            self._insist(write)
+        else:
             try:
-                self._run.checkpoints.save(state.step, peers, meta, best=best)
-                break
+                write()
             except CheckpointError as error:
-                if state.step == 0 or (is_last and time.monotonic() > until):
-                    raise
-                if not is_last:
-                    self._reporter.note(f"{error}; training goes on")
-                    return False
-                self._reporter.note(f"{error}; trying again for {LAST_SAVE_S:.0f} s")
-                time.sleep(LAST_SAVE_S / 20)
+                self._reporter.note(f"{error}; training goes on")
+                return False
         self._copy()
         self._reporter.saved(state.step, best=best)
         return True
+
+    def _insist(self, write: Callable[[], object]) -> None:
+        """Tries what a full disk forbids until there is room, or nobody has made any."""
+        until = time.monotonic() + LAST_SAVE_S
+        while True:
+            try:
+                write()
+                return
+            except CheckpointError as error:
+                if time.monotonic() > until:
+                    raise
+                self._reporter.note(f"{error}; trying again for {LAST_SAVE_S:.0f} s")
+                time.sleep(LAST_SAVE_S / 20)
 
     def _copy(self) -> None:
         if self._storage is None:
             return
         self._reporter.doing("copying the run to its storage")
         try:
-            self._storage.push(self._run.path)
+            self._storage.push(self._run)
         except CheckpointError as error:
             told = "training goes on, and the next checkpoint is copied again"
             self._reporter.note(f"{error}; {told}")
 
     def _finish(self) -> dict[str, Any]:
-        if self._unwritten:
-            self._run.append_metrics(self._unwritten)
-            self._unwritten = []
+        self._insist(self._write_the_rest)
         which = self._config.weights_to_judge()
         step = self._state.step
         if which == "best":
-            checkpoint = self._run.checkpoints.load("best")
-            step = checkpoint.step
-            if step != self._state.step:
-                self._cohort.load_weights(checkpoint.peers)
+            try:
+                checkpoint = self._run.checkpoints.load("best")
+                step = checkpoint.step
+                if step != self._state.step:
+                    self._cohort.load_weights(checkpoint.peers)
+            except DamagedError as damage:
+                self._reporter.note(f"{damage}; the last weights are judged instead of the best")
+                which = "last"
         split = "test" if self._config.evaluation.test else "validation"
         self._reporter.doing(f"judging on the {split} classes")
         results = _judge(
@@ -548,7 +580,7 @@ class _Loop:
         if self._state.dropped:
             results["dropped"] = self._state.dropped
         self._tell_who_waited()
-        self._run.write_results(results)
+        self._insist(lambda: self._run.write_results(results))
         self._copy()
         return results
 

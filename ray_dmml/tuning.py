@@ -534,16 +534,17 @@ class _TrialReporter(Silent):
 
     def __init__(self, search: Search, journal: _Journal, run: RunFolder, alone: bool) -> None:
         self._search, self._journal, self._run, self._alone = search, journal, run, alone
-        self._figures: Mapping[str, Any] | None = None
+        self._figures: dict[int, Mapping[str, Any]] = {}  # of the step that is not yet saved
 
     def evaluated(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
         if split == "validation":
-            self._figures = figures
+            self._figures = {step: figures}
 
     def saved(self, step: int, *, best: bool) -> None:
-        if self._figures is None or not self._alone:
+        # A run that has lost a peer in between goes back, and saves another step.
+        if step not in self._figures or not self._alone:
             return
-        row, self._figures = self.row(step, self._figures), None
+        row = self.row(step, self._figures.pop(step))
         pbt = self._search.config.scheduler == "pbt"
         self._journal.report(row, self._run.checkpoints.path("last") if pbt else None)
 

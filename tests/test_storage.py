@@ -148,7 +148,7 @@ def test_a_run_comes_back_as_it_was(uri: str, tmp_path: Path) -> None:
     (run / "results.json").write_text("{}")
     storage = RunStorage(uri)
     storage.refuse_existing()
-    storage.push(run)
+    storage.push(RunFolder(run))
     assert stored(storage) == files_of(run)
     with pytest.raises(UserError, match="has a run already"):
         RunStorage(uri).refuse_existing()
@@ -169,17 +169,17 @@ def test_only_what_is_new_is_copied(
     run = tmp_path / "run"
     store = make_run(run, 2, 4, best=2)
     storage = RunStorage(uri)
-    storage.push(run)
+    storage.push(RunFolder(run))
     counted = Counted(storage, monkeypatch)
     for step in (6, 8):
         store.save(step, content(step), META, best=False)
         counted.put.clear()
-        storage.push(run)
+        storage.push(RunFolder(run))
         steps = {name.split("/")[1] for name in counted.put if "step-" in name}
         assert steps == {f"step-{step:08d}"} and counted.put[-1] == "checkpoints/index.json"
         assert stored(storage) == files_of(run)
     counted.put.clear()
-    storage.push(run)
+    storage.push(RunFolder(run))
     assert not any("step-" in name for name in counted.put)
 
 
@@ -190,7 +190,7 @@ def test_wherever_a_copy_breaks_off_there_is_a_whole_run(
     before or the one of after; the run's own folder is as it was, and the next copy succeeds."""
     run, storage = tmp_path / "run", RunStorage(uri)
     store = make_run(run, 2, best=2)
-    storage.push(run)
+    storage.push(RunFolder(run))
     counted = Counted(storage, monkeypatch)
     step = 4
     for limit in range(8):
@@ -199,7 +199,7 @@ def test_wherever_a_copy_breaks_off_there_is_a_whole_run(
         counted.put.clear()
         counted.limit = limit
         with pytest.raises(CheckpointError) as caught:
-            storage.push(run)
+            storage.push(RunFolder(run))
         told = f"the storage {storage.name} cannot be written: the network is gone"
         assert str(caught.value) == told and "secret" not in told
         assert files_of(run) == before
@@ -208,7 +208,7 @@ def test_wherever_a_copy_breaks_off_there_is_a_whole_run(
         found = CheckpointStore(back / "checkpoints").load("best")
         assert found.step == step - 2 and found.peers == content(step - 2)
         counted.limit = 10**9
-        storage.push(run)
+        storage.push(RunFolder(run))
         assert stored(storage) == files_of(run)
         step += 2
 
@@ -220,18 +220,18 @@ def test_a_step_saved_again_takes_no_other_ones_place(
     until it has the new one."""
     run, storage = tmp_path / "run", RunStorage(uri)
     make_run(run, 2, 4)
-    storage.push(run)
+    storage.push(RunFolder(run))
     shutil.rmtree(run)
     store = make_run(run, 2)
     store.save(4, content(99), META, best=True)
     counted = Counted(storage, monkeypatch)
     counted.limit = 5
     with pytest.raises(CheckpointError):
-        storage.push(run)
+        storage.push(RunFolder(run))
     storage.fetch(tmp_path / "old", pytest.fail)
     assert CheckpointStore(tmp_path / "old" / "checkpoints").load("last").peers == content(4)
     counted.limit = 10**9
-    storage.push(run)
+    storage.push(RunFolder(run))
     storage.fetch(tmp_path / "new", pytest.fail)
     new = CheckpointStore(tmp_path / "new" / "checkpoints")
     for which in ("last", "best"):
@@ -244,7 +244,7 @@ def test_a_damaged_copy_falls_back(uri: str, tmp_path: Path) -> None:
     with none left the fetch fails and leaves no folder."""
     run, storage = tmp_path / "run", RunStorage(uri)
     make_run(run, 2, 4)
-    storage.push(run)
+    storage.push(RunFolder(run))
     with storage._files.open_output_stream("checkpoints/step-00000004/peer0/training.pt") as file:
         file.write(b"x")
     told: list[str] = []
@@ -263,7 +263,7 @@ def test_a_strangers_storage_writes_nothing_elsewhere(uri: str, tmp_path: Path) 
     """A sealed manifest that names files outside of the checkpoint."""
     run, storage = tmp_path / "run", RunStorage(uri)
     make_run(run, 2)
-    storage.push(run)
+    storage.push(RunFolder(run))
     name = "checkpoints/step-00000002/manifest.json"
     with storage._files.open_input_stream(name) as stream:
         manifest = json.loads(stream.read())
@@ -282,7 +282,7 @@ def test_what_is_no_run_is_told(uri: str, tmp_path: Path) -> None:
         storage.fetch(tmp_path / "into")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
-    storage.push(tmp_path / "run")  # before the first checkpoint
+    storage.push(RunFolder(tmp_path / "run"))  # before the first checkpoint
     with pytest.raises(UserError, match="has no last checkpoint"):
         storage.fetch(tmp_path / "into")
     assert not (tmp_path / "into").exists()
@@ -298,12 +298,12 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     storage = RunStorage(str(tmp_path / "place"))
     (tmp_path / "place" / "checkpoints").write_text("")
     with pytest.raises(CheckpointError, match="place cannot be written"):
-        storage.push(run)
+        storage.push(RunFolder(run))
     (tmp_path / "link").symlink_to(run)
     before = files_of(run)
     assert RunStorage(str(tmp_path / "link")).is_at(run) and not storage.is_at(run)
     with pytest.raises(CheckpointError, match="the run's own folder"):
-        RunStorage(str(tmp_path / "link")).push(run)
+        RunStorage(str(tmp_path / "link")).push(RunFolder(run))
     assert files_of(run) == before
 
 
@@ -329,7 +329,7 @@ def test_a_bucket_that_is_not_there_is_told(s3: Server, tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"s3://no-such-bucket/run cannot be written"
     ) as caught:
-        storage.push(tmp_path / "run")
+        storage.push(RunFolder(tmp_path / "run"))
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -344,18 +344,18 @@ def test_a_server_that_dies_costs_the_copy_alone(tmp_path: Path) -> None:
         store = make_run(run, 2)
         storage = RunStorage(address)
         storage._files.base_fs.create_dir("bucket")
-        storage.push(run)
+        storage.push(RunFolder(run))
         server.stop()
         store.save(4, content(4), META, best=False)
         before = files_of(run)
         began = time.monotonic()
         with pytest.raises(CheckpointError, match=r"s3://bucket/run cannot be written: .*connect"):
-            storage.push(run)
+            storage.push(RunFolder(run))
         assert time.monotonic() - began < 30
         assert files_of(run) == before
         server.start()
         storage._files.base_fs.create_dir("bucket")
-        storage.push(run)
+        storage.push(RunFolder(run))
         assert stored(storage) == files_of(run)
     finally:
         server.stop()
@@ -383,7 +383,7 @@ def test_a_server_that_does_not_answer_is_given_up(
         )
         began = time.monotonic()
         with pytest.raises(CheckpointError, match=rf"{scheme}://bucket/run cannot be written"):
-            storage.push(tmp_path / "run")
+            storage.push(RunFolder(tmp_path / "run"))
         assert time.monotonic() - began < 60
 
 

@@ -50,9 +50,9 @@ class Cohort(Protocol):
         """Takes the nets' weights only; optimisers and averages start afresh."""
         ...
 
-    def recover(self, *, drop: bool = False) -> list[str]:
+    def recover(self, *, drop: bool = False) -> None:
         """After a PeerLostError: puts new peers in the places of the lost ones, or goes on without
-        them; says who they are. All must be given a state next."""
+        them. All must be given a state next."""
         ...
 
     def close(self) -> None:

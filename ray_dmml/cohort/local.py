@@ -107,7 +107,7 @@ class LocalCohort:
         for peer in self.peers:
             peer.load_weights(decode_peer(state[peer.name])["net"])
 
-    def recover(self, *, drop: bool = False) -> list[str]:
+    def recover(self, *, drop: bool = False) -> None:
         raise RuntimeError("peers in one process are lost with it")
 
     def close(self) -> None:

@@ -93,8 +93,13 @@ class Member:
 
     def run(self, start: int, stop: int) -> tuple[list[dict[str, float]], float]:
         """The terms of each step's loss, and the seconds spent waiting for other peers."""
-        with self._peer.enough_memory():
-            return self._run(start, stop)
+        try:
+            with self._peer.enough_memory():
+                return self._run(start, stop)
+        except BaseException:
+            # Who waits for this peer in a group is woken when its sockets close.
+            self._exchange.close()
+            raise
 
     def _run(self, start: int, stop: int) -> tuple[list[dict[str, float]], float]:
         rows, waited = [], 0.0

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -63,6 +64,9 @@ CONNECT_S = 10.0
 GRACE_S = 5.0
 """When one peer's call fails, so long do we wait for the others': one may be the cause, and those that
 are still at work need not be started anew."""
+
+LONGEST_LOOK_S = GRACE_S + 1
+"""From one look at the peers to the next; more is a pause of our own."""
 
 SILENT_STEPS = 10
 """A peer may be silent for so many median steps."""
@@ -112,6 +116,9 @@ class RayCohort:
         self._stuck: tuple[str, ...] = ()
         self._step_seconds: deque[float] = deque(maxlen=31)  # of the latest calls of run
         self.waited: dict[str, float] = dict.fromkeys(self.names, 0.0)
+        self._has_new = True  # a peer that has made no step yet
+        self.transport = ""
+        self.devices: tuple[str, ...] = ()
         self._session = ExitStack()
         self._session.enter_context(ray_session())
         try:
@@ -133,6 +140,7 @@ class RayCohort:
             ray.remote(Coordinator).options(num_cpus=0, scheduling_strategy=here).remote(self.names)
         )
         starting = [name for name in self.names if name not in self._actors]
+        self._has_new = self._has_new or bool(starting)
         for name in starting:
             self._actors[name] = self._start_actor(self._positions[name])
         refs = {
@@ -148,7 +156,7 @@ class RayCohort:
         patience = self._config.cohort.start_timeout_s
         self._gather(refs, patience)
         facts = self._gather(self._calls("join", self._coordinator, self.names), patience)
-        self.transport: str = facts[self.names[0]]["transport"]
+        self.transport = facts[self.names[0]]["transport"]
         self.devices = tuple(each["device"] for each in facts.values())
         self._nodes = {name: each["node"] for name, each in facts.items()}
         self.pids = {name: each["pid"] for name, each in facts.items()}
@@ -190,11 +198,12 @@ class RayCohort:
         began = time.monotonic()
         # Before the first steps nobody knows how long one takes; and they compile, and fill caches.
         patience = (
-            max(self._config.run.silence_s, SILENT_STEPS * self._median_step())
-            if self._step_seconds
-            else self._config.cohort.start_timeout_s
+            self._config.cohort.start_timeout_s
+            if self._has_new
+            else max(self._config.run.silence_s, SILENT_STEPS * self._median_step())
         )
         found = self._gather(self._calls("run", start, stop), patience, on_step)
+        self._has_new = False
         self._step_seconds.append((time.monotonic() - began) / (stop - start))
         on_step(stop)
         for name, (_, waited) in found.items():
@@ -216,45 +225,51 @@ class RayCohort:
     def load_weights(self, state: Mapping[str, PeerFiles]) -> None:
         self._give("load_weights", state)
 
-    def recover(self, *, drop: bool = False) -> list[str]:
-        """Forms the next generation after a :class:`PeerLostError`. Whoever does not answer is
-        ended; all peers must be given a state next.
+    def recover(self, *, drop: bool = False) -> None:
+        """Forms the next generation after a :class:`PeerLostError`; all peers must be given a state
+        next. Whoever was lost, or does not answer soon, is started anew.
 
         Args:
-            drop: the others go on without them; else they are started anew.
-
-        Returns:
-            who was ended.
+            drop: the others go on without those that were lost.
 
         Raises:
-            PeerLostError: again one was lost, or none is left.
+            PeerLostError: again one was lost.
+            UserError: no peer is left.
         """
         # Their end wakes who waits in an exchange for one that will never come.
         self._end(self._coordinator)
-        for name in self._stuck:
-            self._end_peer(name)
+        lost = list(self._stuck)
         self._stuck = ()
+        for name in lost:
+            self._end_peer(name)
         grace = max(GRACE_S, 2 * self._median_step())
         answers = {name: actor.answer.remote() for name, actor in self._actors.items()}
         ray.wait(list(answers.values()), num_returns=len(answers), timeout=grace)
-        lost = [name for name in self.names if name in answers and not _has_come(answers[name])]
-        lost += [name for name in self.names if name not in answers]
-        for name in lost:
+        for name, answer in answers.items():
+            if _has_come(answer) and not self._has_nccl():
+                continue
+            if _is_ready(answer) and not _has_come(answer):
+                lost.append(name)  # else it lives, and is amid something long
             self._end_peer(name)
         if drop:
-            self.names = tuple(name for name in self.names if name not in lost)
-            if not self.names:
-                raise PeerLostError(f"{', '.join(lost)}: lost, and no peer is left to go on")
+            left = tuple(name for name in self.names if name not in lost)
+            if not left:
+                raise UserError(f"{', '.join(lost)}: lost, and no peer is left to go on")
+            self.names = left
         self._form(initial_weights=False)
-        return lost
+
+    def _has_nccl(self) -> bool:
+        """Whether a group may be amid a kernel that waits for a lost peer: no process of it can be
+        used again."""
+        return self.transport == "direct" and all(device != "cpu" for device in self.devices)
 
     def _end_peer(self, name: str) -> None:
         actor = self._actors.pop(name, None)
         where = self._nodes.pop(name, None)  # the next one may be anywhere
         # Ray asks a process to end before it forces it to, and one that is stopped takes its time.
         is_here = where == ray.get_runtime_context().get_node_id()
-        if actor is not None and is_here:
-            with suppress(ProcessLookupError):
+        if actor is not None and is_here and _is_of_ray(self.pids[name]):
+            with suppress(OSError):
                 os.kill(self.pids[name], signal.SIGKILL)
         self._end(actor)
 
@@ -305,26 +320,29 @@ class RayCohort:
             PeerLostError: who died or fell silent.
         """
         watch = _Watch(patience, self._config.run.detect_s, self._nodes)
-        waiting = dict(refs)
+        waiting, found = dict(refs), {}
         while waiting:
             ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=POLL_S)
             for name in [name for name, ref in waiting.items() if _is_ready(ref)]:
                 try:
-                    ray.get(waiting.pop(name))
+                    found[name] = ray.get(waiting.pop(name))
                 except (RayTaskError, RayActorError) as error:
                     raise self._explain(error, refs) from error
+                except RayError as error:  # the result was lost with the node that held it
+                    raise PeerLostError(f"{name}: {_why(error)}") from error
             if waiting:
                 signs = self._signs()
                 if signs is None:
                     raise PeerLostError("the coordinator died: its process was killed or crashed")
-                if on_step is not None and signs:
-                    on_step(max(0, min(sent for sent, _ in signs.values()) - 1))
+                sent = [sent for sent, _ in signs.values()]
+                if on_step is not None and sent and min(sent):  # 0: no sign in this generation yet
+                    on_step(min(sent) - 1)
                 try:
                     watch.look(waiting, signs)
                 except PeerLostError as loss:
                     self._stuck = loss.stuck
                     raise
-        return {name: ray.get(ref) for name, ref in refs.items()}
+        return {name: found[name] for name in refs}
 
     def _explain(self, error: Exception, refs: Mapping[str, Any]) -> Exception:
         """The failure that caused the others: a user's mistake, then a death, then a lost exchange."""
@@ -359,7 +377,7 @@ class RayCohort:
                 ray.get(ref, timeout=0)
             except GetTimeoutError:
                 pass
-            except (RayTaskError, RayActorError) as error:
+            except RayError as error:
                 failures[name] = error
         return failures
 
@@ -384,14 +402,15 @@ class _Watch:
 
     def __init__(self, patience: float, detect_s: float, nodes: Mapping[str, str]) -> None:
         self._patience, self._detect_s, self._nodes = patience, detect_s, nodes
-        now = time.monotonic()
         self._last: dict[str, tuple[tuple[int, int], float]] = {}
-        self._heard_at = now
-        self._looked_at = now
+        # A clock of its own: while this process is stopped itself, nobody is silent.
+        self._now = self._heard_at = self._looked_at = 0.0
+        self._before = time.monotonic()
 
     def look(self, waiting: Mapping[str, Any], signs: Mapping[str, tuple[int, int]]) -> None:
         """Raises PeerLostError."""
-        now = time.monotonic()
+        elapsed, self._before = time.monotonic() - self._before, time.monotonic()
+        self._now = now = self._now + min(elapsed, LONGEST_LOOK_S)
         if signs:
             self._heard_at = now
         elif now - self._heard_at > self._patience:
@@ -411,7 +430,7 @@ class _Watch:
             raise PeerLostError(told, causes)
         if now - self._looked_at > self._detect_s / 3:
             self._look_at_nodes(waiting)
-            self._looked_at = time.monotonic()
+            self._looked_at = now
 
     def _look_at_nodes(self, waiting: Mapping[str, Any]) -> None:
         """Ray's own checks take up to a minute by default, and are the cluster's to set."""
@@ -435,6 +454,14 @@ def _answers(node: Mapping[str, Any], timeout_s: float) -> bool:
         except OSError:
             continue
     return False
+
+
+def _is_of_ray(pid: int) -> bool:
+    """It is not another's by now. Without /proc nobody can tell, and Ray alone ends it."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
+    except OSError:
+        return False
 
 
 def _is_ready(ref: Any) -> bool:

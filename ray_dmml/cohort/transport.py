@@ -209,7 +209,8 @@ class DirectExchange:
         found = []
         for teacher, received in self._received.items():
             rows = received[:-1, : self._members.sizes[teacher]].contiguous()
-            expected = int(received[-1, :CHECKSUM_FLOATS].view(torch.int64))
+            # A copy, as what is viewed as int64 must start at a multiple of 8 bytes.
+            expected = int(received[-1, :CHECKSUM_FLOATS].clone().view(torch.int64))
             found.append(_verified(rows, expected, self._members.names[teacher], self._step))
         return found
 
@@ -256,8 +257,16 @@ class DirectExchange:
         )
 
     def close(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
+
+
+def leave_group() -> None:
+    """Out of the group of an old generation, also of one that was never complete."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # torch counts groups, also those that could not be formed, and names places in the store by the
+    # count: a peer that lives on must count like one that was started anew.
+    dist.distributed_c10d._world.group_count = 0
 
 
 def connect(
@@ -273,6 +282,7 @@ def connect(
 
     ``direct`` falls back to the coordinator, for all peers alike, where no group can be formed.
     """
+    leave_group()
     if len(members.names) == 1:
         return Alone(), "none"
     if transport == "coordinator":
@@ -283,11 +293,15 @@ def connect(
         direct = _join_group(coordinator, rank, members, teachers, device, start_timeout_s)
     except _DIST_ERRORS as error:
         reason = _first_line(error)
-    if ray.get(coordinator.all_agree.remote(rank, direct is not None)):
+    try:
+        do_all = ray.get(coordinator.all_agree.remote(rank, direct is not None))
+    except BaseException:
+        leave_group()
+        raise
+    if do_all:
         assert direct is not None
         return direct, "direct"
-    if direct is not None:
-        direct.close()
+    leave_group()
     how = f"coordinator, as no direct group could be formed ({reason})"
     return CoordinatorExchange(coordinator, rank, members, teachers), how
 
