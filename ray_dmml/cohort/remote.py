@@ -196,13 +196,7 @@ class RayCohort:
 
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
         began = time.monotonic()
-        # Before the first steps nobody knows how long one takes; and they compile, and fill caches.
-        patience = (
-            self._config.cohort.start_timeout_s
-            if self._has_new
-            else max(self._config.run.silence_s, SILENT_STEPS * self._median_step())
-        )
-        found = self._gather(self._calls("run", start, stop), patience, on_step)
+        found = self._gather(self._calls("run", start, stop), self._patience(), on_step)
         self._has_new = False
         self._step_seconds.append((time.monotonic() - began) / (stop - start))
         on_step(stop)
@@ -212,12 +206,10 @@ class RayCohort:
         return [dict(zip(self.names, terms, strict=True)) for terms in rows]
 
     def embeddings(self, split: str, *, averaged: bool = False) -> dict[str, np.ndarray]:
-        return self._gather(
-            self._calls("embeddings", split, averaged), self._config.cohort.start_timeout_s
-        )
+        return self._gather(self._calls("embeddings", split, averaged), self._patience())
 
     def state(self) -> dict[str, PeerFiles]:
-        return self._gather(self._calls("state"), self._config.cohort.start_timeout_s)
+        return self._gather(self._calls("state"), self._patience())
 
     def load(self, state: Mapping[str, PeerFiles]) -> None:
         self._give("load", state)
@@ -296,9 +288,18 @@ class RayCohort:
     def _give(self, method: str, state: Mapping[str, PeerFiles]) -> None:
         """To every peer what is its own."""
         refs = {name: self._actors[name].call.remote(method, state[name]) for name in self.names}
-        self._gather(refs, self._config.cohort.start_timeout_s)
+        self._gather(refs, self._patience())
 
     # --- waiting ----------------------------------------------------------------------------
+
+    def _patience(self) -> float:
+        """Seconds that a peer may go without a sign of life.
+
+        Before its first steps nobody knows how long one takes; and they compile, and fill caches.
+        """
+        if self._has_new:
+            return self._config.cohort.start_timeout_s
+        return max(self._config.run.silence_s, SILENT_STEPS * self._median_step())
 
     def _median_step(self) -> float:
         return sorted(self._step_seconds)[len(self._step_seconds) // 2] if self._step_seconds else 0
