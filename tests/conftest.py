@@ -91,11 +91,12 @@ def tiny(root: Path, **changes: Any) -> dict[str, Any]:
 def unlike_peers(root: Path, **changes: Any) -> Config:
     """3 peers that differ in backbone, size, view, interval, mode, averaging, optimiser."""
     raw = tiny(root, **changes)
+    raw["data"]["classes_per_batch"] = 3  # 9 images of at most 23 numbers: nothing is even
     raw["cohort"]["peers"] = [
         {"averaging": {"decay": 0.9, "publish": True}, "schedule": {"name": "cosine", "steps": 20}},
         {
             "backbone": "test_efficientnet",
-            "embedding_size": 24,
+            "embedding_size": 23,
             "update_interval": 2,
             "update_mode": "skip",
             "view": "strong",

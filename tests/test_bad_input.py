@@ -1,4 +1,4 @@
-"""Bad input: each case of docs/bad-input.md has its outcome here, on real files."""
+"""Bad input: each case of docs/reliability.md has its outcome here, on real files."""
 
 from __future__ import annotations
 

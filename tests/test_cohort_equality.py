@@ -62,13 +62,13 @@ def test_ray_equals_in_process(
 def test_ray_equals_in_process_with_few_teachers(
     ray_start_4_cpus: None, image_folder: Path, transport: str
 ) -> None:
-    """4 peers of unlike embedding sizes that learn from 2 others each, drawn anew at every step;
+    """4 peers of unlike, also odd embedding sizes that learn from 2 others each, drawn anew at every step;
     embeddings of several blocks."""
     from ray_dmml.cohort.remote import RayCohort
 
-    raw = tiny(image_folder, data={"classes_per_batch": 6, "images_per_class": 4})
+    raw = tiny(image_folder, data={"classes_per_batch": 5, "images_per_class": 5})
     raw["cohort"] |= {"max_teachers": 2, "transport": transport}
-    sizes = (2000, 16, 700, 3)
+    sizes = (2000, 15, 701, 3)
     raw["cohort"]["peers"] = [{"embedding_size": size} for size in sizes]
     config = Config.parse(raw)
     with closing(LocalCohort(config, load_splits(config.data))) as cohort:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from ray_dmml.cohort.coordinator import Coordinator
 from ray_dmml.cohort.transport import checksum
 from ray_dmml.config import Config
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.errors import Interrupted, PeerLostError
+from ray_dmml.errors import Interrupted, PeerLostError, UserError
 from ray_dmml.runfolder import RunFolder
 from ray_dmml.training import Silent, evaluate, train
 
@@ -197,6 +198,70 @@ def test_going_on_without_a_peer(image_folder: Path, tmp_path: Path, cohorts: li
     assert "peer1, dropped at step 4, takes part again" in notes.notes
 
 
+def test_nobody_left(image_folder: Path, tmp_path: Path, cohorts: list[Any]) -> None:
+    """`drop` and every peer is dead: the run ends and says so."""
+    config = settings(image_folder, run={"on_peer_loss": "drop", "max_restarts": 0})
+
+    def fault() -> None:
+        for pid in cohorts[0].pids.values():
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(UserError, match="peer0, peer1: lost, and no peer is left"):
+        train(config, tmp_path / "run", reporter=Faults(6, fault))
+    assert RunFolder.open(tmp_path / "run").checkpoints.load("last").step == 4
+
+
+def test_a_busy_peer_is_not_dropped(
+    image_folder: Path, tmp_path: Path, cohorts: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was not lost and gives no answer in time is started anew: only the killed one is
+    dropped."""
+    from ray_dmml.cohort import remote
+
+    flag = tmp_path / "slept"
+
+    class Sleepy(remote.PeerActor):
+        """Sits out the wait for answers after another's death."""
+
+        def call(self, method: str, *arguments: Any) -> Any:
+            try:
+                return super().call(method, *arguments)
+            except PeerLostError:
+                if not flag.exists():
+                    flag.touch()
+                    time.sleep(60)
+                raise
+
+    monkeypatch.setattr(remote, "PeerActor", Sleepy)
+    monkeypatch.setattr(remote, "GRACE_S", 2.0)
+    raw = tiny(image_folder)["cohort"]
+    config = settings(
+        image_folder,
+        cohort={**raw, "peers": [{}, {"view": "weak"}, {"view": "strong"}]},
+        run={"on_peer_loss": "drop", "max_restarts": 0},
+    )
+    faults = Faults(6, lambda: os.kill(cohorts[0].pids["peer1"], signal.SIGKILL))
+    results = train(config, tmp_path / "run", reporter=faults)
+    assert flag.exists()
+    assert results["dropped"] == {"peer1": 4} and set(results["peers"]) == {"peer0", "peer2"}
+
+
+def test_a_stopped_driver_finds_nobody_silent() -> None:
+    """The time in which this process itself was stopped is nobody's silence."""
+    from ray_dmml.cohort.remote import LONGEST_LOOK_S, _Watch
+
+    watch = _Watch(2 * LONGEST_LOOK_S, 1e9, {})
+    watch.look({"peer0": None}, {"peer0": (1, 0)})
+    watch._before -= 3600.0
+    watch.look({"peer0": None}, {"peer0": (1, 0)})
+    for _ in range(2):
+        watch._before -= LONGEST_LOOK_S
+        with suppress(PeerLostError):
+            watch.look({"peer0": None}, {"peer0": (1, 0)})
+    with pytest.raises(PeerLostError, match="peer0: no sign of life for 12 s"):
+        watch.look({"peer0": None}, {"peer0": (1, 0)})
+
+
 def test_asked_to_stop(image_folder: Path, tmp_path: Path, undisturbed: Path) -> None:
     """The run ends after a step, with a checkpoint of it, and goes on to the same bits."""
     reached = [0]
@@ -313,6 +378,8 @@ def test_a_full_disk_at_times(image_folder: Path, tmp_path: Path) -> None:
     try:
         full = Full()
         config = settings(image_folder)
+        events = config.train.model_copy(update={"tensorboard": True})
+        config = config.model_copy(update={"train": events})
         train(config, disk / "run", reporter=full, in_process=True)
         train(config, tmp_path / "undisturbed", in_process=True)
         assert_same_run(disk / "run", tmp_path / "undisturbed")
