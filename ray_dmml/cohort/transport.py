@@ -202,8 +202,10 @@ class DirectExchange:
 
     def finish(self) -> list[Tensor]:
         try:
-            for work in self._pending:
-                work.wait()
+            # No variable of this frame holds it: a traceback would, and with it the group's sockets.
+            while self._pending:
+                self._pending[0].wait()
+                self._pending.pop(0)
         except _DIST_ERRORS as error:
             raise self._lost(error) from None
         found = []
@@ -257,6 +259,7 @@ class DirectExchange:
         )
 
     def close(self) -> None:
+        self._pending.clear()  # sockets close when nothing refers to the group any more
         leave_group()
 
 
