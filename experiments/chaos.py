@@ -413,7 +413,7 @@ def one_run(seed: int, undisturbed: Undisturbed, work: Path) -> dict[str, Any]:
     }
     is_small = any(fault["what"] == "full disk" for fault in faults)
     if is_small:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder / "disk")]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(folder / "disk")]
         if subprocess.run(mount, capture_output=True).returncode:
             return {**row, "equal": None, "why": "a small disk needs root"}
     plan = {

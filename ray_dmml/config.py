@@ -656,7 +656,7 @@ def read_settings(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or no YAML, or an override names no place.
     """
-    raw = _read_yaml(path)
+    raw = read_yaml(path)
     try:
         _resolve_paths(raw, path.parent.resolve())
         for override in overrides:
@@ -694,26 +694,31 @@ def moved(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:
+    """The mapping in a YAML file of a reasonable size; ``what`` names the file in errors.
+
+    Raises:
+        UserError: it is missing, or not that.
+    """
     try:
         with path.open("rb") as file:  # which may be a pipe, or have no end
             content = file.read(MAX_CONFIG_BYTES + 1)
         text = content.decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"config file {path} does not exist") from None
+        raise UserError(f"{what} {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from None
+        raise UserError(f"{what} {path} cannot be read: {error}") from None
     if len(content) > MAX_CONFIG_BYTES:
-        raise UserError(f"config file {path} is larger than {MAX_CONFIG_BYTES // 2**20} MiB")
+        raise UserError(f"{what} {path} is larger than {MAX_CONFIG_BYTES // 2**20} MiB")
     try:
         raw = yamlio.load(text)
     except yamlio.YAMLError as error:
-        raise UserError(f"config file {path} is not valid YAML: {error}") from None
+        raise UserError(f"{what} {path} is not valid YAML: {error}") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
         raise UserError(
-            f"config file {path} must hold settings (key: value), not a {type(raw).__name__}"
+            f"{what} {path} must hold settings (key: value), not a {type(raw).__name__}"
         )
     return raw
 

@@ -21,8 +21,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from ray_dmml import yamlio
-from ray_dmml.config import Config, Count, Section, Seed, Whole, explain, set_setting
+from ray_dmml.config import Config, Count, Section, Seed, Whole, explain, read_yaml, set_setting
 from ray_dmml.errors import UserError
 
 DEFAULT_SEARCH = Path(__file__).parent / "search.yaml"
@@ -286,14 +285,7 @@ def load_search(path: Path | None = None, **changes: Any) -> SearchConfig:
         UserError: the file is missing or no YAML, or says what is not allowed.
     """
     path = path or DEFAULT_SEARCH
-    try:
-        raw = yamlio.load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"search file {path} cannot be read: {error}") from None
-    except yamlio.YAMLError as error:
-        raise UserError(f"search file {path} is not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"search file {path} must hold settings (space: ...)")
+    raw = read_yaml(path, "search file")
     raw |= {key: value for key, value in changes.items() if value is not None}
     try:
         return SearchConfig.model_validate(raw)

@@ -536,7 +536,7 @@ class _Loop:
 
     def _insist(self, write: Callable[[], object]) -> None:
         """Tries what a full disk forbids until there is room, or nobody has made any."""
-        until = time.monotonic() + LAST_SAVE_S
+        until, told = time.monotonic() + LAST_SAVE_S, ""
         while True:
             try:
                 write()
@@ -544,7 +544,9 @@ class _Loop:
             except CheckpointError as error:
                 if time.monotonic() > until:
                     raise
-                self._reporter.note(f"{error}; trying again for {LAST_SAVE_S:.0f} s")
+                if str(error) != told:
+                    told = str(error)
+                    self._reporter.note(f"{error}; trying again for {LAST_SAVE_S:.0f} s")
                 time.sleep(LAST_SAVE_S / 20)
 
     def _copy(self) -> None:

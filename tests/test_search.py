@@ -86,7 +86,7 @@ def test_a_search_file_that_cannot_be_is_refused(tmp_path: Path, text: str, says
     (tmp_path / "search.yaml").write_text(text)
     with pytest.raises(UserError, match=says):
         load_search(tmp_path / "search.yaml")
-    with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
         load_search(tmp_path / "nowhere.yaml")
 
 

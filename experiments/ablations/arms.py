@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_dmml import yamlio
-from ray_dmml.config import Config, TrainConfig, read_settings, set_setting
+from ray_dmml.config import Config, TrainConfig, read_settings, read_yaml, set_setting
 from ray_dmml.errors import UserError
 
 DIVERSITIES = ("model", "view", "temporal")
@@ -138,12 +137,9 @@ class Plan:
 
 def _read_arms(file: Path) -> dict[str, Any]:
     """Raises UserError where something is missing or of another form."""
-    try:
-        parts = yamlio.load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yamlio.YAMLError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    parts = read_yaml(file, "arms file")
     known = {"independent", "mutual", "averaging", *DIVERSITIES}
-    if not isinstance(parts, dict) or set(parts) != known:
+    if set(parts) != known:
         raise UserError(f"{file} must say {', '.join(sorted(known))}, and nothing else")
     most = max(arm.num_peers for arm in ARMS.values())
     for name, part in parts.items():
