@@ -12,6 +12,7 @@ import pytest
 import ray_dmml
 
 ABOVE_THE_RAY_FLOOR = {
+    "ray_dmml.autoscaling",
     "ray_dmml.cohort.member",
     "ray_dmml.cohort.remote",
     "ray_dmml.cohort.transport",

@@ -1,0 +1,187 @@
+"""cluster.yaml: by Ray's own schema, against what its AWS provider reads, and launched on a local AWS."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("boto3", reason="needs the extra aws")
+
+import boto3
+import ray.autoscaler
+from ray.autoscaler._private.node_provider_availability_tracker import (
+    NodeAvailabilityRecord,
+    NodeAvailabilitySummary,
+)
+from ray.autoscaler._private.resource_demand_scheduler import get_nodes_for
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from ray_dmml.autoscaling import spot_first
+
+ROOT = Path(__file__).parents[1]
+CLUSTER_FILE = ROOT / "cluster.yaml"
+
+
+@pytest.fixture
+def cluster() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(CLUSTER_FILE.read_text())
+    return found
+
+
+def test_it_is_what_ray_takes(cluster: dict[str, Any]) -> None:
+    """By the schema that `ray up` applies."""
+    validate_config(prepare_config(cluster))
+
+
+def test_every_key_of_the_provider_is_read_by_ray(cluster: dict[str, Any]) -> None:
+    """The schema lets any key pass: each stands in the source of Ray's AWS provider, and what a node is
+    started with is an argument of EC2's RunInstances."""
+    aws = Path(ray.autoscaler.__file__).parent / "_private" / "aws"
+    source = "".join(path.read_text() for path in aws.rglob("*.py"))
+    for key in cluster["provider"].keys() - {"type"}:
+        assert re.search(rf'(\[|get\()"{key}"', source), key
+    for key in cluster["provider"]["security_group"]:
+        assert f'"{key}"' in source, key
+    ec2 = boto3.client("ec2", region_name="us-west-2")
+    known = ec2.meta.service_model.operation_model("RunInstances").input_shape.members
+    for node_type in cluster["available_node_types"].values():
+        assert node_type["node_config"].keys() <= known.keys()
+
+
+def test_tokens_are_on_and_the_dashboard_is_on_loopback(cluster: dict[str, Any]) -> None:
+    """On the head and on the workers; the token comes as a file."""
+    head, worker = (
+        next(line for line in cluster[f"{kind}_start_ray_commands"] if "ray start" in line)
+        for kind in ("head", "worker")
+    )
+    for command in (head, worker):
+        assert "RAY_AUTH_MODE=token" in shlex.split(command)
+    assert "--dashboard-host=127.0.0.1" in shlex.split(head)
+    assert "~/.ray/auth_token" in cluster["file_mounts"]
+    assert any("RAY_AUTH_MODE=token" in command for command in cluster["setup_commands"])
+    scorer = "RAY_AUTOSCALER_UTILIZATION_SCORER=ray_dmml.autoscaling.spot_first"
+    assert scorer in shlex.split(head)
+
+
+def test_on_demand_where_spot_cannot_be_had(cluster: dict[str, Any]) -> None:
+    """As Ray's autoscaler chooses nodes for three peers of a GPU each."""
+    types = prepare_config(cluster)["available_node_types"]
+    for name in ("gpu_spot", "gpu_on_demand"):
+        types[name]["resources"] = {"CPU": 48, "GPU": 4}  # as it finds out from AWS
+    demand = [{"CPU": 8.0, "GPU": 1.0}] * 3
+
+    def chosen(unavailable: str | None) -> dict[str, int]:
+        record = NodeAvailabilityRecord(str(unavailable), False, 0.0, None)
+        summary = NodeAvailabilitySummary({unavailable: record} if unavailable else {})
+        scorer: Callable[..., Any] = partial(spot_first, node_availability_summary=summary)
+        nodes, rest = get_nodes_for(types, {}, "head", 4, demand, scorer)
+        assert not rest
+        return dict(nodes)
+
+    assert chosen(None) == {"gpu_spot": 1}
+    assert chosen("gpu_spot") == {"gpu_on_demand": 1}
+    assert chosen("gpu_on_demand") == {"gpu_spot": 1}
+
+
+@pytest.fixture
+def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A local AWS, an account with the instance profile of docs/cluster.md, and a home folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("a" * 64)
+    settings = {
+        "HOME": str(tmp_path),
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-west-2",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: socket.create_connection(("127.0.0.1", port), timeout=1).close() is None)
+        iam = boto3.client("iam")
+        iam.create_role(RoleName="ray-dmml", AssumeRolePolicyDocument="{}")
+        iam.create_instance_profile(InstanceProfileName="ray-dmml")
+        iam.add_role_to_instance_profile(InstanceProfileName="ray-dmml", RoleName="ray-dmml")
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+def wait_for(is_so: Callable[[], Any], seconds: float = 90.0) -> Any:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            if found := is_so():
+                return found
+        except OSError:
+            pass
+        time.sleep(0.2)
+    raise AssertionError("it did not come")
+
+
+def test_a_launch(aws: None, tmp_path: Path) -> None:
+    """`ray up` makes the head as written, in a group that lets in ssh alone; spot workers are asked for
+    as spot, the others not. Then it would wait for ssh, which a local AWS has none of."""
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    ec2 = boto3.client("ec2")
+
+    def instances() -> list[dict[str, Any]]:
+        return [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
+
+    up = subprocess.Popen(
+        ["ray", "up", "-y", "--no-config-cache", str(CLUSTER_FILE)],
+        env=os.environ,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        [head] = wait_for(instances)
+    finally:
+        os.killpg(up.pid, 9)
+        up.wait()
+    assert head["InstanceType"] == "m6i.xlarge"
+    assert head["IamInstanceProfile"]["Arn"].endswith("instance-profile/ray-dmml")
+    assert [group["GroupName"] for group in head["SecurityGroups"]] == ["ray-dmml"]
+    [group] = ec2.describe_security_groups(GroupNames=["ray-dmml"])["SecurityGroups"]
+    from_outside = [rule for rule in group["IpPermissions"] if rule["IpRanges"]]
+    assert [(rule["FromPort"], rule["ToPort"]) for rule in from_outside] == [(22, 22)]
+
+    # The autoscaler on the head does this with what `ray up` has filled in.
+    config = prepare_config(yaml.safe_load(CLUSTER_FILE.read_text()))
+    config = AWSNodeProvider.bootstrap_config(config)
+    config = AWSNodeProvider.fillout_available_node_types_resources(config)
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    for name in ("gpu_spot", "gpu_on_demand"):
+        node_type = config["available_node_types"][name]
+        assert node_type["resources"]["GPU"] == 4 and node_type["resources"]["CPU"] == 48
+        known = {instance["InstanceId"] for instance in instances()}
+        provider.create_node(node_type["node_config"], {"ray-node-kind": "worker"}, 1)
+        [new] = [instance for instance in instances() if instance["InstanceId"] not in known]
+        assert new["InstanceType"] == "g5.12xlarge"
+        assert new.get("InstanceLifecycle") == ("spot" if name == "gpu_spot" else None)
