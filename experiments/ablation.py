@@ -29,7 +29,7 @@ from provenance import commit
 from rich.console import Console
 
 from ray_dmml.cohort.member import keep_freed_memory
-from ray_dmml.cohort.remote import ray_session
+from ray_dmml.cohort.session import ray_session
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError
 

@@ -54,6 +54,13 @@ ConfigFile = Annotated[
         "--config", "-c", metavar="FILE", help="YAML config; none: the built-in quickstart."
     ),
 ]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Of a Ray cluster: auto (this node's), HOST:PORT; default: RAY_ADDRESS, or this machine.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -83,6 +90,7 @@ def train(
         Path | None,
         typer.Option(metavar="RUN", help="Start from the weights of another run's peers."),
     ] = None,
+    address: Address = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="All peers in this process, without Ray.")
     ] = False,
@@ -93,6 +101,8 @@ def train(
     """
     console = Console()
     began = time.monotonic()
+    if address is not None:
+        os.environ["RAY_ADDRESS"] = address
     signals = _Signals(console)
     with _user_errors(), _told_how_to_resume(console, signals) as run:
         old: Path | None = None
@@ -178,9 +188,7 @@ def tune(
         float | None,
         typer.Option(min=0, help="Shared by the peers; default: one, if there are any."),
     ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Of a Ray cluster; default: RAY_ADDRESS, or this machine.")
-    ] = None,
+    address: Address = None,
 ) -> None:
     """Search loss weights and diversities on validation classes, then train the best anew.
 
@@ -299,7 +307,7 @@ def _ray_and_training(in_process: bool) -> Iterator[None]:
     if in_process:
         yield
         return
-    from ray_dmml.cohort.remote import ray_session
+    from ray_dmml.cohort.session import ray_session
 
     loading = Thread(target=import_module, args=("ray_dmml.training",))
     loading.start()

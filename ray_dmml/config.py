@@ -338,6 +338,14 @@ class CohortConfig(Section):
     """A peer learns at each step from at most so many others, drawn by seed and step; null: from
     all. Keeps the cost of a peer constant in large cohorts."""
 
+    placement: Literal["pack", "spread"] = "pack"
+    """`pack`: peers on as few nodes as can be, so that embeddings stay near; `spread`: on as many, so
+    that a lost node takes few of them."""
+
+    place_timeout_s: Positive = 1800.0
+    """The longest wait, in seconds, for the cluster to have room for the peers: for nodes that are
+    being started, or for the end of others' work."""
+
     start_timeout_s: Positive = 300.0
     """The longest wait, in seconds, for the cluster to start the peers, and for their first step."""
 

@@ -56,6 +56,8 @@ MAY_CHANGE_ON_RESUME = (
     "data.cache_gib",
     "data.cache_dir",
     "cohort.transport",
+    "cohort.placement",
+    "cohort.place_timeout_s",
     "cohort.start_timeout_s",
 )
 

@@ -45,7 +45,7 @@ from ray.tune.schedulers import (
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from ray_dmml import yamlio
-from ray_dmml.cohort.remote import ray_session
+from ray_dmml.cohort.session import ray_session
 from ray_dmml.config import Config
 from ray_dmml.errors import UserError
 from ray_dmml.runfolder import RunFolder, replace_file

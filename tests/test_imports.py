@@ -15,6 +15,7 @@ ABOVE_THE_RAY_FLOOR = {
     "ray_dmml.autoscaling",
     "ray_dmml.cohort.member",
     "ray_dmml.cohort.remote",
+    "ray_dmml.cohort.session",
     "ray_dmml.cohort.transport",
     "ray_dmml.tuning",
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ray_dmml.cohort.remote import plan_bundles
+from ray_dmml import yamlio
+from ray_dmml.cohort import placement
+from ray_dmml.cohort.placement import plan_bundles
 from ray_dmml.config import Config
 from ray_dmml.errors import UserError
 
@@ -90,3 +93,54 @@ def test_nothing_left_for_the_others_is_told() -> None:
     """A peer that takes every core leaves none for one that does not say what it needs."""
     with pytest.raises(UserError, match="take all 2 CPUs"):
         plan(2, {"CPU": 2}, num_cpus=2)
+
+
+GPU_NODE = {"CPU": 48.0, "GPU": 4.0, "memory": 1e11}
+
+
+@pytest.mark.parametrize(
+    ("num_peers", "alive", "growth", "bundle"),
+    [
+        (3, [{"CPU": 0.0}], [GPU_NODE] * 4, {"CPU": 16, "GPU": 1}),  # one node serves
+        (4, [GPU_NODE], [GPU_NODE] * 4, {"CPU": 12, "GPU": 1}),  # what is there serves
+        (6, [GPU_NODE], [GPU_NODE] * 4, {"CPU": 16, "GPU": 1}),  # one more
+        (3, [{"CPU": 0.0}], [{"CPU": 2.0}] * 3, {"CPU": 1}),  # no GPUs anywhere
+        (6, [{"CPU": 0.0}], [GPU_NODE], {"CPU": 8, "GPU": 1 / 2}),  # all there will ever be
+    ],
+)
+def test_a_cluster_that_can_grow_is_planned_grown(
+    num_peers: int,
+    alive: list[dict[str, float]],
+    growth: list[dict[str, float]],
+    bundle: dict[str, float],
+) -> None:
+    """By as few nodes as give every peer a GPU, or a CPU where no node has one."""
+    config = Config.parse({"cohort": {"peers": [{}] * num_peers}})
+    found = placement.plan(config, alive, growth)
+    assert found == [pytest.approx(bundle)] * num_peers
+
+
+def test_more_than_the_cluster_can_grow_to_is_told() -> None:
+    """Counted with the nodes that may come."""
+    config = Config.parse({"cohort": {"base": {"num_gpus": 4}, "peers": [{}] * 3}})
+    with pytest.raises(UserError, match=r"ask for 12 GPUs .*cluster has 8"):
+        placement.plan(config, [{"CPU": 0.0}], [GPU_NODE] * 2)
+
+
+def test_what_the_cluster_file_allows(tmp_path: Path) -> None:
+    """The workers of all types, no more than all together may be, and not the head."""
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    assert placement.growth_of(file) == []
+    cluster = {
+        "max_workers": 3,
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 4}},
+            "small": {"resources": {"CPU": 8}, "max_workers": 5},
+            "large": {"resources": {"CPU": 48, "GPU": 4}, "max_workers": 2},
+        },
+    }
+    file.write_text(yamlio.dump(cluster))
+    assert placement.growth_of(file) == [{"CPU": 48, "GPU": 4}] * 2 + [{"CPU": 8}]
+    file.write_text("provider: [")
+    assert placement.growth_of(file) == []

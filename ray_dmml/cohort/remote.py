@@ -11,22 +11,18 @@ then go on from is for :mod:`~ray_dmml.training` to say.
 
 from __future__ import annotations
 
-import logging
-import math
 import os
 import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import (
-    AuthenticationError,
     GetTimeoutError,
     RayActorError,
     RayError,
@@ -45,8 +41,9 @@ from ray.util.scheduling_strategies import (
 
 from ray_dmml.cohort import StepRow
 from ray_dmml.cohort.coordinator import Coordinator
+from ray_dmml.cohort.placement import BOOTSTRAP_FILE, growth_of, plan, shown
+from ray_dmml.cohort.session import ray_session
 from ray_dmml.config import Config
-from ray_dmml.cores import num_cores
 from ray_dmml.errors import PeerLostError, UserError
 
 if TYPE_CHECKING:  # which load torch
@@ -57,9 +54,6 @@ if TYPE_CHECKING:  # which load torch
 
 POLL_S = 0.25
 """Seconds between two looks at the peers."""
-
-CONNECT_S = 10.0
-"""Seconds until a cluster that does not answer is reported."""
 
 GRACE_S = 5.0
 """When one peer's call fails, so long do we wait for the others': one may be the cause, and those that
@@ -181,16 +175,18 @@ class RayCohort:
         given = get_current_placement_group()
         if given is not None and len(given.bundle_specs) >= num_peers:
             return given, given.bundle_specs[-num_peers:]
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        bundles = plan_bundles(config, nodes)
-        self._group = placement_group(bundles, strategy="PACK")
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        growth = growth_of(Path.home() / BOOTSTRAP_FILE) if _is_on_head(nodes) else []
+        bundles = plan(config, [node["Resources"] for node in nodes], growth)
+        self._group = placement_group(bundles, strategy=config.cohort.placement.upper())
         try:
-            ray.get(self._group.ready(), timeout=config.cohort.start_timeout_s)
+            ray.get(self._group.ready(), timeout=config.cohort.place_timeout_s)
         except GetTimeoutError:
+            grown = f" and may grow by {shown(growth)}" if growth else ""
             raise UserError(
-                f"the cluster did not grant {bundles} within {config.cohort.start_timeout_s:g} s "
-                f"(cohort.start_timeout_s): it has {_shown(ray.cluster_resources())}, of which "
-                f"{_shown(ray.available_resources())} are free"
+                f"the cluster did not grant {bundles} within {config.cohort.place_timeout_s:g} s "
+                f"(cohort.place_timeout_s): it has {shown([ray.cluster_resources()])}{grown}; "
+                f"{shown([ray.available_resources()])} are free"
             ) from None
         return self._group, bundles
 
@@ -457,6 +453,12 @@ def _answers(node: Mapping[str, Any], timeout_s: float) -> bool:
     return False
 
 
+def _is_on_head(nodes: Sequence[Mapping[str, Any]]) -> bool:
+    here = ray.get_runtime_context().get_node_id()
+    heads = [node["NodeID"] for node in nodes if "node:__internal_head__" in node["Resources"]]
+    return here in heads
+
+
 def _is_of_ray(pid: int) -> bool:
     """It is not another's by now. Without /proc nobody can tell, and Ray alone ends it."""
     try:
@@ -507,134 +509,3 @@ def _why(error: Exception) -> str:
     if "SYSTEM_ERROR" in told or "connection error" in told.lower():
         return "its process was killed or crashed"
     return next((line.strip() for line in told.splitlines() if line.strip()), type(error).__name__)
-
-
-def plan_bundles(config: Config, nodes: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """CPUs and GPUs of each peer's actor: as configured, or an even share of what is left.
-
-    Args:
-        nodes: the resources of every node of the cluster.
-
-    Raises:
-        UserError: more is asked than the cluster, or its largest node, has.
-    """
-    peers = config.cohort.peers
-    cpus = _shares([peer.num_cpus for peer in peers], nodes, "CPU")
-    gpus = _shares([peer.num_gpus for peer in peers], nodes, "GPU")
-    return [
-        {"CPU": cpu, "GPU": gpu} if gpu else {"CPU": cpu}
-        for cpu, gpu in zip(cpus, gpus, strict=True)
-    ]
-
-
-def _shares(
-    asked: Sequence[float | None], nodes: Sequence[Mapping[str, float]], kind: str
-) -> list[float]:
-    """Each peer's part of one kind of resource."""
-    total = sum(node.get(kind, 0.0) for node in nodes)
-    largest = max((node.get(kind, 0.0) for node in nodes), default=0.0)
-    given = sum(part for part in asked if part is not None)
-    where = f"cohort.peers.*.num_{kind.lower()}s"
-    if given > total + 1e-6:
-        raise UserError(
-            f"the peers ask for {given:g} {kind}s ({where}), but the cluster has {total:g}"
-        )
-    most = max((part for part in asked if part is not None), default=0.0)
-    if most > largest + 1e-6:
-        raise UserError(
-            f"a peer asks for {most:g} {kind}s ({where}), but the largest node has {largest:g}"
-        )
-    rest, num_open = max(0.0, total - given), sum(part is None for part in asked)
-    share = 0.0
-    if num_open and kind == "GPU":
-        # 1/2, 1/3, ... so that peers fill whole GPUs: 3 peers on 2 GPUs as 2/3 each would not fit.
-        share = 1 / math.ceil(num_open / int(rest)) if rest >= 1 else 0.0
-    elif num_open:
-        if rest <= 0:
-            raise UserError(
-                f"the peers that say their {where} take all {total:g} CPUs of the cluster: "
-                "leave some for the others"
-            )
-        share = min(rest / num_open, largest)
-        share = float(int(share)) if share > 1 else share
-    return [share if part is None else part for part in asked]
-
-
-def _shown(resources: Mapping[str, float]) -> str:
-    return f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
-
-
-@contextmanager
-def ray_session() -> Iterator[None]:
-    """Ray for the length of the block: the session this process is in, or the cluster that
-    RAY_ADDRESS names, or else a private one on this machine.
-
-    Raises:
-        UserError: the cluster cannot be joined.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    _start_ray()
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _start_ray() -> None:
-    # Ray reports usage to its makers unless told otherwise; a user who wants that says so.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # What a peer raises because another was lost is told once, by us.
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    address = os.environ.get("RAY_ADDRESS")
-    settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    _require_token_file()
-    if address:
-        _require_reachable(address)
-        _require_accepted(address)
-        try:
-            ray.init(address=address, **settings)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"RAY_ADDRESS {address} cannot be joined: {error}") from None
-    else:
-        # "local": without it Ray would join any cluster that was left in the temp folder.
-        ray.init("local", num_cpus=num_cores(), include_dashboard=False, **settings)
-
-
-def _require_token_file() -> None:
-    """Ray itself ends the process, with a list of addresses in memory."""
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if os.environ.get("RAY_AUTH_MODE") == "token" and path and not os.path.isfile(path):
-        raise UserError(
-            f"RAY_AUTH_TOKEN_PATH {path} is not a file: it must hold the cluster's token"
-        )
-
-
-def _require_accepted(address: str) -> None:
-    """Ray itself tries for 20 seconds and does not say why."""
-    _, colon, port = address.rpartition(":")
-    if "://" in address or not colon or not port.isdigit():
-        return
-    try:
-        GcsClient(address=address)
-    except AuthenticationError:
-        raise UserError(
-            f"RAY_ADDRESS {address} does not accept this token: set RAY_AUTH_MODE=token, and the "
-            "cluster's own token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or "
-            "in ~/.ray/auth_token"
-        ) from None
-
-
-def _require_reachable(address: str) -> None:
-    """Ray itself tries for minutes, in silence."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        return  # "auto", "local": Ray knows at once
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-    except OSError as error:
-        raise UserError(
-            f"RAY_ADDRESS {address} does not answer ({error}); unset it to run on this machine"
-        ) from None

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Hosts of our own on one machine: a network, a process tree, a home and an sshd each.
+#
+#   sudo tests/cluster/hosts.sh NUMBER FOLDER [KEPT...]
+#
+# Host n answers at 10.77.0.1n to the key FOLDER/key, and knows its peers by these addresses only: no
+# host reaches anything else. KEPT folders (a Python installation, images) are the same on all hosts,
+# everything else under /tmp, /run, /dev/shm and the home folder is each host's own. FOLDER/outer has
+# the process whose network the hosts are in (`nsenter --net --target`), once all answer; its end is
+# the end of all of them. Cut host n off with `ip link set wire<n> down` in that network.
+#
+# Needs root, and Debian's openssh-server, rsync and iproute2.
+set -euo pipefail
+
+# --- the network that the hosts are in ------------------------------------------------------------
+outer() {
+  local number=$1 folder=$2 n inner
+  shift 2
+  ip link set lo up
+  ip link add bridge type bridge
+  ip address add 10.77.0.1/24 dev bridge
+  ip link set bridge up
+  for n in $(seq "$number"); do
+    ip link add "wire$n" type veth peer name "end$n"
+    ip link set "wire$n" master bridge up
+    unshare --net --mount --pid --fork --uts --ipc --cgroup --mount-proc --kill-child \
+      "$0" --host "$n" "$folder" "$@" > "$folder/host$n.log" 2>&1 &
+    inner=
+    until inner=$(pgrep -P $! | head -1) && [ -n "$inner" ]; do sleep 0.05; done
+    ip link set "end$n" netns "$inner"
+  done
+  for n in $(seq "$number"); do
+    until ssh -i "$folder/key" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
+      -o LogLevel=ERROR -o ConnectTimeout=1 "root@10.77.0.1$n" true 2> /dev/null; do sleep 0.1; done
+  done
+  touch "$folder/ready"
+  wait
+}
+
+# --- one host -------------------------------------------------------------------------------------
+host() {
+  local n=$1 folder=$2 kept place
+  shift 2
+  mount --make-rprivate /
+  hostname "host$n"
+  until ip link show "end$n" > /dev/null 2>&1; do sleep 0.05; done
+  ip link set lo up
+  ip link set "end$n" name eth0
+  ip address add "10.77.0.1$n/24" dev eth0
+  ip link set eth0 up
+  mount -t sysfs none /sys
+
+  # What is kept may lie under what is about to be hidden.
+  mkdir -p /mnt/kept
+  mount -t tmpfs none /mnt/kept
+  for kept in "$folder" "$@"; do
+    place=/mnt/kept/$(echo -n "$kept" | md5sum | cut -c1-32)
+    mkdir -p "$place"
+    mount --rbind "$kept" "$place"
+  done
+  for place in /tmp /run /dev/shm "$HOME"; do mount -t tmpfs none "$place"; done
+  for kept in "$folder" "$@"; do
+    place=/mnt/kept/$(echo -n "$kept" | md5sum | cut -c1-32)
+    mkdir -p "$kept"
+    mount --rbind "$place" "$kept"
+  done
+  mkdir -p /run/sshd "$HOME/.ssh"
+  cp "$folder/key.pub" "$HOME/.ssh/authorized_keys"
+  cat > /run/sshd.conf << END
+ListenAddress 10.77.0.1$n
+HostKey $folder/host_key
+PidFile none
+UsePAM no
+UseDNS no
+StrictModes no
+PermitRootLogin prohibit-password
+END
+  exec /usr/sbin/sshd -D -e -f /run/sshd.conf
+}
+
+if [ "$1" = --outer ]; then
+  shift
+  outer "$@"
+elif [ "$1" = --host ]; then
+  shift
+  host "$@"
+else
+  folder=$2
+  mkdir -p "$folder"
+  for name in key host_key; do
+    [ -e "$folder/$name" ] || ssh-keygen -q -t ed25519 -N "" -f "$folder/$name"
+  done
+  unshare --net --mount --pid --fork --mount-proc --kill-child "$0" --outer "$@" &
+  until pgrep -P $! > "$folder/outer"; do sleep 0.05; done
+  trap 'kill -9 $(cat "$folder/outer")' EXIT INT TERM
+  wait
+fi
