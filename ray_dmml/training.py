@@ -303,6 +303,7 @@ class _Loop:
         facts = {
             "threads": list(self._cohort.threads),
             "devices": list(self._cohort.devices),
+            "nodes": list(self._cohort.nodes),
             "transport": self._cohort.transport,
             "skipped_images": list(self._splits.skipped),
             "steps_per_epoch": build_sampler(config, self._splits).steps_per_epoch,

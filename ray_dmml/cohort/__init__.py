@@ -24,6 +24,9 @@ class Cohort(Protocol):
     devices: tuple[str, ...]
     """Where each peer computes."""
 
+    nodes: tuple[str, ...]
+    """Address of the node of each peer; empty in this process."""
+
     transport: str
     """How embeddings travel: ``in-process``, ``direct``, ``coordinator``, or ``none`` for one peer."""
 

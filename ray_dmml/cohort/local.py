@@ -71,6 +71,7 @@ class LocalCohort:
         self.threads = (threads,) * num_peers
         self.waited = dict.fromkeys(self.names, 0.0)
         self.devices, self.transport = (str(device),) * num_peers, "in-process"
+        self.nodes: tuple[str, ...] = ()
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
 

@@ -88,6 +88,7 @@ class Member:
             "device": str(self._device),
             "transport": transport,
             "node": ray.get_runtime_context().get_node_id(),
+            "address": ray.util.get_node_ip_address(),
             "pid": os.getpid(),
         }
 

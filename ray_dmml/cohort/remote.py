@@ -113,6 +113,7 @@ class RayCohort:
         self._has_new = True  # a peer that has made no step yet
         self.transport = ""
         self.devices: tuple[str, ...] = ()
+        self.nodes: tuple[str, ...] = ()
         self._session = ExitStack()
         self._session.enter_context(ray_session())
         try:
@@ -152,6 +153,7 @@ class RayCohort:
         facts = self._gather(self._calls("join", self._coordinator, self.names), patience)
         self.transport = facts[self.names[0]]["transport"]
         self.devices = tuple(each["device"] for each in facts.values())
+        self.nodes = tuple(each["address"] for each in facts.values())
         self._nodes = {name: each["node"] for name, each in facts.items()}
         self.pids = {name: each["pid"] for name, each in facts.items()}
 

@@ -6,7 +6,12 @@ computed while the bytes travel.
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
+import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -31,6 +36,9 @@ INLINE_EMBEDDING_BYTES = 2**20
 """Larger embeddings go through the object store in one piece."""
 
 _DIST_ERRORS = (RuntimeError, ValueError, OSError)
+
+_SIOCGIFADDR = 0x8915
+"""Linux: the IPv4 address of an interface."""
 
 _NEVER = timedelta(days=7)
 """Waits inside a group have no deadline of their own: the driver ends those who keep others waiting."""
@@ -163,6 +171,7 @@ class DirectExchange:
         members: the group.
         teachers: who learns from whom.
         device: where this peer computes.
+        timeout: until the group is complete.
     """
 
     def __init__(
@@ -173,6 +182,7 @@ class DirectExchange:
         members: Members,
         teachers: Teachers,
         device: torch.device,
+        timeout: timedelta,
     ) -> None:
         self._rank, self._members, self._teachers = rank, members, teachers
         # gloo wants equal shapes: narrower embeddings are padded to the widest.
@@ -183,9 +193,11 @@ class DirectExchange:
             store=store,
             rank=rank,
             world_size=len(members.sizes),
-            timeout=_NEVER,
+            timeout=timeout,
             device_id=device if group.backend == "nccl" else None,
         )
+        if group.backend == "gloo":
+            dist.distributed_c10d._set_pg_timeout(_NEVER, dist.group.WORLD)
         self._pending: list[Any] = []
         self._received: dict[int, Tensor] = {}
         self._step = -1
@@ -317,7 +329,9 @@ def _join_group(
     device: torch.device,
     start_timeout_s: float,
 ) -> DirectExchange:
-    timeout = timedelta(seconds=start_timeout_s)
+    # The driver waits for so long, and there is to be time to fall back.
+    timeout = timedelta(seconds=start_timeout_s / 3)
+    _use_interface_of(ray.util.get_node_ip_address())
     name = "cpu"
     if device.type == "cuda":
         name = str(torch.cuda.get_device_properties(device).uuid)
@@ -336,7 +350,23 @@ def _join_group(
     if group is None:
         raise RuntimeError(reason)
     store = own_store or TCPStore(*group.store, is_master=False, timeout=timeout)
-    return DirectExchange(group, store, rank, members, teachers, device)
+    return DirectExchange(group, store, rank, members, teachers, device, timeout)
+
+
+def _use_interface_of(address: str) -> None:
+    """Has gloo and NCCL listen where Ray does, unless the environment says where.
+
+    By itself gloo takes the address that the host's name stands for, which on many machines is one
+    that no other machine can reach (127.0.1.1).
+    """
+    for _, interface in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket, suppress(OSError):
+            asked = struct.pack("256s", interface[:15].encode())
+            found = fcntl.ioctl(any_socket.fileno(), _SIOCGIFADDR, asked)
+            if socket.inet_ntoa(found[20:24]) == address:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+                return
 
 
 def _first_line(error: Exception) -> str:

@@ -4,10 +4,11 @@
 #   sudo tests/cluster/hosts.sh NUMBER FOLDER [KEPT...]
 #
 # Host n answers at 10.77.0.1n to the key FOLDER/key, and knows its peers by these addresses only: no
-# host reaches anything else. KEPT folders (a Python installation, images) are the same on all hosts,
-# everything else under /tmp, /run, /dev/shm and the home folder is each host's own. FOLDER/outer has
-# the process whose network the hosts are in (`nsenter --net --target`), once all answer; its end is
-# the end of all of them. Cut host n off with `ip link set wire<n> down` in that network.
+# host reaches anything else. KEPT folders (a Python installation, images) are the same on all hosts, to
+# read; FOLDER is their shared storage; everything else under /tmp, /run, /dev/shm and the home folder is
+# each host's own. FOLDER/ready is there once all answer. FOLDER/outer has the process whose network they
+# are in (`nsenter --net --target`) and whose end is the end of all of them. There, `ip link set wire<n>
+# down` cuts host n off.
 #
 # Needs root, and Debian's openssh-server, rsync and iproute2.
 set -euo pipefail
@@ -48,6 +49,7 @@ host() {
   ip link set "end$n" name eth0
   ip address add "10.77.0.1$n/24" dev eth0
   ip link set eth0 up
+  ip route add default via 10.77.0.1  # leads nowhere, and tells programs which address is their own
   mount -t sysfs none /sys
 
   # What is kept may lie under what is about to be hidden.
@@ -63,6 +65,7 @@ host() {
     place=/mnt/kept/$(echo -n "$kept" | md5sum | cut -c1-32)
     mkdir -p "$kept"
     mount --rbind "$place" "$kept"
+    [ "$kept" = "$folder" ] || mount -o remount,bind,ro "$kept"
   done
   mkdir -p /run/sshd "$HOME/.ssh"
   cp "$folder/key.pub" "$HOME/.ssh/authorized_keys"
