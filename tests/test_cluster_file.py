@@ -40,9 +40,14 @@ def cluster() -> dict[str, Any]:
     return found
 
 
-def test_it_is_what_ray_takes(cluster: dict[str, Any]) -> None:
-    """By the schema that `ray up` applies."""
+@pytest.mark.parametrize("file", ["cluster.yaml", "deploy/on-prem.yaml"])
+def test_it_is_what_ray_and_bash_take(file: str) -> None:
+    """By the schema that `ray up` applies; and each command is whole, as YAML ends some at a #."""
+    cluster = yaml.safe_load((ROOT / file).read_text())
     validate_config(prepare_config(cluster))
+    for key in [key for key in cluster if key.endswith("_commands")]:
+        for command in cluster[key]:
+            subprocess.run(["bash", "-n", "-c", command], check=True)
 
 
 def test_every_key_of_the_provider_is_read_by_ray(cluster: dict[str, Any]) -> None:
@@ -122,6 +127,8 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         wait_for(lambda: socket.create_connection(("127.0.0.1", port), timeout=1).close() is None)
         iam = boto3.client("iam")
         iam.create_role(RoleName="ray-dmml", AssumeRolePolicyDocument="{}")
+        policy = (ROOT / "deploy" / "aws-policy.json").read_text()
+        iam.put_role_policy(RoleName="ray-dmml", PolicyName="ray-dmml", PolicyDocument=policy)
         iam.create_instance_profile(InstanceProfileName="ray-dmml")
         iam.add_role_to_instance_profile(InstanceProfileName="ray-dmml", RoleName="ray-dmml")
         yield
