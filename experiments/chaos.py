@@ -134,7 +134,7 @@ class Striker:
         mark = self._folder / f"struck-{fault['number']}"
         if mark.exists():
             return False
-        mark.write_text(f"{time.time()}")
+        mark.touch()
         return True
 
     def at(self, moment: str, step: int = 0) -> None:
@@ -146,6 +146,7 @@ class Striker:
                     threading.Timer(fault["delay"], self._strike, [fault]).start()
 
     def _strike(self, fault: dict[str, Any]) -> None:
+        (self._folder / f"hit-{fault['number']}").write_text(f"{time.time()}")
         what, peer = fault["what"], f"peer{fault['peer']}"
         if what == "kill driver":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -361,14 +362,15 @@ def after_drops(config: Any, dropped: dict[str, int]) -> dict[str, Any]:
     splits, at = load_splits(config.data), 0
     state: dict[str, Any] = {}
     for stop in sorted({*dropped.values(), STEPS}):
-        left = tuple(p for p in config.cohort.peers if dropped.get(p.name, STEPS) > at)
+        left = tuple(p for p in config.cohort.peers if dropped.get(p.name, STEPS) >= stop)
         part = config.model_copy(
             update={"cohort": config.cohort.model_copy(update={"peers": left})}
         )
         with closing(LocalCohort(part, splits, initial_weights=not state)) as cohort:
             if state:
                 cohort.load(state)
-            cohort.run(at, stop, lambda finished: None)
+            if stop > at:
+                cohort.run(at, stop, lambda finished: None)
             state |= cohort.state()
         at = stop
     return state
@@ -426,6 +428,8 @@ def one_run(seed: int, undisturbed: Undisturbed, work: Path) -> dict[str, Any]:
     try:
         while True:
             starts += 1
+            # Who made room three seconds later was the driver before.
+            (folder / "disk" / "ballast").unlink(missing_ok=True)
             with (folder / "log.txt").open("a") as log:
                 driver = subprocess.Popen(
                     [sys.executable, __file__, "--drive", str(folder)],
@@ -443,15 +447,24 @@ def one_run(seed: int, undisturbed: Undisturbed, work: Path) -> dict[str, Any]:
                 break
             if code != -signal.SIGKILL or starts > len(faults) + 1:
                 return {**row, "equal": False, "why": f"exit code {code}: {folder / 'log.txt'}"}
-        notes = [
-            json.loads(line)[1]
+        told = [
+            json.loads(line)
             for line in (folder / "notes.jsonl").read_text().splitlines()
         ] if (folder / "notes.jsonl").exists() else []  # fmt: skip
+        notes = [note for _, note in told]
+        hits = sorted(float(path.read_text()) for path in folder.glob("hit-*"))
         backs = [note for note in notes if "go back from step" in note]
+        # What a loss was told after: the latest fault before it.
+        detected = [
+            round(at - max([hit for hit in hits if hit <= at], default=at), 1)
+            for at, note in told
+            if "go back from step" in note
+        ]
         row |= {
             "struck": len(list(folder.glob("struck-*"))),
             "starts": starts,
             "recoveries": len(backs),
+            "detected_s": detected,
             "steps_again": sum(_steps_again(note) for note in backs),
             "recovered_s": [
                 float(note.split()[2]) for note in notes if note.startswith("recovered in")

@@ -20,11 +20,22 @@ class PeerLostError(UserError):
     Args:
         message: for the user.
         stuck: names of peers whose processes may live and are to be ended.
+        suspects: names of peers of whom at least one is stuck, and the others may only wait for it.
     """
 
-    def __init__(self, message: str, stuck: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, message: str, stuck: tuple[str, ...] = (), suspects: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(message)
-        self.stuck = stuck
+        self.stuck, self.suspects = stuck, suspects
+
+
+class ExchangeLostError(PeerLostError):
+    """Another peer is gone from the exchange: what a death or a fault elsewhere looks like from here."""
+
+
+class StartLostError(PeerLostError):
+    """A peer was lost before there was a checkpoint: all must be built anew."""
 
 
 class Interrupted(Exception):

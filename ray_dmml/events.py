@@ -34,6 +34,7 @@ class Events:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """So many scalars of a step, by tag."""
+        is_new, first_step = self._writer is None, self._first_step
         try:
             writer = self._writer or self._open()
             for tag, value in values.items():
@@ -46,6 +47,11 @@ class Events:
             # A record may be cut short, after which nothing of the file can be read: the next one
             # goes to another file.
             self.close()
+            if is_new:  # one that would be made at every try
+                with suppress(OSError):
+                    for path in self._folder.glob(f"*.{self._num_files}"):
+                        path.unlink()
+                self._first_step = first_step
 
     def close(self) -> None:
         writer, self._writer = self._writer, None

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ray_dmml.checkpoint import CheckpointStore
+from ray_dmml.checkpoint import CheckpointStore, sync
 from ray_dmml.config import Config, moved, read_settings
 from ray_dmml.errors import CheckpointError, UserError
 
@@ -62,11 +62,11 @@ class RunFolder:
                 f"--resume {self.path}"
             )
 
-    def create(self, config: Config) -> None:
+    def make(self) -> None:
+        """The folder itself. Raises UserError where it cannot be made."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.write_config(config)
-        except (OSError, CheckpointError) as error:
+        except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be made: {error}") from None
 
     @contextmanager
@@ -134,6 +134,14 @@ class RunFolder:
                     raise
         except OSError as error:
             raise CheckpointError(f"{self.metrics_file} cannot be written: {error}") from None
+
+    def sync_metrics(self) -> None:
+        """Returns when all that was appended is on the disk. Raises CheckpointError."""
+        if self.metrics_file.exists():
+            try:
+                sync(self.metrics_file)
+            except OSError as error:
+                raise CheckpointError(f"{self.metrics_file} cannot be written: {error}") from None
 
     def truncate_metrics(self, step: int) -> None:
         """Drops what was written after ``step``, and a last line cut short, so that the file of a

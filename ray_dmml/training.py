@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,7 +21,7 @@ from ray_dmml.config import Config, moved
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import ImageSet, Splits
 from ray_dmml.data.loading import build_sampler
-from ray_dmml.errors import CheckpointError, Interrupted, PeerLostError, UserError
+from ray_dmml.errors import CheckpointError, Interrupted, PeerLostError, StartLostError, UserError
 from ray_dmml.events import Events
 from ray_dmml.retrieval.ensemble import ensemble_embedding
 from ray_dmml.retrieval.metrics import retrieval_metrics
@@ -166,11 +166,40 @@ def _start(
     run.refuse_existing()
     storage = _storage(config, run, reporter, new=True)
     splits = _load_splits(config, reporter)
-    with closing(_fresh_cohort(config, splits, in_process, reporter)) as cohort:
-        run.create(config)
-        state = _State()
-        with run.alone():
+    with ExitStack() as held:
+
+        def run_it(cohort: Cohort, attempt: int) -> dict[str, Any]:
+            if attempt == 0:
+                run.make()
+                held.enter_context(run.alone())
+                run.refuse_existing()  # another run may have taken it while the peers started
+                run.write_config(config)
+            state = _State()
             return _Loop(config, run, splits, cohort, reporter, state, should_stop, storage).run()
+
+        return _once_started(
+            config, reporter, lambda: _fresh_cohort(config, splits, in_process, reporter), run_it
+        )
+
+
+def _once_started(
+    config: Config,
+    reporter: Reporter,
+    build: Callable[[], Cohort],
+    run_it: Callable[[Cohort, int], dict[str, Any]],
+) -> dict[str, Any]:
+    """Where a peer is lost before there is a checkpoint to go back to, all are built anew."""
+    attempt = 0
+    while True:
+        with closing(build()) as cohort:
+            try:
+                return run_it(cohort, attempt)
+            except StartLostError as loss:
+                attempt += 1
+                if attempt > config.run.max_restarts:
+                    raise
+                count = f"restart {attempt} of {config.run.max_restarts}"
+                reporter.note(f"{loss}; all start anew, {count}")
 
 
 def _resume(
@@ -191,12 +220,13 @@ def _resume(
             _refuse_changes(config, checkpoint, run)
     threads_before = run.environment().get("threads")
     splits = _load_splits(config, reporter)
-    cohort = (
-        _fresh_cohort(config, splits, in_process, reporter)  # it was killed before its first step
-        if checkpoint is None
-        else _build_cohort(config, splits, in_process, reporter, checkpoint.peers)
-    )
-    with closing(cohort):
+
+    def build() -> Cohort:
+        if checkpoint is None:  # it was killed before its first step
+            return _fresh_cohort(config, splits, in_process, reporter)
+        return _build_cohort(config, splits, in_process, reporter, checkpoint.peers)
+
+    def run_it(cohort: Cohort, _: int) -> dict[str, Any]:
         state = _State()
         if checkpoint is not None:
             state = _State.of(checkpoint)
@@ -208,9 +238,12 @@ def _resume(
                 f"the peers have {list(cohort.threads)} torch threads and had {threads_before}: the "
                 "last bits may differ from an undisturbed run (cohort.threads_per_peer sets them)"
             )
-        run.write_config(config)
-        run.truncate_metrics(state.step)
-        return _Loop(config, run, splits, cohort, reporter, state, should_stop, storage).run()
+        if config.to_yaml() != run.config_file.read_text(encoding="utf-8"):
+            run.write_config(config)
+        loop = _Loop(config, run, splits, cohort, reporter, state, should_stop, storage)
+        return loop.run(cut=True)
+
+    return _once_started(config, reporter, build, run_it)
 
 
 def evaluate(
@@ -291,6 +324,8 @@ class _Loop:
         self._cohort, self._reporter, self._state = cohort, reporter, state
         self._should_stop, self._storage = should_stop, storage
         self._restarts = 0
+        self._reached = state.step  # the last step that every peer is known to have finished
+        self._cut_to: int | None = None  # a step after which metrics.jsonl is still to be cut
         self._left_behind: dict[str, PeerFiles] = {}  # states of dropped peers
         self._step_s = CHUNK_S  # the latest measured: before the first, a step is a chunk
         self._unwritten: list[dict[str, Any]] = []
@@ -298,8 +333,12 @@ class _Loop:
         self._batch_size = config.data.classes_per_batch * config.data.images_per_class
         self._seconds, self._steps = 0.0, 0
 
-    def run(self) -> dict[str, Any]:
+    def run(self, *, cut: bool = False) -> dict[str, Any]:
+        """Args: cut: metrics.jsonl may have rows of after the state's step."""
         config = self._config
+        if cut:
+            self._cut_to = self._state.step
+            self._write([])
         facts = {
             "threads": list(self._cohort.threads),
             "devices": list(self._cohort.devices),
@@ -308,7 +347,10 @@ class _Loop:
             "skipped_images": list(self._splits.skipped),
             "steps_per_epoch": build_sampler(config, self._splits).steps_per_epoch,
         }
-        self._run.write_environment(**facts)
+        try:
+            self._run.write_environment(**facts)
+        except CheckpointError as error:
+            self._reporter.note(f"{error}; training goes on")
         self._reporter.started(config, self._splits, facts)
         while True:
             try:
@@ -352,10 +394,12 @@ class _Loop:
             allowed = run.max_restarts + (len(self._config.cohort.peers) if drop else 0)
             if run.on_peer_loss == "fail" or self._restarts > allowed:
                 raise self._given_up(loss)
+            if not self._run.checkpoints.index():
+                raise StartLostError(str(loss))
             checkpoint = self._run.checkpoints.load("last", reporter.note)
             count = "" if drop else f", restart {self._restarts} of {run.max_restarts}"
             reporter.note(
-                f"{loss}; all go back from step {self._state.step} to {checkpoint.step}{count}"
+                f"{loss}; all go back from step {self._reached} to {checkpoint.step}{count}"
             )
             reporter.doing("starting lost peers anew")
             began = time.monotonic()
@@ -370,7 +414,7 @@ class _Loop:
         state.untrained = state.untrained or untrained
         # Whoever is no longer there, since this loss or since one that this checkpoint is older than.
         state.dropped = {
-            name: before.get(name, state.step)
+            name: min(before.get(name, state.step), state.step)
             for name in checkpoint.peers
             if name not in self._cohort.names
         }
@@ -378,7 +422,8 @@ class _Loop:
         if new := [name for name in state.dropped if name not in before]:
             reporter.note(f"without {', '.join(new)} from step {state.step} on")
         self._unwritten = [row for row in self._unwritten if row["step"] <= state.step]
-        self._run.truncate_metrics(state.step)
+        self._reached, self._cut_to = state.step, state.step
+        self._write([])
         reporter.note(f"recovered in {time.monotonic() - began:.1f} s")
         reporter.step(state.step)
 
@@ -389,6 +434,8 @@ class _Loop:
             if run.on_peer_loss == "fail"
             else f"run.max_restarts, {run.max_restarts}, are used up"
         )
+        if not self._run.checkpoints.index():
+            return PeerLostError(f"{loss}; {why}")
         step = self._run.checkpoints.load("last").step
         return PeerLostError(f"{loss}; {why}. The checkpoint of step {step} is whole")
 
@@ -404,7 +451,7 @@ class _Loop:
             first = start + len(rows)
             last = min(stop, first + max(1, int(CHUNK_S / self._step_s)))
             chunk_began = time.perf_counter()
-            rows += self._cohort.run(first, last, self._reporter.step)
+            rows += self._cohort.run(first, last, self._reach)
             self._step_s = max(1e-4, (time.perf_counter() - chunk_began) / (last - first))
         seconds = time.perf_counter() - began
         self._seconds += seconds
@@ -425,6 +472,10 @@ class _Loop:
         is_due = ends or is_best or _due(stop, self._config.checkpoint.every_steps)
         if is_due and not self._save(best=is_best):
             state.best, state.best_step = before  # what is not kept can be beaten
+
+    def _reach(self, step: int) -> None:
+        self._reached = max(self._reached, step)
+        self._reporter.step(step)
 
     def _tell(self, start: int, rows: list[StepRow], seconds: float, events: Events | None) -> None:
         """What the steps after ``start`` were like."""
@@ -447,7 +498,7 @@ class _Loop:
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         """To metrics.jsonl, with what could not be written before."""
-        is_first = not self._unwritten
+        is_first = not self._unwritten and (bool(rows) or self._cut_to is not None)
         self._unwritten += rows
         try:
             self._write_the_rest()
@@ -457,6 +508,9 @@ class _Loop:
 
     def _write_the_rest(self) -> None:
         """Raises CheckpointError where it still cannot be written."""
+        if self._cut_to is not None:
+            self._run.truncate_metrics(self._cut_to)
+            self._cut_to = None
         if self._unwritten:
             self._run.append_metrics(self._unwritten)
             self._unwritten = []
@@ -519,6 +573,7 @@ class _Loop:
 
         def write() -> None:
             self._write_the_rest()  # no checkpoint is ahead of the metrics
+            self._run.sync_metrics()
             self._run.checkpoints.save(state.step, peers, meta, best=best)
 
         # Steps are worth more than their checkpoint: the next one may find room again. After the last

@@ -466,7 +466,8 @@ def _train_fold(
     if copied is not None:
         with copied.as_directory() as donor:
             run.checkpoints.adopt(Path(donor))
-        run.create(config)
+        run.make()
+        run.write_config(config)
     begun = run.checkpoints.index()
     journal.starts(run.checkpoints.load("last").step if begun else 0)
     reporter = _TrialReporter(search, journal, run, alone=search.config.folds == 1)

@@ -18,7 +18,7 @@ from conftest import tiny
 from ray_dmml.cohort import transport as transports
 from ray_dmml.cohort.coordinator import Coordinator
 from ray_dmml.cohort.transport import checksum
-from ray_dmml.config import Config
+from ray_dmml.config import Config, RunConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import Interrupted, PeerLostError, UserError
 from ray_dmml.runfolder import RunFolder
@@ -246,20 +246,71 @@ def test_a_busy_peer_is_not_dropped(
     assert results["dropped"] == {"peer1": 4} and set(results["peers"]) == {"peer0", "peer2"}
 
 
+@pytest.mark.parametrize("transport", ["direct", "coordinator"])
+def test_who_is_stuck_is_found_among_those_that_wait(image_folder: Path, transport: str) -> None:
+    """Stopped between its sign and its embeddings, a peer looks like those that wait for it: it alone is
+    dropped, they go on."""
+    from ray_dmml.cohort.remote import RayCohort
+
+    raw = tiny(image_folder)["cohort"]
+    config = settings(
+        image_folder,
+        cohort={**raw, "transport": transport, "peers": [{}] * 4},
+        run={"silence_s": 5},
+    )
+    with closing(RayCohort(config, load_splits(config.data))) as cohort:
+        state = cohort.state()
+        cohort.run(0, 2, lambda finished: None)
+        os.kill(cohort.pids["peer1"], signal.SIGSTOP)
+        with pytest.raises(PeerLostError, match="no sign of life"):
+            cohort.run(2, 4, lambda finished: None)
+        cohort._stuck, cohort._suspects = (), cohort.names
+        cohort.recover(drop=True)
+        assert cohort.names == ("peer0", "peer2", "peer3")
+        cohort.load({name: state[name] for name in cohort.names})
+        assert len(cohort.run(0, 2, lambda finished: None)) == 2
+
+
 def test_a_stopped_driver_finds_nobody_silent() -> None:
     """The time in which this process itself was stopped is nobody's silence."""
+    from ray_dmml.cohort.coordinator import Sign
     from ray_dmml.cohort.remote import LONGEST_LOOK_S, _Watch
 
-    watch = _Watch(2 * LONGEST_LOOK_S, 1e9, {})
-    watch.look({"peer0": None}, {"peer0": (1, 0)})
+    watch = _Watch(1.5 * LONGEST_LOOK_S, RunConfig(detect_s=1e9), {})
+    signs = {"peer0": Sign(sent=1, chunks=0, silent_s=0.5)}
+    watch.look(signs, signs)
     watch._before -= 3600.0
-    watch.look({"peer0": None}, {"peer0": (1, 0)})
-    for _ in range(2):
-        watch._before -= LONGEST_LOOK_S
-        with suppress(PeerLostError):
-            watch.look({"peer0": None}, {"peer0": (1, 0)})
-    with pytest.raises(PeerLostError, match="peer0: no sign of life for 12 s"):
-        watch.look({"peer0": None}, {"peer0": (1, 0)})
+    watch.look(signs, signs)
+    watch._before -= LONGEST_LOOK_S
+    with pytest.raises(PeerLostError, match="peer0: no progress for 9 s"):
+        watch.look(signs, signs)
+
+
+def test_who_is_stopped_is_told_from_who_waits() -> None:
+    """By the sign that a living process gives whatever it is at; of those that live, who got least far
+    is the cause, and all are suspects that got equally far."""
+    from ray_dmml.cohort.coordinator import Sign
+    from ray_dmml.cohort.remote import LONGEST_LOOK_S, _Watch
+
+    def look(patience: float, **signs: Sign) -> PeerLostError | None:
+        watch = _Watch(patience, RunConfig(detect_s=1e9, silence_s=60), {})
+        try:
+            watch.look(signs, signs)
+            watch._before -= LONGEST_LOOK_S
+            watch.look(signs, signs)
+        except PeerLostError as loss:
+            return loss
+        return None
+
+    waits, ahead = Sign(7, 0, 0.5), Sign(8, 0, 0.5)
+    loss = look(100, a=waits, b=Sign(7, 0, 61.0), c=waits)
+    assert loss is not None and loss.stuck == ("b",) and loss.suspects == ()
+    assert look(3, a=waits, b=Sign(7, 0, 30.0), c=waits) is None  # in 30 s all will know
+    loss = look(3, a=ahead, b=waits, c=ahead)
+    assert loss is not None and loss.stuck == ("b",)
+    loss = look(3, a=waits, b=waits, c=ahead)
+    assert loss is not None and loss.stuck == () and loss.suspects == ("a", "b")
+    assert look(3, a=waits) is not None and look(100, a=waits) is None
 
 
 def test_asked_to_stop(image_folder: Path, tmp_path: Path, undisturbed: Path) -> None:
@@ -298,7 +349,7 @@ def test_a_late_message_of_an_old_generation(image_folder: Path) -> None:
         with pytest.raises(ray.exceptions.RayActorError):
             ray.get(old.report.remote(0, 99, 0))
         cohort.load(state)
-        assert cohort._signs() == dict.fromkeys(cohort.names, (0, 0))
+        assert {sign.sent for sign in cohort._signs().values()} == {0}
 
 
 def test_an_embedding_damaged_on_its_way(

@@ -13,6 +13,7 @@ peer is the driver's, too, as it alone can do something about it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,20 @@ class Group:
     store: tuple[str, int]
 
 
+@dataclass(frozen=True)
+class Sign:
+    """What is known of a peer."""
+
+    sent: int
+    """Of so many steps it has sent its embeddings."""
+
+    chunks: int
+    """So many chunks of images it has embedded in evaluations."""
+
+    silent_s: float
+    """Seconds since its process last gave a sign of life; 0 until it has given the first."""
+
+
 class Coordinator:
     """An asynchronous actor's class; also an ordinary one, for use without Ray.
 
@@ -57,7 +72,8 @@ class Coordinator:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
         self._gatherings: dict[str, _Gathering] = {}
-        self._signs = [(0, 0)] * len(self._names)
+        self._progress = [(0, 0)] * len(self._names)
+        self._beats: list[float | None] = [None] * len(self._names)
 
     async def exchange(
         self, step: int, rank: int, teachers: Sequence[int], checksum: int, *parts: np.ndarray
@@ -97,13 +113,23 @@ class Coordinator:
         return all(await self._gather("all_agree", rank, agreed))
 
     async def report(self, rank: int, sent: int, chunks: int) -> None:
-        """A sign of life: of how many steps a peer has sent its embeddings, and how many chunks of
-        images it has embedded in evaluations."""
-        self._signs[rank] = (sent, chunks)
+        """Progress: of how many steps a peer has sent its embeddings, and how many chunks of images it
+        has embedded in evaluations."""
+        self._progress[rank] = (sent, chunks)
 
-    async def signs(self) -> dict[str, tuple[int, int]]:
-        """The last sign of each peer, by name."""
-        return dict(zip(self._names, self._signs, strict=True))
+    async def beat(self, rank: int) -> None:
+        """A sign of life, which a peer gives about once a second whatever it is at."""
+        self._beats[rank] = time.monotonic()
+
+    async def signs(self) -> dict[str, Sign]:
+        """The last of each peer, by name."""
+        now = time.monotonic()
+        return {
+            name: Sign(sent, chunks, 0.0 if beat is None else now - beat)
+            for name, (sent, chunks), beat in zip(
+                self._names, self._progress, self._beats, strict=True
+            )
+        }
 
     async def _gather(self, what: str, rank: int, value: Any) -> list[Any]:
         gathering = self._gatherings.setdefault(what, _Gathering())

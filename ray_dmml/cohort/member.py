@@ -10,6 +10,7 @@ import ctypes
 import os
 import time
 from collections.abc import Sequence
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loading import BatchLoader, build_sampler
 from ray_dmml.errors import UserError
 from ray_dmml.peerfiles import decode_peer, encode_peer
+
+BEAT_S = 1.0
+"""From one sign of life to the next."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
@@ -61,6 +65,8 @@ class Member:
         self._loader = BatchLoader(self._splits.train, sampler, threads)
         self._exchange: Exchange = Alone()
         self._sent = self._chunks = 0
+        self._coordinator: Any = None
+        Thread(target=self._beat, daemon=True).start()
 
     def join(self, coordinator: Any, names: Sequence[str]) -> dict[str, Any]:
         """Enters a generation, out of the one before.
@@ -73,7 +79,9 @@ class Member:
             what there is to know about the peer's place in it.
         """
         self._exchange.close()
-        self._coordinator, self._rank = coordinator, list(names).index(self._peer.name)
+        self._rank = list(names).index(self._peer.name)
+        self._coordinator = coordinator
+        coordinator.beat.remote(self._rank)  # the first, from which on the next are missed
         sizes = {peer.name: peer.embedding_size for peer in self._config.cohort.peers}
         self._exchange, transport = connect(
             self._config.cohort.transport,
@@ -128,6 +136,14 @@ class Member:
     def _finish_chunk(self) -> None:
         self._chunks += 1
         self._give_sign()
+
+    def _beat(self) -> None:
+        """Tells a stopped process from one that waits or has much to do. torch lets other threads run
+        while it computes, and so does a wait for others."""
+        while True:
+            if (coordinator := self._coordinator) is not None:
+                coordinator.beat.remote(self._rank)
+            time.sleep(BEAT_S)
 
     def _give_sign(self) -> None:
         self._coordinator.report.remote(self._rank, self._sent, self._chunks)

@@ -40,11 +40,11 @@ from ray.util.scheduling_strategies import (
 )
 
 from ray_dmml.cohort import StepRow
-from ray_dmml.cohort.coordinator import Coordinator
+from ray_dmml.cohort.coordinator import Coordinator, Sign
 from ray_dmml.cohort.placement import BOOTSTRAP_FILE, growth_of, plan, shown
 from ray_dmml.cohort.session import ray_session
-from ray_dmml.config import Config
-from ray_dmml.errors import PeerLostError, UserError
+from ray_dmml.config import Config, RunConfig
+from ray_dmml.errors import ExchangeLostError, PeerLostError, UserError
 
 if TYPE_CHECKING:  # which load torch
     import numpy as np
@@ -61,6 +61,9 @@ are still at work need not be started anew."""
 
 LONGEST_LOOK_S = GRACE_S + 1
 """From one look at the peers to the next; more is a pause of our own."""
+
+LATE_S = 3.0
+"""A process that lives gives a sign more often, by far."""
 
 SILENT_STEPS = 10
 """A peer may be silent for so many median steps."""
@@ -108,6 +111,7 @@ class RayCohort:
         self._nodes: dict[str, str] = {}  # name of a peer to the ID of its node
         self.pids: dict[str, int] = {}
         self._stuck: tuple[str, ...] = ()
+        self._suspects: tuple[str, ...] = ()
         self._step_seconds: deque[float] = deque(maxlen=31)  # of the latest calls of run
         self.waited: dict[str, float] = dict.fromkeys(self.names, 0.0)
         self._has_new = True  # a peer that has made no step yet
@@ -204,10 +208,12 @@ class RayCohort:
         return [dict(zip(self.names, terms, strict=True)) for terms in rows]
 
     def embeddings(self, split: str, *, averaged: bool = False) -> dict[str, np.ndarray]:
-        return self._gather(self._calls("embeddings", split, averaged), self._patience())
+        return self._gather(
+            self._calls("embeddings", split, averaged), self._config.cohort.start_timeout_s
+        )
 
     def state(self) -> dict[str, PeerFiles]:
-        return self._gather(self._calls("state"), self._patience())
+        return self._gather(self._calls("state"), self._config.cohort.start_timeout_s)
 
     def load(self, state: Mapping[str, PeerFiles]) -> None:
         self._give("load", state)
@@ -228,19 +234,24 @@ class RayCohort:
         """
         # Their end wakes who waits in an exchange for one that will never come.
         self._end(self._coordinator)
-        lost = list(self._stuck)
-        self._stuck = ()
-        for name in lost:
+        lost, suspects = list(self._stuck), self._suspects
+        self._stuck = self._suspects = ()
+        # So does that of any member of a group: then only who is stuck gives no answer.
+        victims = suspects[:1] if self.transport == "direct" else ()
+        for name in (*lost, *victims):
             self._end_peer(name)
         grace = max(GRACE_S, 2 * self._median_step())
         answers = {name: actor.answer.remote() for name, actor in self._actors.items()}
         ray.wait(list(answers.values()), num_returns=len(answers), timeout=grace)
         for name, answer in answers.items():
-            if _has_come(answer) and not self._has_nccl():
-                continue
-            if _is_ready(answer) and not _has_come(answer):
+            if _has_come(answer):
+                if not self._has_nccl():
+                    continue
+            elif name in suspects or _is_ready(answer):
                 lost.append(name)  # else it lives, and is amid something long
             self._end_peer(name)
+        if suspects and not set(lost) & set(suspects):
+            lost += victims
         if drop:
             left = tuple(name for name in self.names if name not in lost)
             if not left:
@@ -286,12 +297,12 @@ class RayCohort:
     def _give(self, method: str, state: Mapping[str, PeerFiles]) -> None:
         """To every peer what is its own."""
         refs = {name: self._actors[name].call.remote(method, state[name]) for name in self.names}
-        self._gather(refs, self._patience())
+        self._gather(refs, self._config.cohort.start_timeout_s)
 
     # --- waiting ----------------------------------------------------------------------------
 
     def _patience(self) -> float:
-        """Seconds that a peer may go without a sign of life.
+        """Seconds that a step may take.
 
         Before its first steps nobody knows how long one takes; and they compile, and fill caches.
         """
@@ -312,13 +323,13 @@ class RayCohort:
         are left would only sit in an exchange.
 
         Args:
-            patience: seconds that a peer may go without a sign of life.
+            patience: seconds that a living peer may go without progress.
 
         Raises:
             UserError: what a peer raised.
             PeerLostError: who died or fell silent.
         """
-        watch = _Watch(patience, self._config.run.detect_s, self._nodes)
+        watch = _Watch(patience, self._config.run, self._nodes)
         waiting, found = dict(refs), {}
         while waiting:
             ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=POLL_S)
@@ -333,13 +344,13 @@ class RayCohort:
                 signs = self._signs()
                 if signs is None:
                     raise PeerLostError("the coordinator died: its process was killed or crashed")
-                sent = [sent for sent, _ in signs.values()]
+                sent = [sign.sent for sign in signs.values()]
                 if on_step is not None and sent and min(sent):  # 0: no sign in this generation yet
                     on_step(min(sent) - 1)
                 try:
                     watch.look(waiting, signs)
                 except PeerLostError as loss:
-                    self._stuck = loss.stuck
+                    self._stuck, self._suspects = loss.stuck, loss.suspects
                     raise
         return {name: found[name] for name in refs}
 
@@ -358,14 +369,17 @@ class RayCohort:
             signs = self._signs() or {}
             told = []
             for name, why in died.items():
-                sent = signs.get(name, (0, 0))[0]
+                sent = signs[name].sent if name in signs else 0
                 told.append(f"{name} died{f' in step {sent}' if sent else ''}: {why}")
             return PeerLostError("; ".join(told))
         for cause in causes:
             if isinstance(cause, RayActorError):
                 return PeerLostError(f"the coordinator died: {_why(cause)}")
         # A lost exchange is the last to be believed: it is what everything else looks like to others.
-        return next((cause for cause in causes if not isinstance(cause, PeerLostError)), causes[0])
+        cause = min(
+            causes, key=lambda c: (isinstance(c, PeerLostError), isinstance(c, ExchangeLostError))
+        )
+        return PeerLostError(_why(cause)) if isinstance(cause, RayError) else cause
 
     def _failures(self, refs: Mapping[str, Any], grace: float) -> dict[str, Exception]:
         """What the peers raised by now, or within so many seconds."""
@@ -380,7 +394,7 @@ class RayCohort:
                 failures[name] = error
         return failures
 
-    def _signs(self) -> dict[str, tuple[int, int]] | None:
+    def _signs(self) -> dict[str, Sign] | None:
         """The last sign of each peer; empty where the coordinator is silent, None where it is dead."""
         try:
             return ray.get(self._coordinator.signs.remote(), timeout=GRACE_S)
@@ -391,52 +405,63 @@ class RayCohort:
 
 
 class _Watch:
-    """Notices, in a wait, who is silent for too long and whose node is gone.
+    """Notices, in a wait, who is silent or makes no progress for too long and whose node is gone.
 
     Args:
-        patience: seconds that a peer may go without a sign.
-        detect_s: seconds until a node that does not answer is lost.
+        patience: seconds that a living peer may go without progress.
+        run: seconds that a process may be silent, and until a node that does not answer is lost.
         nodes: name of a peer to the ID of its node.
     """
 
-    def __init__(self, patience: float, detect_s: float, nodes: Mapping[str, str]) -> None:
-        self._patience, self._detect_s, self._nodes = patience, detect_s, nodes
+    def __init__(self, patience: float, run: RunConfig, nodes: Mapping[str, str]) -> None:
+        self._patience, self._run, self._nodes = patience, run, nodes
         self._last: dict[str, tuple[tuple[int, int], float]] = {}
         # A clock of its own: while this process is stopped itself, nobody is silent.
         self._now = self._heard_at = self._looked_at = 0.0
         self._before = time.monotonic()
 
-    def look(self, waiting: Mapping[str, Any], signs: Mapping[str, tuple[int, int]]) -> None:
+    def look(self, waiting: Mapping[str, Any], signs: Mapping[str, Sign]) -> None:
         """Raises PeerLostError."""
         elapsed, self._before = time.monotonic() - self._before, time.monotonic()
         self._now = now = self._now + min(elapsed, LONGEST_LOOK_S)
-        if signs:
-            self._heard_at = now
-        elif now - self._heard_at > self._patience:
-            raise PeerLostError(f"the coordinator gave no answer for {self._patience:.0f} s")
-        else:
+        silence = self._run.silence_s
+        if not signs:
+            if now - self._heard_at > silence:
+                raise PeerLostError(f"the coordinator gave no answer for {silence:.0f} s")
             return
-        for name in waiting:
-            sign = signs[name]
-            if name not in self._last or self._last[name][0] != sign:
-                self._last[name] = (sign, now)
-        stuck = [name for name in waiting if now - self._last[name][1] > self._patience]
-        if stuck:
-            # Who waits for a stuck peer is silent, too; who got least far is the cause.
-            least = min(signs[name][0] for name in stuck)
-            causes = tuple(name for name in stuck if signs[name][0] == least)
-            told = f"{', '.join(causes)}: no sign of life for {self._patience:.0f} s"
-            raise PeerLostError(told, causes)
-        if now - self._looked_at > self._detect_s / 3:
+        self._heard_at = now
+        silent = tuple(name for name in waiting if signs[name].silent_s > silence)
+        if silent:
+            told = f"{', '.join(silent)}: no sign of life for {silence:.0f} s"
+            raise PeerLostError(told, stuck=silent)
+        self._look_at_progress(waiting, signs)
+        if now - self._looked_at > self._run.detect_s / 3:
             self._look_at_nodes(waiting)
             self._looked_at = now
+
+    def _look_at_progress(self, waiting: Mapping[str, Any], signs: Mapping[str, Sign]) -> None:
+        """Of those that live: one that hangs keeps others waiting."""
+        for name in waiting:
+            progress = (signs[name].sent, signs[name].chunks)
+            if name not in self._last or self._last[name][0] != progress:
+                self._last[name] = (progress, self._now)
+        longest = self._now - min(self._last[name][1] for name in waiting)
+        # Who may be stopped is waited for: then all know who it is.
+        if longest <= self._patience or any(signs[name].silent_s > LATE_S for name in waiting):
+            return
+        least = min(signs[name].sent for name in waiting)
+        suspects = tuple(name for name in waiting if signs[name].sent == least)
+        told = f"{' or '.join(suspects)}: no progress for {self._patience:.0f} s"
+        if len(suspects) == 1:
+            raise PeerLostError(told, stuck=suspects)
+        raise PeerLostError(told, suspects=suspects)
 
     def _look_at_nodes(self, waiting: Mapping[str, Any]) -> None:
         """Ray's own checks take up to a minute by default, and are the cluster's to set."""
         nodes = {node["NodeID"]: node for node in ray.nodes()}
         for where in {self._nodes[name] for name in waiting if name in self._nodes}:
             node = nodes.get(where)
-            if node is not None and node["Alive"] and _answers(node, self._detect_s / 3):
+            if node is not None and node["Alive"] and _answers(node, self._run.detect_s / 3):
                 continue
             lost = tuple(name for name in self._nodes if self._nodes[name] == where)
             address = node["NodeManagerAddress"] if node else where

@@ -24,7 +24,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from ray_dmml.cohort.coordinator import Group, Offer
 from ray_dmml.cohort.teachers import Teachers, students
-from ray_dmml.errors import PeerLostError
+from ray_dmml.errors import ExchangeLostError, PeerLostError
 
 INLINE_PART_BYTES = 96 * 1024
 """Just below Ray's limit for what travels inside a call (100 KiB with its header)."""
@@ -193,7 +193,8 @@ class DirectExchange:
             store=store,
             rank=rank,
             world_size=len(members.sizes),
-            timeout=timeout,
+            # NCCL's would end the process of whoever waits, amid others' compiling: the driver ends it.
+            timeout=timeout if group.backend == "gloo" else _NEVER,
             device_id=device if group.backend == "nccl" else None,
         )
         if group.backend == "gloo":
@@ -204,11 +205,14 @@ class DirectExchange:
 
     def start(self, step: int, embedding: Tensor) -> None:
         self._step = step
+        all_to_all = self._teachers.all_others
+        own = self._width if all_to_all else self._width_of(self._rank)
+        sent = self._packed(embedding, own)  # what fails here has nothing to do with others
         try:
-            if self._teachers.all_others:
-                self._gather(embedding)
+            if all_to_all:
+                self._gather(sent)
             else:
-                self._send(embedding, self._teachers.at(step))
+                self._send(sent, self._teachers.at(step))
         except _DIST_ERRORS as error:
             raise self._lost(error) from None
 
@@ -216,7 +220,8 @@ class DirectExchange:
         try:
             # No variable of this frame holds it: a traceback would, and with it the group's sockets.
             while self._pending:
-                self._pending[0].wait()
+                # A send or receive has the patience of the group's start, unless told otherwise.
+                self._pending[0].wait(_NEVER)
                 self._pending.pop(0)
         except _DIST_ERRORS as error:
             raise self._lost(error) from None
@@ -229,7 +234,7 @@ class DirectExchange:
         return found
 
     def _lost(self, error: Exception) -> PeerLostError:
-        return PeerLostError(f"exchange of step {self._step + 1} failed: {_first_line(error)}")
+        return ExchangeLostError(f"exchange of step {self._step + 1} failed: {_first_line(error)}")
 
     def _packed(self, embedding: Tensor, width: int) -> Tensor:
         """(B, D) -> (B + 1, width) with the checksum in the last row."""
@@ -239,22 +244,19 @@ class DirectExchange:
         packed[-1, :CHECKSUM_FLOATS] = checksum(packed[:-1, :size]).view(1).view(torch.float32)
         return packed
 
-    def _gather(self, embedding: Tensor) -> None:
+    def _width_of(self, rank: int) -> int:
+        return max(CHECKSUM_FLOATS, self._members.sizes[rank])
+
+    def _gather(self, sent: Tensor) -> None:
         """From all to all."""
-        sent = self._packed(embedding, self._width)
         received = [torch.empty_like(sent) for _ in self._members.sizes]
         self._pending = [dist.all_gather(received, sent, async_op=True)]
         self._received = {n: rows for n, rows in enumerate(received) if n != self._rank}
 
-    def _send(self, embedding: Tensor, teachers: Sequence[Sequence[int]]) -> None:
+    def _send(self, sent: Tensor, teachers: Sequence[Sequence[int]]) -> None:
         """To this peer's students, from its teachers."""
-
-        def width(rank: int) -> int:
-            return max(CHECKSUM_FLOATS, self._members.sizes[rank])
-
-        sent = self._packed(embedding, width(self._rank))
         self._received = {
-            teacher: torch.empty(len(sent), width(teacher), device=self._device)
+            teacher: torch.empty(len(sent), self._width_of(teacher), device=self._device)
             for teacher in teachers[self._rank]
         }
         self._pending = dist.batch_isend_irecv(
