@@ -20,6 +20,7 @@ with every trial where that one stood.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import os
@@ -231,22 +232,21 @@ def write_results(files: SearchFolder, search: Search, trials: Sequence[Trial]) 
     """``results.csv``: a line a trial, its draw and its last figures."""
     figures = [f"{who}_{metric}" for who in ("ensemble", "mean_peer") for metric in search.metrics]
     head = ["trial", "status", STEP, OBJECTIVE, COST, "seconds", *search.config.space, *figures]
-    aside = files.results_file.with_suffix(".tmp")
-    with aside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*head, "error"])
-        writer.writeheader()
-        for trial in trials:
-            row: dict[str, Any] = {"trial": trial.number, "status": trial.status, **trial.params}
-            row |= {"seconds": round(trial.seconds, 1), "error": trial.error, STEP: trial.step}
-            if trial.reports:
-                last = trial.reports[-1]
-                row |= {OBJECTIVE: last[OBJECTIVE], COST: last[COST]}
-                for metric in search.metrics:
-                    peers = [found[metric] for found in last["figures"]["peers"].values()]
-                    row[f"ensemble_{metric}"] = last["figures"]["ensemble"][metric]
-                    row[f"mean_peer_{metric}"] = float(np.mean(peers))
-            writer.writerow(row)
-    os.replace(aside, files.results_file)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [*head, "error"])
+    writer.writeheader()
+    for trial in trials:
+        row: dict[str, Any] = {"trial": trial.number, "status": trial.status, **trial.params}
+        row |= {"seconds": round(trial.seconds, 1), "error": trial.error, STEP: trial.step}
+        if trial.reports:
+            last = trial.reports[-1]
+            row |= {OBJECTIVE: last[OBJECTIVE], COST: last[COST]}
+            for metric in search.metrics:
+                peers = [found[metric] for found in last["figures"]["peers"].values()]
+                row[f"ensemble_{metric}"] = last["figures"]["ensemble"][metric]
+                row[f"mean_peer_{metric}"] = float(np.mean(peers))
+        writer.writerow(row)
+    replace_file(files.results_file, table.getvalue())
 
 
 # --- trials -------------------------------------------------------------------------------------

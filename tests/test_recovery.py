@@ -116,6 +116,24 @@ def test_a_lost_peer_is_replaced(
     assert "peer1" in told and why in told and "to 4, restart 1 of 5" in told
 
 
+def test_lost_before_the_first_checkpoint(
+    image_folder: Path, tmp_path: Path, undisturbed: Path, cohorts: list[Any]
+) -> None:
+    """There is nothing to go back to: all are built anew, and end the same."""
+
+    class AtFirstSave(Faults):
+        def doing(self, what: str) -> None:
+            if what == "saving a checkpoint":
+                self.step(0)
+
+    faults = AtFirstSave(0, lambda: os.kill(cohorts[0].pids["peer1"], signal.SIGKILL))
+    train(settings(image_folder), tmp_path / "run", reporter=faults)
+    assert_same_run(tmp_path / "run", undisturbed)
+    assert any(
+        "peer1 died" in note and "all start anew, restart 1 of 5" in note for note in faults.notes
+    )
+
+
 def test_both_peers_and_the_coordinator(
     image_folder: Path, tmp_path: Path, undisturbed: Path, cohorts: list[Any]
 ) -> None:
@@ -379,7 +397,10 @@ def test_an_embedding_damaged_on_its_way(
     cohort = config.cohort.model_copy(update={"transport": "coordinator"})
     faults = Faults(10**9, lambda: None)
     train(config.model_copy(update={"cohort": cohort}), tmp_path / "run", reporter=faults)
-    assert any("embeddings of peer1 of step 7 were damaged" in note for note in faults.notes)
+    [told] = [note for note in faults.notes if "all go back" in note]
+    assert (
+        "embeddings of peer1 of step 7 were damaged on their way; all go back from step 6" in told
+    )
     assert_same_run(tmp_path / "run", undisturbed)
 
 

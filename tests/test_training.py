@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from ray_dmml import Config, UserError, evaluate, train, yamlio
 from ray_dmml.checkpoint import CheckpointStore
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.peerfiles import decode_peer
+from ray_dmml.runfolder import RunFolder
 from ray_dmml.training import Silent
 
 EVERY_TWO = {"steps": 6, "evaluate_every": 2, "log_every": 3}
@@ -495,3 +496,37 @@ def test_a_reporter_is_told_everything_in_order(settings: dict[str, Any], tmp_pa
         ("saved", 2),
         ("stopped",),
     ]
+
+
+def test_one_process_a_run_folder(image_folder: Path, tmp_path: Path) -> None:
+    """Neither a second resume nor a new run gets in while one trains; its files are as they were."""
+    out = tmp_path / "run"
+    config = Config.parse(tiny(image_folder, train={"steps": 2, "tensorboard": False}))
+
+    class Second(Silent):
+        refused: ClassVar[list[str]] = []
+
+        def step(self, finished: int) -> None:
+            for arguments in ({"resume": out}, {"config": config, "out": out}):
+                with pytest.raises(UserError) as error:
+                    train(**arguments, in_process=True)  # type: ignore[arg-type]
+                self.refused.append(str(error.value))
+
+    train(config, out, in_process=True, reporter=Second())
+    assert "another process is training in" in Second.refused[0]
+    assert "already exists" in Second.refused[1]
+    train(resume=out, in_process=True)
+
+
+def test_metrics_are_cut_where_they_stand(tmp_path: Path) -> None:
+    """Rows of later steps and a line cut short go; what is before them stays as it is."""
+    run = RunFolder(tmp_path)
+    lines = [f'{{"step": {step}}}\n' for step in (1, 2, 3, 4)]
+    run.metrics_file.write_text("".join(lines) + '{"step": 5')
+    run.truncate_metrics(9)
+    assert run.metrics_file.read_text() == "".join(lines)
+    run.truncate_metrics(2)
+    assert run.metrics_file.read_text() == "".join(lines[:2])
+    run.metrics_file.write_text(lines[0] + "no JSON\n" + lines[1] + lines[2])
+    run.truncate_metrics(2)
+    assert run.metrics_file.read_text() == lines[0] + "no JSON\n" + lines[1]
