@@ -20,7 +20,8 @@ class PeerLostError(UserError):
     Args:
         message: for the user.
         stuck: names of peers whose processes may live and are to be ended.
-        suspects: names of peers of whom at least one is stuck, and the others may only wait for it.
+        suspects: names of peers that are to be ended, too, of whom one is stuck and the others may only
+            wait for it.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ def test_embeddings_are_those_of_the_run(
     assert tuple(trained.peers) == cohort.names
     files = [image_folder / splits.test.source.name(i) for i in range(len(splits.test))]
     found = trained.embed_files(files, batch_size=7)
-    assert found.dtype == np.float32 and found.shape == (40, 16 + 24 + 8)
+    assert found.dtype == np.float32 and found.shape == (40, 16 + 23 + 8)
     ensemble = ensemble_embedding(list(expected.values()))
     assert np.allclose(found, ensemble, atol=1e-5)
     [images] = in_chunks(splits.test, 1000)
@@ -71,7 +71,7 @@ def test_neither_the_images_nor_the_order_of_calls_matter(run: Path, tmp_path: P
     cohort = load_cohort(moved)
     assert np.array_equal(cohort.embed_files(files), load_cohort(run).embed_files(files))
     assert np.array_equal(cohort.embed_files(files), cohort.embed_files(files))
-    assert cohort.embed_files([]).shape == (0, 48)
+    assert cohort.embed_files([]).shape == (0, 47)
 
 
 def test_mistakes_are_told(run: Path, tmp_path: Path) -> None:

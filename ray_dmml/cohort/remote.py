@@ -236,9 +236,7 @@ class RayCohort:
         self._end(self._coordinator)
         lost, suspects = list(self._stuck), self._suspects
         self._stuck = self._suspects = ()
-        # So does that of any member of a group: then only who is stuck gives no answer.
-        victims = suspects[:1] if self.transport == "direct" else ()
-        for name in (*lost, *victims):
+        for name in (*lost, *suspects):
             self._end_peer(name)
         grace = max(GRACE_S, 2 * self._median_step())
         answers = {name: actor.answer.remote() for name, actor in self._actors.items()}
@@ -247,11 +245,9 @@ class RayCohort:
             if _has_come(answer):
                 if not self._has_nccl():
                     continue
-            elif name in suspects or _is_ready(answer):
+            elif _is_ready(answer):
                 lost.append(name)  # else it lives, and is amid something long
             self._end_peer(name)
-        if suspects and not set(lost) & set(suspects):
-            lost += victims
         if drop:
             left = tuple(name for name in self.names if name not in lost)
             if not left:
