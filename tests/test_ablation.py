@@ -232,6 +232,7 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_rows_are_kept_and_finished_ones_are_not_run_again(folder: Path) -> None:
     """On a private Ray: a row a finished arm and seed; a second run adds what is missing only, and
     tables and plots are of all rows. An arm that fails is named and costs no other."""

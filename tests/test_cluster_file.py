@@ -160,7 +160,15 @@ def test_a_launch(aws: None, tmp_path: Path) -> None:
         return [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
 
     up = subprocess.Popen(
-        ["ray", "up", "-y", "--no-config-cache", str(CLUSTER_FILE)],
+        [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "up",
+            "-y",
+            "--no-config-cache",
+            CLUSTER_FILE,
+        ],
         env=os.environ,
         cwd=ROOT,
         stdout=subprocess.DEVNULL,

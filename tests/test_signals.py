@@ -122,6 +122,7 @@ def test_twice_stops_now(image_folder: Path, tmp_path: Path) -> None:
     assert_nothing_left(process.pid)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_no_process(image_folder: Path, tmp_path: Path) -> None:
     """SIGKILL gives it no chance to tidy up; peers and Ray end by themselves."""
     process = start(image_folder, tmp_path)

@@ -47,6 +47,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_search_from_end_to_end(
     ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -116,6 +117,7 @@ def test_two_searches_of_one_seed_are_the_same(
     assert len({angle for angle, _ in outcomes[0]}) == 4
 
 
+@pytest.mark.slow
 def test_folds_are_judged_one_after_the_other(
     ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -229,6 +231,7 @@ def test_mistakes_are_told_before_anything_runs(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_halving_ends_the_worse_and_the_rest_finish(
     ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
 ) -> None:
