@@ -495,6 +495,7 @@ def _end_session(session: int) -> None:
 def main(
     runs: Annotated[int, typer.Option(min=1, help="Runs.")] = 60,
     first_seed: Annotated[int, typer.Option(help="Seeds are this and the next ones.")] = 0,
+    seed: Annotated[list[int] | None, typer.Option(help="These seeds instead.")] = None,
     rows: Annotated[Path | None, typer.Option(help="A JSON line a run is added here.")] = None,
     drive_in: Annotated[Path | None, typer.Option("--drive", hidden=True)] = None,
 ) -> None:
@@ -509,15 +510,15 @@ def main(
         make_images(work / "images")
         undisturbed = Undisturbed(work)
         made_by = commit()
-        for seed in range(first_seed, first_seed + runs):
-            row = one_run(seed, undisturbed, work)
+        for chosen in seed or range(first_seed, first_seed + runs):
+            row = one_run(chosen, undisturbed, work)
             is_right &= row["equal"] is not False
             console.print(json.dumps(row), highlight=False, markup=False)
             if rows is not None:
                 with rows.open("a") as file:
                     file.write(json.dumps({**row, "commit": made_by}) + "\n")
             if row["equal"]:
-                shutil.rmtree(work / f"run-{seed}", ignore_errors=True)
+                shutil.rmtree(work / f"run-{chosen}", ignore_errors=True)
     finally:
         if is_right:
             shutil.rmtree(work, ignore_errors=True)

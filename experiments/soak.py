@@ -51,6 +51,12 @@ def slope(times: np.ndarray, values: np.ndarray) -> float:
     return float(np.polyfit(times[late], values[late], 1)[0])
 
 
+def held_bytes() -> float:
+    """In Ray's object store."""
+    total = ray.cluster_resources().get("object_store_memory", 0.0)
+    return total - ray.available_resources().get("object_store_memory", 0.0)
+
+
 def main(
     steps: Annotated[int, typer.Option(min=100, help="Steps.")] = 20_000,
     every_s: Annotated[float, typer.Option(help="Seconds between two samples.")] = 5.0,
@@ -82,8 +88,11 @@ def main(
         seconds = time.monotonic() - began
         ended.set()
         watcher.join()
-        total = ray.cluster_resources().get("object_store_memory", 0)
-        held = total - ray.available_resources().get("object_store_memory", 0)
+        held = held_bytes()
+        for _ in range(10):  # what actors that just ended have held is given back a moment later
+            if held:
+                time.sleep(1)
+                held = held_bytes()
         ray.shutdown()
 
     table = Table(box=None)

@@ -93,7 +93,9 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert RunFolder(found).metrics_file.read_text() == RunFolder(expected).metrics_file.read_text()
 
 
-@pytest.mark.parametrize("transport", ["direct", "coordinator"])
+@pytest.mark.parametrize(
+    "transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_peer_is_replaced(
     image_folder: Path,
@@ -134,6 +136,7 @@ def test_lost_before_the_first_checkpoint(
     )
 
 
+@pytest.mark.slow
 def test_both_peers_and_the_coordinator(
     image_folder: Path, tmp_path: Path, undisturbed: Path, cohorts: list[Any]
 ) -> None:
@@ -150,6 +153,7 @@ def test_both_peers_and_the_coordinator(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_lost_coordinator_is_replaced(
     image_folder: Path, tmp_path: Path, undisturbed: Path, cohorts: list[Any]
 ) -> None:
