@@ -293,10 +293,38 @@ class PeerConfig(Section):
     Numbers change: rounding, and what dropout draws."""
 
     num_gpus: NonNegative | None = None
-    """GPUs of its actor (fractions share one); null: what the cluster has, shared out evenly."""
+    """Its GPUs, all of one node: a fraction shares one with other peers; 2 and more share each batch
+    (`replicas`); null: what the cluster has, shared out evenly, at most one."""
 
     num_cpus: Positive | None = None
-    """CPUs of its actor; null: what the cluster has, shared out evenly."""
+    """Its CPUs, all of one node; null: what the cluster has, shared out evenly."""
+
+    replicas: Count | None = None
+    """Processes that share each batch of the peer, with even parts of its GPUs and CPUs; null: one for
+    each of its GPUs. With frozen batch_norm they learn what one would from the whole batch."""
+
+    resources: dict[str, Positive] = Field(default_factory=dict)
+    """What else its node must have: resources by the names that the cluster gives them, such as
+    `accelerator_type:A100: 0.001`."""
+
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that its node must have, such as `ray.io/accelerator-type: H100`."""
+
+    @property
+    def num_replicas(self) -> int:
+        return self.replicas or max(1, int(self.num_gpus or 1))
+
+    @model_validator(mode="after")
+    def _has_gpus_for_its_replicas(self) -> PeerConfig:
+        if self.num_gpus is None:
+            return self
+        part = self.num_gpus / self.num_replicas
+        if part > 1:
+            raise ValueError(
+                f"num_gpus {self.num_gpus:g} on {self.num_replicas} replicas: each uses one GPU or a "
+                "part of one, so num_gpus above 1 must be a whole number, and replicas no fewer"
+            )
+        return self
 
     @model_validator(mode="after")
     def _frozen_has_weights(self) -> PeerConfig:

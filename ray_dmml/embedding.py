@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +283,24 @@ def _check_fit(
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise UserError(f"weights {source} do not fit: {'; '.join(problems[:_SHOWN])}{more}")
+
+
+def compiled(net: EmbeddingNet, name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The net's pass compiled at its first call; evaluation, of other shapes, goes by the net itself.
+
+    Raises:
+        UserError: there is no C++ compiler, which code for a CPU needs.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(
+            f"{name}: compile: true needs a C++ compiler on a CPU, and {compiler} is not there"
+        )
+    found: Callable[[Tensor], Tensor] = torch.compile(net, dynamic=False)
+    return found
+
+
+def autocast(amp: str, device: torch.device) -> torch.autocast:
+    """Mixed precision of a peer's net, as ``PeerConfig.amp`` says."""
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(amp)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -35,6 +35,10 @@ class ExchangeLostError(PeerLostError):
     """Another peer is gone from the exchange: what a death or a fault elsewhere looks like from here."""
 
 
+class ReplicaLostError(PeerLostError):
+    """One of the processes that share a peer's batches is gone, and the peer is to be started anew."""
+
+
 class StartLostError(PeerLostError):
     """A peer was lost before there was a checkpoint: all must be built anew."""
 

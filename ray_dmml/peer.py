@@ -8,8 +8,6 @@ A step has three calls, so that whoever drives peers can put the exchange betwee
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,16 +21,21 @@ from ray_dmml.config import LossConfig, PeerConfig, ScheduleConfig
 from ray_dmml.data.images import ImageSet
 from ray_dmml.data.loading import Batch, in_chunks
 from ray_dmml.data.views import View, evaluation_view, training_view
-from ray_dmml.embedding import EmbeddingNet, build_embedding_net, load_net_weights
+from ray_dmml.embedding import (
+    EmbeddingNet,
+    autocast,
+    build_embedding_net,
+    compiled,
+    load_net_weights,
+)
 from ray_dmml.errors import NonFiniteLossError, UserError
 from ray_dmml.losses.metric import MetricLoss
 from ray_dmml.losses.relational import relational_losses
 from ray_dmml.randomness import seeded
+from ray_dmml.replicas import Replicas
 
 LOSS_LR_FACTOR = 100
 """Proxies start at random beside a pretrained net: the factor of Kim et al. 2020 (arXiv 2003.13911)."""
-
-_AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Peer:
@@ -89,9 +92,11 @@ class Peer:
             if config.averaging is not None
             else None
         )
-        self._trained_net = _compiled(self.net, self.name, device) if config.compile else self.net
+        self._trained_net = compiled(self.net, self.name, device) if config.compile else self.net
         self.optimizer = self._build_optimizer()
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+        self.replicas: Replicas | None = None
+        """Those that share its batches, where it has more than one device."""
         self._batch: Batch | None = None
         self._embedding: Tensor | None = None  # (B, D) with its graph, where this step learns
         self._metric_term: Tensor | None = None
@@ -135,7 +140,10 @@ class Peer:
             # BatchNorm would keep what is not finite for ever.
             before = [buffer.clone() for buffer in self.net.buffers()] if self._skips_bad else []
             with self._seeded(batch.step, "dropout"), self._autocast():
-                self._embedding = self._trained_net(images)
+                if self.replicas is None:
+                    self._embedding = self._trained_net(images)
+                else:
+                    self._embedding = self.replicas.embed(self._trained_net, self.net, images)
             published = self._embedding.detach()
             if before and not torch.isfinite(published).all():
                 for buffer, old in zip(self.net.buffers(), before, strict=True):
@@ -219,6 +227,8 @@ class Peer:
             self._check_finite(f"{term} loss", value.detach(), step)
         if not self._is_bad:
             self._scaler.scale(loss / interval).backward()
+            if self.replicas is not None:
+                self.replicas.backward(self.net)
         self._end_of_interval(step)
         return {"loss": float(loss.detach()), **{k: float(v.detach()) for k, v in terms.items()}}
 
@@ -366,7 +376,9 @@ class Peer:
     def _infer(self, net: torch.nn.Module, images: Tensor) -> Tensor:
         net.eval()
         with torch.no_grad(), self._autocast():
-            return net(images)
+            if self.replicas is None:
+                return net(images)
+            return self.replicas.infer(net, images, averaged=net is not self.net)
 
     def _see(self, view: View, images: Tensor) -> Tensor:
         """A view of decoded images, on the peer's device."""
@@ -375,8 +387,7 @@ class Peer:
         return view(images).to(self.device, non_blocking=True)
 
     def _autocast(self) -> torch.autocast:
-        dtype = _AMP_TYPES.get(self.config.amp)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return autocast(self.config.amp, self.device)
 
     def _seeded(self, *key: int | str) -> Any:
         """Draws of this peer: they follow its seed and the key, not its name or position."""
@@ -396,21 +407,6 @@ class Peer:
                 f"{self.name}: the {what} is not finite {when}; try a lower learning rate, "
                 "optimizer.clip_norm, or a gentler weight of the mutual term"
             )
-
-
-def _compiled(net: EmbeddingNet, name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The net's pass compiled at its first call; evaluation, of other shapes, goes by the net itself.
-
-    Raises:
-        UserError: there is no C++ compiler, which code for a CPU needs.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(
-            f"{name}: compile: true needs a C++ compiler on a CPU, and {compiler} is not there"
-        )
-    compiled: Callable[[Tensor], Tensor] = torch.compile(net, dynamic=False)
-    return compiled
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int) -> float:

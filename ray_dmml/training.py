@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -46,10 +47,10 @@ MAY_CHANGE_ON_RESUME = (
     "train.steps",
     "train.log_every",
     "train.evaluate_every",
-    "checkpoint.",
-    "run.",
+    "checkpoint.*",
+    "run.*",
     "train.tensorboard",
-    "evaluation.",
+    "evaluation.*",
     # Where things are and how bytes travel: neither changes a number.
     "data.root",
     "data.manifest",
@@ -59,6 +60,8 @@ MAY_CHANGE_ON_RESUME = (
     "cohort.placement",
     "cohort.place_timeout_s",
     "cohort.start_timeout_s",
+    "cohort.peers.*.resources*",
+    "cohort.peers.*.labels*",
 )
 
 
@@ -825,9 +828,7 @@ def _refuse_changes(config: Config, checkpoint: Checkpoint, run: RunFolder) -> N
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
-        and not any(
-            key == may or (may[-1] == "." and key.startswith(may)) for may in MAY_CHANGE_ON_RESUME
-        )
+        and not any(fnmatchcase(key, may) for may in MAY_CHANGE_ON_RESUME)
     ]
     if changed:
         raise UserError(

@@ -46,6 +46,7 @@ from ray.tune.schedulers import (
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from ray_dmml import yamlio
+from ray_dmml.cohort.placement import bundle
 from ray_dmml.cohort.session import ray_session
 from ray_dmml.config import Config
 from ray_dmml.errors import UserError
@@ -372,6 +373,8 @@ def _scheduler(search: Search) -> TrialScheduler:
             metric=OBJECTIVE,
             mode="max",
             perturbation_interval=every,
+            # A trial that started first would be through before another could be compared with it.
+            synch=True,
             hyperparam_mutations={
                 key: distribution.labels
                 if distribution.choice is not None
@@ -406,9 +409,10 @@ def _resources(
     share = gpus / len(peers)
     share = float(int(share)) if share >= 1 else 1 / -(-len(peers) // gpus) if gpus > 1 else share
     for peer in peers:
-        gpu = share if peer.num_gpus is None else peer.num_gpus
-        bundles.append({"CPU": peer.num_cpus or cpu, **({"GPU": gpu} if gpu else {})})
-    return tune.PlacementGroupFactory(bundles)
+        gpu = min(share, peer.num_replicas) if peer.num_gpus is None else peer.num_gpus
+        bundles.append(bundle(peer, peer.num_cpus or cpu, gpu))
+    labels = [{}, *(dict(peer.labels) for peer in peers)]
+    return tune.PlacementGroupFactory(bundles, bundle_label_selector=labels)
 
 
 def _configs_of_each_size(search: Search) -> list[Config]:

@@ -92,7 +92,7 @@ PEER = st.fixed_dictionaries(
         "optimizer": OPTIMIZER,
         "schedule": SCHEDULE,
         "amp": st.sampled_from(["off", "bfloat16"]),
-        "num_gpus": st.none() | st.floats(0, 8),
+        "num_gpus": st.none() | st.floats(0, 1) | st.integers(2, 8),
     },
 )
 METRIC = st.fixed_dictionaries(

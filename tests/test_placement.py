@@ -144,3 +144,34 @@ def test_what_the_cluster_file_allows(tmp_path: Path) -> None:
     assert placement.growth_of(file) == [{"CPU": 48, "GPU": 4}] * 2 + [{"CPU": 8}]
     file.write_text("provider: [")
     assert placement.growth_of(file) == []
+
+
+def test_a_peer_of_several_gpus_has_a_process_for_each() -> None:
+    """Whole GPUs of one node; what is said of replicas alone asks for as many where there are GPUs."""
+    nodes = {"CPU": 8.0, "GPU": 4.0}
+    assert plan(2, nodes, num_gpus=2) == [{"CPU": 4, "GPU": 2}, {"CPU": 4, "GPU": 1}]
+    assert plan(2, nodes, replicas=3) == [{"CPU": 4, "GPU": 3}, {"CPU": 4, "GPU": 1}]
+    assert plan(2, {"CPU": 8.0}, replicas=3) == [{"CPU": 4}, {"CPU": 4}]
+    config = Config.parse({"cohort": {"peers": [{"num_gpus": 2}, {}, {"num_gpus": 0.5}]}})
+    assert [peer.num_replicas for peer in config.cohort.peers] == [2, 1, 1]
+    with pytest.raises(UserError, match=r"a peer asks for 2 GPUs .* largest node has 1"):
+        plan(2, {"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}, num_gpus=2)
+    for wrong in ({"num_gpus": 1.5}, {"num_gpus": 3, "replicas": 2}):
+        with pytest.raises(UserError, match="each uses one GPU or a part of one"):
+            Config.parse({"cohort": {"peers": [wrong, {}]}})
+
+
+def test_what_a_node_must_have_besides() -> None:
+    """Resources become part of the bundle; what no node has is told at once."""
+    small, large = {"CPU": 4.0}, {"CPU": 4.0, "accelerator_type:A100": 1.0}
+    asked = {"accelerator_type:A100": 0.001}
+    first, second = plan(2, small, large, resources=asked)
+    assert first == {"CPU": 4, **asked} and second == {"CPU": 4}
+    with pytest.raises(
+        UserError, match=r"peer0 asks for 0.001 of 'accelerator_type:A100' \(cohort"
+    ):
+        plan(2, small, resources=asked)
+    config = Config.parse({"cohort": {"peers": [{"labels": {"zone": "a"}}, {}]}})
+    placement.require_labels(config, [{"zone": "b"}, {"zone": "a", "disk": "ssd"}])
+    with pytest.raises(UserError, match=r"no node has the labels .* of peer0 .* zone: b"):
+        placement.require_labels(config, [{"zone": "b", placement.NODE_ID: "1"}])

@@ -21,6 +21,7 @@ from ray_dmml.cohort.transport import checksum
 from ray_dmml.config import Config, RunConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import Interrupted, PeerLostError, UserError
+from ray_dmml.peerfiles import decode_peer
 from ray_dmml.runfolder import RunFolder
 from ray_dmml.training import Silent, evaluate, train
 
@@ -151,6 +152,45 @@ def test_both_peers_and_the_coordinator(
 
     train(settings(image_folder), tmp_path / "run", reporter=Faults(10, fault))
     assert_same_run(tmp_path / "run", undisturbed)
+
+
+def pids_of_replicas() -> list[int]:
+    """By Ray's name of their processes."""
+    told = subprocess.run(["pgrep", "-f", "^ray::ReplicaActor"], capture_output=True, text=True)
+    return [int(pid) for pid in told.stdout.split()]
+
+
+def test_a_lost_replica_is_replaced(image_folder: Path, tmp_path: Path) -> None:
+    """One of two processes that share a peer's batches: the peer is started anew, and the end is that of
+    a run without it, to the bit; that of peers in one process, to rounding."""
+    raw = settings(image_folder).model_dump(mode="json")
+    for peer in raw["cohort"]["peers"]:
+        peer |= {"batch_norm": "frozen", "optimizer": {"name": "sgd", "lr": 1e-3}}
+    raw["cohort"]["peers"][1] |= {"replicas": 2, "num_cpus": 2}
+    config = Config.parse(raw)
+    train(config, tmp_path / "alone", in_process=True)
+    train(config, tmp_path / "undisturbed")
+    assert RunFolder(tmp_path / "undisturbed").environment()["devices"] == ["cpu", "cpu x 2"]
+
+    def kill() -> None:
+        (pid,) = pids_of_replicas()
+        os.kill(pid, signal.SIGKILL)
+
+    faults = Faults(9, kill)
+    train(config, tmp_path / "run", reporter=faults)
+    assert any("peer1: one of its replicas was lost" in note for note in faults.notes), faults.notes
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+    until = time.monotonic() + 30
+    while pids_of_replicas():
+        assert time.monotonic() < until, "a replica outlives its peer"
+        time.sleep(0.2)
+    for found, expected in zip(learned(tmp_path / "run"), learned(tmp_path / "alone"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def learned(run: Path) -> list[torch.Tensor]:
+    files = weights(run)["peer1"]
+    return [value for _, value in sorted(decode_peer(files)["net"].items())]
 
 
 @pytest.mark.slow

@@ -9,13 +9,16 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from threading import Thread
 from typing import Any
 
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayError, RayTaskError
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ray_dmml.checkpoint import PeerFiles
 from ray_dmml.cohort.local import build_peer
@@ -24,11 +27,15 @@ from ray_dmml.cohort.transport import Alone, Exchange, Members, connect
 from ray_dmml.config import Config, PeerConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loading import BatchLoader, build_sampler
-from ray_dmml.errors import UserError
+from ray_dmml.errors import ReplicaLostError, UserError
 from ray_dmml.peerfiles import decode_peer, encode_peer
+from ray_dmml.replicas import LOOPBACK, Replica, Replicas, Wire
 
 BEAT_S = 1.0
 """From one sign of life to the next."""
+
+REPLICA_GRACE_S = 2.0
+"""Until one that failed has said why."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
@@ -42,9 +49,11 @@ class Member:
         skipped: names of images to leave out.
         threads: of torch.
         initial_weights: False where a checkpoint replaces them at once.
+        options: Ray's for the actors of its replicas.
 
     Raises:
         UserError: the peer cannot be built as configured, or cannot have the device.
+        PeerLostError: a replica of it died on the way.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class Member:
         skipped: Sequence[str],
         threads: int,
         initial_weights: bool,
+        options: Mapping[str, Any],
     ) -> None:
         torch.set_num_threads(threads)
         keep_freed_memory()
@@ -61,6 +71,9 @@ class Member:
         self._splits = load_splits(config.data, skip=frozenset(skipped), check=False)
         self._device = _device(config.cohort.peers[position])
         self._peer = build_peer(config, position, self._splits, self._device, initial_weights)
+        self._is_whole = True
+        self._serving: list[Any] = []
+        self._replicas = self._start_replicas(threads, options)
         sampler = build_sampler(config, self._splits)
         self._loader = BatchLoader(self._splits.train, sampler, threads)
         self._exchange: Exchange = Alone()
@@ -93,7 +106,8 @@ class Member:
             self._config.cohort.start_timeout_s,
         )
         return {
-            "device": str(self._device),
+            "device": str(self._device)
+            + (f" x {1 + len(self._replicas)}" if self._replicas else ""),
             "transport": transport,
             "node": ray.get_runtime_context().get_node_id(),
             "address": ray.util.get_node_ip_address(),
@@ -103,7 +117,7 @@ class Member:
     def run(self, start: int, stop: int) -> tuple[list[dict[str, float]], float]:
         """The terms of each step's loss, and the seconds spent waiting for other peers."""
         try:
-            with self._peer.enough_memory():
+            with self._peer.enough_memory(), self._replicas_told():
                 return self._run(start, stop)
         except BaseException:
             # Who waits for this peer in a group is woken when its sockets close.
@@ -128,7 +142,7 @@ class Member:
     def embeddings(self, split: str, averaged: bool) -> np.ndarray:
         images = getattr(self._splits, split)
         size = self._config.evaluation.batch_size
-        with self._peer.enough_memory():
+        with self._peer.enough_memory(), self._replicas_told():
             return self._peer.embed_images(
                 images, size, averaged=averaged, after_chunk=self._finish_chunk
             )
@@ -148,6 +162,51 @@ class Member:
     def _give_sign(self) -> None:
         self._coordinator.report.remote(self._rank, self._sent, self._chunks)
 
+    # --- replicas ---------------------------------------------------------------------------
+
+    def _start_replicas(self, threads: int, options: Mapping[str, Any]) -> list[Any]:
+        """Actors that this one owns: Ray ends them with it."""
+        peer, patience = self._peer.config, self._config.cohort.start_timeout_s / 3
+        size = peer.num_replicas
+        if size == 1:
+            return []
+        actors = [ray.remote(ReplicaActor).options(**options).remote() for _ in range(1, size)]
+        ray.get([actor.build.remote(peer, self._config.seed, threads) for actor in actors])
+        store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+        self._serving = [
+            actor.serve.remote(store.port, rank, size, patience)
+            for rank, actor in enumerate(actors, start=1)
+        ]
+        with self._replicas_told():
+            wire = Wire(store, 0, size, self._device, self._peer.name, patience)
+        self._peer.replicas = Replicas(wire)
+        return actors
+
+    @contextmanager
+    def _replicas_told(self) -> Iterator[None]:
+        """Why one was lost, where that is more than that it was."""
+        try:
+            yield
+        except ReplicaLostError:
+            self._is_whole = False
+            ray.wait(self._serving, timeout=REPLICA_GRACE_S)
+            for ref in self._serving:
+                try:
+                    ray.get(ref, timeout=0)
+                except RayTaskError as error:
+                    cause = getattr(error, "cause", None)
+                    is_told = isinstance(cause, (UserError, torch.OutOfMemoryError))
+                    if cause is not None and is_told and not isinstance(cause, ReplicaLostError):
+                        raise cause from error
+                except RayError:  # still at work, or dead
+                    pass
+            raise
+
+    def require_whole(self) -> None:
+        """Raises ReplicaLostError where one of its replicas is gone."""
+        if not self._is_whole:
+            raise ReplicaLostError(f"{self._peer.name}: one of its replicas was lost")
+
     def state(self) -> PeerFiles:
         return encode_peer(self._peer.state_dict())
 
@@ -160,6 +219,24 @@ class Member:
     def close(self) -> None:
         self._loader.close()
         self._exchange.close()
+        for replica in self._replicas:
+            ray.kill(replica)
+
+
+class ReplicaActor:
+    """The process of one more replica of a peer."""
+
+    def build(self, config: PeerConfig, run_seed: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        keep_freed_memory()
+        self._config, self._run_seed = config, run_seed
+        self._device = _device(config)
+
+    def serve(self, port: int, rank: int, size: int, patience: float) -> None:
+        """Until the peer is gone."""
+        store = TCPStore(LOOPBACK, port, is_master=False)
+        wire = Wire(store, rank, size, self._device, str(self._config.name), patience)
+        Replica(self._config, self._run_seed, wire).serve()
 
 
 def _device(peer: PeerConfig) -> torch.device:

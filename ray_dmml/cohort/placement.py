@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ray_dmml import yamlio
-from ray_dmml.config import Config
+from ray_dmml.config import Config, PeerConfig
 from ray_dmml.errors import UserError
 
 BOOTSTRAP_FILE = "ray_bootstrap_config.yaml"
 """What `ray up` leaves in the head's home folder: the cluster file, with what AWS says of its nodes."""
+
+NODE_ID = "ray.io/node-id"
+"""A label that Ray gives every node."""
 
 Node = Mapping[str, float]
 """Resources of a node, such as ``{"CPU": 8, "GPU": 1}``."""
@@ -33,12 +36,52 @@ def plan(config: Config, alive: Sequence[Node], growth: Sequence[Node]) -> list[
     Raises:
         UserError: more is asked than all of these have.
     """
+    _require_kinds(config, [*alive, *growth])
     nodes = list(alive)
     for node in sorted(growth, key=_size, reverse=True):
         if _serve(config, nodes, any(node.get("GPU") for node in growth)):
             break
         nodes.append(node)
     return plan_bundles(config, nodes)
+
+
+def _require_kinds(config: Config, nodes: Sequence[Node]) -> None:
+    """That some node has what each peer names besides CPUs and GPUs."""
+    for number, peer in enumerate(config.cohort.peers):
+        for kind, amount in peer.resources.items():
+            most = max((node.get(kind, 0.0) for node in nodes), default=0.0)
+            if amount > most + 1e-6:
+                known = sorted(
+                    {kind for node in nodes for kind in node if not kind.startswith("node:")}
+                )
+                raise UserError(
+                    f"{peer.name} asks for {amount:g} of {kind!r} (cohort.peers.{number}.resources), "
+                    f"and no node has more than {most:g}; nodes have {', '.join(known)}"
+                )
+
+
+def require_labels(config: Config, nodes: Sequence[Mapping[str, str]]) -> None:
+    """That some node has the labels of each peer.
+
+    Args:
+        nodes: the labels of every node that the cluster has or may start.
+
+    Raises:
+        UserError: none has.
+    """
+    for number, peer in enumerate(config.cohort.peers):
+        if any(peer.labels.items() <= dict(node).items() for node in nodes):
+            continue
+        known = sorted({f"{key}: {node[key]}" for node in nodes for key in node if key != NODE_ID})
+        raise UserError(
+            f"no node has the labels {peer.labels} of {peer.name} (cohort.peers.{number}.labels); "
+            f"there are {', '.join(known) or 'none'}"
+        )
+
+
+def labels_of_growth(bootstrap: Path) -> list[dict[str, str]]:
+    """The labels of the workers that the autoscaler may start; see :func:`growth_of`."""
+    return [dict(node.get("labels") or {}) for node in _worker_types(bootstrap)[0]]
 
 
 def growth_of(bootstrap: Path) -> list[dict[str, float]]:
@@ -48,19 +91,27 @@ def growth_of(bootstrap: Path) -> list[dict[str, float]]:
         bootstrap: the file that `ray up` leaves on the head; where it is not, nothing is known to
             grow.
     """
+    types, most = _worker_types(bootstrap)
+    try:
+        found = [
+            {kind: float(amount) for kind, amount in node["resources"].items()}
+            for node in types
+            for _ in range(node.get("max_workers", most))
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
+    return sorted(found, key=_size, reverse=True)[:most]
+
+
+def _worker_types(bootstrap: Path) -> tuple[list[dict[str, Any]], int]:
+    """Those of the cluster file, and how many workers it allows at most."""
     try:
         cluster: dict[str, Any] = yamlio.load(bootstrap.read_text(encoding="utf-8"))
         types = dict(cluster["available_node_types"])
         types.pop(cluster["head_node_type"])
-        most = int(cluster["max_workers"])
-        found = [
-            {kind: float(amount) for kind, amount in node["resources"].items()}
-            for node in types.values()
-            for _ in range(node.get("max_workers", most))
-        ]
+        return [dict(node) for node in types.values()], int(cluster["max_workers"])
     except (OSError, UnicodeDecodeError, yamlio.YAMLError, KeyError, TypeError, ValueError):
-        return []
-    return sorted(found, key=_size, reverse=True)[:most]
+        return [], 0
 
 
 def _size(node: Node) -> tuple[float, float]:
@@ -71,7 +122,7 @@ def _serve(config: Config, nodes: Sequence[Node], gpus: bool) -> bool:
     """Whether what is asked fits, and whoever says nothing gets a GPU, or a CPU where there are none."""
     for kind, asked, default in (
         ("CPU", [peer.num_cpus for peer in config.cohort.peers], 1.0),
-        ("GPU", [peer.num_gpus for peer in config.cohort.peers], 1.0 if gpus else 0.0),
+        ("GPU", _gpus_asked(config, gpus), 1.0 if gpus else 0.0),
     ):
         wanted = [default if part is None else part for part in asked]
         if sum(wanted) > sum(node.get(kind, 0.0) for node in nodes) + 1e-6:
@@ -91,11 +142,25 @@ def plan_bundles(config: Config, nodes: Sequence[Node]) -> list[dict[str, float]
         UserError: more is asked than the cluster, or its largest node, has.
     """
     peers = config.cohort.peers
+    _require_kinds(config, nodes)
     cpus = _shares([peer.num_cpus for peer in peers], nodes, "CPU")
-    gpus = _shares([peer.num_gpus for peer in peers], nodes, "GPU")
+    has_gpus = any(node.get("GPU") for node in nodes)
+    gpus = _shares(_gpus_asked(config, has_gpus), nodes, "GPU")
+    return [bundle(peer, cpu, gpu) for peer, cpu, gpu in zip(peers, cpus, gpus, strict=True)]
+
+
+def bundle(peer: PeerConfig, cpus: float, gpus: float) -> dict[str, float]:
+    """What the node of a peer must have; Ray takes 0 of something for a mistake."""
+    return {"CPU": cpus, **({"GPU": gpus} if gpus else {}), **peer.resources}
+
+
+def _gpus_asked(config: Config, has_gpus: bool) -> list[float | None]:
+    """A GPU for each replica of a peer that says nothing else, where there are any."""
     return [
-        {"CPU": cpu, "GPU": gpu} if gpu else {"CPU": cpu}
-        for cpu, gpu in zip(cpus, gpus, strict=True)
+        float(peer.num_replicas)
+        if peer.num_gpus is None and peer.num_replicas > 1 and has_gpus
+        else peer.num_gpus
+        for peer in config.cohort.peers
     ]
 
 

@@ -41,7 +41,14 @@ from ray.util.scheduling_strategies import (
 
 from ray_dmml.cohort import StepRow
 from ray_dmml.cohort.coordinator import Coordinator, Sign
-from ray_dmml.cohort.placement import BOOTSTRAP_FILE, growth_of, plan, shown
+from ray_dmml.cohort.placement import (
+    BOOTSTRAP_FILE,
+    growth_of,
+    labels_of_growth,
+    plan,
+    require_labels,
+    shown,
+)
 from ray_dmml.cohort.session import ray_session
 from ray_dmml.config import Config, RunConfig
 from ray_dmml.errors import ExchangeLostError, PeerLostError, UserError
@@ -85,7 +92,9 @@ class PeerActor:
         return getattr(self._member, method)(*arguments)
 
     def answer(self) -> None:
-        """It lives, and is through with its last call."""
+        """It lives, is whole, and is through with its last call."""
+        if (member := getattr(self, "_member", None)) is not None:
+            member.require_whole()
 
 
 class RayCohort:
@@ -123,8 +132,8 @@ class RayCohort:
         try:
             self._placement, self._bundles = self._reserve()
             self.threads = tuple(
-                config.cohort.threads_per_peer or max(1, int(bundle["CPU"]))
-                for bundle in self._bundles
+                config.cohort.threads_per_peer or max(1, int(bundle["CPU"] / peer.num_replicas))
+                for peer, bundle in zip(config.cohort.peers, self._bundles, strict=True)
             )
             self._form(initial_weights)
         except BaseException:
@@ -149,6 +158,7 @@ class RayCohort:
                 self._skipped,
                 self._threads_of(name),
                 initial_weights,
+                self._options(self._positions[name]),
             )
             for name in starting
         }
@@ -162,13 +172,21 @@ class RayCohort:
         self.pids = {name: each["pid"] for name, each in facts.items()}
 
     def _start_actor(self, position: int) -> Any:
+        return ray.remote(PeerActor).options(**self._options(position)).remote()
+
+    def _options(self, position: int) -> dict[str, Any]:
+        """Where a peer's actor goes, and those of its replicas."""
         bundle = self._bundles[position]
+        parts = self._config.cohort.peers[position].num_replicas
         first = len(self._placement.bundle_specs) - len(self._bundles)
         place = PlacementGroupSchedulingStrategy(
             self._placement, placement_group_bundle_index=first + position
         )
-        options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)}
-        return ray.remote(PeerActor).options(**options, scheduling_strategy=place).remote()
+        return {
+            "num_cpus": bundle["CPU"] / parts,
+            "num_gpus": bundle.get("GPU", 0) / parts,
+            "scheduling_strategy": place,
+        }
 
     def _threads_of(self, name: str) -> int:
         return self.threads[self._positions[name]]
@@ -182,9 +200,17 @@ class RayCohort:
         if given is not None and len(given.bundle_specs) >= num_peers:
             return given, given.bundle_specs[-num_peers:]
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        growth = growth_of(Path.home() / BOOTSTRAP_FILE) if _is_on_head(nodes) else []
+        file = Path.home() / BOOTSTRAP_FILE
+        is_on_head = _is_on_head(nodes)
+        growth = growth_of(file) if is_on_head else []
+        grown_labels = labels_of_growth(file) if is_on_head else []
+        require_labels(config, [*(node.get("Labels") or {} for node in nodes), *grown_labels])
         bundles = plan(config, [node["Resources"] for node in nodes], growth)
-        self._group = placement_group(bundles, strategy=config.cohort.placement.upper())
+        self._group = placement_group(
+            bundles,
+            strategy=config.cohort.placement.upper(),
+            bundle_label_selector=[dict(peer.labels) for peer in config.cohort.peers],
+        )
         try:
             ray.get(self._group.ready(), timeout=config.cohort.place_timeout_s)
         except GetTimeoutError:
@@ -258,7 +284,7 @@ class RayCohort:
     def _has_nccl(self) -> bool:
         """Whether a group may be amid a kernel that waits for a lost peer: no process of it can be
         used again."""
-        return self.transport == "direct" and all(device != "cpu" for device in self.devices)
+        return self.transport == "direct" and all(d.startswith("cuda") for d in self.devices)
 
     def _end_peer(self, name: str) -> None:
         actor = self._actors.pop(name, None)
