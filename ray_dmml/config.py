@@ -853,8 +853,13 @@ def explain(error: ValidationError, source: str, model: type[BaseModel] | None =
         if len(lines) == MAX_TOLD:
             break
         looked_at += 1
-        # The tags of a union are pydantic's, not the user's.
-        location = [str(part) for part in problem["loc"] if part not in ("preset", "list")]
+        # The tags of a view's union are pydantic's, not the user's.
+        parts = [str(part) for part in problem["loc"]]
+        location = [
+            part
+            for before, part in zip(["", *parts], parts, strict=False)
+            if not (before == "view" and part in ("preset", "list"))
+        ]
         where = _cut(".".join(location)) or "config"
         given = problem.get("input")
         if problem["type"] == "extra_forbidden" and where in MOVED:

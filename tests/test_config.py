@@ -415,3 +415,12 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
     for text in (config.to_yaml(), documented_yaml(config)):
         file.write_text(text)
         assert Config.load(file).loss.metric.settings == expected
+
+
+def test_settings_by_the_name_of_a_tag_are_unknown_ones() -> None:
+    """Pydantic names the two kinds of a view so."""
+    for name in ("list", "preset"):
+        with pytest.raises(UserError, match=f"{name}: unknown setting"):
+            Config.parse({name: None})
+    with pytest.raises(UserError, match=r"cohort\.peers\.0\.view\.0\.name"):
+        Config.parse({"cohort": {"peers": [{"view": [{}]}]}})
