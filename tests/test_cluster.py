@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 NEEDED = ("unshare", "nsenter", "ip", "rsync", "ssh", "/usr/sbin/sshd")
 STEPS = 60
 PATIENCE_S = 240.0
+NUM_LINES_BEFORE_THE_CUT = 4
+"""Of metrics.jsonl, which has one every 5 steps."""
 
 
 class Hosts:
@@ -78,19 +80,27 @@ class Hosts:
         outer = (self.folder / "outer").read_text().strip()
         return ["nsenter", "--net", "--target", outer, *map(str, command)]
 
-    def ray(self, verb: str, *arguments: str, check: bool = True) -> str:
+    def start(self, verb: str, *arguments: str) -> subprocess.Popen[str]:
         """`ray up`, `ray exec`, ... of the cluster file."""
         command = self.command(sys.executable, "-m", "ray.scripts.scripts", verb)
-        ended = subprocess.run(
-            [*command, self._cluster, *arguments],
+        return subprocess.Popen(
+            [*command, str(self._cluster), *arguments],
             env={**os.environ, "HOME": str(self._home), "RAY_UP_enable_autoscaler_v2": "0"},
             cwd=ROOT,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=PATIENCE_S,
         )
-        assert not check or ended.returncode == 0, ended.stdout + ended.stderr
-        return ended.stdout + ended.stderr
+
+    def ray(self, verb: str, *arguments: str, check: bool = True) -> str:
+        """The same to its end; what it told."""
+        process = self.start(verb, *arguments)
+        try:
+            told = process.communicate(timeout=PATIENCE_S)[0]
+        finally:
+            process.kill()
+        assert not check or process.returncode == 0, told
+        return told
 
     def ssh(self, host: int, command: str) -> str:
         options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
@@ -189,24 +199,22 @@ def test_a_host_that_is_cut_off(hosts: Hosts, image_folder: Path, alone: tuple[A
     config, out = hosts.folder / "cut.yaml", hosts.folder / "cut"
     config.write_text(yamlio.dump(settings(image_folder, "direct")))
     command = f"ray-dmml train --address auto --config {config} --out {out}"
-    with (hosts.folder / "cut.log").open("w") as log:
-        run = subprocess.Popen(
-            hosts.command(
-                "ssh", "-i", hosts.folder / "key", "-o", "StrictHostKeyChecking=no",
-                "-o", "UserKnownHostsFile=/dev/null", "root@10.77.0.11",
-                f"bash --login -i -c '{command}'",
-            ),
-            stdout=log,
-            stderr=log,
-        )  # fmt: skip
+    run = hosts.start("exec", command)
     metrics = out / "metrics.jsonl"
-    hosts.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 11)
+    hosts.wait_for(
+        lambda: (
+            run.poll() is not None
+            or (metrics.exists() and metrics.read_text().count("\n") >= NUM_LINES_BEFORE_THE_CUT)
+        )
+    )
+    assert run.poll() is None, run.communicate()[0]
     hosts.cut(3, off=True)
     try:
-        assert run.wait(timeout=PATIENCE_S) == 0, (hosts.folder / "cut.log").read_text()
+        told = run.communicate(timeout=PATIENCE_S)[0]
     finally:
         hosts.cut(3, off=False)
-    told = (hosts.folder / "cut.log").read_text()
+        run.kill()
+    assert run.returncode == 0, told
     assert "10.77.0.13" in told and "all go back from step" in told, told
     assert outcome(out) == alone, told
     hosts.wait_for(lambda: hosts.num_nodes() == 3)
@@ -216,6 +224,6 @@ def test_a_cluster_that_is_taken_down_leaves_nothing(hosts: Hosts) -> None:
     """`ray down` ends the head; the docs' line ends the others'."""
     hosts.ray("down", "-y")
     for host in (2, 3):
-        hosts.ssh(host, "bash --login -i -c 'ray stop'")
+        hosts.ssh(host, "bash -ic 'ray stop'")
     for host in (1, 2, 3):
         assert "raylet" not in hosts.ssh(host, "ps -e -o args")

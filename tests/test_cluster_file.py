@@ -40,7 +40,7 @@ def cluster() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("file", ["cluster.yaml", "deploy/on-prem.yaml"])
+@pytest.mark.parametrize("file", ["cluster.yaml", "deploy/gcp.yaml", "deploy/on-prem.yaml"])
 def test_it_is_what_ray_and_bash_take(file: str) -> None:
     """By the schema that `ray up` applies; and each command is whole, as YAML ends some at a #."""
     cluster = yaml.safe_load((ROOT / file).read_text())
@@ -200,3 +200,30 @@ def test_a_launch(aws: None, tmp_path: Path) -> None:
         [new] = [instance for instance in instances() if instance["InstanceId"] not in known]
         assert new["InstanceType"] == "g5.12xlarge"
         assert new.get("InstanceLifecycle") == ("spot" if name == "gpu_spot" else None)
+
+
+def test_the_kubernetes_job_is_a_training_of_ours() -> None:
+    """Its command is one that the command line takes, on the Ray of this package, with tokens; GPUs are
+    asked for by workers only, and every pod has what it mounts."""
+    _, job = yaml.safe_load_all((ROOT / "deploy/kuberay.yaml").read_text())
+    spec = job["spec"]["rayClusterSpec"]
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["rayVersion"] == ray.__version__
+    head, *workers = [
+        group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    ]
+    assert "nvidia.com/gpu" not in head["containers"][0]["resources"]["limits"]
+    assert all("nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"] for pod in workers)
+    for pod in (head, *workers):
+        mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+    program, *arguments = shlex.split(job["spec"]["entrypoint"])
+    assert program == "ray-dmml"
+    command = [sys.executable, "-m", "ray_dmml.cli", *arguments]
+    command += [
+        "--in-process",
+        "--set",
+        "data.download=false",
+    ]  # as far as it goes without its images
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "/shared/data/cub200" in ended.stderr, ended.stderr

@@ -1,0 +1,37 @@
+# ray-dmml with Ray, for one machine or for every node of a cluster.
+#
+#   docker build -t ray-dmml:cpu .
+#   docker build -t ray-dmml:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
+#
+#   docker run --rm --shm-size=2g ray-dmml:cpu ray-dmml train --out /tmp/run
+#   docker run --rm --gpus all --shm-size=8g -v /data:/data -v /runs:/runs ray-dmml:cuda \
+#     ray-dmml train --config experiments/configs/cub200.yaml --set data.root=/data/cub200 --out /runs/cub200
+#
+# PyTorch's wheels bring CUDA with them: the host needs its driver and the NVIDIA container toolkit only.
+FROM python:3.12-slim
+
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1 \
+    RAY_USAGE_STATS_ENABLED=0
+
+# wget: by it KubeRay asks whether Ray is well. g++: for `compile: true` on a CPU, and on GPUs.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ wget \
+    && rm -rf /var/lib/apt/lists/*
+
+# Apart from the package, so that a change of ours does not fetch PyTorch again.
+RUN pip install --index-url "$TORCH_INDEX" torch torchvision
+
+RUN useradd --create-home --uid 1000 ray
+WORKDIR /home/ray/ray-dmml
+COPY pyproject.toml README.md LICENSE ./
+COPY ray_dmml ray_dmml
+RUN pip install '.[search,aws]'
+COPY experiments experiments
+
+# Not root: a run needs no right but to its own files.
+USER ray
+CMD ["ray-dmml", "--help"]
