@@ -32,7 +32,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at a data set.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Look at a data set, and bring it to where it is read.", no_args_is_help=True
+)
 app.add_typer(data_app, name="data")
 
 FINDINGS = 1
@@ -282,6 +284,40 @@ def check(
         print_report(report, console)
     if not report.is_clean():
         raise typer.Exit(FINDINGS)
+
+
+@data_app.command()
+def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Address = None) -> None:
+    """Download or copy the images to this machine, or to every node of a cluster, and verify them.
+
+    A run does the same for each node it comes to; here it is done before nodes are paid for waiting.
+    """
+    console = Console()
+
+    def told(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    with _user_errors():
+        settings = Config.load(config, overrides or ()).data
+        address = address or os.environ.get("RAY_ADDRESS")
+        if address is None:
+            from ray_dmml.data.prepare import prepare
+
+            told(prepare(settings, told))
+            return
+        os.environ["RAY_ADDRESS"] = address
+        from ray_dmml.cohort.nodes import prepare_everywhere
+        from ray_dmml.cohort.session import ray_session
+
+        failed = []
+        with ray_session():
+            for node, outcome in prepare_everywhere(settings):
+                if isinstance(outcome, UserError):
+                    failed.append(f"{node}: {outcome}")
+                else:
+                    told(f"{node}: {outcome}")
+        if failed:
+            raise UserError("\n".join(failed))
 
 
 def _local_run(resume: str, out: Path | None, console: Console) -> Path:

@@ -71,6 +71,11 @@ class DataConfig(Section):
     root: Path | None = None
     """Folder of the images (or of the data set's unpacked archive). Not used by `characters`."""
 
+    source: str | None = None
+    """A folder or URI (as in `checkpoint.storage`) of which every node makes itself a copy, once and
+    verified, before it reads; null: `root` is there already. The copy is in `root`, or with `root` null in
+    `cache_dir`."""
+
     manifest: Path | None = None
     """CSV of `manifest`: columns path, label, split (train or validation), optional is_query,
     is_gallery."""
@@ -130,8 +135,13 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _has_its_files(self) -> DataConfig:
-        if self.name != "characters" and self.root is None:
-            raise ValueError(f"data.name '{self.name}' needs data.root, the folder of its images")
+        if self.name != "characters" and self.root is None and self.source is None:
+            raise ValueError(
+                f"data.name '{self.name}' needs data.root, the folder of its images, or data.source, "
+                "from where they are copied"
+            )
+        if self.name == "characters" and self.source is not None:
+            raise ValueError("data.name 'characters' is built in and has no data.source")
         if self.on_bad_image == "skip" and not self.check_images:
             raise ValueError(
                 "on_bad_image: skip needs check_images: true, which finds the bad ones beforehand"
@@ -768,6 +778,9 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
             section[key] = str(folder / Path(value).expanduser())
 
     absolute(raw.get("data"), "root")
+    data = raw.get("data")
+    if isinstance(data, dict) and "://" not in str(data.get("source")):
+        absolute(data, "source")
     absolute(raw.get("data"), "manifest")
     absolute(raw.get("data"), "cache_dir")
     absolute(raw.get("train"), "init_from")

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow
 from pyarrow import fs
@@ -33,11 +31,9 @@ from ray_dmml.checkpoint import (
 )
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.runfolder import RunFolder
+from ray_dmml.uri import open_uri, reason, without_secrets
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "run.json", "results.json")
-CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S = 10, 30
-"""Of one try; S3 has three. A Google server that takes a request and falls silent is given up after
-two minutes: pyarrow does not hand on its client's timeout."""
 
 
 class RunStorage:
@@ -53,16 +49,14 @@ class RunStorage:
     """
 
     def __init__(self, uri: str) -> None:
-        self.name = _without_secrets(uri)
+        self.name = without_secrets(uri)
         try:
-            files, self._base = _open(uri)
+            files, self._base = open_uri(uri)
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise UserError(
-                f"the storage {self.name} is not understood: {_reason(error)}"
-            ) from None
+            raise UserError(f"the storage {self.name} is not understood: {reason(error)}") from None
         except OSError as error:
             raise CheckpointError(
-                f"the storage {self.name} cannot be reached: {_reason(error)}"
+                f"the storage {self.name} cannot be reached: {reason(error)}"
             ) from None
         self._is_local = files.type_name == "local"
         self._has_folders = files.type_name not in ("s3", "gcs")
@@ -218,45 +212,5 @@ class RunStorage:
             yield
         except (OSError, pyarrow.ArrowException, DamagedError) as error:
             raise CheckpointError(
-                f"the storage {self.name} cannot be {what}: {_reason(error)}"
+                f"the storage {self.name} cannot be {what}: {reason(error)}"
             ) from None
-
-
-def _open(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system and the folder in it."""
-    parts = urlsplit(uri)
-    if parts.scheme in ("", "file"):
-        folder = Path(unquote(parts.path) if parts.scheme else uri).expanduser().absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        return fs.LocalFileSystem(), str(folder)
-    if parts.scheme == "s3":  # as pyarrow reads the URI, where it knows no timeouts
-        bucket = parts.netloc.rpartition("@")[2]
-        if not bucket:
-            raise ValueError("it names no bucket")
-        flags = {"true": True, "false": False}
-        options: dict[str, object] = {k: flags.get(v, v) for k, v in parse_qsl(parts.query)}
-        if parts.username:
-            options["access_key"] = unquote(parts.username)
-            options["secret_key"] = unquote(parts.password or "")
-        if "region" not in options and "endpoint_override" not in options:
-            options["region"] = fs.resolve_s3_region(bucket)
-        options = {
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "request_timeout": REQUEST_TIMEOUT_S,
-            **options,
-        }
-        return fs.S3FileSystem(**options), (bucket + parts.path).rstrip("/")
-    if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
-        uri += f"{'&' if parts.query else '?'}retry_limit_seconds={REQUEST_TIMEOUT_S}"
-    found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
-    return found
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return _without_secrets(lines[0]).rstrip(".")
-
-
-def _without_secrets(text: str) -> str:
-    """URIs without the user's name and password and without their queries."""
-    return re.sub(r"//[^/@\s]*@", "//", re.sub(r"(://[^?\s]*)\?\S*", r"\1", text))

@@ -53,6 +53,7 @@ MAY_CHANGE_ON_RESUME = (
     "evaluation.*",
     # Where things are and how bytes travel: neither changes a number.
     "data.root",
+    "data.source",
     "data.manifest",
     "data.cache_gib",
     "data.cache_dir",

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,3 +147,54 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
             assert_same(one, other, f"{where}[{i}]")
     else:
         assert found == expected, f"{where}: {found!r} is not {expected!r}"
+
+
+class S3Server:
+    """moto's S3 server in a process of its own."""
+
+    def __init__(self, log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = log
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-c", "from moto.server import main; main()"]
+        self.process = subprocess.Popen(
+            [*command, "-H", "127.0.0.1", "-p", str(self.port)],
+            stdout=self.log.open("a"),
+            stderr=subprocess.STDOUT,
+        )
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.stop()
+                    raise AssertionError(
+                        f"moto's server did not start: {self.log.read_text()}"
+                    ) from None
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def uri(self, path: str) -> str:
+        endpoint = f"endpoint_override=http://127.0.0.1:{self.port}&scheme=http&region=us-east-1"
+        return f"s3://key:secret@{path}?{endpoint}"
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 server to test")
+    server = S3Server(tmp_path_factory.mktemp("moto") / "log")
+    from ray_dmml.uri import open_uri
+
+    files, _ = open_uri(server.uri("bucket") + "&allow_bucket_creation=true")
+    files.create_dir("bucket")
+    yield server
+    server.stop()

@@ -14,6 +14,7 @@ import ray_dmml
 ABOVE_THE_RAY_FLOOR = {
     "ray_dmml.autoscaling",
     "ray_dmml.cohort.member",
+    "ray_dmml.cohort.nodes",
     "ray_dmml.cohort.remote",
     "ray_dmml.cohort.session",
     "ray_dmml.cohort.transport",

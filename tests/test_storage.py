@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny
+from conftest import S3Server, tiny
 from typer.testing import CliRunner
 
 from ray_dmml.cli import app
@@ -26,7 +23,7 @@ pytest.importorskip("pyarrow.fs", reason="ray[tune] brings pyarrow, which is not
 
 from pyarrow import fs
 
-from ray_dmml import storage as storage_module
+from ray_dmml import uri as uri_module
 from ray_dmml.checkpoint import CheckpointStore, sealed
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.storage import RunStorage
@@ -56,60 +53,11 @@ def files_of(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in found}
 
 
-class Server:
-    """moto's S3 server in a process of its own."""
-
-    def __init__(self, log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.log = log
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-c", "from moto.server import main; main()"]
-        self.process = subprocess.Popen(
-            [*command, "-H", "127.0.0.1", "-p", str(self.port)],
-            stdout=self.log.open("a"),
-            stderr=subprocess.STDOUT,
-        )
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    self.stop()
-                    raise AssertionError(
-                        f"moto's server did not start: {self.log.read_text()}"
-                    ) from None
-                time.sleep(0.1)
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def uri(self, path: str) -> str:
-        endpoint = f"endpoint_override=http://127.0.0.1:{self.port}&scheme=http&region=us-east-1"
-        return f"s3://key:secret@{path}?{endpoint}"
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 server to test")
-    server = Server(tmp_path_factory.mktemp("moto") / "log")
-    files, _ = storage_module._open(server.uri("bucket") + "&allow_bucket_creation=true")
-    files.create_dir("bucket")
-    yield server
-    server.stop()
-
-
 @pytest.fixture(params=["folder", "file", "s3"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A place of each kind, empty."""
     if request.param == "s3":
-        server: Server = request.getfixturevalue("s3")
+        server: S3Server = request.getfixturevalue("s3")
         return server.uri(f"bucket/{tmp_path.name}/run")
     place = tmp_path / "mount point" / "run"
     return str(place) if request.param == "folder" else place.as_uri()
@@ -322,7 +270,7 @@ def test_uris_that_mean_nothing_are_refused(wrong: str) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_bucket_that_is_not_there_is_told(s3: Server, tmp_path: Path) -> None:
+def test_a_bucket_that_is_not_there_is_told(s3: S3Server, tmp_path: Path) -> None:
     """By name, with the service's reason, and without the secret."""
     make_run(tmp_path / "run", 2)
     storage = RunStorage(s3.uri("no-such-bucket/run"))
@@ -337,7 +285,7 @@ def test_a_server_that_dies_costs_the_copy_alone(tmp_path: Path) -> None:
     """In the midst of a run: the push fails soon, the run is whole, and when the server is back (with
     nothing, as it keeps all in memory) the next push brings everything."""
     pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 server to test")
-    server = Server(tmp_path / "log")
+    server = S3Server(tmp_path / "log")
     try:
         address = server.uri("bucket/run") + "&allow_bucket_creation=true"
         run = tmp_path / "run"
@@ -369,7 +317,7 @@ def test_a_server_that_does_not_answer_is_given_up(
     """Nobody is there, or it takes the connection and falls silent: no run hangs for it."""
     if scheme == "gs" and silent:
         pytest.skip("it takes two minutes: pyarrow does not hand on its client's timeout")
-    monkeypatch.setattr(storage_module, "REQUEST_TIMEOUT_S", 2)
+    monkeypatch.setattr(uri_module, "REQUEST_TIMEOUT_S", 2)
     make_run(tmp_path / "run", 2)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

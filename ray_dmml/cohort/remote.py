@@ -11,6 +11,7 @@ then go on from is for :mod:`~ray_dmml.training` to say.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -50,7 +51,7 @@ from ray_dmml.cohort.placement import (
     shown,
 )
 from ray_dmml.cohort.session import ray_session
-from ray_dmml.config import Config, RunConfig
+from ray_dmml.config import Config, DataConfig, RunConfig
 from ray_dmml.errors import ExchangeLostError, PeerLostError, UserError
 
 if TYPE_CHECKING:  # which load torch
@@ -82,6 +83,12 @@ class PeerActor:
     It is built by a call, not by its constructor: Ray hides the type of an error that a constructor
     raises. And it alone imports what a peer needs: the driver starts sooner without.
     """
+
+    def fetch(self, config: DataConfig) -> None:
+        """Its node's copy of the images."""
+        from ray_dmml.data.fetch import fetch
+
+        fetch(config, lambda line: None)
 
     def build(self, *arguments: Any) -> None:
         from ray_dmml.cohort.member import Member
@@ -151,6 +158,11 @@ class RayCohort:
         self._has_new = self._has_new or bool(starting)
         for name in starting:
             self._actors[name] = self._start_actor(self._positions[name])
+        if self._config.data.source is not None:  # which takes as long as it takes
+            data = self._config.data
+            self._gather(
+                {name: self._actors[name].fetch.remote(data) for name in starting}, math.inf
+            )
         refs = {
             name: self._actors[name].build.remote(
                 self._config,

@@ -11,6 +11,7 @@ from ray_dmml.config import DataConfig
 from ray_dmml.cores import num_cores
 from ray_dmml.data.cache import through_cache
 from ray_dmml.data.datasets import benchmarks, characters, folder, manifest
+from ray_dmml.data.fetch import fetch
 from ray_dmml.data.images import ImageSet, Splits, check_images, hold_out_classes
 from ray_dmml.errors import UserError
 
@@ -65,7 +66,7 @@ def _read(config: DataConfig, log: Log) -> tuple[ImageSet, ImageSet]:
     size, aspect = config.decode_size, config.aspect
     if config.name == "characters":
         return characters.load(size)
-    root = config.root or Path()  # the config requires it
+    root = fetch(config, log)
     if not root.is_dir() and not (config.name == "cub200" and config.download):
         raise UserError(f"data.root {root} is not an existing folder")
     if config.name == "imagefolder":

@@ -1,0 +1,64 @@
+"""Folders of any file system by their URI, through pyarrow as Ray has it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from pyarrow import fs
+
+CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S = 10, 30
+"""Of one try; S3 has three. A Google server that takes a request and falls silent is given up after
+two minutes: pyarrow does not hand on its client's timeout."""
+
+
+def open_uri(uri: str, *, make: bool = True) -> tuple[fs.FileSystem, str]:
+    """The file system and the folder in it.
+
+    Args:
+        uri: a folder, ``file://``, ``s3://bucket/folder``, ``gs://bucket/folder``, options as a query.
+        make: a folder of this machine that is not there.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: it is not understood.
+        OSError: it cannot be reached.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme in ("", "file"):
+        folder = Path(unquote(parts.path) if parts.scheme else uri).expanduser().absolute()
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        return fs.LocalFileSystem(), str(folder)
+    if parts.scheme == "s3":  # as pyarrow reads the URI, where it knows no timeouts
+        bucket = parts.netloc.rpartition("@")[2]
+        if not bucket:
+            raise ValueError("it names no bucket")
+        flags = {"true": True, "false": False}
+        options: dict[str, object] = {k: flags.get(v, v) for k, v in parse_qsl(parts.query)}
+        if parts.username:
+            options["access_key"] = unquote(parts.username)
+            options["secret_key"] = unquote(parts.password or "")
+        if "region" not in options and "endpoint_override" not in options:
+            options["region"] = fs.resolve_s3_region(bucket)
+        options = {
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "request_timeout": REQUEST_TIMEOUT_S,
+            **options,
+        }
+        return fs.S3FileSystem(**options), (bucket + parts.path).rstrip("/")
+    if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
+        uri += f"{'&' if parts.query else '?'}retry_limit_seconds={REQUEST_TIMEOUT_S}"
+    found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
+    return found
+
+
+def reason(error: Exception) -> str:
+    """What pyarrow raised, in a line, without secrets."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return without_secrets(lines[0]).rstrip(".")
+
+
+def without_secrets(text: str) -> str:
+    """URIs without the user's name and password and without their queries."""
+    return re.sub(r"//[^/@\s]*@", "//", re.sub(r"(://[^?\s]*)\?\S*", r"\1", text))
