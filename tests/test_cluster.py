@@ -147,6 +147,11 @@ def hosts(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         found.close()
 
 
+def plain(command: str) -> str:
+    """Its output as in a file, not as on the terminal that `ray exec` gives it."""
+    return f"{command} 2>&1 | cat; exit ${{PIPESTATUS[0]}}"
+
+
 def settings(images: Path, transport: str, steps: int = STEPS) -> dict[str, Any]:
     """Three peers, one on each host."""
     raw = tiny(
@@ -187,7 +192,7 @@ def test_peers_on_three_hosts(
     config, out = hosts.folder / f"{transport}.yaml", hosts.folder / transport
     config.write_text(yamlio.dump(settings(image_folder, transport)))
     command = f"ray-dmml train --address auto --config {config} --out {out}"
-    told = hosts.ray("exec", command)
+    told = hosts.ray("exec", plain(command))
     assert outcome(out) == alone, told
     assert RunFolder(out).environment()["transport"] == transport
     assert len(set(RunFolder(out).environment()["nodes"])) == 3
@@ -199,7 +204,7 @@ def test_a_host_that_is_cut_off(hosts: Hosts, image_folder: Path, alone: tuple[A
     config, out = hosts.folder / "cut.yaml", hosts.folder / "cut"
     config.write_text(yamlio.dump(settings(image_folder, "direct")))
     command = f"ray-dmml train --address auto --config {config} --out {out}"
-    run = hosts.start("exec", command)
+    run = hosts.start("exec", plain(command))
     metrics = out / "metrics.jsonl"
     hosts.wait_for(
         lambda: (
