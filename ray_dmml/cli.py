@@ -347,9 +347,12 @@ def _ray_and_training(in_process: bool) -> Iterator[None]:
 
     loading = Thread(target=import_module, args=("ray_dmml.training",))
     loading.start()
-    with ray_session():
-        loading.join()
-        yield
+    try:
+        with ray_session():
+            loading.join()
+            yield
+    finally:
+        loading.join()  # Python cannot end amid the import of torch
 
 
 @contextmanager

@@ -16,6 +16,11 @@ from ray.exceptions import AuthenticationError
 from ray_dmml.cores import num_cores
 from ray_dmml.errors import UserError
 
+TOKEN_HINT = (
+    "set RAY_AUTH_MODE=token, and the cluster's own token in RAY_AUTH_TOKEN, in the file that "
+    "RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
+)
+
 CONNECT_S = 10.0
 """Seconds until a cluster that does not answer is reported."""
 
@@ -53,7 +58,9 @@ def _start_ray() -> None:
         try:
             ray.init(address=address, **settings)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"RAY_ADDRESS {address} cannot be joined: {error}") from None
+            # A client is told nothing of a token that it lacks: it waits until it gives up.
+            hint = f"; if the cluster has a token: {TOKEN_HINT}" if "ray://" in address else ""
+            raise UserError(f"RAY_ADDRESS {address} cannot be joined: {error}{hint}") from None
     else:
         # "local": without it Ray would join any cluster that was left in the temp folder.
         ray.init("local", num_cpus=num_cores(), include_dashboard=False, **settings)
@@ -76,11 +83,7 @@ def _require_accepted(address: str) -> None:
     try:
         GcsClient(address=address)
     except AuthenticationError:
-        raise UserError(
-            f"RAY_ADDRESS {address} does not accept this token: set RAY_AUTH_MODE=token, and the "
-            "cluster's own token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or "
-            "in ~/.ray/auth_token"
-        ) from None
+        raise UserError(f"RAY_ADDRESS {address} does not accept this token: {TOKEN_HINT}") from None
 
 
 def _require_reachable(address: str) -> None:
