@@ -150,9 +150,16 @@ class RayCohort:
     def _form(self, initial_weights: bool) -> None:
         """A generation of ``names``: starts those that are missing, and has all of them meet."""
         # Beside the driver, without whom nothing goes on anyway: one thing less that can be lost.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        own = ray.get_runtime_context().get_node_id()
         self._coordinator = (
-            ray.remote(Coordinator).options(num_cpus=0, scheduling_strategy=here).remote(self.names)
+            ray.remote(Coordinator)
+            .options(
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(own, soft=True),
+                # Ray first asks any node, which may not have heard of ours and keeps the actor itself.
+                resources=_only_at(own),
+            )
+            .remote(self.names)
         )
         starting = [name for name in self.names if name not in self._actors]
         self._has_new = self._has_new or bool(starting)
@@ -518,6 +525,13 @@ def _is_on_head(nodes: Sequence[Mapping[str, Any]]) -> bool:
     here = ray.get_runtime_context().get_node_id()
     heads = [node["NodeID"] for node in nodes if "node:__internal_head__" in node["Resources"]]
     return here in heads
+
+
+def _only_at(node_id: str) -> dict[str, float]:
+    """A resource that the node has for nobody but those who are to be at its address."""
+    resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
+    own = [kind for kind in resources if kind.startswith("node:") and "__" not in kind]
+    return {own[0]: 0.001} if own else {}
 
 
 def _is_of_ray(pid: int) -> bool:
