@@ -198,6 +198,39 @@ def test_peers_on_three_hosts(
     assert len(set(RunFolder(out).environment()["nodes"])) == 3
 
 
+def test_a_job_needs_nobody_who_waits_for_it(
+    hosts: Hosts, image_folder: Path, alone: tuple[Any, str]
+) -> None:
+    """Submitted to the head and left alone, it runs to its end."""
+    config, out = hosts.folder / "job.yaml", hosts.folder / "job"
+    config.write_text(yamlio.dump(settings(image_folder, "direct")))
+    command = f"ray-dmml train --address auto --config {config} --out {out}"
+    hosts.ray("exec", plain(f"ray job submit --no-wait --submission-id lone -- {command}"))
+    try:
+        hosts.wait_for((out / "results.json").exists)
+    except AssertionError:
+        raise AssertionError(hosts.ray("exec", plain("ray job logs lone"))) from None
+    assert outcome(out) == alone
+
+
+def test_a_search_by_ray_submit(hosts: Hosts, image_folder: Path) -> None:
+    """The script goes to the head by itself; its trials are on all hosts."""
+    raw = settings(image_folder, "direct", steps=4)
+    raw["train"]["evaluate_every"] = 2
+    raw["cohort"]["peers"] = [{}, {"view": "weak"}]
+    config, space, out = (hosts.folder / name for name in ("search.yaml", "space.yaml", "search"))
+    config.write_text(yamlio.dump(raw))
+    space.write_text(yamlio.dump({"space": {"loss.relational.angle": {"uniform": [0, 4]}}}))
+    told = hosts.ray(
+        "submit", str(ROOT / "experiments/tune_diversity.py"), "--address", "auto",
+        "--config", str(config), "--space", str(space), "--storage", str(out),
+        "--num-samples", "2", "--search", "random", "--scheduler", "none", "--final-seeds", "0",
+    )  # fmt: skip
+    assert (out / "best.yaml").exists(), told
+    nodes = [RunFolder(run).environment()["nodes"] for run in sorted(out.glob("trials/*/fold0"))]
+    assert len(nodes) == 2 and len({node for pair in nodes for node in pair}) > 1
+
+
 def test_a_host_that_is_cut_off(hosts: Hosts, image_folder: Path, alone: tuple[Any, str]) -> None:
     """In mid-run: its peer is started on another host, and the end is the same. Once the wire is back
     the host is taken in again, and what went on running on it meanwhile reaches nobody."""
