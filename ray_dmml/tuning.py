@@ -411,7 +411,7 @@ def _resources(
     for peer in peers:
         gpu = min(share, peer.num_replicas) if peer.num_gpus is None else peer.num_gpus
         bundles.append(bundle(peer, peer.num_cpus or cpu, gpu))
-    labels = [{}, *(dict(peer.labels) for peer in peers)]
+    labels = [dict(peer.labels) for peer in peers]  # Tune itself takes the empty bundle out
     return tune.PlacementGroupFactory(bundles, bundle_label_selector=labels)
 
 
