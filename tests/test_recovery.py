@@ -160,6 +160,7 @@ def pids_of_replicas() -> list[int]:
     return [int(pid) for pid in told.stdout.split()]
 
 
+@pytest.mark.slow
 def test_a_lost_replica_is_replaced(image_folder: Path, tmp_path: Path) -> None:
     """One of two processes that share a peer's batches: the peer is started anew, and the end is that of
     a run without it, to the bit; that of peers in one process, to rounding."""
