@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -39,6 +40,10 @@ def open_uri(uri: str, *, make: bool = True) -> tuple[fs.FileSystem, str]:
         if parts.username:
             options["access_key"] = unquote(parts.username)
             options["secret_key"] = unquote(parts.password or "")
+        # pyarrow reads these from_uri alone. Servers that are not Amazon's are mostly named so.
+        for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+            if os.environ.get(name):
+                options.setdefault("endpoint_override", os.environ[name])
         if "region" not in options and "endpoint_override" not in options:
             options["region"] = fs.resolve_s3_region(bucket)
         options = {

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,20 @@ from ray_dmml.training import train
 pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[1]
-NEEDED = ("unshare", "nsenter", "ip", "rsync", "ssh", "/usr/sbin/sshd")
+NEEDED = ("unshare", "nsenter", "ip", "rsync", "ssh", "curl", "/usr/sbin/sshd")
 STEPS = 60
 PATIENCE_S = 240.0
 NUM_LINES_BEFORE_THE_CUT = 4
 """Of metrics.jsonl, which has one every 5 steps."""
+
+BUCKET = "photo-bucket"
+REGION = "region=us-east-1"
+S3_SERVER = "http://10.77.0.1:5000"
+S3_KEYS = {
+    "AWS_ENDPOINT_URL": S3_SERVER,
+    "AWS_ACCESS_KEY_ID": "key",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+}
 
 
 class Hosts:
@@ -47,11 +57,12 @@ class Hosts:
                 start_new_session=True,
             )
         self.wait_for((folder / "ready").exists)
+        self._beside: list[subprocess.Popen[str]] = []
         self._home = folder / "home"
         (self._home / ".ray").mkdir(parents=True)
         (self._home / ".ray" / "auth_token").write_text(os.urandom(32).hex())
-        self._cluster = folder / "cluster.yaml"
-        self._cluster.write_text(yamlio.dump(self._settings()))
+        self.cluster = folder / "cluster.yaml"
+        self.cluster.write_text(yamlio.dump(self._settings()))
 
     def _settings(self) -> dict[str, Any]:
         """deploy/on-prem.yaml with these hosts' addresses, and packages from where they are already: the
@@ -62,6 +73,7 @@ class Hosts:
         found["auth"] = {"ssh_user": "root", "ssh_private_key": str(self.folder / "key")}
         make, install, path = found["setup_commands"]
         assert "venv" in make and "pip install" in install and ".bashrc" in path
+        keys = " ".join(f"{name}={value}" for name, value in S3_KEYS.items())
         packages = sysconfig.get_paths()["purelib"]
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         ray = '#!/bin/sh\\nexec ~/env/bin/python -m ray.scripts.scripts "$@"\\n'
@@ -72,6 +84,7 @@ class Hosts:
             "~/env/bin/python -m pip install -q --no-index --no-deps --no-build-isolation"
             " -e ~/ray-dmml",
             path,
+            f"echo 'export {keys}' >> ~/.bashrc",
         ]
         return found
 
@@ -84,7 +97,7 @@ class Hosts:
         """`ray up`, `ray exec`, ... of the cluster file."""
         command = self.command(sys.executable, "-m", "ray.scripts.scripts", verb)
         return subprocess.Popen(
-            [*command, str(self._cluster), *arguments],
+            [*command, str(self.cluster), *arguments],
             env={**os.environ, "HOME": str(self._home), "RAY_UP_enable_autoscaler_v2": "0"},
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -110,6 +123,66 @@ class Hosts:
         )
         return ended.stdout + ended.stderr
 
+    def start_beside(self, line: str, cwd: Path) -> subprocess.Popen[str]:
+        """A line of bash on a machine that reaches the hosts, and has our commands."""
+        commands = self.folder / "commands"
+        commands.mkdir(exist_ok=True)
+        for name, module in (("ray", "ray.scripts.scripts"), ("ray-dmml", "ray_dmml.cli")):
+            script = commands / name
+            script.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+            script.chmod(0o755)
+        environment = {
+            **os.environ,
+            **S3_KEYS,
+            "HOME": str(self._home),
+            "PATH": f"{commands}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "RAY_UP_enable_autoscaler_v2": "0",
+        }
+        process = subprocess.Popen(
+            self.command("bash", "-c", line),
+            env=environment,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._beside.append(process)
+        return process
+
+    def beside(self, line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        """The same to its end."""
+        process = self.start_beside(line, cwd)
+        told = process.communicate(timeout=PATIENCE_S)[0]
+        return subprocess.CompletedProcess(line, process.returncode, told)
+
+    @contextmanager
+    def running_beside(self, line: str, cwd: Path) -> Iterator[None]:
+        """The same for the length of the block."""
+        process = self.start_beside(line, cwd)
+        try:
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.communicate(timeout=PATIENCE_S)
+
+    def start_bucket(self, images: Path) -> None:
+        """An S3 server that all hosts reach, with the images."""
+        port = S3_SERVER.rpartition(":")[2]
+        server = f"-c 'from moto.server import main; main()' -H 10.77.0.1 -p {port}"
+        self.start_beside(f"exec {sys.executable} {server} > moto.log 2>&1", self.folder)
+        self.wait_for(lambda: self.beside(f"curl -s {S3_SERVER}", self.folder).returncode == 0)
+        fill = (
+            "from pyarrow import fs;"
+            f"there = fs.FileSystem.from_uri('s3://{BUCKET}?{REGION}&allow_bucket_creation=true')[0];"
+            f"there.create_dir('{BUCKET}');"
+            f"fs.copy_files({str(images)!r}, '{BUCKET}/photos', destination_filesystem=there)"
+        )
+        filled = self.beside(f'{sys.executable} -c "{fill}"', self.folder)
+        assert filled.returncode == 0, filled.stdout
+
     def cut(self, host: int, *, off: bool) -> None:
         state = "down" if off else "up"
         subprocess.run(self.command("ip", "link", "set", f"wire{host}", state), check=True)
@@ -127,6 +200,10 @@ class Hosts:
             time.sleep(0.5)
 
     def close(self) -> None:
+        for process in self._beside:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         os.kill(int((self.folder / "outer").read_text()), signal.SIGKILL)
         self._process.wait()
         for left in Path("/tmp/ray").glob(f"cluster-test-{os.getpid()}*"):
@@ -198,37 +275,79 @@ def test_peers_on_three_hosts(
     assert len(set(RunFolder(out).environment()["nodes"])) == 3
 
 
-def test_a_job_needs_nobody_who_waits_for_it(
-    hosts: Hosts, image_folder: Path, alone: tuple[Any, str]
-) -> None:
-    """Submitted to the head and left alone, it runs to its end."""
-    config, out = hosts.folder / "job.yaml", hosts.folder / "job"
-    config.write_text(yamlio.dump(settings(image_folder, "direct")))
-    command = f"ray-dmml train --address auto --config {config} --out {out}"
-    hosts.ray("exec", plain(f"ray job submit --no-wait --submission-id lone -- {command}"))
-    try:
-        hosts.wait_for((out / "results.json").exists)
-    except AssertionError:
-        raise AssertionError(hosts.ray("exec", plain("ray job logs lone"))) from None
-    assert outcome(out) == alone
+ASK_DASHBOARD = "curl --silent --max-time 2 http://localhost:8265/api/version"
 
 
-def test_a_search_by_ray_submit(hosts: Hosts, image_folder: Path) -> None:
-    """The script goes to the head by itself; its trials are on all hosts."""
-    raw = settings(image_folder, "direct", steps=4)
-    raw["train"]["evaluate_every"] = 2
-    raw["cohort"]["peers"] = [{}, {"view": "weak"}]
-    config, space, out = (hosts.folder / name for name in ("search.yaml", "space.yaml", "search"))
-    config.write_text(yamlio.dump(raw))
-    space.write_text(yamlio.dump({"space": {"loss.relational.angle": {"uniform": [0, 4]}}}))
-    told = hosts.ray(
-        "submit", str(ROOT / "experiments/tune_diversity.py"), "--address", "auto",
-        "--config", str(config), "--space", str(space), "--storage", str(out),
-        "--num-samples", "2", "--search", "random", "--scheduler", "none", "--final-seeds", "0",
-    )  # fmt: skip
-    assert (out / "best.yaml").exists(), told
-    nodes = [RunFolder(run).environment()["nodes"] for run in sorted(out.glob("trials/*/fold0"))]
-    assert len(nodes) == 2 and len({node for pair in nodes for node in pair}) > 1
+def lines_of_outgrowing() -> list[str]:
+    """The commands of the README's section, without their comments."""
+    section = (ROOT / "README.md").read_text().split("\n## Outgrowing one machine\n")[1]
+    block = section.split("```bash\n")[1].split("```")[0]
+    return [line.partition("  #")[0].strip() for line in block.splitlines()]
+
+
+def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Path) -> None:
+    """*Outgrowing one machine*, line by line, on a machine beside the hosts: `ray up` was the fixture's,
+    `ray down` is the last test's. Images and what the job stores are in a bucket."""
+    pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 server to test")
+    hosts.start_bucket(image_folder)
+    raw = settings(image_folder, "direct", steps=8)
+    raw["data"] |= {"source": f"s3://{BUCKET}/photos?{REGION}", "root": None}
+    raw["cohort"]["base"]["num_cpus"] = 0.5  # each host has two
+    raw["cohort"]["peers"] = [{}, {"view": "weak"}, {"view": "strong"}, {"init_seed": 1}]
+    (tmp_path / "photos.yaml").write_text(yamlio.dump(raw))
+    shutil.copy(hosts.cluster, tmp_path / "cluster.yaml")
+    (tmp_path / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments/tune_diversity.py", tmp_path / "experiments")
+
+    def ran(line: str, expected: int = 0) -> str:
+        """What it told; as it stands, but for its storage."""
+        line = line.replace("s3://...", f"s3://{BUCKET}/run?{REGION}")
+        ended = hosts.beside(line, tmp_path)
+        assert ended.returncode == expected, f"{line}\n{ended.stdout}"
+        return ended.stdout
+
+    for line in lines_of_outgrowing():
+        match line.split()[:2]:
+            case ["ray", "up" | "down"]:
+                pass
+            case ["ray-dmml", "train"] if "num_gpus=2" in line:
+                told = ran(line, expected=2)
+                assert "GPU" in told and "Traceback" not in told, told
+            case ["ray-dmml", "train"] if "--resume" in line:
+                ran(line.replace("8000", "12"))
+                assert RunFolder.open(tmp_path / "runs/c").checkpoints.load("last").step == 12
+            case ["ray-dmml", "train"]:
+                ran(line)
+                assert (tmp_path / "runs/a/results.json").exists()
+            case ["ray", "rsync-up"]:
+                ran(line)
+                assert BUCKET in hosts.ssh(1, "cat ~/photos.yaml")
+            case ["ray", "exec"] if "data fetch" in line:
+                told = ran(line)
+                assert all(f"10.77.0.1{host}" in told for host in (1, 2, 3)), told
+            case ["ray", "exec"] if "job submit" in line:
+                ran(line)  # and nobody waits for it
+                hosts.wait_for(lambda: "results.json" in hosts.ssh(1, "ls ~/runs/c"))
+                nodes = hosts.ssh(1, "grep -o 10.77.0.1. ~/runs/c/environment.json")
+                assert len(set(nodes.split())) == 3
+            case ["ray", "submit"]:
+                short = "--config /root/photos.yaml --space /root/space.yaml --storage /root/runs/d"
+                short += " --num-samples 2 --scheduler none --search random --final-seeds 0"
+                short += " --set train.steps=4 --set train.evaluate_every=2"
+                hosts.ssh(
+                    1, "echo '{space: {loss.relational.angle: {uniform: [0, 4]}}}' > space.yaml"
+                )
+                ran(f"{line} {short}")
+                assert "best.yaml" in hosts.ssh(1, "ls ~/runs/d")
+                nodes = hosts.ssh(1, "grep -ho 10.77.0.1. ~/runs/d/trials/*/fold0/environment.json")
+                assert len(set(nodes.split())) > 1
+            case ["ray", "dashboard"]:
+                with hosts.running_beside(line, tmp_path):
+                    hosts.wait_for(
+                        lambda: "ray_version" in hosts.beside(ASK_DASHBOARD, tmp_path).stdout
+                    )
+            case _:
+                pytest.fail(f"nothing here tries the line: {line}")
 
 
 def test_a_host_that_is_cut_off(hosts: Hosts, image_folder: Path, alone: tuple[Any, str]) -> None:

@@ -27,6 +27,7 @@ from ray_dmml import uri as uri_module
 from ray_dmml.checkpoint import CheckpointStore, sealed
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.storage import RunStorage
+from ray_dmml.uri import open_uri
 
 META = {"best": 0.5}
 
@@ -268,6 +269,22 @@ def test_uris_that_mean_nothing_are_refused(wrong: str) -> None:
     with pytest.raises(UserError, match="is not understood") as caught:
         RunStorage(wrong)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_server_and_keys_from_the_environment(
+    name: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As other S3 clients take them; a URI in a config need not say them."""
+    monkeypatch.setenv(name, f"http://127.0.0.1:{s3.port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    files, folder = open_uri("s3://bucket/environment")
+    with files.open_output_stream(folder) as stream:
+        stream.write(name.encode())
+    same, folder = open_uri(s3.uri("bucket/environment"))
+    with same.open_input_stream(folder) as stream:
+        assert stream.read() == name.encode()
 
 
 def test_a_bucket_that_is_not_there_is_told(s3: S3Server, tmp_path: Path) -> None:
