@@ -501,6 +501,10 @@ class RelationalConfig(Section):
     angle: NonNegative = 2.0
     """w_a: weight of the angle term."""
 
+    embeddings: Literal["unit", "raw"] = "unit"
+    """Which are compared: `unit`, of length 1 as retrieval uses them, or `raw`, as the heads give them,
+    whose lengths are part of the geometry. The metric loss always gets those of length 1."""
+
     warmup_steps: Whole = 0
     """Both weights rise linearly from 0 over so many steps."""
 

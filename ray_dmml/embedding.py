@@ -90,9 +90,13 @@ class EmbeddingNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) float32 rows of length 1."""
+        return unit_length(self.project(images))
+
+    def project(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, D) float32 as the head gives them, of any length."""
         features = self.backbone(normalised(images, self.mean, self.std))  # (B, F)
         # Unit length in float32 whatever the autocast type: a half-precision norm is off by 1e-3.
-        return nn.functional.normalize(self.head(features).float(), dim=1)
+        return self.head(features).float()
 
     def train(self, mode: bool = True) -> EmbeddingNet:
         super().train(mode)
@@ -101,6 +105,11 @@ class EmbeddingNet(nn.Module):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+
+def unit_length(embeddings: Tensor) -> Tensor:
+    """(B, D) -> the same directions, rows of length 1."""
+    return nn.functional.normalize(embeddings, dim=1)
 
 
 def normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -286,7 +295,7 @@ def _check_fit(
 
 
 def compiled(net: EmbeddingNet, name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The net's pass compiled at its first call; evaluation, of other shapes, goes by the net itself.
+    """``net.project`` compiled at its first call; evaluation, of other shapes, goes by the net itself.
 
     Raises:
         UserError: there is no C++ compiler, which code for a CPU needs.
@@ -296,7 +305,7 @@ def compiled(net: EmbeddingNet, name: str, device: torch.device) -> Callable[[Te
         raise UserError(
             f"{name}: compile: true needs a C++ compiler on a CPU, and {compiler} is not there"
         )
-    found: Callable[[Tensor], Tensor] = torch.compile(net, dynamic=False)
+    found: Callable[[Tensor], Tensor] = torch.compile(net.project, dynamic=False)
     return found
 
 

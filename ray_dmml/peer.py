@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ray_dmml.embedding import (
     build_embedding_net,
     compiled,
     load_net_weights,
+    unit_length,
 )
 from ray_dmml.errors import NonFiniteLossError, UserError
 from ray_dmml.losses.metric import MetricLoss
@@ -92,13 +93,16 @@ class Peer:
             if config.averaging is not None
             else None
         )
-        self._trained_net = compiled(self.net, self.name, device) if config.compile else self.net
+        self._trained_net = (
+            compiled(self.net, self.name, device) if config.compile else self.net.project
+        )
         self.optimizer = self._build_optimizer()
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         self.replicas: Replicas | None = None
         """Those that share its batches, where it has more than one device."""
         self._batch: Batch | None = None
-        self._embedding: Tensor | None = None  # (B, D) with its graph, where this step learns
+        self._raw: Tensor | None = None  # (B, D) before normalisation, with its graph
+        self._embedding: Tensor | None = None  # the same of unit length, where this step learns
         self._metric_term: Tensor | None = None
 
     # --- one step ---------------------------------------------------------------------------
@@ -124,7 +128,8 @@ class Peer:
             ) from None
 
     def embed(self, batch: Batch) -> Tensor:
-        """The peer's own view of the batch -> its embeddings to publish, (B, D) float32, detached.
+        """The peer's own view of the batch -> its embeddings to publish, (B, D) float32, detached: of
+        unit length, or as its head gives them (``loss.relational.embeddings``).
 
         Raises:
             NonFiniteLossError: an embedding is NaN or infinite. (With ``on_bad_numbers: skip`` it is
@@ -141,19 +146,20 @@ class Peer:
             before = [buffer.clone() for buffer in self.net.buffers()] if self._skips_bad else []
             with self._seeded(batch.step, "dropout"), self._autocast():
                 if self.replicas is None:
-                    self._embedding = self._trained_net(images)
+                    self._raw = self._trained_net(images)
                 else:
-                    self._embedding = self.replicas.embed(self._trained_net, self.net, images)
-            published = self._embedding.detach()
+                    self._raw = self.replicas.embed(self._trained_net, self.net, images)
+            self._embedding = unit_length(self._raw)
+            published = self._to_publish(self._raw.detach())
             if before and not torch.isfinite(published).all():
                 for buffer, old in zip(self.net.buffers(), before, strict=True):
                     buffer.copy_(old)
         else:
             # Evaluation mode: a batch that is not learned from moves no BatchNorm statistics.
-            self._embedding = None
-            published = self._infer(self.net, images)
+            self._raw = self._embedding = None
+            published = self._to_publish(self._infer(self.net, images))
         if self.averaged is not None and self.config.averaging and self.config.averaging.publish:
-            published = self._infer(self.averaged.module, images)
+            published = self._to_publish(self._infer(self._averaged_net, images))
         self._check_finite("embedding", published, batch.step)
         return published
 
@@ -184,7 +190,7 @@ class Peer:
         if self._embedding is None or self._batch is None:
             return {}
         terms = self._learn_from(others)
-        self._embedding = self._metric_term = None
+        self._raw = self._embedding = self._metric_term = None
         if not self._is_bad:
             self._num_bad_in_a_row = 0
             return terms
@@ -205,7 +211,8 @@ class Peer:
         if self._metric_term is None:
             self.measure()
         step, interval = self._batch.step, self._interval
-        assert self._metric_term is not None and self._embedding is not None
+        assert self._metric_term is not None
+        assert self._raw is not None and self._embedding is not None
         terms = {"metric": self._metric_term}
         loss = self._metric_term
         ramp = (
@@ -216,7 +223,7 @@ class Peer:
             others = [other for other in others if torch.isfinite(other).all()]
         if others and (w_d or w_a):
             mutual = relational_losses(
-                self._embedding,
+                self._raw if self._relational.embeddings == "raw" else self._embedding,
                 [other.to(self.device, non_blocking=True) for other in others],
                 with_distance=w_d > 0,
                 with_angle=w_a > 0,
@@ -251,10 +258,10 @@ class Peer:
         Raises:
             NonFiniteLossError: an embedding is NaN or infinite.
         """
-        net = self.averaged.module if averaged and self.averaged is not None else self.net
+        net = self._averaged_net if averaged and self.averaged is not None else self.net
         found = []
         for chunk in in_chunks(images, batch_size):
-            found.append(self._infer(net, self._see(self.eval_view, chunk)).cpu())
+            found.append(unit_length(self._infer(net, self._see(self.eval_view, chunk))).cpu())
             after_chunk()
         embeddings = torch.cat(found)
         self._require_finite("embedding of an image", embeddings, "in an evaluation")
@@ -298,7 +305,7 @@ class Peer:
             parameter.grad = (
                 None if gradient is None else torch.empty_like(parameter).copy_(gradient)
             )
-        self._embedding = self._metric_term = self._batch = None
+        self._raw = self._embedding = self._metric_term = self._batch = None
 
     def load_weights(self, net: dict[str, Tensor]) -> None:
         """Starts from these weights of the net; everything else is as it was built.
@@ -373,11 +380,21 @@ class Peer:
         own = [(f"net.{name}", p) for name, p in self.net.named_parameters()]
         return own + [(f"metric.{name}", p) for name, p in self.metric.named_parameters()]
 
-    def _infer(self, net: torch.nn.Module, images: Tensor) -> Tensor:
+    @property
+    def _averaged_net(self) -> EmbeddingNet:
+        assert self.averaged is not None
+        return cast(EmbeddingNet, self.averaged.module)
+
+    def _to_publish(self, raw: Tensor) -> Tensor:
+        """What the others take relations of."""
+        return raw if self._relational.embeddings == "raw" else unit_length(raw)
+
+    def _infer(self, net: EmbeddingNet, images: Tensor) -> Tensor:
+        """Embeddings before normalisation, in evaluation mode."""
         net.eval()
         with torch.no_grad(), self._autocast():
             if self.replicas is None:
-                return net(images)
+                return net.project(images)
             return self.replicas.infer(net, images, averaged=net is not self.net)
 
     def _see(self, view: View, images: Tensor) -> Tensor:

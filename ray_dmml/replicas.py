@@ -30,7 +30,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from ray_dmml.config import PeerConfig
-from ray_dmml.embedding import autocast, build_embedding_net, compiled
+from ray_dmml.embedding import EmbeddingNet, autocast, build_embedding_net, compiled
 from ray_dmml.errors import ReplicaLostError
 from ray_dmml.randomness import seeded
 
@@ -147,8 +147,8 @@ class Replicas:
         self._whole: Tensor | None = None
 
     def embed(self, forward: Any, net: torch.nn.Module, images: Tensor) -> Tensor:
-        """The embeddings of a batch that is learned from: (B, 3, H, W) uint8 -> (B, D) float32, which
-        asks for a gradient.
+        """The embeddings of a batch that is learned from: (B, 3, H, W) uint8 -> (B, D) float32 before
+        normalisation, which ask for a gradient.
 
         Args:
             forward: the net's pass, which may be compiled.
@@ -165,7 +165,7 @@ class Replicas:
         self._whole = torch.cat(parts).requires_grad_()
         return self._whole
 
-    def infer(self, net: torch.nn.Module, images: Tensor, *, averaged: bool) -> Tensor:
+    def infer(self, net: EmbeddingNet, images: Tensor, *, averaged: bool) -> Tensor:
         """The same without gradients, in evaluation mode.
 
         Args:
@@ -176,7 +176,7 @@ class Replicas:
         """
         self._send_weights(net, int(averaged))
         own_images, sent = self._hand_out(_INFER, int(averaged), images)
-        own = net(own_images)
+        own = net.project(own_images)
         parts = [own, *self._collect(len(images), own)]
         sent()
         return torch.cat(parts)
@@ -253,7 +253,7 @@ class Replica:
         if config.averaging is not None:
             self._nets[1] = copy.deepcopy(net)
         name = f"{config.name}, replica {wire.rank}"
-        self._forward = compiled(net, name, wire.device) if config.compile else net
+        self._forward = compiled(net, name, wire.device) if config.compile else net.project
         self._embedding: Tensor | None = None
 
     def serve(self) -> None:
@@ -302,7 +302,7 @@ class Replica:
             autocast(self._config.amp, self._wire.device),
             nullcontext() if learns else torch.no_grad(),
         ):
-            found = self._forward(images) if learns else net(images)
+            found = self._forward(images) if learns else net.project(images)
         if learns:
             self._embedding = found
         self._wire.send([(0, found.detach())])()

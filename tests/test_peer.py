@@ -29,6 +29,7 @@ from ray_dmml.data.loading import Batch, build_sampler
 from ray_dmml.embedding import EmbeddingNet, build_embedding_net
 from ray_dmml.errors import NonFiniteLossError, UserError
 from ray_dmml.losses.metric import DistanceWeightedNegativeMiner, ExactEuclideanDistance
+from ray_dmml.losses.relational import relational_losses
 from ray_dmml.peer import Peer, learning_rate_factor
 from ray_dmml.peerfiles import decode_peer, encode_peer
 from ray_dmml.randomness import seeded
@@ -158,12 +159,13 @@ def naive_angle(student: Tensor, teacher: Tensor) -> float:
     return float(F.smooth_l1_loss(*cosines))
 
 
-def test_the_loss_is_metric_plus_the_mean_over_teachers() -> None:
+@pytest.mark.parametrize("embeddings", ["unit", "raw"])
+def test_the_loss_is_metric_plus_the_mean_over_teachers(embeddings: str) -> None:
     """metric + 1/(M-1) * sum of w_d * distance + w_a * angle, from the published embeddings."""
-    peer = build(relational={"distance": 3.0, "angle": 5.0})
+    peer = build(relational={"distance": 3.0, "angle": 5.0, "embeddings": embeddings})
     others = teachers(0, 8, 5, 16)
     published = peer.embed(batch(0))
-    metric = float(losses.MultiSimilarityLoss()(published, batch(0).labels))
+    metric = float(losses.MultiSimilarityLoss()(F.normalize(published), batch(0).labels))
     distance = np.mean([naive_distance(published, other) for other in others])
     angle = np.mean([naive_angle(published, other) for other in others])
     row = peer.update(others)
@@ -175,6 +177,29 @@ def test_the_loss_is_metric_plus_the_mean_over_teachers() -> None:
             "angle": angle,
         },
         rel=1e-5,
+    )
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_raw_embeddings_are_published_before_normalisation(learns: bool) -> None:
+    """The metric loss and evaluations are of those of length 1; the gradient of the mutual term reaches the
+    head past the normalisation. A peer that skips the batch publishes alike."""
+    more = {} if learns else {"update_interval": 2, "update_mode": "skip"}
+    config = settings(**{**STILL, "batch_norm": "frozen", **more})
+    peer = build(config, relational={"distance": 3.0, "angle": 5.0, "embeddings": "raw"})
+    net, others = copy.deepcopy(peer.net), teachers(0, 8, 5)
+    raw = net.train(learns).head(net.backbone((center(batch(0).images) - net.mean) / net.std))
+    torch.testing.assert_close(peer.embed(batch(0)), raw)
+    row = peer.update(others)
+    if not learns:
+        assert row == {}
+        return
+    mutual = relational_losses(raw, others)
+    loss = losses.MultiSimilarityLoss()(F.normalize(raw), batch(0).labels)
+    loss = loss + 3 * mutual.distance + 5 * mutual.angle
+    (gradient,) = torch.autograd.grad(loss, [net.head.weight])
+    torch.testing.assert_close(
+        peer.net.head.weight, net.head.weight - PLAIN_SGD["lr"] * gradient, rtol=1e-4, atol=1e-6
     )
 
 

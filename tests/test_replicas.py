@@ -65,26 +65,30 @@ def steps(peer: Peer, start: int, stop: int) -> list[dict[str, float]]:
 
 
 MUTUAL: dict[str, Any] = {"relational": {"distance": 1.0, "angle": 2.0}}
+RAW: dict[str, Any] = {"relational": {**MUTUAL["relational"], "embeddings": "raw"}}
 CASES = [
-    (2, {"batch_norm": "frozen"}),
-    (5, {"batch_norm": "frozen"}),
-    (2, {"batch_norm": "frozen", "averaging": {"decay": 0.5, "publish": True}}),
-    (2, {"batch_norm": "frozen", "update_interval": 2}),
+    (2, {"batch_norm": "frozen"}, MUTUAL),
+    (2, {"batch_norm": "frozen"}, RAW),
+    (5, {"batch_norm": "frozen"}, MUTUAL),
+    (2, {"batch_norm": "frozen", "averaging": {"decay": 0.5, "publish": True}}, MUTUAL),
+    (2, {"batch_norm": "frozen", "update_interval": 2}, MUTUAL),
 ]
 
 
 @pytest.mark.parametrize(
-    ("size", "more"), CASES, ids=["even", "uneven", "averaged weights published", "accumulating"]
+    ("size", "more", "loss"),
+    CASES,
+    ids=["even", "before normalisation", "uneven", "averaged weights published", "accumulating"],
 )
 def test_it_learns_what_one_learns_from_the_whole_batch(
-    tmp_path: Path, size: int, more: dict[str, Any]
+    tmp_path: Path, size: int, more: dict[str, Any], loss: dict[str, Any]
 ) -> None:
     """12 images on 2, and on 5, which divides them unevenly: losses, weights, embeddings."""
     config = settings(**{**STILL, "optimizer": SLOW, **more})
-    alone = build(config, **MUTUAL)
+    alone = build(config, **loss)
     before = [p.detach().clone() for p in alone.net.parameters()]
     expected = steps(alone, 0, 4)
-    with shared(tmp_path, config, size, **MUTUAL) as (peer, _):
+    with shared(tmp_path, config, size, **loss) as (peer, _):
         found = steps(peer, 0, 4)
         published = peer.embed(batch(9)), alone.embed(batch(9))
     for row, wanted in zip(found, expected, strict=True):
