@@ -47,7 +47,7 @@ from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from ray_dmml import yamlio
 from ray_dmml.cohort.placement import bundle
-from ray_dmml.cohort.session import ray_session
+from ray_dmml.cohort.session import only_at, ray_session
 from ray_dmml.config import Config
 from ray_dmml.errors import UserError
 from ray_dmml.runfolder import RunFolder, replace_file
@@ -398,20 +398,21 @@ def _inside_the_space(search: Search, params: dict[str, Any]) -> dict[str, Any]:
 def _resources(
     config: Config, cluster: Mapping[str, float], gpus_per_trial: float | None
 ) -> tune.PlacementGroupFactory:
-    """A bundle a peer; the trial's own process computes next to nothing and takes none."""
+    """A bundle a peer; before them that of the trial's own process, which computes next to nothing, on
+    this node: the search's folder is here."""
     peers = config.cohort.peers
     gpus = min(1.0, cluster.get("GPU", 0.0)) if gpus_per_trial is None else gpus_per_trial
     cpu = min(1.0, cluster.get("CPU", 1.0) / len(peers))
     if gpus:  # the cores that go with the GPUs
         cpu = max(cpu, cluster.get("CPU", 1.0) * gpus / cluster.get("GPU", gpus) // len(peers))
-    bundles: list[dict[str, float]] = [{}]
+    bundles = [only_at(ray.get_runtime_context().get_node_id())]
     # Whole GPUs, or parts of which several make up one: no peer gets a GPU and a half, or two parts.
     share = gpus / len(peers)
     share = float(int(share)) if share >= 1 else 1 / -(-len(peers) // gpus) if gpus > 1 else share
     for peer in peers:
         gpu = min(share, peer.num_replicas) if peer.num_gpus is None else peer.num_gpus
         bundles.append(bundle(peer, peer.num_cpus or cpu, gpu))
-    labels = [dict(peer.labels) for peer in peers]  # Tune itself takes the empty bundle out
+    labels = [{}, *(dict(peer.labels) for peer in peers)]
     return tune.PlacementGroupFactory(bundles, bundle_label_selector=labels)
 
 

@@ -25,7 +25,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 STEPS = 8
 PARTS: dict[str, Any] = {
     "independent": {"cohort.base.optimizer.lr": 0.002},
-    "mutual": {"loss.relational.distance": 3},
+    "mutual": {"loss.relational.distance": 3, "loss.relational.embeddings": "raw"},
     "model": [{}, {"init_seed": 1}, {"init_seed": 2}, {"init_seed": 3}],
     "view": [{"view": "weak"}, {"view": "standard"}, {"view": "weak"}, {"view": "strong"}],
     "temporal": [{}, {"update_interval": 2}, {}, {"update_interval": 2}],
@@ -86,7 +86,9 @@ def test_arms_differ_in_what_they_are_called_and_in_nothing_else(
                 [1, 2] if "temporal" in arm.diversities else [1, 1]
             )
         assert all((peer.averaging is not None) == arm.averaging for peer in peers)
-        if not arm.mutual:
+        if arm.mutual:
+            assert (relational.embeddings == "unit") == name.endswith(", unit length")
+        else:
             assert peers[0].optimizer.lr == 0.002
     both = arms["mutual + all"]
     assert (

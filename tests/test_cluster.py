@@ -275,7 +275,7 @@ def test_peers_on_three_hosts(
     assert len(set(RunFolder(out).environment()["nodes"])) == 3
 
 
-ASK_DASHBOARD = "curl --silent --max-time 2 http://localhost:8265/api/version"
+ASK_DASHBOARD = "curl --silent --max-time 2 http://localhost:8265"
 
 
 def lines_of_outgrowing() -> list[str]:
@@ -328,7 +328,7 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
             case ["ray", "exec"] if "job submit" in line:
                 ran(line)  # and nobody waits for it
                 hosts.wait_for(lambda: "results.json" in hosts.ssh(1, "ls ~/runs/c"))
-                nodes = hosts.ssh(1, "grep -o 10.77.0.1. ~/runs/c/environment.json")
+                nodes = hosts.ssh(1, "grep -o 10.77.0.1. ~/runs/c/run.json")
                 assert len(set(nodes.split())) == 3
             case ["ray", "submit"]:
                 short = "--config /root/photos.yaml --space /root/space.yaml --storage /root/runs/d"
@@ -339,13 +339,16 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
                 )
                 ran(f"{line} {short}")
                 assert "best.yaml" in hosts.ssh(1, "ls ~/runs/d")
-                nodes = hosts.ssh(1, "grep -ho 10.77.0.1. ~/runs/d/trials/*/fold0/environment.json")
+                nodes = hosts.ssh(1, "grep -ho 10.77.0.1. ~/runs/d/trials/*/fold0/run.json")
                 assert len(set(nodes.split())) > 1
             case ["ray", "dashboard"]:
                 with hosts.running_beside(line, tmp_path):
                     hosts.wait_for(
-                        lambda: "ray_version" in hosts.beside(ASK_DASHBOARD, tmp_path).stdout
+                        lambda: "Ray Dashboard" in hosts.beside(ASK_DASHBOARD, tmp_path).stdout
                     )
+                    # It says nothing of the cluster to who has no token.
+                    told = hosts.beside(f"{ASK_DASHBOARD}/api/version", tmp_path).stdout
+                    assert "Unauthorized" in told
             case _:
                 pytest.fail(f"nothing here tries the line: {line}")
 

@@ -39,6 +39,9 @@ class Arm:
     averaging: bool = False
     """All peers average their weights, and are judged with the averages."""
 
+    unit: bool = False
+    """Relations are of embeddings of unit length, whatever the search chose."""
+
     snapshots: int = 1
     """Above 1: one net, its learning rate falling so many times (Huang et al., *Snapshot Ensembles*,
     ICLR 2017, https://arxiv.org/abs/1704.00109); what it was at each end is a member."""
@@ -55,6 +58,7 @@ def _arms() -> dict[str, Arm]:
             found[f"{name} + {diversity}"] = Arm(mutual, (diversity,))
         found[f"{name} + all"] = Arm(mutual, DIVERSITIES)
         found[f"{name} + all + averaging"] = Arm(mutual, DIVERSITIES, averaging=True)
+    found["mutual + all, unit length"] = Arm(True, DIVERSITIES, unit=True)
     found["single net"] = Arm(num_peers=1)
     found["snapshots"] = Arm(num_peers=1, snapshots=NUM_SNAPSHOTS)
     found["self-distillation"] = Arm(True, num_peers=1, teacher=True)
@@ -111,6 +115,8 @@ class Plan:
         settings |= self._parts["mutual" if arm.mutual else "independent"]
         if not arm.mutual:
             settings |= {"loss.relational.distance": 0, "loss.relational.angle": 0}
+        if arm.unit:
+            settings["loss.relational.embeddings"] = "unit"
         if arm.averaging:
             settings |= self._parts["averaging"]
         if arm.snapshots > 1:

@@ -109,7 +109,7 @@ def table(rows: Sequence[Row], at: str) -> str:
             values = [who(row, at, metric) for row in of_seed.values()]
             deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.1f}{deviation}")
-        alike = name.replace("mutual", "independent")
+        alike = name.replace("mutual", "independent").removesuffix(", unit length")
         for other in (BASELINE, alike):
             for who in (mean_peer, ensemble):
                 mine = {seed: who(row, at) for seed, row in of_seed.items()}

@@ -50,7 +50,7 @@ from ray_dmml.cohort.placement import (
     require_labels,
     shown,
 )
-from ray_dmml.cohort.session import ray_session
+from ray_dmml.cohort.session import only_at, ray_session
 from ray_dmml.config import Config, DataConfig, RunConfig
 from ray_dmml.errors import ExchangeLostError, PeerLostError, UserError
 
@@ -157,7 +157,7 @@ class RayCohort:
                 num_cpus=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(own, soft=True),
                 # Ray first asks any node, which may not have heard of ours and keeps the actor itself.
-                resources=_only_at(own),
+                resources=only_at(own),
             )
             .remote(self.names)
         )
@@ -525,13 +525,6 @@ def _is_on_head(nodes: Sequence[Mapping[str, Any]]) -> bool:
     here = ray.get_runtime_context().get_node_id()
     heads = [node["NodeID"] for node in nodes if "node:__internal_head__" in node["Resources"]]
     return here in heads
-
-
-def _only_at(node_id: str) -> dict[str, float]:
-    """A resource that the node has for nobody but those who are to be at its address."""
-    resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
-    own = [kind for kind in resources if kind.startswith("node:") and "__" not in kind]
-    return {own[0]: 0.001} if own else {}
 
 
 def _is_of_ray(pid: int) -> bool:

@@ -97,3 +97,10 @@ def _require_reachable(address: str) -> None:
         raise UserError(
             f"RAY_ADDRESS {address} does not answer ({error}); unset it to run on this machine"
         ) from None
+
+
+def only_at(node_id: str) -> dict[str, float]:
+    """A resource that the node has for nobody but those who are to be at its address."""
+    resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
+    own = [kind for kind in resources if kind.startswith("node:") and "__" not in kind]
+    return {own[0]: 0.001} if own else {}
