@@ -328,11 +328,12 @@ class PeerConfig(Section):
     def _has_gpus_for_its_replicas(self) -> PeerConfig:
         if self.num_gpus is None:
             return self
-        part = self.num_gpus / self.num_replicas
-        if part > 1:
+        several = self.num_replicas > 1 and self.num_gpus > 0
+        if self.num_gpus > self.num_replicas or (several and self.num_gpus != self.num_replicas):
             raise ValueError(
-                f"num_gpus {self.num_gpus:g} on {self.num_replicas} replicas: each uses one GPU or a "
-                "part of one, so num_gpus above 1 must be a whole number, and replicas no fewer"
+                f"num_gpus {self.num_gpus:g} on {self.num_replicas} replicas: one has a GPU or a part of "
+                "one, several have a GPU each (NCCL takes no two of one), so num_gpus above 1 must be a "
+                "whole number, and replicas the same or null"
             )
         return self
 

@@ -37,6 +37,9 @@ from ray_dmml.randomness import seeded
 _WEIGHTS, _EMBED, _INFER, _BACKWARD = range(4)
 _HEADER = 6  # what, which net, rows, height, width, seed
 
+_COMPUTED = 1
+"""Tag of the word that a result is there; data has 0."""
+
 _NEVER = timedelta(days=7)
 """A replica waits as long as its peer does: Ray ends it with the peer."""
 
@@ -106,7 +109,7 @@ class Wire:
         def wait() -> None:
             with self._told():
                 for work in works:
-                    work.wait()
+                    self._wait(work)
             kept.clear()  # until then what is sent must stay
 
         return wait
@@ -114,7 +117,7 @@ class Wire:
     def receive(self, tensor: Tensor, rank: int) -> Tensor:
         if len(tensor):
             with self._told():
-                self._data.recv([tensor], rank, 0).wait()
+                self._wait(self._data.recv([tensor], rank, 0))
         return tensor
 
     def sum_up(self, tensor: Tensor) -> None:
@@ -123,6 +126,27 @@ class Wire:
         options.reduceOp, options.rootRank = ReduceOp.SUM, 0
         with self._told():
             self._data.reduce([tensor], options).wait()
+
+    def computed(self) -> None:
+        """A replica has its next result. NCCL does not hear of a process that is gone or out of memory:
+        who waits for it in a kernel waits for ever, so the peer starts none before it is told."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        with self._told():
+            self._control.send([torch.zeros(1)], 0, _COMPUTED).wait(_NEVER)
+
+    def until_computed(self, rank: int) -> None:
+        """The peer's end of :meth:`computed`."""
+        with self._told():
+            self._control.recv([torch.zeros(1)], rank, _COMPUTED).wait(_NEVER)
+
+    def _wait(self, work: Any) -> None:
+        """gloo's sends and receives have the group's first patience unless they are given another;
+        NCCL's would block the CPU, and have none of their own."""
+        if self._data is self._control:
+            work.wait(_NEVER)
+        else:
+            work.wait()
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -197,6 +221,8 @@ class Replicas:
         found = torch.autograd.grad(own, learned, mine, allow_unused=True)
         sent()
         total = _flat(found, learned)
+        for rank in range(1, self._wire.size):
+            self._wire.until_computed(rank)
         self._wire.sum_up(total)
         pieces = total.split([p.numel() for p in learned])
         for parameter, is_used, piece in zip(learned, found, pieces, strict=True):
@@ -229,11 +255,12 @@ class Replicas:
         return own, self._wire.send(enumerate(others, start=1))
 
     def _collect(self, num_rows: int, like: Tensor) -> list[Tensor]:
-        sizes = _sizes(num_rows, self._wire.size)[1:]
-        return [
-            self._wire.receive(like.new_empty(size, like.shape[1]), rank)
-            for rank, size in enumerate(sizes, start=1)
-        ]
+        found = []
+        for rank, size in enumerate(_sizes(num_rows, self._wire.size)[1:], start=1):
+            if size:
+                self._wire.until_computed(rank)
+            found.append(self._wire.receive(like.new_empty(size, like.shape[1]), rank))
+        return found
 
 
 class Replica:
@@ -305,6 +332,7 @@ class Replica:
             found = self._forward(images) if learns else net.project(images)
         if learns:
             self._embedding = found
+        self._wire.computed()
         self._wire.send([(0, found.detach())])()
 
     def _backward(self) -> None:
@@ -314,7 +342,9 @@ class Replica:
             gradient = self._wire.receive(torch.empty_like(self._embedding), 0)
             found = torch.autograd.grad(self._embedding, learned, gradient, allow_unused=True)
         self._embedding = None
-        self._wire.sum_up(_flat(found, learned))
+        total = _flat(found, learned)
+        self._wire.computed()
+        self._wire.sum_up(total)
 
 
 def _sizes(num_rows: int, num_parts: int) -> list[int]:

@@ -46,9 +46,16 @@ from ray.tune.schedulers import (
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from ray_dmml import yamlio
-from ray_dmml.cohort.placement import bundle
+from ray_dmml.cohort.placement import (
+    BOOTSTRAP_FILE,
+    Node,
+    bundle,
+    have_places,
+    known_nodes,
+    lowered,
+)
 from ray_dmml.cohort.session import only_at, ray_session
-from ray_dmml.config import Config
+from ray_dmml.config import Config, PeerConfig
 from ray_dmml.errors import UserError
 from ray_dmml.runfolder import RunFolder, replace_file
 from ray_dmml.search import Params, Search, SearchConfig
@@ -180,9 +187,9 @@ def run_search(
     else:
         RunFolder(files.path).refuse_existing()
     with ray_session():
-        cluster = ray.cluster_resources()
+        nodes = _nodes()
         for config in _configs_of_each_size(search):
-            _require_room(_resources(config, cluster, gpus_per_trial), cluster)
+            _require_room(_resources(config, nodes, gpus_per_trial), nodes)
         if not resumed:
             files.create(search)
         _run_trials(files, search, resumed, gpus_per_trial, watch)
@@ -267,10 +274,10 @@ def _run_trials(
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Tune's own handler would take Ctrl-C for the end of the search, and go on to the final runs.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    cluster = ray.cluster_resources()
+    nodes = _nodes()
     trainable = tune.with_resources(
         tune.with_parameters(_trial, search=search, folder=str(files.path)),
-        lambda params: _resources(search.trial_config(params), cluster, gpus_per_trial),
+        lambda params: _resources(search.trial_config(params), nodes, gpus_per_trial),
     )
     state = str(files.path / "ray")
     if resumed and tune.Tuner.can_restore(state):
@@ -395,25 +402,66 @@ def _inside_the_space(search: Search, params: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _nodes() -> list[Node]:
+    """Those of the cluster, and those that it may start besides."""
+    here = ray.get_runtime_context().get_node_id()
+    return known_nodes(ray.nodes(), here, Path.home() / BOOTSTRAP_FILE)
+
+
 def _resources(
-    config: Config, cluster: Mapping[str, float], gpus_per_trial: float | None
+    config: Config, nodes: Sequence[Node], gpus_per_trial: float | None
 ) -> tune.PlacementGroupFactory:
     """A bundle a peer; before them that of the trial's own process, which computes next to nothing, on
-    this node: the search's folder is here."""
+    this node: the search's folder is here.
+
+    Raises:
+        UserError: nothing is known of any CPU or GPU.
+    """
     peers = config.cohort.peers
-    gpus = min(1.0, cluster.get("GPU", 0.0)) if gpus_per_trial is None else gpus_per_trial
-    cpu = min(1.0, cluster.get("CPU", 1.0) / len(peers))
-    if gpus:  # the cores that go with the GPUs
-        cpu = max(cpu, cluster.get("CPU", 1.0) * gpus / cluster.get("GPU", gpus) // len(peers))
-    bundles = [only_at(ray.get_runtime_context().get_node_id())]
+    known = sum(node.get("GPU", 0.0) for node in nodes)
+    gpus = min(1.0, known) if gpus_per_trial is None else gpus_per_trial
     # Whole GPUs, or parts of which several make up one: no peer gets a GPU and a half, or two parts.
     share = gpus / len(peers)
     share = float(int(share)) if share >= 1 else 1 / -(-len(peers) // gpus) if gpus > 1 else share
-    for peer in peers:
-        gpu = min(share, peer.num_replicas) if peer.num_gpus is None else peer.num_gpus
-        bundles.append(bundle(peer, peer.num_cpus or cpu, gpu))
+    own = only_at(ray.get_runtime_context().get_node_id())
+    gpus_of = [_gpus_of_a_peer(peer, share) for peer in peers]
+
+    def bundles(cpu: float) -> list[dict[str, float]]:
+        asked = zip(peers, gpus_of, strict=True)
+        return [own, *(bundle(peer, peer.num_cpus or cpu, gpu) for peer, gpu in asked)]
+
+    # What fits nowhere, as far as is known here, may yet on nodes that are not known.
+    cpus = 0.0 if all(peer.num_cpus for peer in peers) else _cpus_of_a_peer(nodes, gpus, len(peers))
+    placed = (cpu for cpu in lowered(cpus) if have_places(bundles(cpu), nodes, "pack"))
     labels = [{}, *(dict(peer.labels) for peer in peers)]
-    return tune.PlacementGroupFactory(bundles, bundle_label_selector=labels)
+    return tune.PlacementGroupFactory(bundles(next(placed, cpus)), bundle_label_selector=labels)
+
+
+def _gpus_of_a_peer(peer: PeerConfig, share: float) -> float:
+    """A GPU for each of several replicas, however few a trial has: NCCL takes no two of one."""
+    if peer.num_gpus is not None:
+        return peer.num_gpus
+    if peer.num_replicas > 1:
+        return float(peer.num_replicas) if share else 0.0
+    return min(share, 1.0)
+
+
+def _cpus_of_a_peer(nodes: Sequence[Node], gpus: float, num_peers: int) -> float:
+    """An even share of one CPU, or of the cores that go with a trial's GPUs.
+
+    Raises:
+        UserError: there is no CPU, and no GPU was asked for.
+    """
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    if not cpus and not gpus:
+        raise UserError(
+            "the cluster has no CPUs and no GPUs, and what it may start is not known here: say what a "
+            "trial needs (--gpus-per-trial, or cohort.base.num_gpus and num_cpus)"
+        )
+    cpu = min(1.0, cpus / num_peers) if cpus else 1.0
+    # On every node with GPUs: what other nodes have is of no use to those who are here.
+    beside = [node.get("CPU", 0.0) / node["GPU"] for node in nodes if node.get("GPU")]
+    return max(cpu, min(beside) * gpus // num_peers) if beside and gpus else cpu
 
 
 def _configs_of_each_size(search: Search) -> list[Config]:
@@ -423,7 +471,7 @@ def _configs_of_each_size(search: Search) -> list[Config]:
     return [search.trial_config(draw) for draw in ({}, *draws)]
 
 
-def _require_room(trial: tune.PlacementGroupFactory, cluster: Mapping[str, float]) -> None:
+def _require_room(trial: tune.PlacementGroupFactory, nodes: Sequence[Node]) -> None:
     """A private Ray never grows: what it has not, a trial would wait for without end.
 
     Raises:
@@ -432,10 +480,11 @@ def _require_room(trial: tune.PlacementGroupFactory, cluster: Mapping[str, float
     if os.environ.get("RAY_ADDRESS"):
         return
     for kind, needed in trial.required_resources.items():
-        if needed > cluster.get(kind, 0.0) + 1e-6:
+        there = sum(node.get(kind, 0.0) for node in nodes)
+        if needed > there + 1e-6:
             raise UserError(
                 f"a trial needs {needed:g} {kind}s (--gpus-per-trial, cohort.peers.*.num_cpus and "
-                f"num_gpus) and this machine has {cluster.get(kind, 0.0):g}"
+                f"num_gpus) and this machine has {there:g}"
             )
 
 

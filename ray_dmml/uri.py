@@ -32,6 +32,8 @@ def open_uri(uri: str, *, make: bool = True) -> tuple[fs.FileSystem, str]:
             folder.mkdir(parents=True, exist_ok=True)
         return fs.LocalFileSystem(), str(folder)
     if parts.scheme == "s3":  # as pyarrow reads the URI, where it knows no timeouts
+        if ":" in parts.netloc and "@" not in parts.netloc and "@" in uri:
+            raise ValueError("a '/' in its key is written %2F, a '?' %3F and a '#' %23")
         bucket = parts.netloc.rpartition("@")[2]
         if not bucket:
             raise ValueError("it names no bucket")
@@ -65,5 +67,17 @@ def reason(error: Exception) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """URIs without the user's name and password and without their queries."""
-    return re.sub(r"//[^/@\s]*@", "//", re.sub(r"(://[^?\s]*)\?\S*", r"\1", text))
+    """URIs without the user's name and password and without their queries.
+
+    AWS's secrets have slashes, and not everybody escapes them: all up to the last @ goes. Where that
+    is behind a question mark nobody can tell a secret from a query, and nothing is shown.
+    """
+    return re.sub(r"(\w*:)?//(\S*)", _shown, text)
+
+
+def _shown(uri: re.Match[str]) -> str:
+    scheme = uri[1] or ""
+    place, _, query = uri[2].partition("?")
+    if scheme.lower() != "file:":  # whose folders may have an @
+        place = "..." if "@" in query else place.rpartition("@")[2]
+    return f"{scheme}//{place}"

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,8 @@ from ray_dmml.config import Config
 from ray_dmml.runfolder import RunFolder
 from ray_dmml.training import train
 
-pytestmark = pytest.mark.cluster
-
 ROOT = Path(__file__).parents[1]
-NEEDED = ("unshare", "nsenter", "ip", "rsync", "ssh", "curl", "/usr/sbin/sshd")
+NEEDED = ("unshare", "nsenter", "ip", "pgrep", "rsync", "ssh", "curl", "/usr/sbin/sshd")
 STEPS = 60
 PATIENCE_S = 240.0
 NUM_LINES_BEFORE_THE_CUT = 4
@@ -47,6 +45,9 @@ class Hosts:
 
     def __init__(self, folder: Path, images: Path) -> None:
         self.folder = folder
+        self._beside: list[subprocess.Popen[str]] = []
+        self._home = folder / "home"
+        self.cluster = folder / "cluster.yaml"
         # Where the interpreter and its packages are; what the home or /tmp has of them is hidden else.
         kept = {sys.base_prefix, sys.prefix, str(images)}
         with (folder / "hosts.log").open("w") as log:
@@ -56,13 +57,19 @@ class Hosts:
                 stderr=log,
                 start_new_session=True,
             )
-        self.wait_for((folder / "ready").exists)
-        self._beside: list[subprocess.Popen[str]] = []
-        self._home = folder / "home"
-        (self._home / ".ray").mkdir(parents=True)
-        (self._home / ".ray" / "auth_token").write_text(os.urandom(32).hex())
-        self.cluster = folder / "cluster.yaml"
-        self.cluster.write_text(yamlio.dump(self._settings()))
+        try:
+            self._wait_until_ready()
+            (self._home / ".ray").mkdir(parents=True)
+            (self._home / ".ray" / "auth_token").write_text(os.urandom(32).hex())
+            self.cluster.write_text(yamlio.dump(self._settings()))
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait_until_ready(self) -> None:
+        ready = self.folder / "ready"
+        self.wait_for(lambda: ready.exists() or self._process.poll() is not None)
+        assert ready.exists(), (self.folder / "hosts.log").read_text()
 
     def _settings(self) -> dict[str, Any]:
         """deploy/on-prem.yaml with these hosts' addresses, and packages from where they are already: the
@@ -115,13 +122,20 @@ class Hosts:
         assert not check or process.returncode == 0, told
         return told
 
-    def ssh(self, host: int, command: str) -> str:
+    def ssh(self, host: int, command: str, *, check: bool = True) -> str:
+        """What a command told on a host.
+
+        Args:
+            check: False where it may fail, as what it looks for may not be there yet.
+        """
         options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
         asked = ["ssh", "-i", self.folder / "key", *options.split(), f"root@10.77.0.1{host}"]
         ended = subprocess.run(
             self.command(*asked, command), capture_output=True, text=True, timeout=60
         )
-        return ended.stdout + ended.stderr
+        told = ended.stdout + ended.stderr
+        assert not check or ended.returncode == 0, f"{command}: {ended.returncode}\n{told}"
+        return told
 
     def start_beside(self, line: str, cwd: Path) -> subprocess.Popen[str]:
         """A line of bash on a machine that reaches the hosts, and has our commands."""
@@ -204,8 +218,14 @@ class Hosts:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        os.kill(int((self.folder / "outer").read_text()), signal.SIGKILL)
-        self._process.wait()
+        if self._process.poll() is None:
+            outer = self.folder / "outer"
+            if outer.exists():  # whose end is that of all hosts
+                with suppress(ProcessLookupError):
+                    os.kill(int(outer.read_text()), signal.SIGKILL)
+            else:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         for left in Path("/tmp/ray").glob(f"cluster-test-{os.getpid()}*"):
             left.unlink()
 
@@ -215,6 +235,9 @@ def hosts(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     missing = [tool for tool in NEEDED if shutil.which(tool) is None]
     if os.geteuid() != 0 or missing:
         pytest.skip(f"needs root and {', '.join(NEEDED)} (missing: {', '.join(missing) or 'root'})")
+    tried = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"namespaces are not allowed here: {tried.stderr.strip()}")
     found = Hosts(tmp_path_factory.mktemp("hosts"), image_folder)
     try:
         found.ray("up", "-y", "--no-config-cache")
@@ -222,6 +245,47 @@ def hosts(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield found
     finally:
         found.close()
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Puts a shell script before the command of that name."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def put(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    return put
+
+
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep is not installed")
+def test_hosts_that_cannot_be_made_are_told(
+    tmp_path: Path, commands: Callable[[str, str], None]
+) -> None:
+    """And nobody waits for them."""
+    commands("unshare", "echo 'unshare failed: Operation not permitted' >&2; exit 1")
+    for name in ("key", "host_key"):
+        (tmp_path / name).write_text("")
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match=r"Operation not permitted\s+.*is it allowed here"):
+        Hosts(tmp_path, tmp_path)
+    assert time.monotonic() - began < PATIENCE_S / 4
+
+
+def test_a_command_that_fails_on_a_host_is_told(
+    tmp_path: Path, commands: Callable[[str, str], None]
+) -> None:
+    """What it did not tell proves nothing."""
+    commands("nsenter", "echo 'no route to host' >&2; exit 255")
+    hosts = object.__new__(Hosts)
+    hosts.folder = tmp_path
+    (tmp_path / "outer").write_text("1\n")
+    assert hosts.ssh(1, "ps", check=False) == "no route to host\n"
+    with pytest.raises(AssertionError, match=r"ps: 255\s+no route to host"):
+        hosts.ssh(1, "ps")
 
 
 def plain(command: str) -> str:
@@ -260,6 +324,7 @@ def alone(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return outcome(out)
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("transport", ["direct", "coordinator"])
 def test_peers_on_three_hosts(
     hosts: Hosts, image_folder: Path, alone: tuple[Any, str], transport: str
@@ -285,6 +350,7 @@ def lines_of_outgrowing() -> list[str]:
     return [line.partition("  #")[0].strip() for line in block.splitlines()]
 
 
+@pytest.mark.cluster
 def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Path) -> None:
     """*Outgrowing one machine*, line by line, on a machine beside the hosts: `ray up` was the fixture's,
     `ray down` is the last test's. Images and what the job stores are in a bucket."""
@@ -327,7 +393,7 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
                 assert all(f"10.77.0.1{host}" in told for host in (1, 2, 3)), told
             case ["ray", "exec"] if "job submit" in line:
                 ran(line)  # and nobody waits for it
-                hosts.wait_for(lambda: "results.json" in hosts.ssh(1, "ls ~/runs/c"))
+                hosts.wait_for(lambda: "results.json" in hosts.ssh(1, "ls ~/runs/c", check=False))
                 nodes = hosts.ssh(1, "grep -o 10.77.0.1. ~/runs/c/run.json")
                 assert len(set(nodes.split())) == 3
             case ["ray", "submit"]:
@@ -353,6 +419,7 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
                 pytest.fail(f"nothing here tries the line: {line}")
 
 
+@pytest.mark.cluster
 def test_a_host_that_is_cut_off(hosts: Hosts, image_folder: Path, alone: tuple[Any, str]) -> None:
     """In mid-run: its peer is started on another host, and the end is the same. Once the wire is back
     the host is taken in again, and what went on running on it meanwhile reaches nobody."""
@@ -380,6 +447,7 @@ def test_a_host_that_is_cut_off(hosts: Hosts, image_folder: Path, alone: tuple[A
     hosts.wait_for(lambda: hosts.num_nodes() == 3)
 
 
+@pytest.mark.cluster
 def test_a_cluster_that_is_taken_down_leaves_nothing(hosts: Hosts) -> None:
     """`ray down` ends the head; the docs' line ends the others'."""
     hosts.ray("down", "-y")

@@ -29,6 +29,8 @@ from ray.autoscaler._private.resource_demand_scheduler import get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ray_dmml.autoscaling import spot_first
+from ray_dmml.cohort import placement
+from ray_dmml.config import Config
 
 ROOT = Path(__file__).parents[1]
 CLUSTER_FILE = ROOT / "cluster.yaml"
@@ -176,7 +178,8 @@ def test_a_launch(aws: None, tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        [head] = wait_for(instances)
+        # moto shows an instance a moment before it has its profile.
+        [head] = wait_for(lambda: [i for i in instances() if "IamInstanceProfile" in i])
     finally:
         os.killpg(up.pid, 9)
         up.wait()
@@ -227,3 +230,28 @@ def test_the_kubernetes_job_is_a_training_of_ours() -> None:
     ]  # as far as it goes without its images
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 2 and "/shared/data/cub200" in ended.stderr, ended.stderr
+
+
+def kuberay_node(group: dict[str, Any], **others: float) -> dict[str, float]:
+    """What KubeRay tells `ray start` of a pod: its limits, where rayStartParams do not say otherwise."""
+    [container] = group["template"]["spec"]["containers"]
+    limits, start = container["resources"]["limits"], group["rayStartParams"]
+    cpus = float(start.get("num-cpus", limits["cpu"]))
+    gpus = float(start.get("num-gpus", limits.get("nvidia.com/gpu", 0)))
+    return {"CPU": cpus, **({"GPU": gpus} if gpus else {}), **others}
+
+
+def test_the_kubernetes_job_has_the_workers_it_needs_from_the_start() -> None:
+    """No file there says what the cluster may grow to: its training is planned on the head and the least
+    workers, one of the pods for each peer."""
+    _, job = yaml.safe_load_all((ROOT / "deploy/kuberay.yaml").read_text())
+    spec = job["spec"]["rayClusterSpec"]
+    nodes = [kuberay_node(spec["headGroupSpec"], **{placement.HEAD: 1.0})]
+    for group in spec["workerGroupSpecs"]:
+        assert group["minReplicas"] == group["replicas"] <= group["maxReplicas"]
+        nodes += [kuberay_node(group)] * group["minReplicas"]
+    said = shlex.split(job["spec"]["entrypoint"])
+    values = {key: said[said.index(f"--{key}") + 1] for key in ("config", "set")}
+    config = Config.load(ROOT / values["config"], [values["set"]])
+    assert nodes[0]["CPU"] == 0 and len(config.cohort.peers) == 2
+    assert placement.plan(config, nodes, []) == [{"CPU": 8, "GPU": 1}] * 2

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import S3Server, tiny
+from conftest import S3Server, tiny, write_image
 from typer.testing import CliRunner
 
 pytest.importorskip("pyarrow.fs", reason="ray[tune] brings pyarrow, which is not installed")
@@ -19,8 +25,9 @@ pytest.importorskip("pyarrow.fs", reason="ray[tune] brings pyarrow, which is not
 from ray_dmml import yamlio
 from ray_dmml.cli import app
 from ray_dmml.config import Config, DataConfig
+from ray_dmml.data import fetch as fetch_module
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.fetch import DIGESTS, fetch, local_root
+from ray_dmml.data.fetch import COPIED, DIGESTS, DONE, fetch, local_root
 from ray_dmml.errors import UserError
 from ray_dmml.uri import open_uri
 
@@ -137,14 +144,133 @@ def test_what_has_a_digest_is_verified(images: Path, tmp_path: Path) -> None:
         fetch(config(images, root=tmp_path / "other"), print)
 
 
-def test_names_that_lead_elsewhere_are_refused(s3: S3Server, tmp_path: Path) -> None:
-    """A bucket may hold any name. (A digest list of names that are not there writes nothing.)"""
+@pytest.mark.parametrize("name", ["../../escaped", "a/../../../escaped", "{outside}/escaped"])
+def test_names_that_lead_elsewhere_are_refused(name: str, s3: S3Server, tmp_path: Path) -> None:
+    """A bucket may hold any name."""
+    import boto3
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{s3.port}",
+        region_name="us-east-1",
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+    )
+    folder = f"{tmp_path.name}/images"
+    for each in ("a/1.png", name.format(outside=tmp_path)):
+        client.put_object(Bucket="bucket", Key=f"{folder}/{each}", Body=b"x")
+    with pytest.raises(UserError, match="escaped' is outside the folder"):
+        fetch(config(s3.uri(f"bucket/{folder}"), root=tmp_path / "deep" / "copy"), print)
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_a_digest_list_names_files_of_the_source_only(s3: S3Server, tmp_path: Path) -> None:
     source = s3.uri(f"bucket/{tmp_path.name}/images")
     digest = hashlib.sha256(b"x").hexdigest()
     put(source, {"a/1.png": b"x", DIGESTS: f"{digest}  ../../escaped\n".encode()})
     with pytest.raises(UserError, match=r"has no \.\./\.\./escaped"):
         fetch(config(source, root=tmp_path / "deep" / "er" / "copy"), print)
     assert not (tmp_path / "deep" / "escaped").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_another_look_brings_the_copy_up_to_date(
+    kind: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """What was added, what changed (also to as many bytes) and what is there no more, down to a whole
+    class; what else is in the folder stays. A run's own look trusts the copy."""
+    source, root = str(images), tmp_path / "copy"
+    if kind == "s3":
+        source = request.getfixturevalue("s3").uri(f"bucket/{tmp_path.name}/images")
+        put(source, files_of(images))
+        time.sleep(1.1)  # S3 tells whole seconds
+    asked, told = config(source, root=root), list[str]()
+    fetch(asked, told.append)
+    before = files_of(images)
+    (root / "class01" / "mine.png").write_bytes(b"mine")
+
+    changed = {"class00/0.png": bytes(reversed(before["class00/0.png"])), "class00/new.png": b"new"}
+    gone = [name for name in before if name.startswith(("class15", "class01/0"))]
+    there, base = open_uri(source)
+    put(source, changed)
+    for name in gone:
+        there.delete_file(f"{base}/{name}")
+        with suppress(OSError):
+            (images / name).parent.rmdir()
+    fetch(asked, told.append)
+    assert files_of(root) == before | {"class01/mine.png": b"mine"}
+    fetch(asked, told.append, again=True)
+    expected = {name: content for name, content in before.items() if name not in gone}
+    assert files_of(root) == expected | changed | {"class01/mine.png": b"mine"}
+    assert not (root / "class15").exists()
+    assert f"copying 2 of {len(expected) + 1} files" in told[1] and "removing 6 that" in told[1]
+    fetch(asked, told.append, again=True)
+    assert "has all" in told[2] and "secret" not in "".join(told)
+    fetch(asked, pytest.fail)
+
+
+def test_another_look_that_breaks_off_leaves_no_finished_copy(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run goes on with it, and takes no old bytes for new ones of the same number; a source
+    that does not answer changes nothing."""
+    asked = config(images, root=tmp_path / "copy")
+    fetch(asked, print)
+    images.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="cannot be copied"):
+        fetch(asked, print, again=True)
+    fetch(asked, pytest.fail)
+    (tmp_path / "away").rename(images)
+
+    first = images / "class00" / "0.png"
+    first.write_bytes(bytes(len(first.read_bytes())))
+    with monkeypatch.context() as broken:
+        broken.setattr(fetch_module, "_get", _break_off)
+        with pytest.raises(UserError, match=r"cannot be copied .* the network is gone"):
+            fetch(asked, print, again=True)
+    fetch(asked, print)
+    assert files_of(tmp_path / "copy") == files_of(images)
+
+
+def _break_off(*arguments: Any) -> None:
+    raise OSError("the network is gone")
+
+
+def test_a_list_of_copied_files_removes_nothing_elsewhere(images: Path, tmp_path: Path) -> None:
+    """It may be a stranger's, who packed the folder."""
+    root, victim = tmp_path / "copy", tmp_path / "elsewhere" / "victim"
+    fetch(config(images, root=root), print)
+    victim.parent.mkdir()
+    victim.write_text("")
+    (root / "link").symlink_to(victim.parent)
+    names = ["../elsewhere/victim", "link/victim", str(victim), ".", ""]
+    (root / COPIED).write_text(json.dumps(dict.fromkeys(names, 0)))
+    fetch(config(images, root=root), print, again=True)
+    assert victim.exists() and files_of(root) == files_of(images)
+
+
+def test_a_copy_is_on_the_disk_before_it_counts(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the machine dies the mark of a finished copy must not be all that is left of it."""
+    root, synced = tmp_path / "copy", list[bool]()
+
+    def sync() -> None:
+        synced.append((root / DONE).exists())
+        assert files_of(root) == files_of(images)
+
+    monkeypatch.setattr(os, "sync", sync)
+    fetch(config(images, root=root), print)
+    assert synced == [False] and (root / DONE).exists()
+
+
+def test_a_copy_may_be_a_source(images: Path, tmp_path: Path) -> None:
+    """What it says of itself is not what there is to say of its copy."""
+    fetch(config(images, root=tmp_path / "first"), print)
+    told: list[str] = []
+    fetch(config(tmp_path / "first", root=tmp_path / "second"), told.append)
+    assert f"copying {len(files_of(images))} of {len(files_of(images))} files" in told[0]
+    assert files_of(tmp_path / "second") == files_of(images)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +280,7 @@ def test_names_that_lead_elsewhere_are_refused(s3: S3Server, tmp_path: Path) -> 
         ("empty", "empty has no files"),
         ("ftp://host/images", "is not understood"),
         ("s3:///images", "it names no bucket"),
+        ("s3://AKIA:abc/secret@bucket/images", "data.source s3://bucket/images .* is written %2F"),
     ],
 )
 def test_sources_that_are_none(source: str, expected: str, tmp_path: Path) -> None:
@@ -175,6 +302,10 @@ def test_the_command_prepares_this_machine(images: Path, tmp_path: Path) -> None
         and f"in {images.parent}/../copy" in ended.output
     )
     assert files_of(tmp_path / "copy") == files_of(images)
+    (images / "class00" / "0.png").rename(images / "class00" / "new.png")
+    ended = CliRunner().invoke(app, ["data", "fetch", "--config", str(file)])
+    assert ended.exit_code == 0, ended.output
+    assert files_of(tmp_path / "copy") == files_of(images)
 
 
 def test_every_node_makes_itself_a_copy(
@@ -193,6 +324,10 @@ def test_every_node_makes_itself_a_copy(
     assert ended.exit_code == 0, ended.output
     assert ray.util.get_node_ip_address() in ended.output
     assert files_of(tmp_path / "copy") == files_of(images)
+    (images / "class00" / "0.png").rename(images / "class00" / "new.png")
+    ended = CliRunner().invoke(app, ["data", "fetch", "--config", str(file)])
+    assert ended.exit_code == 0, ended.output
+    assert files_of(tmp_path / "copy") == files_of(images)
 
     asked = Config.load(file)
     splits = load_splits(asked.data)
@@ -209,3 +344,51 @@ def test_every_node_makes_itself_a_copy(
     file.write_text(yamlio.dump(raw))
     ended = CliRunner().invoke(app, ["data", "fetch", "--config", str(file)])
     assert ended.exit_code == 2 and "cannot be copied" in ended.output
+
+
+OTHERS = r"peer\d: the (training|validation) images on host .* are not those that the driver has"
+
+
+def test_copies_of_two_times_are_not_trained_on(
+    ray_start_4_cpus: None, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver has an old copy, and a photo was added before the peers' nodes made theirs: a number
+    would mean one image here and another one there. Another look brings them together."""
+    from ray_dmml.cohort.remote import RayCohort
+
+    asked = Config.parse(tiny(images, data={"root": None, "source": str(images)}))
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", str(tmp_path / "the driver's")
+    )  # Ray's processes have another
+    splits = load_splits(asked.data)
+    write_image(images / "class00" / "added.png", np.random.default_rng(0), 0)
+    with pytest.raises(UserError, match=f"{OTHERS}: .*data fetch"):
+        RayCohort(asked, splits).close()
+    fetch(asked.data, print, again=True)
+    with closing(RayCohort(asked, load_splits(asked.data))) as cohort:
+        assert len(cohort.run(0, 1, lambda finished: None)) == 1
+
+
+def test_a_folder_of_two_times_is_not_trained_on(ray_start_4_cpus: None, images: Path) -> None:
+    """As a mount that shows one node what another one changed a while ago."""
+    from ray_dmml.cohort.remote import RayCohort
+
+    asked = Config.parse(tiny(images))
+    splits = load_splits(asked.data)
+    (images / "class00" / "0.png").rename(images / "class00" / "00.png")
+    with pytest.raises(UserError, match=f"{OTHERS}: .*the same data.root"):
+        RayCohort(asked, splits).close()
+
+
+def test_a_digest_is_of_names_classes_and_their_order(images: Path) -> None:
+    """And not of the folder that the images are in, or of which of two equal sets is asked."""
+    plain = DataConfig.model_validate({"name": "imagefolder", "root": images, "decode_size": 36})
+    splits = load_splits(plain)
+    train = splits.train
+    swapped = train.subset([1, 0, *range(2, len(train))])
+    elsewhere = shutil.copytree(images, images.parent / "elsewhere")
+    same = load_splits(plain.model_copy(update={"root": Path(elsewhere)}))
+    assert same.digests() == splits.digests() and set(same.digests()) >= {"training", "test"}
+    others = [swapped, train.subset(range(len(train) - 1)), splits.test]
+    others.append(replace(train, labels=train.labels[::-1].copy()))
+    assert len({each.digest() for each in (train, *others)}) == 5

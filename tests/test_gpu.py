@@ -127,7 +127,7 @@ def test_peers_share_a_gpu_on_ray(image_folder: Path) -> None:
     ray.init("local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
     try:
         with closing(RayCohort(config, load_splits(config.data))) as cohort:
-            assert cohort.devices == ("cuda", "cuda") and cohort.transport == "direct"
+            assert cohort.devices == ("cuda:0", "cuda:0") and cohort.transport == "direct"
             rows = cohort.run(0, 10, lambda finished: None)
             found = cohort.embeddings("test")
     finally:
@@ -136,3 +136,29 @@ def test_peers_share_a_gpu_on_ray(image_folder: Path) -> None:
         math.isfinite(value) for row in rows for terms in row.values() for value in terms.values()
     )
     assert [embeddings.shape for embeddings in found.values()] == [(40, 16), (40, 16)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs on this machine")
+def test_a_peer_over_two_gpus(image_folder: Path) -> None:
+    """Its replicas share each batch by NCCL; distance and angle of the first steps are those of one GPU."""
+    import ray
+
+    from ray_dmml.cohort.remote import RayCohort
+
+    config = config_of(image_folder, batch_norm="frozen")
+    shared = config.cohort.peers[0].model_copy(update={"num_gpus": 2.0})
+    peers = (shared, config.cohort.peers[1].model_copy(update={"num_gpus": 0.0}))
+    spread = config.model_copy(update={"cohort": config.cohort.model_copy(update={"peers": peers})})
+    splits = load_splits(config.data)
+    with closing(LocalCohort(config, splits, torch.device("cuda", 0))) as cohort:
+        (expected,) = cohort.run(0, 1, lambda finished: None)
+    ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        with closing(RayCohort(spread, splits)) as cohort:
+            assert cohort.devices[0] == "cuda:0 x 2"
+            rows = cohort.run(0, 10, lambda finished: None)
+    finally:
+        ray.shutdown()
+    for term in ("distance", "angle"):
+        assert rows[0]["peer0"][term] == pytest.approx(expected["peer0"][term], rel=0.1)
+    assert all(math.isfinite(value) for row in rows for value in row["peer0"].values())

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
+from torch.distributed import TCPStore
+
+from ray_dmml.cohort.transport import store_at
 
 FAULTS = """
 import resource
@@ -37,3 +42,12 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     before, after = map(int, ended.stdout.split())
     assert before > 100
     assert after < before / 20
+
+
+def test_a_store_listens_at_its_own_address_only() -> None:
+    """Whoever reaches it could change what peers tell each other; it does not ask who comes."""
+    store = store_at("127.0.0.1", timedelta(seconds=20))
+    TCPStore("127.0.0.1", store.port, is_master=False).set("key", "value")
+    assert store.get("key") == b"value"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", store.port), timeout=5)

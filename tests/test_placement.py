@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray_dmml.cohort import placement
 from ray_dmml.cohort.placement import plan_bundles
 from ray_dmml.config import Config
 from ray_dmml.errors import UserError
+from ray_dmml.tuning import _nodes, _resources
 
 
 def plan(num_peers: int, *nodes: dict[str, float], **first: Any) -> list[dict[str, float]]:
@@ -95,17 +97,108 @@ def test_nothing_left_for_the_others_is_told() -> None:
         plan(2, {"CPU": 2}, num_cpus=2)
 
 
+@pytest.mark.parametrize(
+    ("num_peers", "nodes", "bundles"),
+    [
+        # A head without GPUs has CPUs that are of no use to peers with one.
+        (2, [{"CPU": 64}, {"CPU": 8, "GPU": 2}], [{"CPU": 4, "GPU": 1}] * 2),
+        (2, [{"CPU": 8}, {"CPU": 4}], [{"CPU": 4}] * 2),
+        (3, [{"CPU": 3}, {"CPU": 3}], [{"CPU": 1}] * 3),
+        # 6, 4 and 3 peers of one core each would be 13; two share a core.
+        (14, [{"CPU": 6}, {"CPU": 4}, {"CPU": 3}], [{"CPU": 1 / 2}] * 14),
+        (4, [{"CPU": 64}, {"CPU": 1, "GPU": 4}], [{"CPU": 1 / 4, "GPU": 1}] * 4),
+        (3, [{"CPU": 4, "GPU": 1}, {"CPU": 8, "GPU": 1}], [{"CPU": 4, "GPU": 1 / 2}] * 3),
+    ],
+)
+def test_shares_find_places_on_the_nodes_as_they_are(
+    num_peers: int, nodes: list[dict[str, float]], bundles: list[dict[str, float]]
+) -> None:
+    """What is even on one big machine may be more than a node has, or leave rests on each."""
+    for order in (nodes, nodes[::-1]):
+        assert plan(num_peers, *order) == [pytest.approx(bundle) for bundle in bundles]
+
+
+def test_only_what_is_not_said_is_lowered() -> None:
+    """The first peer keeps what it asks for; the others take what goes beside it."""
+    nodes = [{"CPU": 8.0}, {"CPU": 4.0}]
+    assert plan(2, *nodes, num_cpus=3) == [{"CPU": 3}, {"CPU": 8}]
+    assert plan(2, *nodes, num_cpus=5) == [{"CPU": 5}, {"CPU": 4}]
+    # 3 GPUs, each with 0.4 left beside a peer that asks for 0.6: not a half, but a third.
+    peers = [{"num_gpus": 0.6}] * 3 + [{}]
+    config = Config.parse({"cohort": {"peers": peers}})
+    found = plan_bundles(config, [{"CPU": 8.0, "GPU": 3.0}])
+    assert [bundle["GPU"] for bundle in found] == [0.6] * 3 + [pytest.approx(1 / 3)]
+    # A peer that wants no GPU goes where there is none.
+    nodes = [{"CPU": 64.0}, {"CPU": 8.0, "GPU": 2.0}]
+    assert plan(3, *nodes, num_gpus=0, num_cpus=60)[1:] == [{"CPU": 4, "GPU": 1}] * 2
+
+
+@pytest.mark.parametrize(
+    ("peers", "nodes", "says"),
+    [
+        (
+            [{"num_cpus": 6}] * 3,
+            [{"CPU": 10}, {"CPU": 8}],
+            r"peer0, peer1, peer2: 6 CPU, 0 GPU\. .* 1 x \(10 CPU, 0 GPU\); 1 x \(8 CPU, 0 GPU\)",
+        ),
+        (
+            [{"num_cpus": 5}, {"num_cpus": 5}],
+            [{"CPU": 64}, {"CPU": 8, "GPU": 2}],
+            r"peer0, peer1: 5 CPU, a share of the GPUs\. .* 1 x \(8 CPU, 2 GPU\)",
+        ),
+        (
+            [{"num_gpus": 0.6}] * 3,
+            [{"CPU": 8, "GPU": 2}],
+            r"peer0, peer1, peer2: a share of the CPUs, 0.6 GPU\. ",
+        ),
+        (
+            [{"resources": {"A100": 1}}, {"resources": {"A100": 1}}],
+            [{"CPU": 8, "A100": 1}, {"CPU": 8}],
+            r"peer0, peer1: .*, 1 A100\. .* \(8 CPU, 0 GPU, 1 A100\)",
+        ),
+        # The node of two GPUs has 1.7 of them in sum; Ray would put all there, which it then refuses.
+        (
+            [{"num_cpus": 1, "num_gpus": 0.6}] * 2 + [{"num_cpus": 1, "num_gpus": 0.5}],
+            [{"CPU": 5, "GPU": 2}, {"CPU": 2, "GPU": 1}],
+            r"peer0, peer1: 1 CPU, 0.6 GPU; peer2: 1 CPU, 0.5 GPU\. ",
+        ),
+        # Arithmetic has room for these (4; 3 and 3). Ray puts the largest where most is left, and then waits.
+        ([{"num_cpus": 4}, {"num_cpus": 3}, {"num_cpus": 3}], [{"CPU": 6}, {"CPU": 4}], "place"),
+    ],
+)
+def test_what_finds_no_place_is_told_at_once(
+    peers: list[dict[str, Any]], nodes: list[dict[str, float]], says: str
+) -> None:
+    """With what each peer asks for and what the nodes have, though their sums are enough."""
+    config = Config.parse({"cohort": {"peers": peers}})
+    with pytest.raises(UserError, match=says):
+        placement.plan(config, nodes, [])
+
+
+def test_whole_machines_are_planned_soon() -> None:
+    """Also where no share fits: 64 peers on 32 nodes."""
+    config = Config.parse({"cohort": {"base": {"num_cpus": 40}, "peers": [{}] * 64}})
+    nodes = [{"CPU": 192.0}] * 16 + [{"CPU": 39.0, "GPU": 4.0}] * 16
+    began = time.monotonic()
+    with pytest.raises(UserError, match="peer0 and 63 others: 40 CPU, a share of the GPUs"):
+        plan_bundles(config, nodes)
+    assert time.monotonic() - began < 10
+
+
 GPU_NODE = {"CPU": 48.0, "GPU": 4.0, "memory": 1e11}
+HEAD = {"CPU": 0.0, placement.HEAD: 1.0}
 
 
 @pytest.mark.parametrize(
     ("num_peers", "alive", "growth", "bundle"),
     [
-        (3, [{"CPU": 0.0}], [GPU_NODE] * 4, {"CPU": 16, "GPU": 1}),  # one node serves
-        (4, [GPU_NODE], [GPU_NODE] * 4, {"CPU": 12, "GPU": 1}),  # what is there serves
-        (6, [GPU_NODE], [GPU_NODE] * 4, {"CPU": 16, "GPU": 1}),  # one more
-        (3, [{"CPU": 0.0}], [{"CPU": 2.0}] * 3, {"CPU": 1}),  # no GPUs anywhere
-        (6, [{"CPU": 0.0}], [GPU_NODE], {"CPU": 8, "GPU": 1 / 2}),  # all there will ever be
+        (3, [HEAD], [GPU_NODE] * 4, {"CPU": 16, "GPU": 1}),  # one node serves
+        (4, [HEAD, GPU_NODE], [GPU_NODE] * 4, {"CPU": 12, "GPU": 1}),  # what is there serves
+        (6, [HEAD, GPU_NODE], [GPU_NODE] * 4, {"CPU": 16, "GPU": 1}),  # one more
+        (3, [HEAD], [{"CPU": 2.0}] * 3, {"CPU": 1}),  # no GPUs anywhere
+        (6, [HEAD], [GPU_NODE], {"CPU": 8, "GPU": 1 / 2}),  # all there will ever be
+        (5, [HEAD, GPU_NODE], [GPU_NODE], {"CPU": 9, "GPU": 1 / 2}),  # it is there by now
+        (2, [HEAD | {"CPU": 64.0}], [GPU_NODE] * 4, {"CPU": 24, "GPU": 1}),  # the head's are no use
     ],
 )
 def test_a_cluster_that_can_grow_is_planned_grown(
@@ -124,7 +217,48 @@ def test_more_than_the_cluster_can_grow_to_is_told() -> None:
     """Counted with the nodes that may come."""
     config = Config.parse({"cohort": {"base": {"num_gpus": 4}, "peers": [{}] * 3}})
     with pytest.raises(UserError, match=r"ask for 12 GPUs .*cluster has 8"):
-        placement.plan(config, [{"CPU": 0.0}], [GPU_NODE] * 2)
+        placement.plan(config, [HEAD], [GPU_NODE] * 2)
+
+
+def test_a_cluster_grows_until_each_finds_a_place() -> None:
+    """Not until the sums are enough: each node has room for one of these, and one alone has an A100."""
+    node, a100 = {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 1.0, "A100": 1.0}
+    config = Config.parse({"cohort": {"base": {"num_cpus": 8}, "peers": [{}] * 2}})
+    assert placement.plan(config, [HEAD], [node] * 2) == [{"CPU": 8, "GPU": 1}] * 2
+    config = Config.parse({"cohort": {"peers": [{"resources": {"A100": 1}}, {}]}})
+    assert placement.plan(config, [HEAD], [node, a100])[0] == {"CPU": 8, "GPU": 1, "A100": 1}
+
+
+def test_workers_that_are_alive_have_come_already() -> None:
+    """Of their own type where that can be told, else there is one less of the smallest; never less than
+    none."""
+    large, small = {"CPU": 48.0, "GPU": 4.0}, {"CPU": 8.0, "memory": 1e9}
+    growth = [large, large, small]
+    assert placement.left_to_grow([HEAD], growth) == growth
+    here = {"memory": 2e9, "node:10.0.0.2": 1.0}  # measured there, and Ray's own
+    assert placement.left_to_grow([HEAD, large | here], growth) == [large, small]
+    assert placement.left_to_grow([HEAD, small | here], growth) == [large, large]
+    assert placement.left_to_grow([HEAD, {"CPU": 7.0}], growth) == [large, large]
+    assert placement.left_to_grow([HEAD, *[small] * 2], growth) == [large]
+    assert placement.left_to_grow([HEAD, *[small] * 5], growth) == []
+    assert placement.left_to_grow([HEAD, large], [{}, {}]) == [{}]
+    config = Config.parse({"cohort": {"base": {"num_gpus": 1}, "peers": [{}] * 5}})
+    with pytest.raises(UserError, match=r"ask for 5 GPUs .*cluster has 4"):
+        placement.plan(config, [HEAD, GPU_NODE], [GPU_NODE])
+
+
+def test_the_head_alone_knows_what_may_come(tmp_path: Path) -> None:
+    """A file that an earlier cluster has left on a worker says nothing of this one."""
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    types = {"head": {}, "gpu": {"resources": {"CPU": 48, "GPU": 4}}}
+    cluster = {"max_workers": 2, "head_node_type": "head", "available_node_types": types}
+    file.write_text(yamlio.dump(cluster))
+    gone = {"NodeID": "gone", "Alive": False, "Resources": {}}
+    head = {"NodeID": "head", "Alive": True, "Resources": HEAD}
+    worker = {"NodeID": "worker", "Alive": True, "Resources": {"CPU": 48.0, "GPU": 4.0}}
+    rows = [head, worker, gone]
+    assert placement.known_nodes(rows, "worker", file) == [HEAD, worker["Resources"]]
+    assert placement.known_nodes(rows, "head", file) == [HEAD, *[worker["Resources"]] * 2]
 
 
 def test_what_the_cluster_file_allows(tmp_path: Path) -> None:
@@ -156,8 +290,12 @@ def test_a_peer_of_several_gpus_has_a_process_for_each() -> None:
     assert [peer.num_replicas for peer in config.cohort.peers] == [2, 1, 1]
     with pytest.raises(UserError, match=r"a peer asks for 2 GPUs .* largest node has 1"):
         plan(2, {"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}, num_gpus=2)
-    for wrong in ({"num_gpus": 1.5}, {"num_gpus": 3, "replicas": 2}):
-        with pytest.raises(UserError, match="each uses one GPU or a part of one"):
+    for wrong in (
+        {"num_gpus": 1.5},
+        {"num_gpus": 3, "replicas": 2},
+        {"num_gpus": 1, "replicas": 2},
+    ):
+        with pytest.raises(UserError, match="several have a GPU each"):
             Config.parse({"cohort": {"peers": [wrong, {}]}})
 
 
@@ -175,3 +313,63 @@ def test_what_a_node_must_have_besides() -> None:
     placement.require_labels(config, [{"zone": "b"}, {"zone": "a", "disk": "ssd"}])
     with pytest.raises(UserError, match=r"no node has the labels .* of peer0 .* zone: b"):
         placement.require_labels(config, [{"zone": "b", placement.NODE_ID: "1"}])
+
+
+def trial(
+    peers: list[dict[str, Any]], *nodes: dict[str, float], gpus: float | None = None
+) -> list[dict[str, float]]:
+    """The peers' bundles of a trial, on these nodes beside this process's own."""
+    import ray
+
+    here = {kind: 1.0 for kind in ray.nodes()[0]["Resources"] if kind.startswith("node:")}
+    config = Config.parse({"cohort": {"peers": peers}})
+    _, *bundles = _resources(config, [here | {"CPU": 0.0}, *nodes], gpus).bundles
+    return bundles
+
+
+def test_a_trial_is_planned_on_the_nodes_that_may_come(
+    ray_start_4_cpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search on a cluster that has only its head by now: of `ray up`'s file."""
+    cluster = {
+        "max_workers": 2,
+        "head_node_type": "head",
+        "available_node_types": {"head": {}, "gpu": {"resources": {"CPU": 48, "GPU": 4}}},
+    }
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [node["CPU"] for node in _nodes()] == [4]
+    (tmp_path / placement.BOOTSTRAP_FILE).write_text(yamlio.dump(cluster))
+    assert _nodes()[1:] == [{"CPU": 48, "GPU": 4}] * 2
+    assert trial([{}, {}], *_nodes()[1:]) == [{"CPU": 6, "GPU": 0.5}] * 2
+
+
+def test_a_trial_on_a_cluster_of_which_nothing_is_known(ray_start_4_cpus: None) -> None:
+    """No CPU is made up where nobody said that there will be GPUs either."""
+    with pytest.raises(UserError, match=r"no CPUs and no GPUs.*--gpus-per-trial"):
+        trial([{}, {}])
+    with pytest.raises(UserError, match="--gpus-per-trial"):
+        trial([{}, {}], gpus=0)
+    assert trial([{}, {}], gpus=2) == [{"CPU": 1, "GPU": 1}] * 2
+    assert trial([{"num_cpus": 2}, {"num_cpus": 3}]) == [{"CPU": 2}, {"CPU": 3}]
+
+
+def test_a_trial_finds_places_on_the_nodes_as_they_are(ray_start_4_cpus: None) -> None:
+    """The CPUs of a node without GPUs are no part of what goes with a GPU, and shares leave no rests."""
+    gpu_node = {"CPU": 8.0, "GPU": 2.0}
+    assert trial([{}, {}], {"CPU": 64.0}, gpu_node) == [{"CPU": 2, "GPU": 0.5}] * 2
+    assert trial([{}] * 3, {"CPU": 1.0}, {"CPU": 1.0}) == [{"CPU": 0.5}] * 3
+    assert (
+        trial([{}, {}], {"CPU": 64.0}, {"CPU": 1.0, "GPU": 8.0}) == [{"CPU": 0.5, "GPU": 0.5}] * 2
+    )
+    assert trial([{}, {}], {"CPU": 4.0}) == [{"CPU": 1}] * 2
+
+
+def test_each_replica_of_a_trial_has_a_gpu(ray_start_4_cpus: None) -> None:
+    """NCCL takes no two processes on one; without GPUs they are processes on CPUs."""
+    node = {"CPU": 48.0, "GPU": 4.0}
+    first, second = trial([{"replicas": 2}, {}], node)
+    assert (first["GPU"], second["GPU"]) == (2, 0.5)
+    first, second = trial([{"replicas": 3}, {}], node, gpus=4)
+    assert (first["GPU"], second["GPU"]) == (3, 1)
+    assert all("GPU" not in each for each in trial([{"replicas": 2}, {}], node, gpus=0))
+    assert all("GPU" not in each for each in trial([{"replicas": 2}, {}], {"CPU": 8.0}))

@@ -27,7 +27,7 @@ from ray_dmml import uri as uri_module
 from ray_dmml.checkpoint import CheckpointStore, sealed
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.storage import RunStorage
-from ray_dmml.uri import open_uri
+from ray_dmml.uri import open_uri, without_secrets
 
 META = {"best": 0.5}
 
@@ -262,13 +262,35 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         "s3:///folder",
         "nothing://key:secret@bucket/run?password=secret",
         "s3://key:secret@bucket/run?region=eu-west-1&colour=red",
+        "s3://AKIA:abc/secret@bucket/run",
+        "s3://AKIA:abc?secret@bucket/run",
+        "s3://AKIA:abc#secret@bucket/run",
     ],
 )
 def test_uris_that_mean_nothing_are_refused(wrong: str) -> None:
     """Without telling the secrets in them."""
     with pytest.raises(UserError, match="is not understood") as caught:
         RunStorage(wrong)
-    assert "secret" not in str(caught.value)
+    assert not any(told in str(caught.value) for told in ("secret", "AKIA", "abc"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://AKIA:abc/defSECRET@bucket/path", "s3://bucket/path"),
+        ("s3://AKIA:a@b//c#d@bucket/path?region=x", "s3://bucket/path"),
+        ("s3://AKIA:a?SECRET@bucket/path", "s3://..."),
+        ("s3://bucket/path?endpoint_override=http://user:SECRET@host", "s3://..."),
+        ("gs://anonymous@bucket/path", "gs://bucket/path"),
+        ("s3://bucket/path", "s3://bucket/path"),
+        ("file:///mnt/me@work/run", "file:///mnt/me@work/run"),
+        ("/mnt/me@work/run", "/mnt/me@work/run"),
+    ],
+)
+def test_uris_are_told_without_secrets(uri: str, shown: str) -> None:
+    """Also where a secret was not escaped, as AWS's with a slash in them."""
+    assert without_secrets(uri) == shown
+    assert without_secrets(f"cannot read '{uri} at all") == f"cannot read '{shown} at all"
 
 
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from threading import Thread
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ray_dmml.checkpoint import PeerFiles
 from ray_dmml.cohort.local import build_peer
 from ray_dmml.cohort.teachers import Teachers
-from ray_dmml.cohort.transport import Alone, Exchange, Members, connect
+from ray_dmml.cohort.transport import Alone, Exchange, Members, connect, store_at
 from ray_dmml.config import Config, PeerConfig
 from ray_dmml.data.datasets import load_splits
+from ray_dmml.data.images import Splits
 from ray_dmml.data.loading import BatchLoader, build_sampler
 from ray_dmml.errors import ReplicaLostError, UserError
 from ray_dmml.peerfiles import decode_peer, encode_peer
@@ -47,12 +50,14 @@ class Member:
         config: the experiment.
         position: of the peer in it.
         skipped: names of images to leave out.
+        digests: of the driver's images, by split.
         threads: of torch.
         initial_weights: False where a checkpoint replaces them at once.
         options: Ray's for the actors of its replicas.
 
     Raises:
-        UserError: the peer cannot be built as configured, or cannot have the device.
+        UserError: the peer cannot be built as configured, or cannot have the device, or its images are
+            not the driver's.
         PeerLostError: a replica of it died on the way.
     """
 
@@ -61,6 +66,7 @@ class Member:
         config: Config,
         position: int,
         skipped: Sequence[str],
+        digests: Mapping[str, str],
         threads: int,
         initial_weights: bool,
         options: Mapping[str, Any],
@@ -69,6 +75,7 @@ class Member:
         keep_freed_memory()
         self._config = config
         self._splits = load_splits(config.data, skip=frozenset(skipped), check=False)
+        _require_same(self._splits, digests, config, position)
         self._device = _device(config.cohort.peers[position])
         self._peer = build_peer(config, position, self._splits, self._device, initial_weights)
         self._is_whole = True
@@ -171,8 +178,14 @@ class Member:
         if size == 1:
             return []
         actors = [ray.remote(ReplicaActor).options(**options).remote() for _ in range(1, size)]
-        ray.get([actor.build.remote(peer, self._config.seed, threads) for actor in actors])
-        store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+        try:
+            ray.get([actor.build.remote(peer, self._config.seed, threads) for actor in actors])
+        except RayActorError as error:
+            why = str(error).strip().splitlines()[0]
+            raise ReplicaLostError(
+                f"{self._peer.name}: a replica died at its start: {why}"
+            ) from error
+        store = store_at(LOOPBACK, timedelta(seconds=patience))
         self._serving = [
             actor.serve.remote(store.port, rank, size, patience)
             for rank, actor in enumerate(actors, start=1)
@@ -237,6 +250,33 @@ class ReplicaActor:
         store = TCPStore(LOOPBACK, port, is_master=False)
         wire = Wire(store, rank, size, self._device, str(self._config.name), patience)
         Replica(self._config, self._run_seed, wire).serve()
+
+
+def _require_same(
+    splits: Splits, digests: Mapping[str, str], config: Config, position: int
+) -> None:
+    """An image's number must mean the same image to all peers: they exchange embeddings by it.
+
+    Raises:
+        UserError: the node's copy, or what it sees of a shared folder, is of another time.
+    """
+    own, data = splits.digests(), config.data
+    others = [name for name, digest in digests.items() if own.get(name) != digest]
+    if not others:
+        return
+    if data.name == "characters":
+        advice = "install the same versions of ray-dmml and matplotlib on all nodes"
+    elif data.source is not None:
+        advice = (
+            "bring every copy up to date by `ray-dmml data fetch`, with --address for all nodes"
+        )
+    else:
+        advice = "give all nodes the same data.root, with the same files and lists in it"
+    raise UserError(
+        f"{config.cohort.peers[position].name}: the {', '.join(others)} images on host "
+        f"{socket.gethostname()} ({ray.util.get_node_ip_address()}) are not those that the driver has: "
+        f"{advice}"
+    )
 
 
 def _device(peer: PeerConfig) -> torch.device:

@@ -7,7 +7,8 @@ start, and the placement group is what makes it start them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ BOOTSTRAP_FILE = "ray_bootstrap_config.yaml"
 NODE_ID = "ray.io/node-id"
 """A label that Ray gives every node."""
 
+HEAD = "node:__internal_head__"
+"""A resource that Ray gives the head alone."""
+
+SMALLEST_PART = 100
+"""An even share goes down to so small a part of a CPU or GPU, 1/100, where larger ones find no place."""
+
 Node = Mapping[str, float]
 """Resources of a node, such as ``{"CPU": 8, "GPU": 1}``."""
 
@@ -31,14 +38,15 @@ def plan(config: Config, alive: Sequence[Node], growth: Sequence[Node]) -> list[
     Args:
         config: the experiment.
         alive: the nodes of the cluster.
-        growth: the nodes it may start besides.
+        growth: the workers that its file allows, those among them that are alive by now included.
 
     Raises:
-        UserError: more is asked than all of these have.
+        UserError: more is asked than all of these have, or than finds a place on them.
     """
+    growth = left_to_grow(alive, growth)
     _require_kinds(config, [*alive, *growth])
     nodes = list(alive)
-    for node in sorted(growth, key=_size, reverse=True):
+    for node in growth:
         if _serve(config, nodes, any(node.get("GPU") for node in growth)):
             break
         nodes.append(node)
@@ -103,6 +111,37 @@ def growth_of(bootstrap: Path) -> list[dict[str, float]]:
     return sorted(found, key=_size, reverse=True)[:most]
 
 
+def left_to_grow(alive: Sequence[Node], growth: Sequence[Node]) -> list[Node]:
+    """What the autoscaler may still start, the largest first: each worker that is alive is one less, of
+    its own type where its resources tell that, and of the smallest else."""
+    left = sorted(growth, key=_size, reverse=True)
+    for worker in (node for node in alive if HEAD not in node):
+        own = [place for place, node in enumerate(left) if _is_of_type(worker, node)]
+        if left:
+            left.pop(own[0] if own else -1)
+    return left
+
+
+def _is_of_type(worker: Node, node_type: Node) -> bool:
+    """Memory is measured on each node anew, and is not what the file says of its type."""
+    kinds = node_type.keys() - {"memory", "object_store_memory"}
+    return bool(kinds) and all(worker.get(kind, 0.0) == node_type[kind] for kind in kinds)
+
+
+def known_nodes(rows: Sequence[Mapping[str, Any]], here: str, bootstrap: Path) -> list[Node]:
+    """The nodes of a cluster, and those it may start besides, which its head alone knows of.
+
+    Args:
+        rows: what ``ray.nodes()`` says.
+        here: the ID of this process's node.
+        bootstrap: see :func:`growth_of`.
+    """
+    alive: list[Node] = [row["Resources"] for row in rows if row["Alive"]]
+    heads = [row["NodeID"] for row in rows if row["Alive"] and HEAD in row["Resources"]]
+    growth = growth_of(bootstrap) if here in heads else []
+    return [*alive, *left_to_grow(alive, growth)]
+
+
 def _worker_types(bootstrap: Path) -> tuple[list[dict[str, Any]], int]:
     """Those of the cluster file, and how many workers it allows at most."""
     try:
@@ -120,33 +159,149 @@ def _size(node: Node) -> tuple[float, float]:
 
 def _serve(config: Config, nodes: Sequence[Node], gpus: bool) -> bool:
     """Whether what is asked fits, and whoever says nothing gets a GPU, or a CPU where there are none."""
-    for kind, asked, default in (
-        ("CPU", [peer.num_cpus for peer in config.cohort.peers], 1.0),
-        ("GPU", _gpus_asked(config, gpus), 1.0 if gpus else 0.0),
-    ):
-        wanted = [default if part is None else part for part in asked]
-        if sum(wanted) > sum(node.get(kind, 0.0) for node in nodes) + 1e-6:
-            return False
-        if max(wanted) > max((node.get(kind, 0.0) for node in nodes), default=0.0) + 1e-6:
-            return False
-    return True
+    asked = zip(config.cohort.peers, _gpus_asked(config, gpus), strict=True)
+    default = 1.0 if gpus else 0.0
+    wanted = [bundle(peer, peer.num_cpus or 1.0, _or(gpu, default)) for peer, gpu in asked]
+    return have_places(wanted, nodes, config.cohort.placement)
+
+
+def _or(asked: float | None, share: float) -> float:
+    return share if asked is None else asked
 
 
 def plan_bundles(config: Config, nodes: Sequence[Node]) -> list[dict[str, float]]:
     """CPUs and GPUs of each peer's actor: as configured, or an even share of what is left.
 
+    Nodes are not one big machine: a share that finds no place on them is lowered until all do. What a
+    peer says itself stays.
+
     Args:
         nodes: the resources of every node of the cluster.
 
     Raises:
-        UserError: more is asked than the cluster, or its largest node, has.
+        UserError: more is asked than the cluster, or its largest node, has, or than finds a place.
     """
     peers = config.cohort.peers
     _require_kinds(config, nodes)
-    cpus = _shares([peer.num_cpus for peer in peers], nodes, "CPU")
-    has_gpus = any(node.get("GPU") for node in nodes)
-    gpus = _shares(_gpus_asked(config, has_gpus), nodes, "GPU")
-    return [bundle(peer, cpu, gpu) for peer, cpu, gpu in zip(peers, cpus, gpus, strict=True)]
+    asked_cpus = [peer.num_cpus for peer in peers]
+    asked_gpus = _gpus_asked(config, any(node.get("GPU") for node in nodes))
+    most_cpus, most_gpus = _share(asked_cpus, nodes, "CPU"), _share(asked_gpus, nodes, "GPU")
+
+    def bundles(cpus: float, gpus: float) -> list[dict[str, float]]:
+        asked = zip(peers, asked_cpus, asked_gpus, strict=True)
+        return [bundle(peer, _or(cpu, cpus), _or(gpu, gpus)) for peer, cpu, gpu in asked]
+
+    def fits(cpus: float, gpus: float) -> bool:
+        return have_places(bundles(cpus, gpus), nodes, config.cohort.placement)
+
+    cpu_shares = list(lowered(most_cpus))
+    for gpus in lowered(most_gpus):
+        # The last is the smallest: where that has no place, none between them is likely to.
+        if fits(cpu_shares[0], gpus) or fits(cpu_shares[-1], gpus):
+            return bundles(next(cpus for cpus in cpu_shares if fits(cpus, gpus)), gpus)
+    raise UserError(_no_place(config, asked_gpus, most_gpus, nodes))
+
+
+def lowered(share: float) -> Iterator[float]:
+    """A share, and what may be tried in its place: whole numbers below it, then 1/2, 1/3, ..."""
+    yield share
+    yield from (float(number) for number in range(math.ceil(share) - 1, 0, -1))
+    yield from (1 / parts for parts in range(2, SMALLEST_PART + 1) if 1 / parts < share)
+
+
+class _Room:
+    """What a node has left while bundles are given their places."""
+
+    def __init__(self, node: Node) -> None:
+        self._left = dict(node)
+        self._gpus = [1.0] * int(node.get("GPU", 0.0))
+        self.is_real = True
+        """Each GPU has what was taken of it: Ray adds a node's GPUs up when it chooses, and the node
+        refuses a third part of 0.6 of two GPUs, again and again."""
+
+    def spare(self, asked: Node) -> float:
+        """How much would be left of each kind, as parts of 1 and added up, which is how Ray chooses;
+        -1: it does not fit."""
+        left = {kind: self._left.get(kind, 0.0) for kind in asked}
+        if any(left[kind] <= 0 or amount > left[kind] + 1e-6 for kind, amount in asked.items()):
+            return -1.0
+        return sum(max(0.0, 1 - amount / left[kind]) for kind, amount in asked.items())
+
+    def take(self, asked: Node) -> bool:
+        """False: it does not fit."""
+        if self.spare(asked) < 0:
+            return False
+        for kind, amount in asked.items():
+            self._left[kind] -= amount
+        if gpus := asked.get("GPU", 0.0):
+            self._take_gpus(gpus)
+        return True
+
+    def _take_gpus(self, amount: float) -> None:
+        """Whole ones, or a part of the fullest that has it."""
+        for part in [1.0] * int(amount) or [amount]:
+            self._gpus.sort()
+            place = next((n for n, free in enumerate(self._gpus) if part <= free + 1e-6), None)
+            if place is None:
+                self.is_real = False
+            else:
+                self._gpus[place] -= part
+
+
+def have_places(bundles: Sequence[Node], nodes: Sequence[Node], placement: str) -> bool:
+    """Whether Ray finds each bundle a node, looking as its placement groups do.
+
+    That is greedy, and may fail where another order would not, but so it would in earnest: those of
+    GPUs come first, then the larger ones, each to the node with most left; `pack` fills that node before
+    it looks at the next, `spread` at first gives a node one bundle only.
+    """
+    kinds = sorted({kind for each in bundles for kind in each} - {"CPU", "GPU"})
+    order = ["GPU", *kinds, "CPU"]
+    waiting = sorted(bundles, key=lambda each: [-each.get(kind, 0.0) for kind in order])
+    fresh, used = [_Room(node) for node in nodes], list[_Room]()
+    while waiting:
+        asked = waiting.pop(0)
+        rooms = [room for room in fresh if room.spare(asked) >= 0]
+        rooms = rooms or [room for room in used if room.spare(asked) >= 0]
+        if not rooms:
+            return False
+        best = max(rooms, key=lambda room: room.spare(asked))
+        best.take(asked)
+        if best in fresh:
+            fresh.remove(best)
+            used.append(best)
+        if placement == "pack":
+            waiting = [other for other in waiting if not best.take(other)]
+    return all(room.is_real for room in used)
+
+
+def _no_place(
+    config: Config, asked_gpus: Sequence[float | None], gpus: float, nodes: Sequence[Node]
+) -> str:
+    """What each peer asks for, and what the nodes have; equals are told once."""
+    peers: dict[str, list[str]] = {}
+    for peer, asked in zip(config.cohort.peers, asked_gpus, strict=True):
+        cpu = "a share of the CPUs" if peer.num_cpus is None else f"{peer.num_cpus:g} CPU"
+        gpu = "a share of the GPUs" if asked is None and gpus else f"{_or(asked, 0.0):g} GPU"
+        rest = [f"{amount:g} {kind}" for kind, amount in peer.resources.items()]
+        peers.setdefault(", ".join([cpu, gpu, *rest]), []).append(str(peer.name))
+    others = {kind for peer in config.cohort.peers for kind in peer.resources}
+    kinds = ["CPU", "GPU", *sorted(others)]
+    known = Counter(
+        ", ".join(f"{node.get(kind, 0.0):g} {kind}" for kind in kinds) for node in nodes
+    )
+    return (
+        "not every peer finds a place on a node, the largest placed first: "
+        + "; ".join(f"{_names(names)}: {asks}" for asks, names in peers.items())
+        + ". There are, or may come, "
+        + "; ".join(f"{number} x ({has})" for has, number in known.items())
+        + ". Ask for less, and for num_gpus: 0 where none is needed (cohort.peers.*.num_cpus, num_gpus, "
+        "resources)"
+    )
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]} and {len(names) - 1} others"
 
 
 def bundle(peer: PeerConfig, cpus: float, gpus: float) -> dict[str, float]:
@@ -164,8 +319,8 @@ def _gpus_asked(config: Config, has_gpus: bool) -> list[float | None]:
     ]
 
 
-def _shares(asked: Sequence[float | None], nodes: Sequence[Node], kind: str) -> list[float]:
-    """Each peer's part of one kind of resource."""
+def _share(asked: Sequence[float | None], nodes: Sequence[Node], kind: str) -> float:
+    """The part of one kind of resource that a peer gets which does not say how much."""
     total = sum(node.get(kind, 0.0) for node in nodes)
     largest = max((node.get(kind, 0.0) for node in nodes), default=0.0)
     given = sum(part for part in asked if part is not None)
@@ -180,19 +335,18 @@ def _shares(asked: Sequence[float | None], nodes: Sequence[Node], kind: str) -> 
             f"a peer asks for {most:g} {kind}s ({where}), but the largest node has {largest:g}"
         )
     rest, num_open = max(0.0, total - given), sum(part is None for part in asked)
-    share = 0.0
-    if num_open and kind == "GPU":
+    if not num_open:
+        return 0.0
+    if kind == "GPU":
         # 1/2, 1/3, ... so that peers fill whole GPUs: 3 peers on 2 GPUs as 2/3 each would not fit.
-        share = 1 / math.ceil(num_open / int(rest)) if rest >= 1 else 0.0
-    elif num_open:
-        if rest <= 0:
-            raise UserError(
-                f"the peers that say their {where} take all {total:g} CPUs of the cluster: "
-                "leave some for the others"
-            )
-        share = min(rest / num_open, largest)
-        share = float(int(share)) if share > 1 else share
-    return [share if part is None else part for part in asked]
+        return 1 / math.ceil(num_open / int(rest)) if rest >= 1 else 0.0
+    if rest <= 0:
+        raise UserError(
+            f"the peers that say their {where} take all {total:g} CPUs of the cluster: "
+            "leave some for the others"
+        )
+    share = min(rest / num_open, largest)
+    return float(int(share)) if share > 1 else share
 
 
 def shown(nodes: Sequence[Node]) -> str:

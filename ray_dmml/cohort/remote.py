@@ -98,10 +98,12 @@ class PeerActor:
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._member, method)(*arguments)
 
-    def answer(self) -> None:
-        """It lives, is whole, and is through with its last call."""
-        if (member := getattr(self, "_member", None)) is not None:
+    def answer(self) -> bool:
+        """It lives, is whole, and is through with its last call; False: it was not built yet."""
+        member = getattr(self, "_member", None)
+        if member is not None:
             member.require_whole()
+        return member is not None
 
 
 class RayCohort:
@@ -109,7 +111,8 @@ class RayCohort:
 
     Args:
         config: the experiment.
-        splits: its images (the actors read their own copy; they are told which to leave out).
+        splits: its images (the actors read their own copy; they are told which to leave out, and what
+            the others are).
         initial_weights: False where a checkpoint replaces them at once.
 
     Raises:
@@ -119,7 +122,7 @@ class RayCohort:
 
     def __init__(self, config: Config, splits: Splits, *, initial_weights: bool = True) -> None:
         self.names = tuple(str(peer.name) for peer in config.cohort.peers)
-        self._config, self._skipped = config, splits.skipped
+        self._config, self._skipped, self._digests = config, splits.skipped, splits.digests()
         self._positions = {name: position for position, name in enumerate(self.names)}
         self._actors: dict[str, Any] = {}
         self._group: Any = None
@@ -142,13 +145,17 @@ class RayCohort:
                 config.cohort.threads_per_peer or max(1, int(bundle["CPU"] / peer.num_replicas))
                 for peer, bundle in zip(config.cohort.peers, self._bundles, strict=True)
             )
-            self._form(initial_weights)
+            self._form(initial_weights, again=False)
         except BaseException:
             self.close()
             raise
 
-    def _form(self, initial_weights: bool) -> None:
-        """A generation of ``names``: starts those that are missing, and has all of them meet."""
+    def _form(self, initial_weights: bool, *, again: bool) -> None:
+        """A generation of ``names``: starts those that are missing, and has all of them meet.
+
+        Args:
+            again: one was lost, perhaps with its node: there may have to be another one first.
+        """
         # Beside the driver, without whom nothing goes on anyway: one thing less that can be lost.
         own = ray.get_runtime_context().get_node_id()
         self._coordinator = (
@@ -165,6 +172,9 @@ class RayCohort:
         self._has_new = self._has_new or bool(starting)
         for name in starting:
             self._actors[name] = self._start_actor(self._positions[name])
+        if again:
+            waits = {name: self._actors[name].answer.remote() for name in starting}
+            self._gather(waits, self._config.cohort.place_timeout_s)
         if self._config.data.source is not None:  # which takes as long as it takes
             data = self._config.data
             self._gather(
@@ -175,6 +185,7 @@ class RayCohort:
                 self._config,
                 self._positions[name],
                 self._skipped,
+                self._digests,
                 self._threads_of(name),
                 initial_weights,
                 self._options(self._positions[name]),
@@ -288,7 +299,7 @@ class RayCohort:
         ray.wait(list(answers.values()), num_returns=len(answers), timeout=grace)
         for name, answer in answers.items():
             if _has_come(answer):
-                if not self._has_nccl():
+                if ray.get(answer) and not self._has_nccl():
                     continue
             elif _is_ready(answer):
                 lost.append(name)  # else it lives, and is amid something long
@@ -298,7 +309,7 @@ class RayCohort:
             if not left:
                 raise UserError(f"{', '.join(lost)}: lost, and no peer is left to go on")
             self.names = left
-        self._form(initial_weights=False)
+        self._form(initial_weights=False, again=True)
 
     def _has_nccl(self) -> bool:
         """Whether a group may be amid a kernel that waits for a lost peer: no process of it can be

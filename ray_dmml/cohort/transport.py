@@ -323,6 +323,22 @@ def connect(
     return CoordinatorExchange(coordinator, rank, members, teachers), how
 
 
+def store_at(host: str, timeout: timedelta) -> TCPStore:
+    """A store that listens at this address and no other: it does not ask who comes. (TCPStore by itself
+    listens at all of them.)"""
+    # Port 0: the system picks a free one, and no other process can take it in between.
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timeout,
+        master_listen_fd=listener.detach(),
+    )
+
+
 def _join_group(
     coordinator: Any,
     rank: int,
@@ -341,10 +357,9 @@ def _join_group(
     address: tuple[str, int] | None = None
     reason = "the first peer could open no store"
     if rank == 0:
-        # Port 0: the system picks a free one, and no other process can take it in between.
         host = ray.util.get_node_ip_address()
         try:
-            own_store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            own_store = store_at(host, timeout)
             address = (host, own_store.port)
         except _DIST_ERRORS as error:
             reason = f"no store on {host}: {error}"  # said below: the others wait for our offer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import os
 import stat
@@ -253,6 +254,14 @@ class ImageSet:
         """C."""
         return len(self.class_names)
 
+    def digest(self) -> str:
+        """Of the images' names and classes: equal where a number means the same image."""
+        content = hashlib.sha256(self.labels.astype("<i8").tobytes())
+        for index in range(len(self)):
+            name = self.source.name(index)  # a file's may be no text
+            content.update(name.encode("utf-8", "surrogatepass") + b"\0")
+        return content.hexdigest()
+
     def files(self) -> FileImages:
         """The files of the images, in their order.
 
@@ -315,6 +324,11 @@ class Splits:
 
     skipped: tuple[str, ...] = ()
     """Names of unreadable images that were left out."""
+
+    def digests(self) -> dict[str, str]:
+        """By which processes that each read the images themselves know that they read the same."""
+        parts = {"training": self.train, "validation": self.validation, "test": self.test}
+        return {name: part.digest() for name, part in parts.items() if part is not None}
 
 
 def hold_out_classes(

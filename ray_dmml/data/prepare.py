@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 from ray_dmml.config import DataConfig
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.fetch import local_root
+from ray_dmml.data.fetch import fetch, local_root
 
 
 def prepare(config: DataConfig, log: Callable[[str], None] = lambda line: None) -> str:
     """Copies or downloads the images of a data set, and reads its lists.
+
+    A copy that is there is compared with what ``data.source`` has by now.
 
     Args:
         config: which.
@@ -22,6 +24,8 @@ def prepare(config: DataConfig, log: Callable[[str], None] = lambda line: None) 
     Raises:
         UserError: as :func:`load_splits`.
     """
+    if config.source is not None:
+        fetch(config, log, again=True)
     splits = load_splits(config, log, check=False)
     parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     told = ", ".join(

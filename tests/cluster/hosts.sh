@@ -13,9 +13,20 @@
 # Needs root, and Debian's openssh-server, rsync and iproute2.
 set -euo pipefail
 
+# Sets `child` to the process that unshare, process $1, has made; fails where unshare ends without one.
+wait_for_child() {
+  until child=$(pgrep -P "$1" | head -1) && [ -n "$child" ]; do
+    if ! kill -0 "$1" 2> /dev/null; then
+      echo "unshare ended: is it allowed here?" >&2
+      return 1
+    fi
+    sleep 0.05
+  done
+}
+
 # --- the network that the hosts are in ------------------------------------------------------------
 outer() {
-  local number=$1 folder=$2 n inner
+  local number=$1 folder=$2 n hosts=()
   shift 2
   ip link set lo up
   ip link add bridge type bridge
@@ -26,13 +37,19 @@ outer() {
     ip link set "wire$n" master bridge up
     unshare --net --mount --pid --fork --uts --ipc --cgroup --mount-proc --kill-child \
       "$0" --host "$n" "$folder" "$@" > "$folder/host$n.log" 2>&1 &
-    inner=
-    until inner=$(pgrep -P $! | head -1) && [ -n "$inner" ]; do sleep 0.05; done
-    ip link set "end$n" netns "$inner"
+    hosts[n]=$!
+    wait_for_child "${hosts[n]}"
+    ip link set "end$n" netns "$child"
   done
   for n in $(seq "$number"); do
     until ssh -i "$folder/key" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
-      -o LogLevel=ERROR -o ConnectTimeout=1 "root@10.77.0.1$n" true 2> /dev/null; do sleep 0.1; done
+      -o LogLevel=ERROR -o ConnectTimeout=1 "root@10.77.0.1$n" true 2> /dev/null; do
+      if ! kill -0 "${hosts[n]}" 2> /dev/null; then
+        cat "$folder/host$n.log" >&2
+        return 1
+      fi
+      sleep 0.1
+    done
   done
   touch "$folder/ready"
   wait
@@ -94,7 +111,9 @@ else
     [ -e "$folder/$name" ] || ssh-keygen -q -t ed25519 -N "" -f "$folder/$name"
   done
   unshare --net --mount --pid --fork --mount-proc --kill-child "$0" --outer "$@" &
-  until pgrep -P $! > "$folder/outer"; do sleep 0.05; done
-  trap 'kill -9 $(cat "$folder/outer")' EXIT INT TERM
-  wait
+  unshared=$!
+  wait_for_child "$unshared"
+  echo "$child" > "$folder/outer"
+  trap 'kill -9 $(cat "$folder/outer") 2> /dev/null' EXIT INT TERM
+  wait "$unshared"
 fi
