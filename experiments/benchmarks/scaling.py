@@ -36,7 +36,7 @@ class TimedPeer:
     def rebuild(self, config: Config, position: int, coordinator: Any) -> dict[str, Any]:
         if self._member is not None:
             self._member.close()
-        self._member = Member(config, position, (), 1, initial_weights=True)
+        self._member = Member(config, position, (), {}, 1, initial_weights=True, options={})
         return self._member.join(coordinator, [str(peer.name) for peer in config.cohort.peers])
 
     def timed_run(self, start: int, stop: int) -> float:

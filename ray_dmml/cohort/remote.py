@@ -44,8 +44,10 @@ from ray_dmml.cohort import StepRow
 from ray_dmml.cohort.coordinator import Coordinator, Sign
 from ray_dmml.cohort.placement import (
     BOOTSTRAP_FILE,
+    HEAD,
     growth_of,
     labels_of_growth,
+    left_to_grow,
     plan,
     require_labels,
     shown,
@@ -235,7 +237,8 @@ class RayCohort:
         growth = growth_of(file) if is_on_head else []
         grown_labels = labels_of_growth(file) if is_on_head else []
         require_labels(config, [*(node.get("Labels") or {} for node in nodes), *grown_labels])
-        bundles = plan(config, [node["Resources"] for node in nodes], growth)
+        alive = [node["Resources"] for node in nodes]
+        bundles = plan(config, alive, growth)
         self._group = placement_group(
             bundles,
             strategy=config.cohort.placement.upper(),
@@ -244,7 +247,8 @@ class RayCohort:
         try:
             ray.get(self._group.ready(), timeout=config.cohort.place_timeout_s)
         except GetTimeoutError:
-            grown = f" and may grow by {shown(growth)}" if growth else ""
+            left = left_to_grow(alive, growth)
+            grown = f" and may grow by {shown(left)}" if left else ""
             raise UserError(
                 f"the cluster did not grant {bundles} within {config.cohort.place_timeout_s:g} s "
                 f"(cohort.place_timeout_s): it has {shown([ray.cluster_resources()])}{grown}; "
@@ -534,7 +538,7 @@ def _answers(node: Mapping[str, Any], timeout_s: float) -> bool:
 
 def _is_on_head(nodes: Sequence[Mapping[str, Any]]) -> bool:
     here = ray.get_runtime_context().get_node_id()
-    heads = [node["NodeID"] for node in nodes if "node:__internal_head__" in node["Resources"]]
+    heads = [node["NodeID"] for node in nodes if HEAD in node["Resources"]]
     return here in heads
 
 
