@@ -325,6 +325,22 @@ def test_none_is_dropped_on_suspicion(image_folder: Path) -> None:
         assert cohort.names == ("peer0", "peer2")
 
 
+def test_one_that_was_never_built_is_started_anew(image_folder: Path) -> None:
+    """As where another was lost while it waited to be built. It is not lost itself."""
+    from ray_dmml.cohort.remote import RayCohort
+
+    config = settings(image_folder)
+    with closing(RayCohort(config, load_splits(config.data))) as cohort:
+        state = cohort.state()
+        cohort._end_peer("peer1")
+        cohort._actors["peer1"] = cohort._start_actor(1)
+        cohort.recover(drop=True)
+        assert cohort.names == ("peer0", "peer1")
+        cohort.load(state)
+        (row,) = cohort.run(0, 1, lambda finished: None)
+        assert all(terms["loss"] > 0 for terms in row.values())
+
+
 def test_a_stopped_driver_finds_nobody_silent() -> None:
     """The time in which this process itself was stopped is nobody's silence."""
     from ray_dmml.cohort.coordinator import Sign
