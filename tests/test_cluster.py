@@ -350,6 +350,7 @@ def lines_of_outgrowing() -> list[str]:
     return [line.partition("  #")[0].strip() for line in block.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Path) -> None:
     """*Outgrowing one machine*, line by line, on a machine beside the hosts: `ray up` was the fixture's,
