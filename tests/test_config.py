@@ -82,7 +82,8 @@ PEER = st.fixed_dictionaries(
     {},
     optional={
         "backbone": TEXT,
-        "weights": TEXT,
+        # ~somebody is a mistake where nobody is called so: test_bad_input has it.
+        "weights": TEXT.filter(lambda text: not text.startswith("~")),
         "embedding_size": st.integers(1, 999),
         "init_seed": st.integers(-5, 5),
         "view": st.sampled_from(["weak", "strong"]) | st.lists(TRANSFORM, max_size=3),
