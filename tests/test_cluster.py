@@ -197,6 +197,14 @@ class Hosts:
         filled = self.beside(f'{sys.executable} -c "{fill}"', self.folder)
         assert filled.returncode == 0, filled.stdout
 
+    def take_down(self) -> None:
+        """Leaves nothing: `ray down` ends the head, the docs' line ends the others."""
+        self.ray("down", "-y")
+        for host in (2, 3):
+            self.ssh(host, "bash -ic 'ray stop'")
+        for host in (1, 2, 3):
+            assert "raylet" not in self.ssh(host, "ps -e -o args")
+
     def cut(self, host: int, *, off: bool) -> None:
         state = "down" if off else "up"
         subprocess.run(self.command("ip", "link", "set", f"wire{host}", state), check=True)
@@ -243,6 +251,7 @@ def hosts(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         found.ray("up", "-y", "--no-config-cache")
         found.wait_for(lambda: found.num_nodes() == 3)
         yield found
+        found.take_down()
     finally:
         found.close()
 
@@ -354,7 +363,7 @@ def lines_of_outgrowing() -> list[str]:
 @pytest.mark.cluster
 def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Path) -> None:
     """*Outgrowing one machine*, line by line, on a machine beside the hosts: `ray up` was the fixture's,
-    `ray down` is the last test's. Images and what the job stores are in a bucket."""
+    `ray down` is its end's. Images and what the job stores are in a bucket."""
     pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 server to test")
     hosts.start_bucket(image_folder)
     raw = settings(image_folder, "direct", steps=8)
@@ -446,13 +455,3 @@ def test_a_host_that_is_cut_off(hosts: Hosts, image_folder: Path, alone: tuple[A
     assert "10.77.0.13" in told and "all go back from step" in told, told
     assert outcome(out) == alone, told
     hosts.wait_for(lambda: hosts.num_nodes() == 3)
-
-
-@pytest.mark.cluster
-def test_a_cluster_that_is_taken_down_leaves_nothing(hosts: Hosts) -> None:
-    """`ray down` ends the head; the docs' line ends the others'."""
-    hosts.ray("down", "-y")
-    for host in (2, 3):
-        hosts.ssh(host, "bash -ic 'ray stop'")
-    for host in (1, 2, 3):
-        assert "raylet" not in hosts.ssh(host, "ps -e -o args")
