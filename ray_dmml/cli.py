@@ -210,10 +210,16 @@ def tune(
             "final_seeds": final_seeds,
         }
         if resume is not None:
-            given = [config, space, storage, *(overrides or ()), *changes.values()]
-            if any(value is not None for value in given):
+            asked_now = {"config": config, "set": overrides, "space": space, "storage": storage}
+            given = [
+                f"--{name.replace('_', '-')}"
+                for name, value in (asked_now | changes).items()
+                if value not in (None, [])
+            ]
+            if given:
                 raise UserError(
-                    "--resume goes on with the search as it was asked for: it takes nothing else"
+                    "--resume goes on with the search as it was asked for: leave out "
+                    f"{', '.join(given)}, or begin another search with --storage"
                 )
         else:
             if config is not None and space is None:

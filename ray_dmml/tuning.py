@@ -503,11 +503,17 @@ def _trial(params: dict[str, Any], search: Search, folder: str) -> None:
         if len(folds) > 1:
             journal.report(_mean(folds))
     except Exception as error:
-        journal.trial.error = (
-            f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
-        )
+        journal.trial.error = _reason(error)
         journal.write()
         raise
+
+
+def _reason(error: Exception) -> str:
+    """In a line, as in results.csv: what Ray tells of a node without memory are fifty. All of it is in
+    the trial's error.txt, which Tune writes."""
+    if isinstance(error, UserError):
+        return str(error)
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _train_fold(

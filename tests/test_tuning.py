@@ -20,7 +20,7 @@ from conftest import tiny
 from ray_dmml.config import Config
 from ray_dmml.errors import UserError
 from ray_dmml.search import Search, SearchConfig
-from ray_dmml.tuning import SearchFolder, Trial, run_search
+from ray_dmml.tuning import SearchFolder, Trial, _reason, run_search
 
 ANGLE = "loss.relational.angle"
 
@@ -56,7 +56,7 @@ def test_a_search_from_end_to_end(
     folder = tmp_path / "search"
     space = {
         ANGLE: {"uniform": [0, 4]},
-        # The second has no proxies to learn for classes that it does not know of: it cannot be built.
+        # A margin that is no number: the loss fails in the first step.
         "loss.metric.settings.margin": {"choice": [0.2, "wide"]},
     }
     watched: list[Sequence[Trial]] = []
@@ -213,7 +213,10 @@ def test_an_ended_search_goes_on(raw: dict[str, Any], tmp_path: Path, how: signa
     [
         (["--config", "c.yaml"], "needs its --space"),
         (["--resume", "nowhere"], "nowhere is not the folder of a search"),
-        (["--resume", "nowhere", "--num-samples", "3"], "takes nothing else"),
+        (
+            ["--resume", "nowhere", "--final-seeds", "0"],
+            "leave out --final-seeds, or begin another",
+        ),
         (["--scheduler", "hyperband"], "scheduler: Input should be 'asha', 'pbt' or 'none'"),
         (["--set", "data.validation_fraction=0"], "set data.validation_fraction above 0"),
     ],
@@ -229,6 +232,16 @@ def test_mistakes_are_told_before_anything_runs(
     assert ended.returncode == 2 and says in " ".join(ended.stderr.split()), ended.stderr
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_reason_is_one_line() -> None:
+    """So that results.csv has a line a trial, whatever Ray tells of a node that ran out of memory."""
+    from ray.exceptions import OutOfMemoryError
+
+    told = OutOfMemoryError("2 worker(s) were killed.\nOOM kill reason: ...\nTop 10 memory users:")
+    assert _reason(told) == "OutOfMemoryError: 2 worker(s) were killed."
+    assert _reason(ValueError()) == "ValueError"
+    assert _reason(UserError("the view's size is wrong")) == "the view's size is wrong"
 
 
 @pytest.mark.slow
