@@ -53,6 +53,9 @@ from ray_dmml.cohort.placement import (
     have_places,
     known_nodes,
     lowered,
+    require_labels,
+    shown,
+    with_labels,
 )
 from ray_dmml.cohort.session import only_at, ray_session
 from ray_dmml.config import Config, PeerConfig
@@ -189,6 +192,8 @@ def run_search(
     with ray_session():
         nodes = _nodes()
         for config in _configs_of_each_size(search):
+            if not os.environ.get("RAY_ADDRESS"):  # a cluster may grow by what is not known here
+                require_labels(config, [node.get("Labels") or {} for node in ray.nodes()])
             _require_room(_resources(config, nodes, gpus_per_trial), nodes)
         if not resumed:
             files.create(search)
@@ -430,9 +435,13 @@ def _resources(
         asked = zip(peers, gpus_of, strict=True)
         return [own, *(bundle(peer, peer.num_cpus or cpu, gpu) for peer, gpu in asked)]
 
+    def fits(cpu: float) -> bool:
+        mine, *others = bundles(cpu)
+        return have_places([mine, *map(with_labels, others, peers)], nodes, "pack")
+
     # What fits nowhere, as far as is known here, may yet on nodes that are not known.
     cpus = 0.0 if all(peer.num_cpus for peer in peers) else _cpus_of_a_peer(nodes, gpus, len(peers))
-    placed = (cpu for cpu in lowered(cpus) if have_places(bundles(cpu), nodes, "pack"))
+    placed = filter(fits, lowered(cpus))
     labels = [{}, *(dict(peer.labels) for peer in peers)]
     return tune.PlacementGroupFactory(bundles(next(placed, cpus)), bundle_label_selector=labels)
 
@@ -486,6 +495,16 @@ def _require_room(trial: tune.PlacementGroupFactory, nodes: Sequence[Node]) -> N
                 f"a trial needs {needed:g} {kind}s (--gpus-per-trial, cohort.peers.*.num_cpus and "
                 f"num_gpus) and this machine has {there:g}"
             )
+    if not have_places(trial.bundles, nodes, "pack"):
+        raise UserError(
+            f"the peers of a trial find no place on this machine, which has {shown(nodes)}: each of them needs "
+            f"{', '.join(sorted({_told(bundle) for bundle in trial.bundles[1:]}))}, and a part of a GPU is "
+            "one of a single one (--gpus-per-trial, cohort.peers.*.num_cpus and num_gpus)"
+        )
+
+
+def _told(asked: Node) -> str:
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in asked.items())
 
 
 def _trial(params: dict[str, Any], search: Search, folder: str) -> None:

@@ -209,6 +209,21 @@ def test_another_look_brings_the_copy_up_to_date(
     fetch(asked, pytest.fail)
 
 
+def test_a_copy_of_another_source_is_not_replaced_by_a_run(images: Path, tmp_path: Path) -> None:
+    """A slip in the URI would remove what another run reads; `data fetch` may."""
+    other, root = tmp_path / "other", tmp_path / "copy"
+    shutil.copytree(images / "class00", other / "class00")
+    fetch(config(images, root=root), print)
+    with pytest.raises(
+        UserError, match=r"holds a copy of .*images, and not of .*other: give data.root"
+    ):
+        fetch(config(other, root=root), print)
+    assert files_of(root) == files_of(images)
+    fetch(config(images, root=root), pytest.fail)
+    fetch(config(other, root=root), print, again=True)
+    assert files_of(root) == files_of(other)
+
+
 def test_another_look_that_breaks_off_leaves_no_finished_copy(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

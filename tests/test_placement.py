@@ -315,6 +315,53 @@ def test_what_a_node_must_have_besides() -> None:
         placement.require_labels(config, [{"zone": "b", placement.NODE_ID: "1"}])
 
 
+def on(labels: dict[str, str], **resources: float) -> placement.Node:
+    return placement.labelled(resources, labels)
+
+
+def test_a_peer_is_placed_where_its_labels_are() -> None:
+    """Not where most room is: what fits by labels alone is not refused, and what does not is."""
+    h100, a100 = on({"gpu": "H100"}, CPU=12, GPU=4), on({"gpu": "A100"}, CPU=8, GPU=1)
+    peers: list[dict[str, Any]] = [{"labels": {"gpu": "A100"}, "num_cpus": 8, "num_gpus": 1}]
+    peers += [{"labels": {"gpu": "H100"}, "num_cpus": 4, "num_gpus": 1}] * 3
+    config = Config.parse({"cohort": {"peers": peers}})
+    for nodes in ([h100, a100], [a100, h100]):
+        found = plan_bundles(config, nodes)  # for Ray, which is told of labels apart
+        assert found == [{"CPU": 8, "GPU": 1}, *[{"CPU": 4, "GPU": 1}] * 3]
+    assert placement.plan(config, [HEAD, h100], [h100, a100]) == found
+    both = Config.parse(
+        {"cohort": {"base": {"num_cpus": 4, "labels": {"zone": "b"}}, "peers": [{}] * 2}}
+    )
+    nodes = [on({"zone": "a"}, CPU=8), on({"zone": "b"}, CPU=4)]
+    with pytest.raises(
+        UserError, match=r"peer0, peer1: 4 CPU, 0 GPU, zone: b.* 1 x \(4 CPU, 0 GPU, zone: b\)"
+    ):
+        plan_bundles(both, nodes)
+    # A share is one of the nodes that a peer may use.
+    one = Config.parse(
+        {"cohort": {"peers": [{"labels": {"zone": "b"}}, {"labels": {"zone": "b"}}]}}
+    )
+    assert plan_bundles(one, nodes) == [{"CPU": 2}] * 2
+
+
+def test_workers_of_each_set_of_labels_may_come(tmp_path: Path) -> None:
+    """The largest would otherwise hide all others behind the most that may be at once."""
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    types = {
+        "head": {},
+        "large": {"resources": {"CPU": 48, "GPU": 4}, "labels": {"gpu": "H100"}},
+        "small": {"resources": {"CPU": 8, "GPU": 1}, "labels": {"gpu": "T4"}},
+    }
+    cluster = {"max_workers": 2, "head_node_type": "head", "available_node_types": types}
+    file.write_text(yamlio.dump(cluster))
+    large, small = on({"gpu": "H100"}, CPU=48, GPU=4), on({"gpu": "T4"}, CPU=8, GPU=1)
+    growth = placement.growth_of(file)
+    assert growth == [large, large, small, small]
+    assert placement.left_to_grow([HEAD, {"CPU": 8.0, "GPU": 1.0}], growth) == [large, large, small]
+    config = Config.parse({"cohort": {"peers": [{"labels": {"gpu": "T4"}, "num_gpus": 1}]}})
+    assert placement.plan(config, [HEAD], growth) == [{"CPU": 8, "GPU": 1}]
+
+
 def trial(
     peers: list[dict[str, Any]], *nodes: dict[str, float], gpus: float | None = None
 ) -> list[dict[str, float]]:

@@ -20,7 +20,15 @@ from conftest import tiny
 from ray_dmml.config import Config
 from ray_dmml.errors import UserError
 from ray_dmml.search import Search, SearchConfig
-from ray_dmml.tuning import SearchFolder, Trial, _reason, run_search
+from ray_dmml.tuning import (
+    SearchFolder,
+    Trial,
+    _nodes,
+    _reason,
+    _require_room,
+    _resources,
+    run_search,
+)
 
 ANGLE = "loss.relational.angle"
 
@@ -232,6 +240,36 @@ def test_mistakes_are_told_before_anything_runs(
     assert ended.returncode == 2 and says in " ".join(ended.stderr.split()), ended.stderr
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("peer", "says"),
+    [
+        ({"labels": {"zone": "a"}}, r"no node has the labels .* of peer0"),
+        ({"num_cpus": 5}, "a trial needs 10 CPUs"),
+        ({"resources": {"node:__internal_head__": 0.6}}, "a trial needs 1.2 node:__internal"),
+    ],
+)
+def test_a_trial_that_would_wait_without_end_is_refused(
+    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path, peer: dict[str, Any], says: str
+) -> None:
+    """Where Ray is private nothing more will come. No search is begun."""
+    raw["cohort"]["base"] |= peer
+    with pytest.raises(UserError, match=says):
+        run_search(tmp_path / "search", search(raw))
+    assert not (tmp_path / "search" / "search.yaml").exists()
+
+
+def test_parts_of_gpus_that_no_gpu_has_are_refused(ray_start_4_cpus: None) -> None:
+    """1.8 of 2 GPUs, and yet the third peer's 0.6 are nowhere."""
+    config = Config.parse({"cohort": {"base": {"num_gpus": 0.6}, "peers": [{}] * 3}})
+    nodes = [{**_nodes()[0], "GPU": 2.0}]
+    with pytest.raises(
+        UserError, match=r"find no place on this machine.* 4 CPUs and 2 GPUs.*0.6 GPU"
+    ):
+        _require_room(_resources(config, nodes, None), nodes)
+    nodes[0]["GPU"] = 3.0
+    _require_room(_resources(config, nodes, None), nodes)
 
 
 def test_a_reason_is_one_line() -> None:

@@ -29,7 +29,20 @@ SMALLEST_PART = 100
 """An even share goes down to so small a part of a CPU or GPU, 1/100, where larger ones find no place."""
 
 Node = Mapping[str, float]
-"""Resources of a node, such as ``{"CPU": 8, "GPU": 1}``."""
+"""Resources of a node, such as ``{"CPU": 8, "GPU": 1}``; its labels as resources without end."""
+
+_LABEL = "label:"
+
+
+def labelled(resources: Node, labels: Mapping[str, str] | None) -> Node:
+    """A node with its labels, as ``{"label:zone=a": inf}`` beside what it has."""
+    return {**resources, **{f"{_LABEL}{key}={at}": math.inf for key, at in (labels or {}).items()}}
+
+
+def with_labels(asked: Node, peer: PeerConfig) -> Node:
+    """What a peer asks for, and that its labels are there, of which it takes nothing; not for Ray, which
+    is told of labels apart."""
+    return {**asked, **{f"{_LABEL}{key}={at}": 0.0 for key, at in peer.labels.items()}}
 
 
 def plan(config: Config, alive: Sequence[Node], growth: Sequence[Node]) -> list[dict[str, float]]:
@@ -60,7 +73,7 @@ def _require_kinds(config: Config, nodes: Sequence[Node]) -> None:
             most = max((node.get(kind, 0.0) for node in nodes), default=0.0)
             if amount > most + 1e-6:
                 known = sorted(
-                    {kind for node in nodes for kind in node if not kind.startswith("node:")}
+                    {k for node in nodes for k in node if not k.startswith(("node:", _LABEL))}
                 )
                 raise UserError(
                     f"{peer.name} asks for {amount:g} of {kind!r} (cohort.peers.{number}.resources), "
@@ -92,23 +105,28 @@ def labels_of_growth(bootstrap: Path) -> list[dict[str, str]]:
     return [dict(node.get("labels") or {}) for node in _worker_types(bootstrap)[0]]
 
 
-def growth_of(bootstrap: Path) -> list[dict[str, float]]:
-    """The workers that the autoscaler of a cluster file may start, the largest first.
+def growth_of(bootstrap: Path) -> list[Node]:
+    """The workers that the autoscaler of a cluster file may start, the largest first: as many as it
+    allows of each set of labels, as who asks for one has no use for others.
 
     Args:
         bootstrap: the file that `ray up` leaves on the head; where it is not, nothing is known to
             grow.
     """
     types, most = _worker_types(bootstrap)
+    found: dict[tuple[str, ...], list[Node]] = {}
     try:
-        found = [
-            {kind: float(amount) for kind, amount in node["resources"].items()}
-            for node in types
-            for _ in range(node.get("max_workers", most))
-        ]
+        for node_type in types:
+            has = {kind: float(amount) for kind, amount in node_type["resources"].items()}
+            node = labelled(has, node_type.get("labels"))
+            of_labels = found.setdefault(tuple(sorted(node.keys() - has.keys())), [])
+            of_labels += [node] * node_type.get("max_workers", most)
     except (KeyError, TypeError, ValueError, AttributeError):
         return []
-    return sorted(found, key=_size, reverse=True)[:most]
+    kept = [
+        node for each in found.values() for node in sorted(each, key=_size, reverse=True)[:most]
+    ]
+    return sorted(kept, key=_size, reverse=True)
 
 
 def left_to_grow(alive: Sequence[Node], growth: Sequence[Node]) -> list[Node]:
@@ -124,7 +142,8 @@ def left_to_grow(alive: Sequence[Node], growth: Sequence[Node]) -> list[Node]:
 
 def _is_of_type(worker: Node, node_type: Node) -> bool:
     """Memory is measured on each node anew, and is not what the file says of its type."""
-    kinds = node_type.keys() - {"memory", "object_store_memory"}
+    kinds = {kind for kind in node_type if not kind.startswith(_LABEL)}
+    kinds -= {"memory", "object_store_memory"}
     return bool(kinds) and all(worker.get(kind, 0.0) == node_type[kind] for kind in kinds)
 
 
@@ -136,7 +155,7 @@ def known_nodes(rows: Sequence[Mapping[str, Any]], here: str, bootstrap: Path) -
         here: the ID of this process's node.
         bootstrap: see :func:`growth_of`.
     """
-    alive: list[Node] = [row["Resources"] for row in rows if row["Alive"]]
+    alive = [labelled(row["Resources"], row.get("Labels")) for row in rows if row["Alive"]]
     heads = [row["NodeID"] for row in rows if row["Alive"] and HEAD in row["Resources"]]
     growth = growth_of(bootstrap) if here in heads else []
     return [*alive, *left_to_grow(alive, growth)]
@@ -161,7 +180,10 @@ def _serve(config: Config, nodes: Sequence[Node], gpus: bool) -> bool:
     """Whether what is asked fits, and whoever says nothing gets a GPU, or a CPU where there are none."""
     asked = zip(config.cohort.peers, _gpus_asked(config, gpus), strict=True)
     default = 1.0 if gpus else 0.0
-    wanted = [bundle(peer, peer.num_cpus or 1.0, _or(gpu, default)) for peer, gpu in asked]
+    wanted = [
+        with_labels(bundle(peer, peer.num_cpus or 1.0, _or(gpu, default)), peer)
+        for peer, gpu in asked
+    ]
     return have_places(wanted, nodes, config.cohort.placement)
 
 
@@ -192,7 +214,8 @@ def plan_bundles(config: Config, nodes: Sequence[Node]) -> list[dict[str, float]
         return [bundle(peer, _or(cpu, cpus), _or(gpu, gpus)) for peer, cpu, gpu in asked]
 
     def fits(cpus: float, gpus: float) -> bool:
-        return have_places(bundles(cpus, gpus), nodes, config.cohort.placement)
+        wanted = map(with_labels, bundles(cpus, gpus), peers)
+        return have_places(list(wanted), nodes, config.cohort.placement)
 
     cpu_shares = list(lowered(most_cpus))
     for gpus in lowered(most_gpus):
@@ -284,11 +307,15 @@ def _no_place(
         cpu = "a share of the CPUs" if peer.num_cpus is None else f"{peer.num_cpus:g} CPU"
         gpu = "a share of the GPUs" if asked is None and gpus else f"{_or(asked, 0.0):g} GPU"
         rest = [f"{amount:g} {kind}" for kind, amount in peer.resources.items()]
-        peers.setdefault(", ".join([cpu, gpu, *rest]), []).append(str(peer.name))
+        labels = [f"{key}: {at}" for key, at in peer.labels.items()]
+        peers.setdefault(", ".join([cpu, gpu, *rest, *labels]), []).append(str(peer.name))
     others = {kind for peer in config.cohort.peers for kind in peer.resources}
     kinds = ["CPU", "GPU", *sorted(others)]
     known = Counter(
-        ", ".join(f"{node.get(kind, 0.0):g} {kind}" for kind in kinds) for node in nodes
+        ", ".join(
+            [f"{node.get(kind, 0.0):g} {kind}" for kind in kinds] + _asked_labels(config, node)
+        )
+        for node in nodes
     )
     return (
         "not every peer finds a place on a node, the largest placed first: "
@@ -296,8 +323,14 @@ def _no_place(
         + ". There are, or may come, "
         + "; ".join(f"{number} x ({has})" for has, number in known.items())
         + ". Ask for less, and for num_gpus: 0 where none is needed (cohort.peers.*.num_cpus, num_gpus, "
-        "resources)"
+        "resources, labels)"
     )
+
+
+def _asked_labels(config: Config, node: Node) -> list[str]:
+    """Those of a node that a peer asks for."""
+    asked = {item for peer in config.cohort.peers for item in peer.labels.items()}
+    return sorted(f"{key}: {at}" for key, at in asked if f"{_LABEL}{key}={at}" in node)
 
 
 def _names(names: Sequence[str]) -> str:

@@ -46,6 +46,7 @@ from ray_dmml.cohort.placement import (
     BOOTSTRAP_FILE,
     HEAD,
     growth_of,
+    labelled,
     labels_of_growth,
     left_to_grow,
     plan,
@@ -237,7 +238,7 @@ class RayCohort:
         growth = growth_of(file) if is_on_head else []
         grown_labels = labels_of_growth(file) if is_on_head else []
         require_labels(config, [*(node.get("Labels") or {} for node in nodes), *grown_labels])
-        alive = [node["Resources"] for node in nodes]
+        alive = [labelled(node["Resources"], node.get("Labels")) for node in nodes]
         bundles = plan(config, alive, growth)
         self._group = placement_group(
             bundles,

@@ -71,14 +71,23 @@ def fetch(config: DataConfig, log: Log, *, again: bool = False) -> Path:
             changed or removed there since. Not while a run reads the copy.
 
     Raises:
-        UserError: the source cannot be read, or does not hold what it says; the disk is full.
+        UserError: the source cannot be read, or does not hold what it says; the disk is full; the folder
+            is a finished copy of another source, which only ``again`` replaces.
     """
     root = local_root(config)
-    if config.source is None or (not again and _is_done(root, config.source)):
+    if config.source is None:
+        return root
+    done = {} if again else _done(root)
+    if done.get("source") == _identity(config.source):
         return root
     from ray_dmml.uri import reason, without_secrets  # which take half a second
 
     name = without_secrets(config.source)
+    if done:
+        raise UserError(
+            f"data.root {root} holds a copy of {done.get('name')}, and not of data.source {name}: give "
+            "data.root another folder, or replace that copy by `ray-dmml data fetch`"
+        )
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root):
@@ -92,11 +101,16 @@ def fetch(config: DataConfig, log: Log, *, again: bool = False) -> Path:
 
 
 def _is_done(root: Path, source: str) -> bool:
+    return bool(_done(root).get("source") == _identity(source))
+
+
+def _done(root: Path) -> dict[str, Any]:
+    """What is known of a finished copy; nothing where there is none."""
     try:
         done: Any = json.loads((root / DONE).read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(done, dict) and done.get("source") == _identity(source)
+        return {}
+    return done if isinstance(done, dict) else {}
 
 
 def _identity(source: str) -> str:
