@@ -11,6 +11,7 @@ RAY_ADDRESS names. `--report` makes the tables and the plots anew from what is t
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import sys
@@ -31,6 +32,7 @@ from rich.console import Console
 from ray_dmml.cohort.member import keep_freed_memory
 from ray_dmml.cohort.session import ray_session
 from ray_dmml.data.datasets import load_splits
+from ray_dmml.data.images import Splits
 from ray_dmml.errors import UserError
 
 EXPERIMENTS = Path(__file__).parent
@@ -73,6 +75,20 @@ def require_same_settings(rows: list[dict[str, Any]], plan: Plan, file: Path) ->
         )
 
 
+def require_same_images(rows: list[dict[str, Any]], splits: Splits, file: Path) -> None:
+    """Raises UserError where rows are of other images, or another division of them."""
+    if any(row["images"] != images_of(splits) for row in rows):
+        raise UserError(
+            f"{file} has rows of other images, classes or splits than data.* gives now: undo the change, or "
+            "remove those rows to run them anew"
+        )
+
+
+def images_of(splits: Splits) -> str:
+    """Of names, classes and splits."""
+    return hashlib.sha256(json.dumps(splits.digests()).encode()).hexdigest()[:12]
+
+
 @ray.remote(max_retries=0)
 def run_arm(plan: Plan, arm: Arm, seed: int, skipped: tuple[str, ...]) -> dict[str, Any]:
     """In a process of Ray's, which is used again for the next."""
@@ -83,12 +99,12 @@ def run_arm(plan: Plan, arm: Arm, seed: int, skipped: tuple[str, ...]) -> dict[s
 
 def run(
     plan: Plan,
+    splits: Splits,
     todo: list[tuple[str, int]],
     add: Callable[[dict[str, Any]], None],
     console: Console,
 ) -> int:
     """Runs arms and seeds, a row each; how many failed."""
-    splits = load_splits(plan.config(Arm(), 0).data, console.print)
     made_by, failed = commit(), 0
     with ray_session():
         device = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
@@ -108,8 +124,8 @@ def run(
                 reason = str(error).strip().splitlines()[-1]
                 console.print(f"[red]{name}, seed {seed}: {reason}[/red]", highlight=False)
                 continue
-            settings = plan.digest(ARMS[name])
-            add({"arm": name, "settings": settings, "commit": made_by, **found})
+            of = {"arm": name, "settings": plan.digest(ARMS[name]), "images": images_of(splits)}
+            add({**of, "commit": made_by, **found})
             tested = found["last"]["test"]
             peers = [peer["recall@1"] for peer in tested["peers"]]
             rate = (time.monotonic() - began) / (len(todo) - len(running)) / 60
@@ -154,9 +170,12 @@ def main(
             with rows_of(file) as (rows, add):
                 require_same_settings(rows, plan, file)
                 done = {(row["arm"], row["seed"]) for row in rows}
-                wanted = [(name, seed) for seed in range(seeds) for name in arm or ARMS]
-                todo = [each for each in wanted if each not in done]
-                failed = run(plan, todo, add, console) if todo else 0
+                names = dict.fromkeys(arm or ARMS)
+                wanted = [(name, seed) for seed in range(seeds) for name in names]
+                if todo := [each for each in wanted if each not in done]:
+                    splits = load_splits(plan.config(Arm(), 0).data, console.print)
+                    require_same_images(rows, splits, file)
+                    failed = run(plan, splits, todo, add, console)
         with rows_of(file) as (rows, _):
             if rows:
                 page = EXPERIMENTS / "README.md" if data in DATA else folder / "report.md"

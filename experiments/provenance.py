@@ -5,20 +5,19 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+NO_CODE = ("*.jsonl", "experiments/ablations/*.csv", "*.md", "*.png")
+"""What experiments themselves write as they go."""
+
 
 def commit() -> str:
-    """Of this repository, with `+` where files differ from it."""
-    described = subprocess.run(
-        [
-            "git",
-            "-C",
-            str(Path(__file__).parent),
-            "describe",
-            "--always",
-            "--abbrev=12",
-            "--dirty=+",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    return described.stdout.strip() or "unknown"
+    """Of this repository, with `+` where code or settings differ from it."""
+    described = _git("describe", "--always", "--abbrev=12")
+    if described.returncode:
+        return "unknown"
+    changed = _git("diff", "--quiet", "HEAD", "--", ".", *(f":(exclude){name}" for name in NO_CODE))
+    return described.stdout.strip() + ("+" if changed.returncode else "")
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    repository = Path(__file__).parent.parent
+    return subprocess.run(["git", "-C", repository, *arguments], capture_output=True, text=True)

@@ -14,7 +14,7 @@ import copy
 import importlib.util
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -160,15 +160,16 @@ class Search:
     def __init__(self, raw: Mapping[str, Any], config: SearchConfig) -> None:
         self.raw, self.config = copy.deepcopy(dict(raw)), config
         self.base = Config.parse(self.raw)
-        if not self.base.data.validation_fraction:
+        self._require_no_draw_undone()
+        fraction = self.trial_config({}).data.validation_fraction
+        if not fraction:
             raise UserError(
                 "a search is judged on held-out training classes: set data.validation_fraction above 0"
             )
-        possible = round(1 / self.base.data.validation_fraction)
+        possible = round(1 / fraction)
         if config.folds > possible:
             raise UserError(
-                f"folds {config.folds}: data.validation_fraction "
-                f"{self.base.data.validation_fraction} gives at most {possible}"
+                f"folds {config.folds}: data.validation_fraction {fraction} gives at most {possible}"
             )
         if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
             raise UserError("search: optuna needs the extra: pip install 'ray-dmml[search]'")
@@ -186,6 +187,11 @@ class Search:
                     raise UserError(f"space.{key}: {drawn}: {error}") from None
         self.default = {key: self._own_value(key) for key in config.space}
         """The draw that is the experiment as it is."""
+        if self.config_of(self.default) != self.base:
+            raise UserError(
+                "space: its settings undo each other, so that the first trial cannot be the config as it "
+                f"is: {', '.join(config.space)}"
+            )
 
     def config_of(self, params: Params) -> Config:
         """The experiment with a draw's settings."""
@@ -228,6 +234,15 @@ class Search:
             set_setting(raw, key, self.config.space[key].value(drawn), f"space.{key}")
         return raw
 
+    def _require_no_draw_undone(self) -> None:
+        """Raises UserError where the trials' settings replace what is drawn."""
+        for key in self.config.trial:
+            for drawn in self.config.space:
+                if f"{drawn}.".startswith(f"{key}.") or f"{key}.".startswith(f"{drawn}."):
+                    raise UserError(
+                        f"trial.{key} replaces what is drawn for space.{drawn}: drop one"
+                    )
+
     def _own_value(self, key: str) -> Any:
         """The draw of a setting that changes nothing."""
         distribution = self.config.space[key]
@@ -237,11 +252,14 @@ class Search:
                     return label
             allowed = f"is none of {', '.join(distribution.labels)}"
         else:
-            value = _at(self.base.model_dump(mode="json"), key)
+            own = _at(self.base.model_dump(mode="json"), key)
             low, high = distribution.ends or (-math.inf, math.inf)
-            if isinstance(value, (int, float)) and low <= value <= high:
-                return value
-            allowed = f"{value} is not from {low:g} to {high:g}"
+            allowed_here = (v for v in own if isinstance(v, (int, float)) and low <= v <= high)
+            for value in allowed_here:
+                if self.config_of({key: value}) == self.base:
+                    return value
+            shown = " and ".join(dict.fromkeys(map(str, own)))
+            allowed = f"{shown} is not from {low:g} to {high:g}"
         raise UserError(
             f"space.{key}: the config's own value {allowed}; the first trial is the config as it is, "
             "so widen the space"
@@ -293,12 +311,17 @@ def load_search(path: Path | None = None, **changes: Any) -> SearchConfig:
         raise UserError(explain(error, str(path), SearchConfig)) from None
 
 
-def _at(tree: Any, key: str) -> Any:
-    """The value at a dotted key of an effective config; a base's setting is that of the first peer
-    (peers that differ in it state it themselves)."""
+def _at(tree: Any, key: str) -> list[Any]:
+    """The value at a dotted key of an effective config; of a base's setting those of all peers, as any
+    of them may state it itself."""
     if key.startswith("cohort.base."):
-        key = "cohort.peers.0." + key.removeprefix("cohort.base.")
-    for part in key.split("."):
+        own = key.removeprefix("cohort.base.").split(".")
+        return [_below(peer, own) for peer in tree["cohort"]["peers"]]
+    return [_below(tree, key.split("."))]
+
+
+def _below(tree: Any, parts: Sequence[str]) -> Any:
+    for part in parts:
         if isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
             tree = tree[int(part)]
         elif isinstance(tree, Mapping):

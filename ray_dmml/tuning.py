@@ -27,7 +27,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -309,11 +309,12 @@ def _run_trials(
         watcher.join()
 
 
-def _name_the_lost(files: SearchFolder, results: tune.ResultGrid) -> None:
+def _name_the_lost(files: SearchFolder, results: Iterable[tune.Result]) -> None:
     """A trial whose process was killed could not write down why."""
-    lost = {json.dumps(each.config, sort_keys=True): each.error for each in results if each.error}
+    lost = {Path(each.path).name: each.error for each in results if each.error and each.path}
     for trial in files.trials():
-        error = lost.get(json.dumps(trial.params, sort_keys=True))
+        # Tune's folders have the trial's name in theirs. Two trials may have drawn the same.
+        error = next((lost[folder] for folder in lost if f"_{trial.name}_" in folder), None)
         if error is not None and trial.error is None and not trial.finished:
             trial.error = str(error).strip().splitlines()[-1]
             file = files.trials_folder / trial.name / "trial.json"
@@ -521,6 +522,8 @@ def _trial(params: dict[str, Any], search: Search, folder: str) -> None:
         folds = [_train_fold(params, search, journal, fold) for fold in range(search.config.folds)]
         if len(folds) > 1:
             journal.report(_mean(folds))
+        elif not journal.trial.finished:  # killed after its last checkpoint, before it told of it
+            journal.report(folds[0])
     except Exception as error:
         journal.trial.error = _reason(error)
         journal.write()
@@ -658,7 +661,9 @@ def _final_runs(
     files: SearchFolder, search: Search, best: Trial, trials: Sequence[Trial], reporter: Reporter
 ) -> dict[str, Any]:
     """The best setting and the config as it is, on all training classes; the test classes' figures."""
-    default = next((trial for trial in trials if trial.is_default), None)
+    # Population based training may have given the first trial another draw since.
+    own = (trial for trial in trials if trial.is_default and trial.params == search.default)
+    default = next(own, None)
     chosen: dict[str, Params] = {"best": best.params, "default": search.default}
     # A figure of an earlier step, where the scheduler ended it, does not stand beside the best's.
     known = default.objective if default is not None and default.finished else None
@@ -687,7 +692,11 @@ def _final_run(folder: Path, config: Config, seed: int, reporter: Reporter) -> d
     evaluation = config.evaluation.model_copy(
         update={"test": True, "untrained": False, "weights": weights}
     )
-    config = config.model_copy(update={"seed": seed, "data": data, "evaluation": evaluation})
+    # A run each in the search's folder; one storage has room for one run.
+    checkpoint = config.checkpoint.model_copy(update={"storage": None})
+    config = config.model_copy(
+        update={"seed": seed, "data": data, "evaluation": evaluation, "checkpoint": checkpoint}
+    )
     run = RunFolder(folder)
     if run.results_file.exists():
         results = json.loads(run.results_file.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,13 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import tiny
+from safetensors.torch import load_file
 from scipy import stats
 
 from ray_dmml.config import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError
+from ray_dmml.peerfiles import decode_peer
+from ray_dmml.runfolder import RunFolder
 from ray_dmml.training import train
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -96,14 +101,20 @@ def test_arms_differ_in_what_they_are_called_and_in_nothing_else(
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "judged_at"),
+    [("mutual + all", ("last", "best")), ("mutual + all + averaging", ("averaged",))],
+)
 def test_an_arm_s_figures_are_those_of_a_run_of_its_config(
-    ablations: Any, folder: Path, tmp_path: Path
+    ablations: Any, folder: Path, tmp_path: Path, name: str, judged_at: tuple[str, ...]
 ) -> None:
-    """At the last step and at the best on validation classes: what `train` gives."""
-    made, arm = plan(ablations, folder), ablations.arms.ARMS["mutual + all"]
+    """At the last step and at the best on validation classes, of weights or their averages: what `train`
+    gives."""
+    made, arm = plan(ablations, folder), ablations.arms.ARMS[name]
     config = made.config(arm, seed=1)
     row = ablations.measure.measure(made, arm, 1, load_splits(config.data))
-    for at in ("last", "best"):
+    row["averaged"] = row["last"]
+    for at in judged_at:
         evaluation = config.evaluation.model_copy(update={"weights": at, "untrained": False})
         judged = config.model_copy(update={"evaluation": evaluation})
         results = train(judged, tmp_path / at, in_process=True)
@@ -151,6 +162,30 @@ def test_self_distillation_learns_from_a_finished_frozen_net(ablations: Any, fol
     assert alone == made.config(arms["single net"], 0)
     config = made.config(arms["self-distillation"], 0, folder / "weights.safetensors")
     assert [peer.frozen for peer in config.cohort.peers] == [False, True]
+
+
+def test_the_teacher_of_self_distillation_is_the_single_net_at_its_end(
+    ablations: Any, folder: Path, tmp_path: Path
+) -> None:
+    """Its last weights, to the bit; and a change of how it was trained is one of the arm."""
+    made, arms, measure = plan(ablations, folder), ablations.arms.ARMS, ablations.measure
+    config = made.config(arms["single net"], measure.TEACHER_SEED)
+    splits = load_splits(config.data)
+    measure._train_teacher(config, splits, tmp_path / "teacher.safetensors")
+    train(config, tmp_path / "alone", in_process=True)
+    state = RunFolder.open(tmp_path / "alone").checkpoints.load("last").peers
+    (alone,) = (decode_peer(files)["net"] for files in state.values())
+    kept = load_file(tmp_path / "teacher.safetensors")
+    assert kept.keys() == alone.keys()
+    assert all(torch.equal(kept[name], alone[name]) for name in kept)
+
+    before = {name: made.digest(arm) for name, arm in arms.items()}
+    changed = {**PARTS, "independent": {"cohort.base.optimizer.lr": 0.003}}
+    (folder / "arms.yaml").write_text(yaml.safe_dump(changed))
+    after = {name: plan(ablations, folder).digest(arm) for name, arm in arms.items()}
+    differ = {name for name in arms if before[name] != after[name]}
+    alike = {name for name in arms if name.startswith("mutual")}
+    assert differ == set(arms) - alike
 
 
 def test_agreement_and_overlap_are_those_of_a_naive_loop(
@@ -221,11 +256,20 @@ def test_a_wrong_plan_is_refused(ablations: Any, folder: Path) -> None:
         ({"view": [{"view": "mild"}, {}, {}, {}]}, "view"),
         ({"model": [{}, {"init_seed": 1}]}, "one of each of 4 peers"),
         ({"independent": None, "typo": {}}, "must say"),
+        ({"independent": {"train.steps": 16}}, "may say .*not train.steps"),
     ]:
         parts = {key: value for key, value in {**PARTS, **change}.items() if value is not None}
         (folder / "arms.yaml").write_text(yaml.safe_dump(parts))
         with pytest.raises(UserError, match=said):
             plan(ablations, folder)
+    (folder / "arms.yaml").write_text(yaml.safe_dump(PARTS))
+    for setting, said in [
+        ("cohort.peers.1.view=weak", "cohort.peers must be equal"),
+        ("train.init_from=runs/a", "train.init_from must be null"),
+        ("run.on_bad_numbers=skip", 'must be "fail" in an ablation, not skip'),
+    ]:
+        with pytest.raises(UserError, match=said):
+            ablations.arms.Plan(folder, [setting])
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -235,10 +279,12 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_rows_are_kept_and_finished_ones_are_not_run_again(folder: Path) -> None:
+def test_rows_are_kept_and_finished_ones_are_not_run_again(
+    folder: Path, image_folder: Path
+) -> None:
     """On a private Ray: a row a finished arm and seed; a second run adds what is missing only, and
     tables and plots are of all rows. An arm that fails is named and costs no other."""
-    arms = ["--arm", "independent", "--arm", "mutual + all"]
+    arms = ["--arm", "independent", "--arm", "mutual + all", "--arm", "independent"]
     ended = command(folder, *arms, "--seeds", "2")
     assert ended.returncode == 0, ended.stderr
     file = folder / "rows.jsonl"
@@ -269,6 +315,14 @@ def test_rows_are_kept_and_finished_ones_are_not_run_again(folder: Path) -> None
     # Rows of other settings are not mixed with these.
     ended = command(folder, *arms, "--seeds", "2", "--set", "cohort.base.embedding_size=24")
     assert ended.returncode != 0 and "rows of other settings" in ended.stderr
+    assert file.read_text() == first
+
+    # Neither are those of other images.
+    fewer = folder.parent / "fewer"
+    shutil.copytree(image_folder, fewer)
+    next(fewer.rglob("*.png")).unlink()
+    ended = command(folder, *arms, "--seeds", "3", "--set", f"data.root={fewer}")
+    assert ended.returncode != 0 and "rows of other images" in ended.stderr
     assert file.read_text() == first
 
     # A learning rate that blows up: that arm fails, the other is finished; the old rows stand, and of

@@ -173,14 +173,24 @@ class Hosts:
         return subprocess.CompletedProcess(line, process.returncode, told)
 
     @contextmanager
-    def running_beside(self, line: str, cwd: Path) -> Iterator[None]:
-        """The same for the length of the block."""
+    def running_beside(self, line: str, cwd: Path) -> Iterator[Callable[[], str]]:
+        """The same for the length of the block.
+
+        Yields:
+            What ends it, and tells what it told.
+        """
         process = self.start_beside(line, cwd)
+
+        def end() -> str:
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(process.pid, signal.SIGTERM)
+            return f"{line}\n{process.communicate(timeout=PATIENCE_S)[0]}"
+
         try:
-            yield
+            yield end
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.communicate(timeout=PATIENCE_S)
+            if process.poll() is None:
+                end()
 
     def start_bucket(self, images: Path) -> None:
         """An S3 server that all hosts reach, with the images."""
@@ -215,10 +225,18 @@ class Hosts:
         return int(counts[-1]) if counts else 0
 
     @staticmethod
-    def wait_for(is_so: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
+    def wait_for(
+        is_so: Callable[[], bool],
+        seconds: float = PATIENCE_S,
+        otherwise: Callable[[], str] = lambda: "it did not come",
+    ) -> None:
+        """
+        Args:
+            otherwise: What to tell where it did not come in time.
+        """
         until = time.monotonic() + seconds
         while not is_so():
-            assert time.monotonic() < until, "it did not come"
+            assert time.monotonic() < until, otherwise()
             time.sleep(0.5)
 
     def close(self) -> None:
@@ -349,6 +367,7 @@ def test_peers_on_three_hosts(
     assert len(set(RunFolder(out).environment()["nodes"])) == 3
 
 
+TELL_OF_JOBS = "tail -n 50 /tmp/ray/session_latest/logs/job-driver-*; ls ~/runs/c"
 ASK_DASHBOARD = "curl --silent --max-time 2 http://localhost:8265"
 
 
@@ -403,7 +422,10 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
                 assert all(f"10.77.0.1{host}" in told for host in (1, 2, 3)), told
             case ["ray", "exec"] if "job submit" in line:
                 ran(line)  # and nobody waits for it
-                hosts.wait_for(lambda: "results.json" in hosts.ssh(1, "ls ~/runs/c", check=False))
+                hosts.wait_for(
+                    lambda: "results.json" in hosts.ssh(1, "ls ~/runs/c", check=False),
+                    otherwise=lambda: hosts.ssh(1, TELL_OF_JOBS, check=False),
+                )
                 nodes = hosts.ssh(1, "grep -o 10.77.0.1. ~/runs/c/run.json")
                 assert len(set(nodes.split())) == 3
             case ["ray", "submit"]:
@@ -418,9 +440,10 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
                 nodes = hosts.ssh(1, "grep -ho 10.77.0.1. ~/runs/d/trials/*/fold0/run.json")
                 assert len(set(nodes.split())) > 1
             case ["ray", "dashboard"]:
-                with hosts.running_beside(line, tmp_path):
+                with hosts.running_beside(line, tmp_path) as end:
                     hosts.wait_for(
-                        lambda: "Ray Dashboard" in hosts.beside(ASK_DASHBOARD, tmp_path).stdout
+                        lambda: "Ray Dashboard" in hosts.beside(ASK_DASHBOARD, tmp_path).stdout,
+                        otherwise=end,
                     )
                     # It says nothing of the cluster to who has no token.
                     told = hosts.beside(f"{ASK_DASHBOARD}/api/version", tmp_path).stdout

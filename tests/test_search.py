@@ -90,6 +90,41 @@ def test_a_search_file_that_cannot_be_is_refused(tmp_path: Path, text: str, says
         load_search(tmp_path / "nowhere.yaml")
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"trial": {"loss.relational.angle": 3}}, r"trial\.loss\.relational\.angle replaces what is drawn"),
+        ({"trial": {"loss": {}}}, r"trial\.loss replaces what is drawn for space\.loss\.relational\.angle"),
+        ({"trial": {"data.validation_fraction": 0}}, "data.validation_fraction above 0"),
+        ({"trial": {"data.validation_fraction": 0.5}, "folds": 3, "scheduler": "none"}, "0.5 gives at most 2"),
+    ],
+)  # fmt: skip
+def test_trials_whose_settings_undo_the_search_are_refused(
+    raw: dict[str, Any], settings: dict[str, Any], says: str
+) -> None:
+    """Draws that would change nothing, no classes to judge on, and folds that would overlap."""
+    space = {"loss.relational.angle": {"uniform": [0, 4]}}
+    assert search(raw, space, trial={"train.steps": 2}).default == {"loss.relational.angle": 2.0}
+    with pytest.raises(UserError, match=says):
+        search(raw, space, **settings)
+
+
+def test_the_first_trial_is_the_config_where_a_peer_states_its_own(raw: dict[str, Any]) -> None:
+    """A base's value is that of the peers who do not; settings that replace each other are refused."""
+    raw["cohort"]["base"]["optimizer"] = {"lr": 1e-3}
+    raw["cohort"]["peers"] = [{"optimizer": {"lr": 1e-4}}, {}]
+    lr = {"loguniform": [1e-5, 1e-2]}
+    found = search(raw, {"cohort.base.optimizer.lr": lr})
+    assert found.default == {"cohort.base.optimizer.lr": 1e-3}
+    assert found.config_of(found.default) == found.base
+    # Each by itself is allowed; together the peers' leave the base's nothing to set.
+    raw["cohort"]["peers"] = [{}, {}]
+    places = ("peers.0", "peers.1", "base")
+    own = found.base.cohort.peers[1].view
+    with pytest.raises(UserError, match="view"):
+        search(raw, {f"cohort.{place}.view": {"choice": ["weak", own]} for place in places})
+
+
 def test_every_kind_of_setting_can_be_searched(raw: dict[str, Any]) -> None:
     """Numbers, names, lists of transforms, whole cohorts; the base for all peers at once."""
     views = [[{"name": "CenterCrop"}], "weak"]

@@ -16,13 +16,17 @@ from typing import Any
 import pytest
 import yaml
 from conftest import tiny
+from ray.tune import Result
 
 from ray_dmml.config import Config
 from ray_dmml.errors import UserError
 from ray_dmml.search import Search, SearchConfig
+from ray_dmml.training import Silent
 from ray_dmml.tuning import (
     SearchFolder,
     Trial,
+    _final_runs,
+    _name_the_lost,
     _nodes,
     _reason,
     _require_room,
@@ -67,6 +71,7 @@ def test_a_search_from_end_to_end(
         # A margin that is no number: the loss fails in the first step.
         "loss.metric.settings.margin": {"choice": [0.2, "wide"]},
     }
+    raw["checkpoint"] = {"storage": str(tmp_path / "of one run")}  # and not of six
     watched: list[Sequence[Trial]] = []
     found = search(raw, space, num_samples=4, final_seeds=2)
     final = run_search(folder, found, watch=watched.append)
@@ -282,6 +287,48 @@ def test_a_reason_is_one_line() -> None:
     assert _reason(UserError("the view's size is wrong")) == "the view's size is wrong"
 
 
+def ended(name: str, angle: float, step: int = 4, **known: Any) -> Trial:
+    figures = {"step": step, "objective": angle / 10, "cost": 1.0}
+    return Trial(name, {ANGLE: angle}, [figures], **{"finished": True, **known})
+
+
+def test_a_trial_that_was_given_another_draw_is_not_the_config_as_it_is(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """Population based training does so: its figure is not shown beside the default's test runs."""
+    found, files = search(raw, final_seeds=0), SearchFolder(tmp_path)
+    first, best = ended("a", 2.0, is_default=True), ended("b", 3.0, number=1)
+    final = _final_runs(files, found, best, [first, best], Silent())
+    assert final["default"]["validation"] == pytest.approx(0.2)
+    final = _final_runs(files, found, best, [ended("a", 3.5, is_default=True), best], Silent())
+    assert final["default"]["validation"] is None
+
+
+def test_a_trial_whose_process_was_killed_is_told_from_one_of_the_same_draw(tmp_path: Path) -> None:
+    """Tune alone knows of it; the other one was ended early, and did not fail."""
+    files = SearchFolder(tmp_path)
+    for trial in (
+        ended("9a_00000", 1.0, 2, finished=False),
+        ended("9a_00001", 1.0, 2, finished=False),
+    ):
+        folder = files.trials_folder / trial.name
+        folder.mkdir(parents=True)
+        (folder / "trial.json").write_text(json.dumps(vars(trial)))
+    killed = RuntimeError("The actor died.\nIts process was killed.")
+    _name_the_lost(
+        files,
+        [
+            Result({}, None, error, str(tmp_path / f"ray/_trial_9a_0000{n}_{n}_angle=1"))
+            for n, error in enumerate([None, killed])
+        ],
+    )
+    found = {trial.name: (trial.status, trial.error) for trial in files.trials()}
+    assert found == {
+        "9a_00000": ("ended early", None),
+        "9a_00001": ("failed", "Its process was killed."),
+    }
+
+
 @pytest.mark.slow
 def test_halving_ends_the_worse_and_the_rest_finish(
     ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
@@ -296,6 +343,7 @@ def test_halving_ends_the_worse_and_the_rest_finish(
     assert all(trial.finished == (trial.step == 8) for trial in trials)
     assert trials[0].finished and not any(trial.error for trial in trials)
     assert {trial.step for trial in trials} <= {2, 4, 8}
+    assert any(trial.step < 8 for trial in trials)
     best = max(trial.objective or 0 for trial in trials if trial.finished)
     assert final["best"]["validation"] == best and final["best"]["test"] == []
     assert not (tmp_path / "search" / "final").exists()

@@ -25,6 +25,8 @@ from ray_dmml.errors import UserError
 
 DIVERSITIES = ("model", "view", "temporal")
 NUM_SNAPSHOTS = 2
+OF_AN_INGREDIENT = ("cohort.base.", "loss.")
+"""What arms.yaml may set of all peers: nothing that would change the budget."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ def _arms() -> dict[str, Arm]:
 
 ARMS = _arms()
 
+TEACHER = Arm(num_peers=1)
+"""What the frozen net of self-distillation was."""
+
 
 class Plan:
     """The experiment of one data set.
@@ -84,6 +89,7 @@ class Plan:
 
     def __init__(self, folder: Path, overrides: list[str]) -> None:
         self._raw = read_settings(folder / "config.yaml", overrides)
+        _require_heeded(self._raw)
         self._parts = _read_arms(folder / "arms.yaml")
         for name, arm in ARMS.items():
             try:
@@ -132,13 +138,33 @@ class Plan:
 
     def digest(self, arm: Arm) -> str:
         """Of all settings that an arm's figures depend on, the seed apart."""
+        teacher = arm.teacher and self._figures_of(TEACHER)
+        told = [self._figures_of(arm), arm.snapshots, teacher]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+    def _figures_of(self, arm: Arm) -> dict[str, Any]:
+        """The settings that figures depend on; of the images see `Splits.digests`."""
         settings = self.config(arm, 0).model_dump(mode="json")
         for place in ("root", "manifest", "cache_dir", "cache_gib", "check_images"):
             del settings["data"][place]
         for part in ("checkpoint", "run"):
             del settings[part]
-        told = json.dumps([settings, arm.snapshots, arm.teacher], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:12]
+        return settings
+
+
+def _require_heeded(raw: dict[str, Any]) -> None:
+    """Raises UserError where a setting of the experiment's would change nothing here."""
+    config = Config.parse(raw)
+    if any(raw.get("cohort", {}).get("peers", [])):
+        raise UserError("cohort.peers must be equal ({}): arms.yaml says how peers differ")
+    heeded = {
+        "train.init_from": (config.train.init_from, None),
+        "train.select_by": (config.train.select_by, "ensemble"),
+        "run.on_bad_numbers": (config.run.on_bad_numbers, "fail"),
+    }
+    for key, (value, only) in heeded.items():
+        if value != only:
+            raise UserError(f"{key} must be {json.dumps(only)} in an ablation, not {value}")
 
 
 def _read_arms(file: Path) -> dict[str, Any]:
@@ -156,4 +182,9 @@ def _read_arms(file: Path) -> dict[str, Any]:
                 )
         elif not isinstance(part, dict):
             raise UserError(f"{file}: {name} must be settings")
+        elif others := [key for key in part if not str(key).startswith(OF_AN_INGREDIENT)]:
+            raise UserError(
+                f"{file}: {name} may say {' and '.join(f'{each}*' for each in OF_AN_INGREDIENT)}, not "
+                f"{', '.join(map(str, others))}: all else is alike in all arms, and in config.yaml"
+            )
     return parts

@@ -24,7 +24,7 @@ from ray_dmml.retrieval.ensemble import ensemble_embedding
 from ray_dmml.retrieval.metrics import retrieval_metrics
 from ray_dmml.retrieval.neighbours import nearest
 
-from .arms import Arm, Plan
+from .arms import TEACHER, Arm, Plan
 
 Embeddings = list[NDArray[Any]]
 """Of each member of the ensemble, (N, D)."""
@@ -40,7 +40,7 @@ def measure(plan: Plan, arm: Arm, seed: int, splits: Splits) -> dict[str, Any]:
         teacher = None
         if arm.teacher:
             teacher = Path(folder) / "teacher.safetensors"
-            _train_teacher(plan.config(Arm(num_peers=1), seed + TEACHER_SEED), splits, teacher)
+            _train_teacher(plan.config(TEACHER, seed + TEACHER_SEED), splits, teacher)
         config = plan.config(arm, seed, teacher)
         with closing(LocalCohort(config, splits)) as cohort:
             row = _run(config, arm, cohort, splits)

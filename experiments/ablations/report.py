@@ -200,7 +200,12 @@ def _over_training(arms: Mapping[str, Mapping[int, Row]], key: Callable[[Row], f
         if name in arms:
             curves = [[key(point) for point in row["curve"]] for row in arms[name].values()]
             steps = [point["step"] for point in next(iter(arms[name].values()))["curve"]]
-            yield name, steps, np.mean(curves, axis=0), np.std(curves, axis=0)
+            yield name, steps, np.mean(curves, axis=0), _deviation(curves)
+
+
+def _deviation(values: Sequence[Any]) -> Any:
+    """Over seeds, which come first; 0 of a single one."""
+    return np.std(values, axis=0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
 
 
 def _lines(axes: Axes, found: Any) -> None:
@@ -228,7 +233,7 @@ def _only_one(axes: Axes, arms: Mapping[str, Mapping[int, Row]]) -> None:
     values = [
         [100 * row["last"]["only_one"] for row in arms[name].values()] for name in reversed(names)
     ]
-    means, deviations = [np.mean(each) for each in values], [np.std(each) for each in values]
+    means, deviations = [np.mean(each) for each in values], [_deviation(each) for each in values]
     colours = [_colour(name) for name in reversed(names)]
     axes.barh(range(len(names)), means, xerr=deviations, color=colours, height=0.7)
     axes.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
@@ -245,7 +250,10 @@ def _sizes(axes: Axes, arms: Mapping[str, Mapping[int, Row]]) -> None:
         for who, style in ((mean_peer, "o-"), (ensemble, "s--")):
             values = [[who(row, "last") for row in arms[members[size]].values()] for size in sizes]
             label = f"{name} + all, {'ensemble' if who is ensemble else 'mean peer'}"
-            mean, deviation = [np.mean(each) for each in values], [np.std(each) for each in values]
+            mean, deviation = (
+                [np.mean(each) for each in values],
+                [_deviation(each) for each in values],
+            )
             axes.errorbar(
                 sizes, mean, deviation, fmt=style, color=_colour(name), label=label, capsize=2
             )
