@@ -71,7 +71,8 @@ def require_same_settings(rows: list[dict[str, Any]], plan: Plan, file: Path) ->
     if other:
         raise UserError(
             f"{file} has rows of other settings than config.yaml, arms.yaml and --set give now "
-            f"({'; '.join(other)}): undo the change, or remove those rows to run them anew"
+            f"({'; '.join(other)}): undo the change, remove those rows to run them anew, or give a copy "
+            "of the folder without them"
         )
 
 
@@ -176,6 +177,8 @@ def main(
                     splits = load_splits(plan.config(Arm(), 0).data, console.print)
                     require_same_images(rows, splits, file)
                     failed = run(plan, splits, todo, add, console)
+        if not file.exists():
+            sys.exit(f"{file} is not there: no arm has been run")
         with rows_of(file) as (rows, _):
             if rows:
                 page = EXPERIMENTS / "README.md" if data in DATA else folder / "report.md"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import (
     BaseModel,
@@ -922,14 +922,17 @@ def _hint(location: list[str], model: type[BaseModel]) -> str:
 
 
 def _section_at(location: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
-    for part in location:
+    parts = iter(location)
+    for part in parts:
         if part == "base" or part.isdigit():
             continue
         field = model.model_fields.get(part)
         inner = _sections_in(field.annotation) if field else []
-        if not inner:
+        if field is None or not inner:
             return None
         model = inner[0]
+        if get_origin(field.annotation) is dict:
+            next(parts, None)  # whichever key it is
     return model
 
 

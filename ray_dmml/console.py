@@ -226,18 +226,17 @@ class TrialsTable:
             self._live.update(self._render(trials))
             return
         for trial in trials:
-            state = "training" if trial.status == "ended early" else trial.status
-            if self._told.get(trial.name) == (state, trial.step):
+            if self._told.get(trial.name) == (trial.status, trial.step):
                 continue
             if trial.name not in self._told:
                 drawn = ", ".join(f"{key} {_drawn(value)}" for key, value in trial.params.items())
                 self._print(f"trial {trial.number}: {drawn}")
-            self._told[trial.name] = (state, trial.step)
+            self._told[trial.name] = (trial.status, trial.step)
             if trial.status == "failed":
                 self._print(f"trial {trial.number}: failed: {trial.error}")
             elif trial.reports:
                 value = f"{self.search.config.metric} {trial.objective or 0:.4f}"
-                self._print(f"trial {trial.number}: {state}, step {trial.step}, {value}")
+                self._print(f"trial {trial.number}: {trial.status}, step {trial.step}, {value}")
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -255,7 +254,7 @@ class TrialsTable:
             value = "-" if trial.objective is None else f"{100 * trial.objective:.1f} %"
             table.add_row(
                 str(trial.number),
-                trial.status if trial.finished or trial.error else "",
+                "" if trial.status == "training" else trial.status,
                 str(trial.step),
                 value,
                 f"{trial.seconds:.0f} s",
@@ -273,8 +272,9 @@ def _drawn(value: Any) -> str:
 def final_table(final: Mapping[str, Any], search: Search, console: Console) -> None:
     """The test figures of a search's final runs."""
     seeds = len(final["best"]["test"])
+    of = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
     table = Table(
-        title=f"test classes, {seeds} seeds on all training classes, mean ± standard deviation, %",
+        title=f"test classes, {of}, trained on all training classes, %",
         title_justify="left",
         title_style="",
         header_style="bold",

@@ -51,14 +51,21 @@ class RunFolder:
             raise UserError(f"{path} is not the folder of a run: it has no config.yaml")
         return run
 
-    def refuse_existing(self) -> None:
-        """Raises UserError where the folder is taken: a new run never writes into an old one's."""
+    def refuse_existing(self, option: str = "--out") -> None:
+        """A new run never writes into an old one's folder.
+
+        Args:
+            option: by which a user gives another.
+
+        Raises:
+            UserError: the folder is taken.
+        """
         # A file written aside is what is left where a run was killed before it had a config.
         if self.path.exists() and (
             not self.path.is_dir() or any(path.suffix != ".tmp" for path in self.path.iterdir())
         ):
             raise UserError(
-                f"{self.path} already exists; give another --out, or continue it with "
+                f"{self.path} already exists; give another {option}, or continue it with "
                 f"--resume {self.path}"
             )
 

@@ -182,9 +182,11 @@ class Search:
         for key, distribution in config.space.items():
             for drawn in distribution.extremes():
                 try:
-                    self.trial_config({key: drawn})
+                    possible_trial = self.trial_config({key: drawn})
                 except UserError as error:
                     raise UserError(f"space.{key}: {drawn}: {error}") from None
+                if not possible_trial.data.validation_fraction:
+                    raise UserError(f"space.{key}: {drawn}: leaves no classes to judge a trial on")
         self.default = {key: self._own_value(key) for key in config.space}
         """The draw that is the experiment as it is."""
         if self.config_of(self.default) != self.base:

@@ -169,7 +169,7 @@ def _start(
     run = RunFolder(Path(out))
     run.refuse_existing()
     storage = _storage(config, run, reporter, new=True)
-    splits = _load_splits(config, reporter)
+    splits = read_images(config, reporter)
     with ExitStack() as held:
 
         def run_it(cohort: Cohort, attempt: int) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def _resume(
         if not changed:
             _refuse_changes(config, checkpoint, run)
     threads_before = run.environment().get("threads")
-    splits = _load_splits(config, reporter)
+    splits = read_images(config, reporter)
 
     def build() -> Cohort:
         if checkpoint is None:  # it was killed before its first step
@@ -680,10 +680,18 @@ def _storage(
     return None if storage.is_at(run.path) else storage
 
 
-def _load_splits(config: Config, reporter: Reporter) -> Splits:
+def read_images(config: Config, reporter: Reporter, *, check: bool = True) -> Splits:
+    """The images of a run; what is wrong with them is known before a process starts.
+
+    Args:
+        check: as of :func:`load_splits`.
+
+    Raises:
+        UserError: as :func:`load_splits`, or batches of data.classes_per_batch cannot be made of them.
+    """
     reporter.doing("reading the images")
-    splits = load_splits(config.data, reporter.note)
-    sampler = build_sampler(config, splits)  # P x K is possible: known before a process starts
+    splits = load_splits(config.data, reporter.note, check=check)
+    sampler = build_sampler(config, splits)
     if sampler.small_classes:
         reporter.note(
             f"{sampler.small_classes} training classes have fewer than "

@@ -20,6 +20,9 @@ from ray_dmml.search import Search, final_head, final_rows
 if TYPE_CHECKING:
     from ray_dmml.tuning import Trial
 
+FEW = 8
+"""Trials below which nothing is said of what a setting explains."""
+
 GOOD, BAD, LINE = "#2563a8", "#b8bec6", "#d9822b"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2024; max-width: 1100px; margin: 2em auto; padding: 0 1em }
@@ -58,16 +61,18 @@ def write_page(
         alike = at_common_step(judged)
         parts += [
             "<h2>Objective, trial by trial</h2>",
-            _image(_history(judged, what)),
+            _image(_history(judged, what), "Objective of each trial, and the best so far"),
             "<h2>All settings of each trial</h2>",
-            f"<p>From here on figures are those at step {alike[0].step}, which all trials reached.</p>",
-            _image(_parallel(alike, search, what, _best(judged))),
+            f"<p>Down to the last plot figures are those at step {alike[0].step}, which all trials "
+            "reached. A line a trial, the darker the better; the best one is orange.</p>",
+            _image(
+                _parallel(alike, search, what, _best(judged)), "Settings and figure of each trial"
+            ),
             "<h2>What each setting explains</h2>",
-            "<p>Share of the trials' variance that goes with the setting alone (numbers in three "
-            "classes of equal size). With few trials this is a hint and no more.</p>",
-            _image(_importance(alike, search)),
+            *_explained(alike, search),
             "<h2>Each setting by itself</h2>",
-            _image(_marginals(alike, search, what)),
+            "<p>A point a trial: blue ones trained to their end, grey ones did not.</p>",
+            _image(_marginals(alike, search, what), "Figure of each trial over each setting"),
         ]
     if kept:
         parts += ["<h2>Quality against cost of inference</h2>", _pareto_table(kept, search)]
@@ -78,6 +83,16 @@ def write_page(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Search</title>'
         f"<style>{_STYLE}</style><body>{text}</body></html>\n",
     )
+
+
+def _explained(trials: Sequence[Trial], search: Search) -> list[str]:
+    if len(trials) < FEW or len({trial.objective for trial in trials}) == 1:
+        return [f"<p>Nothing that {len(trials)} trials could tell, or all are equal.</p>"]
+    return [
+        "<p>Share of the trials' variance that goes with the setting alone (numbers in three "
+        "classes of equal size). With few trials this is a hint and no more.</p>",
+        _image(_importance(trials, search), "Share of variance of each setting"),
+    ]
 
 
 def at_common_step(trials: Sequence[Trial]) -> list[Trial]:
@@ -177,19 +192,23 @@ def _parallel(trials: Sequence[Trial], search: Search, what: str, best: int | No
     low, high = values.min(), values.max()
     order = np.argsort(values)
     for index in order:
-        trial, share = trials[index], (values[index] - low) / ((high - low) or 1)
+        trial, share = trials[index], (values[index] - low) / (high - low) if low < high else 0.5
         points = [_position(search, key, trial.params[key]) for key in keys] + [share]
-        colour = LINE if trial.number == best else "#5b6b7b"
-        width = 2.5 if trial.number == best else 1.0
-        axes.plot(points, color=colour, alpha=0.25 + 0.75 * share, linewidth=width)
+        if trial.number == best:
+            axes.plot(points, color=LINE, linewidth=2.5, zorder=3)
+        else:
+            axes.plot(points, color="#5b6b7b", alpha=0.25 + 0.75 * share, linewidth=1.0)
     for place, key in enumerate(keys):
         axes.axvline(place, color="#ccc", linewidth=0.8, zorder=0)
         for position, label in zip(*_ticks(search, key), strict=True):
-            axes.text(place + 0.03, position, label, fontsize=8, va="center")
+            # On white: lines go through it.
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
+            axes.text(place + 0.03, position, label, fontsize=8, va="center", bbox=box, zorder=5)
     axes.axvline(len(keys), color="#ccc", linewidth=0.8, zorder=0)
-    for position, value in ((0.0, low), (1.0, high)):
+    for position, value in ((0.0, low), (1.0, high)) if low < high else ((0.5, low),):
         axes.text(len(keys) + 0.03, position, f"{value:.3f}", fontsize=8, va="center")
     names = [*(_last_part(key) for key in keys), what.split(" of ")[0]]
+    axes.set_ylim(-0.05, 1.05)
     axes.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
     axes.set(yticks=[], xlim=(-0.1, len(keys) + 0.35))
     return _plain(figure)
@@ -235,11 +254,11 @@ def _plain(figure: Figure) -> Figure:
     return figure
 
 
-def _image(figure: Figure) -> str:
+def _image(figure: Figure, shows: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<div class="scroll"><img alt="" src="data:image/png;base64,{data}"></div>'
+    return f'<div class="scroll"><img alt="{html.escape(shows)}" src="data:image/png;base64,{data}"></div>'
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
@@ -254,7 +273,8 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
 
 def _final_table(final: Mapping[str, Any], search: Search) -> str:
     seeds = len(final["best"]["test"])
-    note = f"<p>Percent; mean and standard deviation of {seeds} seeds on all training classes.</p>"
+    of = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    note = f"<p>Percent; {of}, trained on all training classes.</p>"
     rows = [("best" if n == 0 else "", row) for n, row in enumerate(final_rows(final, search))]
     return _table(final_head(search), rows) + note
 

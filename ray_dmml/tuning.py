@@ -28,6 +28,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,7 @@ from ray_dmml.config import Config, PeerConfig
 from ray_dmml.errors import UserError
 from ray_dmml.runfolder import RunFolder, replace_file
 from ray_dmml.search import Params, Search, SearchConfig
-from ray_dmml.training import Reporter, Silent, train
+from ray_dmml.training import Reporter, Silent, read_images, train
 from ray_dmml.tunepage import write_page
 
 STEP, OBJECTIVE, COST = "step", "objective", "cost"
@@ -97,6 +98,9 @@ class Trial:
     is_default: bool = False
     """It is the config as it is."""
 
+    over: bool = False
+    """The search has ended: nothing more comes of this trial."""
+
     number: int = 0
     """0 is the config as it is, the others follow in the order in which they began."""
 
@@ -104,7 +108,9 @@ class Trial:
     def status(self) -> str:
         if self.finished:
             return "finished"
-        return "failed" if self.error is not None else "ended early"
+        if self.error is not None:
+            return "failed"
+        return "ended early" if self.over else "training"
 
     @property
     def step(self) -> int:
@@ -130,7 +136,7 @@ class SearchFolder:
 
     def create(self, search: Search) -> None:
         """Raises UserError where the folder is taken or cannot be made."""
-        RunFolder(self.path).refuse_existing()
+        RunFolder(self.path).refuse_existing("--storage")
         asked = {"settings": search.raw, "search": search.config.model_dump(mode="json")}
         try:
             self.trials_folder.mkdir(parents=True)
@@ -149,13 +155,17 @@ class SearchFolder:
         asked = yamlio.load(self.asked_file.read_text())
         return Search(asked["settings"], SearchConfig.model_validate(asked["search"]))
 
-    def trials(self) -> list[Trial]:
-        """All that have begun, the config as it is first."""
+    def trials(self, *, over: bool = False) -> list[Trial]:
+        """All that have begun, the config as it is first.
+
+        Args:
+            over: the search has ended.
+        """
         files = self.trials_folder.glob("*/trial.json")
         found = [Trial(**json.loads(file.read_text())) for file in files]
         found.sort(key=lambda trial: (not trial.is_default, trial.began, trial.name))
         for number, trial in enumerate(found):
-            trial.number = number
+            trial.number, trial.over = number, over
         return found
 
 
@@ -188,7 +198,10 @@ def run_search(
     if search is None:
         search = files.search()
     else:
-        RunFolder(files.path).refuse_existing()
+        RunFolder(files.path).refuse_existing("--storage")
+    reporter = reporter or Silent()
+    # Here too, as each trial does: what is wrong with the images would be so in all of them.
+    read_images(search.trial_config({}), reporter, check=False)
     with ray_session():
         nodes = _nodes()
         for config in _configs_of_each_size(search):
@@ -198,13 +211,15 @@ def run_search(
         if not resumed:
             files.create(search)
         _run_trials(files, search, resumed, gpus_per_trial, watch)
-        trials = files.trials()
+        trials = files.trials(over=True)
         write_results(files, search, trials)
         best = best_trial(trials)
+        if told := tie(trials, best):
+            reporter.note(told)
         replace_file(files.best_file, search.config_of(best.params).to_yaml())
         kept = pareto(trials) if search.config.cost else []
         write_page(files.page_file, search, trials, None, kept)
-        final = _final_runs(files, search, best, trials, reporter or Silent())
+        final = _final_runs(files, search, best, trials, reporter)
     replace_file(files.final_file, json.dumps(final, indent=1) + "\n")
     write_page(files.page_file, search, trials, final, kept)
     return final
@@ -222,6 +237,20 @@ def best_trial(trials: Sequence[Trial]) -> Trial:
         why = f": {reasons[0]}" if reasons else ""
         raise UserError(f"no trial of {len(trials)} finished{why}")
     return max(finished, key=lambda trial: (trial.objective, -trial.number))
+
+
+def tie(trials: Sequence[Trial], best: Trial) -> str | None:
+    """What to know where the best is one of several."""
+    equal = [
+        trial.number for trial in trials if trial.finished and trial.objective == best.objective
+    ]
+    if len(equal) < 2:
+        return None
+    return (
+        f"trials {', '.join(map(str, equal))} are equally good on the validation classes and the first of "
+        "them was taken: more or harder validation classes (data.validation_fraction, folds) would tell "
+        "them apart"
+    )
 
 
 def pareto(trials: Sequence[Trial]) -> list[Trial]:
@@ -300,7 +329,7 @@ def _run_trials(
             run_config=tune.RunConfig(name="ray", storage_path=str(files.path), verbose=0),
         )
     ended = Event()
-    watcher = Thread(target=_watch, args=(files, watch, ended))
+    watcher = Thread(target=_watch, args=(files, search, watch, ended))
     watcher.start()
     try:
         _name_the_lost(files, tuner.fit())
@@ -321,16 +350,23 @@ def _name_the_lost(files: SearchFolder, results: Iterable[tune.Result]) -> None:
             replace_file(file, json.dumps(vars(trial)))
 
 
-def _watch(files: SearchFolder, watch: Callable[[Sequence[Trial]], None], ended: Event) -> None:
-    """Tells of the trials' news until the search has ended, and once more then."""
+def _watch(
+    files: SearchFolder,
+    search: Search,
+    watch: Callable[[Sequence[Trial]], None],
+    ended: Event,
+) -> None:
+    """Tells of the trials' news, and writes them down, until the search has ended, and once more then."""
     told: list[Trial] = []
     over = False
     while not over:
         over = ended.wait(POLL_S)
-        trials = files.trials()
+        trials = files.trials(over=over)
         if trials != told:
             watch(trials)
             told = trials
+            with suppress(OSError):  # a full disk, say; it is written once more at the end
+                write_results(files, search, trials)
 
 
 def _domain(search: Search, key: str) -> Any:
@@ -673,6 +709,7 @@ def _final_runs(
         if name == "default" and params == best.params:
             final[name] = final["best"]
             continue
+        values = {key: search.config.space[key].value(drawn) for key, drawn in params.items()}
         config = search.config_of(params)
         # The best of a search that went on may be another one: its runs have its trial's name.
         run_name = "default" if params == search.default else best.name
@@ -682,7 +719,7 @@ def _final_runs(
             runs.append(
                 _final_run(files.path / "final" / f"{run_name}-seed{seed}", config, seed, reporter)
             )
-        final[name] = {"params": dict(params), "validation": validation[name], "test": runs}
+        final[name] = {"params": values, "validation": validation[name], "test": runs}
     return final
 
 

@@ -13,8 +13,8 @@ from conftest import tiny
 from ray_dmml.config import QUICKSTART, read_settings
 from ray_dmml.errors import UserError
 from ray_dmml.search import Search, SearchConfig, final_head, final_rows, load_search
-from ray_dmml.tunepage import at_common_step, importance
-from ray_dmml.tuning import Trial, _inside_the_space, best_trial, pareto
+from ray_dmml.tunepage import at_common_step, importance, write_page
+from ray_dmml.tuning import Trial, _inside_the_space, best_trial, pareto, tie
 
 
 def search(raw: dict[str, Any], space: dict[str, Any], **settings: Any) -> Search:
@@ -55,6 +55,7 @@ def test_the_built_in_search_is_of_the_quickstart() -> None:
         ({"loss.relational.distnce": {"uniform": [0, 2]}}, r"relational\.distnce: .*did you mean 'distance'"),
         ({"loss.relational.angle": {"uniform": [-1, 4]}}, r"relational\.angle: -1.0: .*greater than or equal to 0"),
         ({"cohort.peers.1.backbone": {"choice": ["test_resnet", 7]}}, r"space\.cohort\.peers\.1\.backbone: 7"),
+        ({"data.validation_fraction": {"choice": [0.4, 0]}}, r"data\.validation_fraction: 0: leaves no classes"),
         ({"cohort.peers.5.seed": {"integer": [0, 3]}}, r"cohort\.peers has entries 0 to 1"),
         ({"loss.relational.distance": {"uniform": [2, 4]}}, r"own value 1.0 is not from 2 to 4"),
         ({"cohort.peers.1.view": {"choice": ["standard", "strong"]}}, "own value is none of standard, strong"),
@@ -75,6 +76,7 @@ def test_a_space_that_cannot_be_is_refused(
         ("space: {seed: {uniform: [2, 1]}}", "the lower one first"),
         ("space: {seed: {loguniform: [0, 1]}}", "above 0"),
         ("space: {}", "at least 1 item"),
+        ("space: {seed: {logunifrom: [1, 2]}}", "did you mean 'loguniform'"),
         ("objectiv: ensemble\nspace: {seed: {choice: [0]}}", "objectiv: unknown setting; did you mean 'objective'"),
         ("folds: 2\nspace: {seed: {choice: [0]}}", "folds 2 needs scheduler: none"),
         ("- space", "must hold settings"),
@@ -178,6 +180,29 @@ def test_the_best_is_the_best_of_those_that_finished() -> None:
     assert best_trial(trials).number == 2
     with pytest.raises(UserError, match="no trial of 1 finished: it broke"):
         best_trial(trials[4:])
+
+
+def test_a_best_that_is_one_of_several_is_told() -> None:
+    """And which they are; a trial that did not finish is none of them."""
+    trials = [trial(0, 1.0), trial(1, 0.5), trial(2, 1.0), trial(3, 1.0, finished=False)]
+    assert "trials 0, 2 are equally good" in (tie(trials, best_trial(trials)) or "")
+    assert tie(trials[:2], trials[0]) is None
+
+
+def test_the_page_says_nothing_of_settings_that_few_trials_tried(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """Neither where all trials are equal. Pictures say what they show."""
+    found = search(raw, {"loss.relational.angle": {"uniform": [0, 4]}})
+    for values, plots in [([0.1, 0.2, 0.3], 3), ([0.5] * 9, 3), (list(np.linspace(0, 1, 9)), 4)]:
+        trials = [
+            trial(n, float(value), params={"loss.relational.angle": n / 3})
+            for n, value in enumerate(values)
+        ]
+        write_page(tmp_path / "page.html", found, trials, None)
+        page = (tmp_path / "page.html").read_text()
+        assert page.count("<img") == plots and 'alt=""' not in page
+        assert ("trials could tell" in page) == (plots == 3)
 
 
 def test_pareto_is_who_nobody_beats() -> None:

@@ -89,6 +89,12 @@ def test_a_search_from_end_to_end(
     assert config.loss.relational.angle == pytest.approx(float(best[ANGLE]))
     assert config.train.steps == 4 and config.evaluation.test
     assert final["best"]["validation"] == pytest.approx(float(best["objective"]))
+    assert rows[1]["loss.metric.settings.margin"] in ("0.2", "wide")
+    assert (
+        final["best"]["params"]["loss.metric.settings.margin"] == 0.2
+    )  # a number, as in the space
+    assert {trial.status for trial in watched[0]} == {"training"}
+    assert {trial.status for trial in watched[-1]} == {"finished", "failed"}
     for name in ("best", "default"):
         assert [run["seed"] for run in final[name]["test"]] == [0, 1]
     name = next(t.name for t in SearchFolder(folder).trials() if t.number == int(best["trial"]))
@@ -232,12 +238,16 @@ def test_an_ended_search_goes_on(raw: dict[str, Any], tmp_path: Path, how: signa
         ),
         (["--scheduler", "hyperband"], "scheduler: Input should be 'asha', 'pbt' or 'none'"),
         (["--set", "data.validation_fraction=0"], "set data.validation_fraction above 0"),
+        (["--set", "data.classes_per_batch=5000"], "data.classes_per_batch is 5000 but only"),
+        (["--storage", "taken"], "taken already exists; give another --storage"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(
     tmp_path: Path, arguments: list[str], says: str
 ) -> None:
     (tmp_path / "c.yaml").write_text("seed: 1\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "photo.jpg").touch()
     script = Path(__file__).parent.parent / "experiments" / "tune_diversity.py"
     ended = subprocess.run(
         [sys.executable, str(script), *arguments], cwd=tmp_path, capture_output=True, text=True
@@ -322,7 +332,7 @@ def test_a_trial_whose_process_was_killed_is_told_from_one_of_the_same_draw(tmp_
             for n, error in enumerate([None, killed])
         ],
     )
-    found = {trial.name: (trial.status, trial.error) for trial in files.trials()}
+    found = {trial.name: (trial.status, trial.error) for trial in files.trials(over=True)}
     assert found == {
         "9a_00000": ("ended early", None),
         "9a_00001": ("failed", "Its process was killed."),

@@ -15,6 +15,9 @@ from scipy import stats
 from .arms import ARMS
 
 BASELINE = "independent"
+FEWEST = 3
+"""Seeds that an interval needs."""
+
 CURVES = ("independent", "independent + all", "mutual", "mutual + all", "mutual + all + averaging")
 COLOURS = {
     "independent": "#8a929c",
@@ -47,7 +50,8 @@ class Difference(NamedTuple):
 
     mean: float
     low: float
-    """Ends of the 95 % interval of the paired t-test; NaN for fewer than two seeds."""
+    """Ends of the 95 % interval of the paired t-test; NaN below three seeds, which can tell none: two
+    that agree by chance would be certain."""
 
     high: float
     seeds: int
@@ -55,7 +59,7 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         if not self.seeds:
             return "-"
-        interval = f" [{self.low:+.1f}, {self.high:+.1f}]" if self.seeds > 1 else ""
+        interval = f" [{self.low:+.1f}, {self.high:+.1f}]" if self.seeds >= FEWEST else ""
         return f"{self.mean:+.1f}{interval}"
 
 
@@ -63,7 +67,7 @@ def paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Differenc
     """Arm less baseline, over the seeds (keys) that both have."""
     seeds = sorted(arm.keys() & baseline.keys())
     differences = np.array([arm[seed] - baseline[seed] for seed in seeds])
-    if len(seeds) < 2:
+    if len(seeds) < FEWEST:
         mean = float(differences.mean()) if len(seeds) else float("nan")
         return Difference(mean, float("nan"), float("nan"), len(seeds))
     error = float(stats.sem(differences))
@@ -185,7 +189,7 @@ def _differences(axes: Axes, arms: Mapping[str, Mapping[int, Row]], who: Any, ti
                 markersize=5,
                 fillstyle="full" if at == "last" else "none",
             )
-            if found.seeds > 1:
+            if found.seeds >= FEWEST:
                 axes.hlines(place + offset, found.low, found.high, color=_colour(name), lw=1.2)
     axes.set_yticks(range(len(shown)), list(reversed(shown)))
     axes.axvline(0, color="#888", lw=0.8)
@@ -240,6 +244,7 @@ def _only_one(axes: Axes, arms: Mapping[str, Mapping[int, Row]]) -> None:
     axes.set_title(
         "Overlap of errors: test queries that only one peer gets right, percent", fontsize=10
     )
+    axes.set_xlabel("bands and bars in all plots: standard deviation over seeds", fontsize=9)
 
 
 def _sizes(axes: Axes, arms: Mapping[str, Mapping[int, Row]]) -> None:
@@ -247,6 +252,8 @@ def _sizes(axes: Axes, arms: Mapping[str, Mapping[int, Row]]) -> None:
         members = {1: "single net", 2: f"{name} + all"}
         members |= {num: f"{name} + all, M = {num}" for num in (3, 4)}
         sizes = [num for num, arm in members.items() if arm in arms]
+        if not sizes:
+            continue
         for who, style in ((mean_peer, "o-"), (ensemble, "s--")):
             values = [[who(row, "last") for row in arms[members[size]].values()] for size in sizes]
             label = f"{name} + all, {'ensemble' if who is ensemble else 'mean peer'}"
