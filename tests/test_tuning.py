@@ -102,7 +102,7 @@ def test_a_search_from_end_to_end(
     seed_1 = json.loads((folder / "final" / f"{name}-seed1" / "results.json").read_text())
     assert (seed_1["split"], seed_1["weights"], seed_1["classes"]) == ("test", "last", 8)
     assert seed_1["ensemble"] == final["best"]["test"][1]["ensemble"]
-    assert (folder / "report.html").read_text().count("<img") == 4
+    assert (folder / "report.html").read_text().count("<img") == 3
     assert len(watched[-1]) == 4
     for trial in SearchFolder(folder).trials():
         results = folder / "trials" / trial.name / "fold0" / "results.json"
