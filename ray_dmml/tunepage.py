@@ -63,8 +63,8 @@ def write_page(
             "<h2>Objective, trial by trial</h2>",
             _image(_history(judged, what), "Objective of each trial, and the best so far"),
             "<h2>All settings of each trial</h2>",
-            f"<p>Down to the last plot figures are those at step {alike[0].step}, which all trials "
-            "reached. A line a trial, the darker the better; the best one is orange.</p>",
+            f"<p>This and the plots below are of step {alike[0].step}, which all trials reached. A line a "
+            "trial, the darker the better; orange: the best at its end.</p>",
             _image(
                 _parallel(alike, search, what, _best(judged)), "Settings and figure of each trial"
             ),
@@ -86,8 +86,10 @@ def write_page(
 
 
 def _explained(trials: Sequence[Trial], search: Search) -> list[str]:
-    if len(trials) < FEW or len({trial.objective for trial in trials}) == 1:
-        return [f"<p>Nothing that {len(trials)} trials could tell, or all are equal.</p>"]
+    if len(trials) < FEW:
+        return [f"<p>Left out: {len(trials)} trials are too few, it needs {FEW}.</p>"]
+    if len({trial.objective for trial in trials}) == 1:
+        return ["<p>Left out: all trials are equal.</p>"]
     return [
         "<p>Share of the trials' variance that goes with the setting alone (numbers in three "
         "classes of equal size). With few trials this is a hint and no more.</p>",

@@ -202,7 +202,7 @@ def test_the_page_says_nothing_of_settings_that_few_trials_tried(
         write_page(tmp_path / "page.html", found, trials, None)
         page = (tmp_path / "page.html").read_text()
         assert page.count("<img") == plots and 'alt=""' not in page
-        assert ("trials could tell" in page) == (plots == 3)
+        assert ("Left out: " in page) == (plots == 3)
 
 
 def test_pareto_is_who_nobody_beats() -> None:
