@@ -680,17 +680,14 @@ def _storage(
     return None if storage.is_at(run.path) else storage
 
 
-def read_images(config: Config, reporter: Reporter, *, check: bool = True) -> Splits:
+def read_images(config: Config, reporter: Reporter) -> Splits:
     """The images of a run; what is wrong with them is known before a process starts.
-
-    Args:
-        check: as of :func:`load_splits`.
 
     Raises:
         UserError: as :func:`load_splits`, or batches of data.classes_per_batch cannot be made of them.
     """
     reporter.doing("reading the images")
-    splits = load_splits(config.data, reporter.note, check=check)
+    splits = load_splits(config.data, reporter.note)
     sampler = build_sampler(config, splits)
     if sampler.small_classes:
         reporter.note(

@@ -201,7 +201,7 @@ def run_search(
         RunFolder(files.path).refuse_existing("--storage")
     reporter = reporter or Silent()
     # Here too, as each trial does: what is wrong with the images would be so in all of them.
-    read_images(search.trial_config({}), reporter, check=False)
+    read_images(search.trial_config({}), reporter)
     with ray_session():
         nodes = _nodes()
         for config in _configs_of_each_size(search):

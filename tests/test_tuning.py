@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import tiny
+from PIL import Image
 from ray.tune import Result
 
 from ray_dmml.config import Config
@@ -89,10 +92,8 @@ def test_a_search_from_end_to_end(
     assert config.loss.relational.angle == pytest.approx(float(best[ANGLE]))
     assert config.train.steps == 4 and config.evaluation.test
     assert final["best"]["validation"] == pytest.approx(float(best["objective"]))
-    assert rows[1]["loss.metric.settings.margin"] in ("0.2", "wide")
-    assert (
-        final["best"]["params"]["loss.metric.settings.margin"] == 0.2
-    )  # a number, as in the space
+    # A number, as in the space.
+    assert final["best"]["params"]["loss.metric.settings.margin"] == 0.2
     assert {trial.status for trial in watched[0]} == {"training"}
     assert {trial.status for trial in watched[-1]} == {"finished", "failed"}
     for name in ("best", "default"):
@@ -275,6 +276,18 @@ def test_a_trial_that_would_wait_without_end_is_refused(
     assert not (tmp_path / "search" / "search.yaml").exists()
 
 
+def test_images_that_cannot_be_read_are_told_before_a_trial(
+    raw: dict[str, Any], image_folder: Path, tmp_path: Path
+) -> None:
+    """No folder is left that would have to be removed once they are mended."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "class00" / "0.png").write_text("no image")
+    raw["data"]["root"] = str(tmp_path / "images")
+    with pytest.raises(UserError, match=r"class00/0\.png cannot be read"):
+        run_search(tmp_path / "search", search(raw))
+    assert not (tmp_path / "search").exists()
+
+
 def test_parts_of_gpus_that_no_gpu_has_are_refused(ray_start_4_cpus: None) -> None:
     """1.8 of 2 GPUs, and yet the third peer's 0.6 are nowhere."""
     config = Config.parse({"cohort": {"base": {"num_gpus": 0.6}, "peers": [{}] * 3}})
@@ -343,17 +356,26 @@ def test_a_trial_whose_process_was_killed_is_told_from_one_of_the_same_draw(tmp_
 def test_halving_ends_the_worse_and_the_rest_finish(
     ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The default scheduler: a trial that reached its last step is finished, and one is the best."""
+    """The default scheduler: a trial that reached its last step is finished, and one is the best; a
+    worse one is ended before."""
+    rng = np.random.default_rng(0)
+    for number in range(16):  # noise, or all trials were as good
+        (tmp_path / "noise" / f"class{number:02d}").mkdir(parents=True)
+        for image in range(5):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            file = tmp_path / "noise" / f"class{number:02d}" / f"{image}.png"
+            Image.fromarray(pixels).save(file)
+    raw["data"]["root"] = str(tmp_path / "noise")
     raw["train"] = {"steps": 8, "evaluate_every": 2}
     raw["cohort"]["base"]["num_cpus"] = 2  # one trial at a time
-    final = run_search(
-        tmp_path / "search",
-        search(raw, num_samples=4, scheduler="asha", final_seeds=0),
-    )
+    asked = search(raw, num_samples=6, scheduler="asha", final_seeds=0, metric="map@r")
+    final = run_search(tmp_path / "search", asked)
     trials = SearchFolder(tmp_path / "search").trials()
     assert all(trial.finished == (trial.step == 8) for trial in trials)
     assert trials[0].finished and not any(trial.error for trial in trials)
     assert {trial.step for trial in trials} <= {2, 4, 8}
+    assert any(trial.status == "training" for trial in trials)  # as it was ended early
+    assert "ended early" in (tmp_path / "search" / "results.csv").read_text()
     best = max(trial.objective or 0 for trial in trials if trial.finished)
     assert final["best"]["validation"] == best and final["best"]["test"] == []
     assert not (tmp_path / "search" / "final").exists()
