@@ -86,7 +86,7 @@ def require_same_images(rows: list[dict[str, Any]], splits: Splits, file: Path) 
 
 
 def images_of(splits: Splits) -> str:
-    """Of names, classes and splits."""
+    """Of names, classes and splits, and who is judged against whom."""
     return hashlib.sha256(json.dumps(splits.digests()).encode()).hexdigest()[:12]
 
 

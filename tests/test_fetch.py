@@ -396,7 +396,8 @@ def test_a_folder_of_two_times_is_not_trained_on(ray_start_4_cpus: None, images:
 
 
 def test_a_digest_is_of_names_classes_and_their_order(images: Path) -> None:
-    """And not of the folder that the images are in, or of which of two equal sets is asked."""
+    """And of who is judged against whom; not of the folder that the images are in, or of which of two
+    equal sets is asked."""
     plain = DataConfig.model_validate({"name": "imagefolder", "root": images, "decode_size": 36})
     splits = load_splits(plain)
     train = splits.train
@@ -406,4 +407,7 @@ def test_a_digest_is_of_names_classes_and_their_order(images: Path) -> None:
     assert same.digests() == splits.digests() and set(same.digests()) >= {"training", "test"}
     others = [swapped, train.subset(range(len(train) - 1)), splits.test]
     others.append(replace(train, labels=train.labels[::-1].copy()))
-    assert len({each.digest() for each in (train, *others)}) == 5
+    first, second = np.array([0]), np.array([1])
+    others.append(replace(train, query=first, gallery=second))
+    others.append(replace(train, query=second, gallery=first))
+    assert len({each.digest() for each in (train, *others)}) == 7

@@ -255,11 +255,15 @@ class ImageSet:
         return len(self.class_names)
 
     def digest(self) -> str:
-        """Of the images' names and classes: equal where a number means the same image."""
+        """Of the images' names and classes, and of which are queries and gallery: equal where a number
+        means the same image and all are judged alike."""
         content = hashlib.sha256(self.labels.astype("<i8").tobytes())
         for index in range(len(self)):
             name = self.source.name(index)  # a file's may be no text
             content.update(name.encode("utf-8", "surrogatepass") + b"\0")
+        for numbers in (self.query, self.gallery):
+            if numbers is not None:
+                content.update(b"\0" + numbers.astype("<i8").tobytes())
         return content.hexdigest()
 
     def files(self) -> FileImages:
