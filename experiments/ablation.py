@@ -4,8 +4,8 @@
 
 FOLDER holds a config.yaml and an arms.yaml, as experiments/ablations/characters does. A finished (arm,
 seed) is a line of its rows.jsonl and is never run again: stop this at any time, and start it again.
-Arms run side by side as tasks of Ray, one a core (or GPU), on this machine or on the cluster that
-RAY_ADDRESS names. `--report` makes the tables and the plots anew from what is there.
+Arms run side by side as tasks of Ray, one a core (or `--gpus-per-arm`), on this machine or on the
+cluster that RAY_ADDRESS names. `--report` makes the tables and the plots anew from what is there.
 """
 
 from __future__ import annotations
@@ -90,6 +90,13 @@ def images_of(splits: Splits) -> str:
     return hashlib.sha256(json.dumps(splits.digests()).encode()).hexdigest()[:12]
 
 
+def resources(num_gpus: float) -> dict[str, float]:
+    """What a task needs, in Ray's words: a core, and so much of a GPU where there are any."""
+    return {"num_cpus": 1} | (
+        {"num_gpus": num_gpus} if num_gpus and ray.cluster_resources().get("GPU") else {}
+    )
+
+
 @ray.remote(max_retries=0)
 def run_arm(plan: Plan, arm: Arm, seed: int, skipped: tuple[str, ...]) -> dict[str, Any]:
     """In a process of Ray's, which is used again for the next."""
@@ -103,15 +110,16 @@ def run(
     splits: Splits,
     todo: list[tuple[str, int]],
     add: Callable[[dict[str, Any]], None],
+    gpus_per_arm: float,
     console: Console,
 ) -> int:
     """Runs arms and seeds, a row each; how many failed."""
     made_by, failed = commit(), 0
     with ray_session():
-        device = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+        needs = resources(gpus_per_arm)
         shared = ray.put(plan)
         running = {
-            run_arm.options(**device).remote(shared, ARMS[name], seed, splits.skipped): (name, seed)
+            run_arm.options(**needs).remote(shared, ARMS[name], seed, splits.skipped): (name, seed)
             for name, seed in todo
         }
         began = time.monotonic()
@@ -151,6 +159,12 @@ def main(
         list[str] | None, typer.Option(metavar="NAME", help="An arm to run. Repeatable.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each arm.")] = 5,
+    gpus_per_arm: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=1, help="Below 1: so many arms share a GPU, where there is one."
+        ),
+    ] = 1,
     report: Annotated[
         bool, typer.Option("--report", help="Run nothing; tables and plots.")
     ] = False,
@@ -176,7 +190,7 @@ def main(
                 if todo := [each for each in wanted if each not in done]:
                     splits = load_splits(plan.config(Arm(), 0).data, console.print)
                     require_same_images(rows, splits, file)
-                    failed = run(plan, splits, todo, add, console)
+                    failed = run(plan, splits, todo, add, gpus_per_arm, console)
         if not file.exists():
             sys.exit(f"{file} is not there: no arm has been run")
         with rows_of(file) as (rows, _):

@@ -47,8 +47,9 @@ ROWS = {
     "memory": ("memory", "memory"),
     "scaling": ("scaling", "scaling"),
     "options": ("options", "options"),
+    "published": ("published", "published"),
 }
-TABLES = ("scaling", "options")
+TABLES = ("scaling", "options", "published")
 PACKAGES = ("torch", "torchvision", "ray", "numpy", "faiss-cpu", "pytorch-metric-learning", "timm")
 
 
@@ -142,6 +143,8 @@ def main(
         Console(stderr=True).print(f"{name}: measured in {seconds:.0f} s", highlight=False)
         if name in TABLES:
             report[name] = found
+            if not found:
+                Console(stderr=True).print(f"{name}: left out, as there is no GPU")
         else:
             rows += found
         if json_file is not None:  # after every row, as a later one may fail
@@ -150,7 +153,7 @@ def main(
     if rows:
         console.print(rows_table(rows))
     for name in TABLES:
-        if name in report:
+        if report.get(name):
             console.print(plain_table(report[name]))
     cpu = report["machine"]["cpu"]
     console.print(f"{report['commit']}, {cpu}, {cores} cores, {rounds} rounds", highlight=False)

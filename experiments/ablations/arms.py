@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,15 +83,19 @@ class Plan:
     Args:
         folder: with `config.yaml` and `arms.yaml`.
         overrides: `KEY=VALUE` of all arms, such as where the images are.
+        candidate: settings in place of `arms.yaml`'s: of `independent` and `mutual`, or a list of any
+            other of its parts.
 
     Raises:
         UserError: a file or setting is not as it must be.
     """
 
-    def __init__(self, folder: Path, overrides: list[str]) -> None:
+    def __init__(
+        self, folder: Path, overrides: list[str], candidate: Mapping[str, Any] | None = None
+    ) -> None:
         self._raw = read_settings(folder / "config.yaml", overrides)
         _require_heeded(self._raw)
-        self._parts = _read_arms(folder / "arms.yaml")
+        self._parts = _changed(_read_arms(folder / "arms.yaml"), candidate or {})
         for name, arm in ARMS.items():
             try:
                 config = self.config(arm, 0)
@@ -152,6 +157,18 @@ class Plan:
         return settings
 
 
+def _changed(parts: dict[str, Any], candidate: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of an arms.yaml with a candidate's in their place."""
+    parts = copy.deepcopy(parts)
+    for key, value in candidate.items():
+        if key in parts:
+            parts[key] = value
+        else:
+            parts["independent"][key] = parts["mutual"][key] = value
+    _require_parts(parts, "a candidate")
+    return parts
+
+
 def _require_heeded(raw: dict[str, Any]) -> None:
     """Raises UserError where a setting of the experiment's would change nothing here."""
     config = Config.parse(raw)
@@ -170,6 +187,12 @@ def _require_heeded(raw: dict[str, Any]) -> None:
 def _read_arms(file: Path) -> dict[str, Any]:
     """Raises UserError where something is missing or of another form."""
     parts = read_yaml(file, "arms file")
+    _require_parts(parts, str(file))
+    return parts
+
+
+def _require_parts(parts: dict[str, Any], file: str) -> None:
+    """Raises UserError where something is missing or of another form."""
     known = {"independent", "mutual", "averaging", *DIVERSITIES}
     if set(parts) != known:
         raise UserError(f"{file} must say {', '.join(sorted(known))}, and nothing else")
@@ -187,4 +210,3 @@ def _read_arms(file: Path) -> dict[str, Any]:
                 f"{file}: {name} may say {' and '.join(f'{each}*' for each in OF_AN_INGREDIENT)}, not "
                 f"{', '.join(map(str, others))}: all else is alike in all arms, and in config.yaml"
             )
-    return parts

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
@@ -44,7 +45,14 @@ def measure(plan: Plan, arm: Arm, seed: int, splits: Splits) -> dict[str, Any]:
         config = plan.config(arm, seed, teacher)
         with closing(LocalCohort(config, splits)) as cohort:
             row = _run(config, arm, cohort, splits)
-    return {"seed": seed, **row, "seconds": round(time.perf_counter() - began, 1)}
+            device = device_name(cohort.peers[0].device)
+    seconds = round(time.perf_counter() - began, 1)
+    return {"seed": seed, **row, "device": device, "seconds": seconds}
+
+
+def device_name(device: torch.device) -> str:
+    """What figures were measured on: they differ between a CPU and a GPU in more than the last bit."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def agreement(members: Embeddings) -> float:

@@ -129,9 +129,10 @@ def write_report(rows: Sequence[Row], folder: Path, page: Path) -> None:
     write_plots(rows, folder)
     plots = folder.resolve().relative_to(page.resolve().parent).as_posix()
     commits = sorted({row["commit"] for row in rows})
+    devices = sorted({row["device"] for row in rows})
     hours = sum(row["seconds"] for row in rows) / 3600
     text = [
-        f"{len(rows)} rows, {hours:.1f} hours added up; commit {', '.join(commits)}. Percent, "
+        f"{len(rows)} rows, {hours:.1f} hours added up, on {', '.join(devices)}; commit {', '.join(commits)}. Percent, "
         "mean ± standard deviation over seeds; differences with the 95 % interval of a paired t-test over "
         "seeds, each for itself: of twenty that compare equals, one lies off zero.",
         *(f"\nAt the {AT[at]}:\n\n{table(rows, at)}" for at in AT),
