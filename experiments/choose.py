@@ -65,6 +65,9 @@ class Candidates:
         found = read_yaml(self._file, "candidates file")
         if set(found) != {"held_out", "candidates"}:
             raise UserError(f"{self._file} must say candidates and held_out, and nothing else")
+        for part, said in found.items():
+            if not isinstance(said, dict) or not said:
+                raise UserError(f"{self._file} has no {part}")
         self.held_out: dict[str, dict[str, Any]] = found["held_out"]
         self.plans: dict[tuple[str, str], Plan] = {}
         for arm, candidates in found["candidates"].items():
