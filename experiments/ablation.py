@@ -10,22 +10,24 @@ cluster that RAY_ADDRESS names. `--report` makes the tables and the plots anew f
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import ray
 import typer
 from ablations.arms import ARMS, Arm, Plan
 from ablations.measure import measure
 from ablations.report import write_report
+from ablations.running import (
+    Row,
+    images_of,
+    require_same_images,
+    resources,
+    rows_of,
+    side_by_side,
+)
 from provenance import commit
 from rich.console import Console
 
@@ -39,32 +41,7 @@ EXPERIMENTS = Path(__file__).parent
 DATA = ("characters", "grocery")
 
 
-@contextmanager
-def rows_of(file: Path) -> Iterator[tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]]:
-    """The finished rows, and how one is added; for one process at a time.
-
-    Raises:
-        UserError: another process has the file.
-    """
-    with file.open("a+b") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{file} is being written by another run of this command") from None
-        opened.seek(0)
-        found = opened.read()
-        whole = found.rfind(b"\n") + 1  # of a line that was cut off nothing is left
-        opened.truncate(whole)
-
-        def add(row: dict[str, Any]) -> None:
-            opened.write(json.dumps(row).encode() + b"\n")
-            opened.flush()
-            os.fsync(opened.fileno())
-
-        yield [json.loads(line) for line in found[:whole].splitlines()], add
-
-
-def require_same_settings(rows: list[dict[str, Any]], plan: Plan, file: Path) -> None:
+def require_same_settings(rows: list[Row], plan: Plan, file: Path) -> None:
     """Raises UserError where rows are of other settings than the arms have now."""
     digests = {name: plan.digest(arm) for name, arm in ARMS.items()}
     other = sorted({row["arm"] for row in rows if digests.get(row["arm"]) != row["settings"]})
@@ -76,29 +53,8 @@ def require_same_settings(rows: list[dict[str, Any]], plan: Plan, file: Path) ->
         )
 
 
-def require_same_images(rows: list[dict[str, Any]], splits: Splits, file: Path) -> None:
-    """Raises UserError where rows are of other images, or another division of them."""
-    if any(row["images"] != images_of(splits) for row in rows):
-        raise UserError(
-            f"{file} has rows of other images, classes or splits than data.* gives now: undo the change, or "
-            "remove those rows to run them anew"
-        )
-
-
-def images_of(splits: Splits) -> str:
-    """Of names, classes and splits, and who is judged against whom."""
-    return hashlib.sha256(json.dumps(splits.digests()).encode()).hexdigest()[:12]
-
-
-def resources(num_gpus: float) -> dict[str, float]:
-    """What a task needs, in Ray's words: a core, and so much of a GPU where there are any."""
-    return {"num_cpus": 1} | (
-        {"num_gpus": num_gpus} if num_gpus and ray.cluster_resources().get("GPU") else {}
-    )
-
-
 @ray.remote(max_retries=0)
-def run_arm(plan: Plan, arm: Arm, seed: int, skipped: tuple[str, ...]) -> dict[str, Any]:
+def run_arm(plan: Plan, arm: Arm, seed: int, skipped: tuple[str, ...]) -> Row:
     """In a process of Ray's, which is used again for the next."""
     keep_freed_memory()
     splits = load_splits(plan.config(arm, seed).data, skip=frozenset(skipped), check=False)
@@ -109,42 +65,30 @@ def run(
     plan: Plan,
     splits: Splits,
     todo: list[tuple[str, int]],
-    add: Callable[[dict[str, Any]], None],
+    add: Callable[[Row], None],
     gpus_per_arm: float,
     console: Console,
 ) -> int:
     """Runs arms and seeds, a row each; how many failed."""
-    made_by, failed = commit(), 0
+    made_by = commit()
+
+    def finished(task: tuple[str, int], found: Row) -> str:
+        of = {"arm": task[0], "settings": plan.digest(ARMS[task[0]]), "images": images_of(splits)}
+        add({**of, "commit": made_by, **found})
+        tested = found["last"]["test"]
+        peers = [peer["recall@1"] for peer in tested["peers"]]
+        return (
+            f"mean peer {100 * sum(peers) / len(peers):.1f}, ensemble "
+            f"{100 * tested['ensemble']['recall@1']:.1f}"
+        )
+
     with ray_session():
-        needs = resources(gpus_per_arm)
-        shared = ray.put(plan)
+        run_one, shared = run_arm.options(**resources(gpus_per_arm)), ray.put(plan)
         running = {
-            run_arm.options(**needs).remote(shared, ARMS[name], seed, splits.skipped): (name, seed)
+            run_one.remote(shared, ARMS[name], seed, splits.skipped): (name, seed)
             for name, seed in todo
         }
-        began = time.monotonic()
-        while running:
-            done, _ = ray.wait(list(running))
-            name, seed = running.pop(done[0])
-            try:
-                found = ray.get(done[0])
-            except ray.exceptions.RayError as error:
-                failed += 1
-                reason = str(error).strip().splitlines()[-1]
-                console.print(f"[red]{name}, seed {seed}: {reason}[/red]", highlight=False)
-                continue
-            of = {"arm": name, "settings": plan.digest(ARMS[name]), "images": images_of(splits)}
-            add({**of, "commit": made_by, **found})
-            tested = found["last"]["test"]
-            peers = [peer["recall@1"] for peer in tested["peers"]]
-            rate = (time.monotonic() - began) / (len(todo) - len(running)) / 60
-            console.print(
-                f"{name}, seed {seed}: mean peer {100 * sum(peers) / len(peers):.1f}, ensemble "
-                f"{100 * tested['ensemble']['recall@1']:.1f}; {len(running)} left, about "
-                f"{rate * len(running):.0f} min",
-                highlight=False,
-            )
-    return failed
+        return side_by_side(running, lambda task: f"{task[0]}, seed {task[1]}", finished, console)
 
 
 def main(
@@ -162,7 +106,9 @@ def main(
     gpus_per_arm: Annotated[
         float,
         typer.Option(
-            min=0.01, max=1, help="Below 1: so many arms share a GPU, where there is one."
+            min=0.01,
+            max=1,
+            help="Share of a GPU that an arm takes, beside a core; 0.25: four on each.",
         ),
     ] = 1,
     report: Annotated[

@@ -1,4 +1,4 @@
-"""Which settings should the arms of an ablation have? Candidates, several seeds each, on held-out training classes.
+"""Which settings should an ablation's arms have? Candidates, with several seeds, on held-out training classes.
 
     python experiments/choose.py [grocery|FOLDER] [OPTIONS]
 
@@ -6,283 +6,178 @@ A search (tune_diversity.py) tries many settings once; this tries a few again, w
 other held-out classes, since the best of many single tries is mostly the luckiest. FOLDER holds a
 config.yaml and an arms.yaml as for ablation.py, and a candidates.yaml::
 
-    held_out:                          # of the training classes; the test classes are never read
+    held_out:                          # of the training classes; nothing is judged on the test classes
       mixed: {fraction: 0.4, fold: 0}
       packages: {prefix: Packages}     # those whose names begin so
     candidates:
-      independent:                     # an arm, and what each candidate changes in it
+      independent:                     # an arm, and what each candidate changes in arms.yaml
         lr 1e-4: {cohort.base.optimizer.lr: 1.0e-4}
 
 A finished (arm, candidate, held-out classes, seed) is a line of candidates.jsonl and is never run
-again: stop this at any time, and start it again. `--report` prints the table of what is there.
+again: stop this at any time, and start it again. `--report` runs nothing, and prints the table.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import ray
 import typer
-from ablation import DATA, EXPERIMENTS, resources, rows_of
-from ablations.arms import ARMS, Plan
+from ablation import DATA, EXPERIMENTS
+from ablations.arms import ARMS
+from ablations.candidates import Candidates, Task
 from ablations.measure import measure
+from ablations.running import (
+    Row,
+    images_of,
+    made_of,
+    require_same_images,
+    resources,
+    rows_of,
+    side_by_side,
+)
 from provenance import commit
 from rich.console import Console
 
 from ray_dmml.cohort.member import keep_freed_memory
 from ray_dmml.cohort.session import ray_session
-from ray_dmml.config import read_yaml
-from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.images import ImageSet, Splits, hold_out_classes
+from ray_dmml.data.images import Splits
 from ray_dmml.errors import UserError
 
-
-@dataclass(frozen=True)
-class Task:
-    """One line of candidates.jsonl."""
-
-    arm: str
-    candidate: str
-    held_out: str
-    seed: int
-
-
-class Candidates:
-    """What candidates.yaml says.
-
-    Raises:
-        UserError: it is not as it must be, or a candidate is no setting of its arm.
-    """
-
-    def __init__(self, folder: Path, overrides: list[str]) -> None:
-        self._file = folder / "candidates.yaml"
-        found = read_yaml(self._file, "candidates file")
-        if set(found) != {"held_out", "candidates"}:
-            raise UserError(f"{self._file} must say candidates and held_out, and nothing else")
-        for part, said in found.items():
-            if not isinstance(said, dict) or not said:
-                raise UserError(f"{self._file} has no {part}")
-        self.held_out: dict[str, dict[str, Any]] = found["held_out"]
-        self.plans: dict[tuple[str, str], Plan] = {}
-        for arm, candidates in found["candidates"].items():
-            if arm not in ARMS:
-                raise UserError(f"{self._file}: no arm {arm!r}; there are: {'; '.join(ARMS)}")
-            for name, settings in candidates.items():
-                self.plans[arm, name] = Plan(folder, overrides, settings or {})
-
-    def images(self, arm: str, candidate: str, skipped: tuple[str, ...] | None = None) -> Splits:
-        """All training classes; with ``skipped`` as of another process, unchecked."""
-        config = self.plans[arm, candidate].config(ARMS[arm], 0)
-        data = config.data.model_copy(update={"validation_fraction": 0})
-        return load_splits(data, skip=frozenset(skipped or ()), check=skipped is None)
-
-    def splits(self, images: ImageSet, held_out: str) -> Splits:
-        """Some training classes held out, which are all that is judged on."""
-        how = self.held_out[held_out]
-        if set(how) == {"prefix"}:
-            classes = [
-                i for i, name in enumerate(images.class_names) if name.startswith(how["prefix"])
-            ]
-            if not 2 <= len(classes) <= images.num_classes - 2:
-                raise UserError(
-                    f"{self._file}: {held_out}: {len(classes)} of {images.num_classes} classes begin with "
-                    f"{how['prefix']!r}; 2 at least must, and 2 must not"
-                )
-            is_held = np.isin(images.labels, classes)
-            train = images.subset(np.flatnonzero(~is_held))
-            held = images.subset(np.flatnonzero(is_held))
-        elif set(how) == {"fraction", "fold"}:
-            train, validation = hold_out_classes(images, how["fraction"], 0, how["fold"])
-            assert validation is not None
-            held = validation
-        else:
-            raise UserError(f"{self._file}: {held_out} must say prefix, or fraction and fold")
-        return Splits(train, held, held)
-
-    def key(self, task: Task) -> dict[str, Any]:
-        """By which a finished row is known."""
-        told = [
-            self.plans[task.arm, task.candidate].digest(ARMS[task.arm]),
-            self.held_out[task.held_out],
-        ]
-        settings = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
-        return {
-            "arm": task.arm,
-            "candidate": task.candidate,
-            "held_out": task.held_out,
-            "settings": settings,
-        }
+METRICS = (("peer", "recall@1"), ("ensemble", "recall@1"), ("peer", "map@r"), ("ensemble", "map@r"))
+SHORT = {"recall@1": "R@1", "map@r": "MAP@R"}
 
 
 @ray.remote(max_retries=0)
-def run_task(candidates: Candidates, task: Task, skipped: tuple[str, ...]) -> dict[str, Any]:
+def run_task(candidates: Candidates, task: Task, skipped: tuple[str, ...]) -> Row:
+    """In a process of Ray's, which is used again for the next."""
     keep_freed_memory()
-    images = candidates.images(task.arm, task.candidate, skipped).train
-    plan, splits = (
-        candidates.plans[task.arm, task.candidate],
-        candidates.splits(images, task.held_out),
-    )
-    row = measure(plan, ARMS[task.arm], task.seed, splits)
+    splits = candidates.splits(candidates.data(skipped).train, task.held_out)
+    row = measure(candidates.plans[task.arm, task.candidate], ARMS[task.arm], task.seed, splits)
     for at in ("last", "best"):  # which may be one
         row[at].pop("test", None)  # the held-out classes once more
     return row
 
 
 def run(
-    candidates: Candidates, tasks: list[Task], add: Any, num_gpus: float, console: Console
+    candidates: Candidates,
+    data: Splits,
+    todo: list[Task],
+    add: Callable[[Row], None],
+    gpus_per_arm: float,
+    console: Console,
 ) -> int:
-    """Runs tasks, a row each; how many failed."""
-    checked = candidates.images(tasks[0].arm, tasks[0].candidate)
-    for held_out in candidates.held_out:
-        candidates.splits(checked.train, held_out)
-    made_by, failed = commit(), 0
+    """Runs candidates, a row each; how many failed."""
+    made_by, images = commit(), images_of(data)
+
+    def finished(task: Task, found: Row) -> str:
+        of = {"arm": task.arm, "candidate": task.candidate, "held_out": task.held_out}
+        known_by = {"settings": candidates.settings(task), "images": images}
+        add({**of, **known_by, "commit": made_by, **found})
+        figures = (f"{who} {figure(found, who, of):.1f} {SHORT[of]}" for who, of in METRICS)
+        return ", ".join(figures)
+
     with ray_session():
-        shared, needs = ray.put(candidates), resources(num_gpus)
-        running = {
-            run_task.options(**needs).remote(shared, task, checked.skipped): task for task in tasks
-        }
-        while running:
-            done, _ = ray.wait(list(running))
-            task = running.pop(done[0])
-            name = f"{task.arm}, {task.candidate}, {task.held_out} held out, seed {task.seed}"
-            try:
-                found = ray.get(done[0])
-            except ray.exceptions.RayError as error:
-                failed += 1
-                reason = str(error).strip().splitlines()[-1]
-                console.print(f"[red]{name}: {reason}[/red]", highlight=False)
-                continue
-            add({**candidates.key(task), "commit": made_by, **found})
-            judged = found["last"]["validation"]["ensemble"]
-            console.print(
-                f"{name}: ensemble {100 * judged['recall@1']:.1f} R@1, {100 * judged['map@r']:.1f} "
-                f"MAP@R; {found['seconds']:.0f} s, {len(running)} left",
-                highlight=False,
-            )
-    return failed
+        run_one, shared = run_task.options(**resources(gpus_per_arm)), ray.put(candidates)
+        running = {run_one.remote(shared, task, data.skipped): task for task in todo}
+        return side_by_side(running, str, finished, console)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown: percent at the last step, the mean over seeds for each held-out set and over all."""
-    held_out = list(dict.fromkeys(row["held_out"] for row in rows))
-    seeds = {
-        name: sorted({row["seed"] for row in rows if row["held_out"] == name}) for name in held_out
-    }
-    columns = [
-        f"{name}: {who} {metric}"
-        for name in held_out
-        for who, metric in (("peer", "R@1"), ("ens.", "R@1"), ("ens.", "MAP@R"))
-    ]
+def figure(row: Row, who: str, metric: str) -> float:
+    """Percent at the last step, of the mean peer or of the ensemble."""
+    judged = row["last"]["validation"]
+    members = judged["peers"] if who == "peer" else [judged["ensemble"]]
+    return 100 * float(np.mean([member[metric] for member in members]))
+
+
+def table(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
+    """In Markdown: the mean over seeds on each of the held-out sets, and over these, which is what each
+    arm's candidates are in the order of; those with missing rows come last."""
+    held_out = list(dict.fromkeys(task.held_out for task in tasks))
+    columns = [f"{who} {SHORT[metric]}" for who, metric in METRICS]
     head = [
         "arm",
         "candidate",
         "rows",
-        *columns,
-        "peer R@1",
-        "ens. R@1",
-        "peer MAP@R",
-        "ens. MAP@R",
+        *(f"{held}: {column}" for held in held_out for column in columns),
     ]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    of: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        of.setdefault((row["arm"], row["candidate"]), []).append(row)
-    wanted = sum(len(each) for each in seeds.values())
-    scored = []
-    for (arm, name), mine in of.items():
-        mean = {
-            (held, who, metric): float(
-                np.mean(
-                    [_figure(row, who, metric) for row in mine if row["held_out"] == held]
-                    or [np.nan]
-                )
-            )
-            for held in held_out
-            for who in ("peer", "ens.")
-            for metric in ("recall@1", "map@r")
-        }
-        cells = []
-        for held in held_out:
-            cells += [
-                mean[held, "peer", "recall@1"],
-                mean[held, "ens.", "recall@1"],
-                mean[held, "ens.", "map@r"],
-            ]
-        for metric in ("recall@1", "map@r"):
-            for who in ("peer", "ens."):
-                cells.append(float(np.mean([mean[held, who, metric] for held in held_out])))
+    head += columns
+    lines: list[tuple[int, bool, float, str]] = []
+    arms = list(dict.fromkeys(task.arm for task in tasks))
+    for arm, name in dict.fromkeys((task.arm, task.candidate) for task in tasks):
+        mine = [row for row in rows if (row["arm"], row["candidate"]) == (arm, name)]
+        wanted = sum((task.arm, task.candidate) == (arm, name) for task in tasks)
+        means = np.full((len(held_out), len(METRICS)), np.nan)
+        for position, held in enumerate(held_out):
+            if judged := [row for row in mine if row["held_out"] == held]:
+                means[position] = [np.mean([figure(row, *of) for row in judged]) for of in METRICS]
+        overall = means.mean(axis=0)
+        cells = ["" if np.isnan(cell) else f"{cell:.1f}" for cell in [*means.ravel(), *overall]]
         count = f"{len(mine)}" if len(mine) == wanted else f"{len(mine)} of {wanted}"
-        line = " | ".join([arm, name, count, *(f"{cell:.1f}" for cell in cells)])
-        scored.append((arm, -cells[-1], f"| {line} |"))
-    order = {arm: position for position, (arm, _) in enumerate(of)}
-    return "\n".join(
-        lines + [line for *_, line in sorted(scored, key=lambda each: (order[each[0]], each[1]))]
-    )
-
-
-def _figure(row: dict[str, Any], who: str, metric: str) -> float:
-    judged = row["last"]["validation"]
-    members = judged["peers"] if who == "peer" else [judged["ensemble"]]
-    return 100 * float(np.mean([member[metric] for member in members]))
+        score = float(overall.mean())
+        line = f"| {' | '.join([arm, name, count, *cells])} |"
+        lines.append((arms.index(arm), len(mine) < wanted, -score if score == score else 0.0, line))
+    rule = "|---" * len(head) + "|"
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(line for *_, line in sorted(lines))])
 
 
 def main(
     data: Annotated[str, typer.Argument(help="grocery, or a folder of your own.")] = "grocery",
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Of all candidates, such as data.root=FOLDER."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Of all, such as data.root=FOLDER."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each candidate.")] = 2,
     gpus_per_arm: Annotated[
         float,
         typer.Option(
-            min=0.01, max=1, help="Below 1: so many tasks share a GPU, where there is one."
+            min=0.01,
+            max=1,
+            help="Share of a GPU that each takes, beside a core; 0.25: four on each.",
         ),
     ] = 1,
-    report: Annotated[bool, typer.Option("--report", help="Run nothing; print the table.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing; the table.")] = False,
 ) -> None:
     """Try candidates for an ablation's settings on held-out training classes."""
     folder = EXPERIMENTS / "ablations" / data if data in DATA else Path(data)
-    console, failed = Console(soft_wrap=True), 0
+    console, failed, file = Console(soft_wrap=True), 0, folder / "candidates.jsonl"
     try:
         candidates = Candidates(folder, settings or [])
-        with rows_of(folder / "candidates.jsonl") as (rows, add):
-            known = [json.dumps(_key_of(row)) for row in rows]
-            tasks = [
-                Task(arm, name, held_out, seed)
-                for seed in range(seeds)
-                for arm, name in candidates.plans
-                for held_out in candidates.held_out
-            ]
-            todo = [
-                t for t in tasks if json.dumps({**candidates.key(t), "seed": t.seed}) not in known
-            ]
+        tasks = candidates.tasks(seeds)
+        if report and not file.exists():
+            sys.exit(f"{file} is not there: no candidate has been run")
+        with rows_of(file) as (rows, add):
+            now = [row for row in rows if is_of_now(row, candidates)]
+            done = {Task(*(row[part] for part in Task._fields)) for row in now}
+            todo = [task for task in tasks if task not in done]
             if todo and not report:
-                failed = run(candidates, todo, add, gpus_per_arm, console)
-        with rows_of(folder / "candidates.jsonl") as (rows, _):
-            now = {json.dumps({**candidates.key(t), "seed": t.seed}) for t in tasks}
-            rows = [row for row in rows if json.dumps(_key_of(row)) in now]
-            print(
-                table(rows)
-                if rows
-                else f"{folder / 'candidates.jsonl'} has no rows of these candidates yet"
-            )
+                training = candidates.data()
+                for held_out in candidates.held_out:
+                    candidates.splits(training.train, held_out)
+                require_same_images(now, training, file)
+                failed = run(candidates, training, todo, add, gpus_per_arm, console)
+        with rows_of(file) as (rows, _):
+            now = [row for row in rows if is_of_now(row, candidates)]
+            seen = max([seeds, *(row["seed"] + 1 for row in now)])
+            print(table(now, candidates.tasks(seeds if not report else seen)))
+            print(f"\n{made_of(now)}.")
+            if others := len(rows) - len(now):
+                print(f"{others} rows of other settings left out.")
     except UserError as error:
         sys.exit(str(error))
     if failed:
         sys.exit(f"{failed} failed; run the same command again to retry them")
 
 
-def _key_of(row: dict[str, Any]) -> dict[str, Any]:
-    return {part: row[part] for part in ("arm", "candidate", "held_out", "settings", "seed")}
+def is_of_now(row: Row, candidates: Candidates) -> bool:
+    """Whether the files still say what it was made with."""
+    task = Task(*(row[part] for part in Task._fields))
+    known = (task.arm, task.candidate) in candidates.plans and task.held_out in candidates.held_out
+    return known and row["settings"] == candidates.settings(task)
 
 
 if __name__ == "__main__":

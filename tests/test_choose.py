@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from test_ablation import EXPERIMENTS, PARTS, STEPS
@@ -65,51 +64,83 @@ def candidates(choose: ModuleType, folder: Path, changes: dict[str, Any] | None 
 
 
 def test_only_training_classes_are_held_out(choose: ModuleType, folder: Path) -> None:
-    """Those of the prefix, or as many as the fraction says; no class is in two parts, and no test class
-    in any."""
-    found = candidates(choose, folder)
-    images = found.images("independent", "slow")
-    names = set(images.train.class_names)
-    prefixed = {name for name in names if name.startswith("apple")}
-    assert images.validation is None and prefixed and prefixed != names
-    for held_out in CANDIDATES["held_out"]:
-        splits = found.splits(images.train, held_out)
-        trained, held = set(splits.train.class_names), set(splits.validation.class_names)
-        assert trained | held == names and not trained & held
-        assert not (trained | held) & set(images.test.class_names)
-        assert len(splits.train) + len(splits.validation) == len(images.train)
-        if held_out == "apples":
-            assert held == prefixed
-        else:
-            assert len(held) == round(0.25 * len(names))
+    """Those of the prefix, or as many as the fraction says, other ones in each fold; no class is in two parts,
+    and no test class in any."""
+    more = {"first": {"fraction": 0.25}, **CANDIDATES["held_out"]}
+    found = candidates(choose, folder, {"held_out": more})
+    data = found.data()
+    names = set(data.train.class_names)
+    apples = {name for name in names if name.startswith("apple")}
+    assert data.validation is None and len(apples) == 3
+    held = {}
+    for held_out in more:
+        splits = found.splits(data.train, held_out)
+        trained, held[held_out] = set(splits.train.class_names), set(splits.test.class_names)
+        assert splits.validation is splits.test
+        assert trained | held[held_out] == names and not trained & held[held_out]
+        assert not names & set(data.test.class_names)
+        assert len(splits.train) + len(splits.test) == len(data.train)
+    assert held["apples"] == apples
+    assert len(held["first"]) == len(held["some"]) == 2 and not held["first"] & held["some"]
 
 
 def test_a_candidate_changes_its_arm_and_no_other_setting(choose: ModuleType, folder: Path) -> None:
-    """Settings of both kinds of arms, or a diversity; without any it is arms.yaml's."""
+    """Settings of its arm, or a diversity; without any it is arms.yaml's, with the same seeds."""
     plans = candidates(choose, folder).plans
-    arms = choose.ARMS
-    slow = plans["independent", "slow"].config(arms["independent"], 0)
-    usual = plans["independent", "as in arms.yaml"].config(arms["independent"], 0)
-    assert usual == choose.Plan(folder, []).config(arms["independent"], 0)
-    rates = [config.cohort.peers[0].optimizer.lr for config in (slow, usual)]
-    assert rates == [0.001, PARTS["independent"]["cohort.base.optimizer.lr"]]
-    other = plans["mutual + all", "other views"].config(arms["mutual + all"], 0)
-    assert [peer.view for peer in other.cohort.peers] == ["strong", "weak"]
-    assert [peer.update_interval for peer in other.cohort.peers] == [1, 2]
+    made = {
+        key: plan.config(choose.ARMS[key[0]], 1).model_dump(mode="json")
+        for key, plan in plans.items()
+    }
+    usual = made["independent", "as in arms.yaml"]
+    for peer in usual["cohort"]["peers"]:
+        assert peer["optimizer"]["lr"] == PARTS["independent"]["cohort.base.optimizer.lr"]
+        peer["optimizer"]["lr"] = 0.001
+    assert made["independent", "slow"] == usual
+    other = made["mutual + all", "other views"]
+    (folder / "candidates.yaml").unlink()
+    parts = {**PARTS, **CANDIDATES["candidates"]["mutual + all"]["other views"]}
+    (folder / "arms.yaml").write_text(yaml.safe_dump(parts))
+    plan = choose.ARMS["mutual + all"], ablation_plan(folder)
+    expected = plan[1].config(plan[0], 1).model_dump(mode="json")
+    assert [peer["view"] for peer in other["cohort"]["peers"]] == ["strong", "weak"]
+    for config in (other, expected):  # which classes are held out is not the config's to say here
+        for key in ("validation_fraction", "validation_seed", "validation_fold"):
+            del config["data"][key]
+    assert other == expected
+
+
+def ablation_plan(folder: Path) -> Any:
+    from ablations.arms import Plan
+
+    return Plan(folder, [])
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"typo": {}}, "must say candidates and held_out"),
+        ({"typo": {}}, "typo: unknown setting"),
         ({"candidates": {"indpendent": {"a": {}}}}, "no arm 'indpendent'"),
-        ({"candidates": {"mutual": {"a": {"train.steps": 16}}}}, "not train.steps"),
-        ({"candidates": {"mutual": {"a": {"loss.relational.distanc": 1}}}}, "distanc"),
+        ({"candidates": {"mutual": ["a"]}}, "candidates.mutual"),
+        ({"candidates": {"mutual": {"a": "fast"}}}, "candidates.mutual.a"),
+        ({"candidates": {"mutual": {1e-4: {}}}}, "candidates.mutual"),
+        ({"candidates": {"mutual": {"a|b": {}}}}, "candidates.mutual"),
+        ({"candidates": {}}, "candidates"),
+        ({"candidates": {"mutual": {"a": {"train.steps": 16}}}}, "yaml: mutual: a: .*train.steps"),
+        (
+            {"candidates": {"mutual": {"a": {"loss.relational.distanc": 1}}}},
+            "candidates.yaml: mutual: a: .*distanc",
+        ),
         ({"candidates": {"mutual": {"a": {"view": [{}]}}}}, "one of each of 4 peers"),
-        ({"candidates": {}}, "has no candidates"),
-        ({"held_out": {"a": {"prefix": "dog"}}}, "0 of .* classes begin with 'dog'"),
-        ({"held_out": {"a": {"prefx": "apple"}}}, "must say prefix, or fraction and fold"),
-        ({"held_out": {}}, "has no held_out"),
+        ({"candidates": {"mutual": {"a": {"view": ["weak"] * 4}}}}, "for each peer"),
+        ({"candidates": {"mutual": {"a": {"mutual": {}}}}}, "mutual is no setting"),
+        ({"held_out": {"a": {"prefix": "dog"}}}, "held_out.a: 0 of 8 classes begin with 'dog'"),
+        ({"held_out": {"a": {"prefix": 3}}}, "held_out.a.prefix"),
+        ({"held_out": {"a": {"prefx": "apple"}}}, "prefx: unknown setting"),
+        ({"held_out": {"a": {}}}, "must say prefix, or fraction"),
+        ({"held_out": {"a": None}}, "held_out.a"),
+        ({"held_out": {"a": {"fraction": 0}}}, "held_out.a.fraction"),
+        ({"held_out": {"a": {"fraction": 0.5, "fold": 2}}}, "fold 2 would hold out"),
+        ({"held_out": {}}, "held_out"),
     ],
 )
 def test_a_wrong_file_is_refused(
@@ -117,7 +148,49 @@ def test_a_wrong_file_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         found = candidates(choose, folder, changes)
-        found.splits(found.images(*next(iter(found.plans))).train, "a")
+        found.splits(found.data().train, "a")
+
+
+def test_what_was_run_is_known_by_its_settings(choose: ModuleType, folder: Path) -> None:
+    """A row of other settings, or of other held-out classes under the same name, is not that row."""
+    found = candidates(choose, folder)
+    task = choose.Task("independent", "slow", "apples", 0)
+    row = {**task._asdict(), "settings": found.settings(task)}
+    assert choose.is_of_now(row, found)
+    for part, change in [
+        ("held_out", {**CANDIDATES["held_out"], "apples": {"prefix": "class"}}),
+        ("candidates", {"independent": {"slow": {"cohort.base.optimizer.lr": 0.0005}}}),
+        ("candidates", {"independent": {"other": {"cohort.base.optimizer.lr": 0.001}}}),
+    ]:
+        assert not choose.is_of_now(row, candidates(choose, folder, {part: change}))
+    assert choose.is_of_now(row, candidates(choose, folder))
+
+
+def test_the_table_s_means_are_over_seeds_then_over_held_out_sets(
+    choose: ModuleType, folder: Path
+) -> None:
+    """Best first; a candidate with rows missing is last, and is counted."""
+
+    def row(name: str, held_out: str, seed: int, value: float) -> dict[str, Any]:
+        peers = [{"recall@1": value, "map@r": value / 2}, {"recall@1": 0.5, "map@r": 0.25}]
+        judged = {"peers": peers, "ensemble": {"recall@1": value + 0.01, "map@r": value / 4}}
+        of = {"arm": "independent", "candidate": name, "held_out": held_out, "seed": seed}
+        return {**of, "last": {"validation": judged}}
+
+    tasks = [task for task in candidates(choose, folder).tasks(2) if task.arm == "independent"]
+    rows = [
+        *(row("as in arms.yaml", "apples", 0, 0.3), row("as in arms.yaml", "apples", 1, 0.5)),
+        *(row("as in arms.yaml", "some", 0, 0.7), row("as in arms.yaml", "some", 1, 0.9)),
+        row("slow", "apples", 0, 0.9),
+    ]
+    lines = choose.table(rows, tasks).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [line[1:3] for line in cells[2:]] == [["as in arms.yaml", "4"], ["slow", "1 of 4"]]
+    named = dict(zip(cells[0], cells[2], strict=True))
+    assert named["apples: peer R@1"] == "45.0" and named["some: ensemble R@1"] == "81.0"
+    overall = [named[key] for key in ("peer R@1", "ensemble R@1", "peer MAP@R", "ensemble MAP@R")]
+    assert overall == ["55.0", "61.0", "27.5", "15.0"]
+    assert dict(zip(cells[0], cells[3], strict=True))["some: peer R@1"] == ""
 
 
 def test_rows_are_kept_and_their_figures_are_of_the_held_out_classes(
@@ -143,7 +216,7 @@ def test_rows_are_kept_and_their_figures_are_of_the_held_out_classes(
     # The figures are those of a plain run on the other training classes.
     row = next(row for row in rows if row["held_out"] == "apples")
     plan = found.plans["mutual + all", "other views"]
-    splits = found.splits(found.images("mutual + all", "other views").train, "apples")
+    splits = found.splits(found.data().train, "apples")
     cohort = LocalCohort(plan.config(choose.ARMS["mutual + all"], 0), splits)
     cohort.run(0, STEPS, lambda finished: None)
     for peer, judged in zip(cohort.peers, row["last"]["validation"]["peers"], strict=True):
@@ -160,7 +233,12 @@ def test_rows_are_kept_and_their_figures_are_of_the_held_out_classes(
         *(("apples", 0), ("apples", 1), ("some", 0), ("some", 1))
     ]
     (printed,) = [text for text in ended.stdout.splitlines() if "other views |" in text]
-    cells = [cell.strip() for cell in printed.strip("|").split("|")]
-    of_all = [row["last"]["validation"]["ensemble"]["map@r"] for row in rows]
-    assert cells[2] == "4" and cells[-1] == f"{100 * np.mean(of_all):.1f}"
-    assert run("--seeds", "2", "--report").stdout.splitlines()[-1] == printed
+    assert "| 4 |" in printed and "4 rows, " in ended.stdout
+    assert printed in run("--report").stdout.splitlines()
+    assert {row["device"] for row in rows} == {"CPU"}
+
+    # Other images under the same settings are not mixed with these.
+    next((folder / "images").rglob("*.png")).unlink()
+    ended = run("--seeds", "3")
+    assert ended.returncode != 0 and "rows of other images" in ended.stderr
+    assert len(file.read_text().splitlines()) == 4

@@ -83,8 +83,8 @@ class Plan:
     Args:
         folder: with `config.yaml` and `arms.yaml`.
         overrides: `KEY=VALUE` of all arms, such as where the images are.
-        candidate: settings in place of `arms.yaml`'s: of `independent` and `mutual`, or a list of any
-            other of its parts.
+        candidate: what is other than in `arms.yaml`: settings of both `independent` and `mutual`, and
+            any other of its parts whole.
 
     Raises:
         UserError: a file or setting is not as it must be.
@@ -100,7 +100,8 @@ class Plan:
             try:
                 config = self.config(arm, 0)
             except UserError as error:
-                raise UserError(f"{folder / 'arms.yaml'}: {name}: {error}") from None
+                of = f"arm {name}" if candidate else f"{folder / 'arms.yaml'}: {name}"
+                raise UserError(f"{of}: {error}") from None
         steps, every = config.train.steps, config.train.evaluate_every
         if not every or steps % (every * NUM_SNAPSHOTS):  # measure() counts in whole `every`, too
             raise UserError(
@@ -159,14 +160,14 @@ class Plan:
 
 def _changed(parts: dict[str, Any], candidate: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of an arms.yaml with a candidate's in their place."""
-    parts = copy.deepcopy(parts)
-    for key, value in candidate.items():
-        if key in parts:
-            parts[key] = value
-        else:
-            parts["independent"][key] = parts["mutual"][key] = value
-    _require_parts(parts, "a candidate")
-    return parts
+    if both := sorted({"independent", "mutual"} & candidate.keys()):
+        raise UserError(f"{both[0]} is no setting: a candidate's settings are of its arm already")
+    whole = {key: part for key, part in candidate.items() if key in parts}
+    settings = {key: value for key, value in candidate.items() if key not in parts}
+    kinds = {kind: {**parts[kind], **settings} for kind in ("independent", "mutual")}
+    changed = {**parts, **whole, **kinds}
+    _require_parts(changed, "what it gives")
+    return changed
 
 
 def _require_heeded(raw: dict[str, Any]) -> None:
@@ -203,6 +204,8 @@ def _require_parts(parts: dict[str, Any], file: str) -> None:
                 raise UserError(
                     f"{file}: {name} must be a list of settings, one of each of {most} peers"
                 )
+            if not all(isinstance(own, dict) for own in part):
+                raise UserError(f"{file}: {name} must have settings (key: value) for each peer")
         elif not isinstance(part, dict):
             raise UserError(f"{file}: {name} must be settings")
         elif others := [key for key in part if not str(key).startswith(OF_AN_INGREDIENT)]:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from .arms import ARMS
+from .running import made_of
 
 BASELINE = "independent"
 FEWEST = 3
@@ -128,11 +129,8 @@ def write_report(rows: Sequence[Row], folder: Path, page: Path) -> None:
     and `<!-- /NAME -->`, the name being the folder's; a new page has nothing else."""
     write_plots(rows, folder)
     plots = folder.resolve().relative_to(page.resolve().parent).as_posix()
-    commits = sorted({row["commit"] for row in rows})
-    devices = sorted({row["device"] for row in rows})
-    hours = sum(row["seconds"] for row in rows) / 3600
     text = [
-        f"{len(rows)} rows, {hours:.1f} hours added up, on {', '.join(devices)}; commit {', '.join(commits)}. Percent, "
+        f"{made_of(rows)}. Percent, "
         "mean ± standard deviation over seeds; differences with the 95 % interval of a paired t-test over "
         "seeds, each for itself: of twenty that compare equals, one lies off zero.",
         *(f"\nAt the {AT[at]}:\n\n{table(rows, at)}" for at in AT),
