@@ -143,8 +143,6 @@ def main(
         Console(stderr=True).print(f"{name}: measured in {seconds:.0f} s", highlight=False)
         if name in TABLES:
             report[name] = found
-            if not found:
-                Console(stderr=True).print(f"{name}: left out, as there is no GPU")
         else:
             rows += found
         if json_file is not None:  # after every row, as a later one may fail

@@ -13,6 +13,7 @@ config.yaml and an arms.yaml as for ablation.py, and a candidates.yaml::
       independent:                     # an arm, and what each candidate changes in arms.yaml
         lr 1e-4: {cohort.base.optimizer.lr: 1.0e-4}
 
+With `--keep N` only the N best candidates of each arm with seed 0 get further seeds.
 A finished (arm, candidate, held-out classes, seed) is a line of candidates.jsonl and is never run
 again: stop this at any time, and start it again. `--report` runs nothing, and prints the table.
 """
@@ -94,35 +95,53 @@ def figure(row: Row, who: str, metric: str) -> float:
     return 100 * float(np.mean([member[metric] for member in members]))
 
 
+def means(rows: Sequence[Row], held_out: Sequence[str]) -> np.ndarray:
+    """Over seeds: (held-out sets, METRICS) of one candidate; NaN where there is no row."""
+    found = np.full((len(held_out), len(METRICS)), np.nan)
+    for position, held in enumerate(held_out):
+        if judged := [row for row in rows if row["held_out"] == held]:
+            found[position] = [np.mean([figure(row, *of) for row in judged]) for of in METRICS]
+    return found
+
+
+def ranked(rows: Sequence[Row], tasks: Sequence[Task]) -> list[tuple[str, str]]:
+    """Arm and candidate, best first in each arm: by the mean of all METRICS over held-out sets, and those with
+    fewer rows after those with more."""
+    held_out = list(dict.fromkeys(task.held_out for task in tasks))
+    arms = list(dict.fromkeys(task.arm for task in tasks))
+
+    def key(candidate: tuple[str, str]) -> tuple[int, int, float]:
+        mine = [row for row in rows if (row["arm"], row["candidate"]) == candidate]
+        score = float(means(mine, held_out).mean())
+        return arms.index(candidate[0]), -len(mine), 0.0 if np.isnan(score) else -score
+
+    return sorted(dict.fromkeys((task.arm, task.candidate) for task in tasks), key=key)
+
+
 def table(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
-    """In Markdown: the mean over seeds on each of the held-out sets, and over these, which is what each
-    arm's candidates are in the order of; those with missing rows come last."""
+    """In Markdown, as `ranked`: the mean over seeds on each of the held-out sets, and over these."""
     held_out = list(dict.fromkeys(task.held_out for task in tasks))
     columns = [f"{who} {SHORT[metric]}" for who, metric in METRICS]
-    head = [
-        "arm",
-        "candidate",
-        "rows",
-        *(f"{held}: {column}" for held in held_out for column in columns),
-    ]
-    head += columns
-    lines: list[tuple[int, bool, float, str]] = []
-    arms = list(dict.fromkeys(task.arm for task in tasks))
-    for arm, name in dict.fromkeys((task.arm, task.candidate) for task in tasks):
+    of_each = [f"{held}: {column}" for held in held_out for column in columns]
+    head = ["arm", "candidate", "rows", *of_each, *columns]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm, name in ranked(rows, tasks):
         mine = [row for row in rows if (row["arm"], row["candidate"]) == (arm, name)]
-        wanted = sum((task.arm, task.candidate) == (arm, name) for task in tasks)
-        means = np.full((len(held_out), len(METRICS)), np.nan)
-        for position, held in enumerate(held_out):
-            if judged := [row for row in mine if row["held_out"] == held]:
-                means[position] = [np.mean([figure(row, *of) for row in judged]) for of in METRICS]
-        overall = means.mean(axis=0)
-        cells = ["" if np.isnan(cell) else f"{cell:.1f}" for cell in [*means.ravel(), *overall]]
-        count = f"{len(mine)}" if len(mine) == wanted else f"{len(mine)} of {wanted}"
-        score = float(overall.mean())
-        line = f"| {' | '.join([arm, name, count, *cells])} |"
-        lines.append((arms.index(arm), len(mine) < wanted, -score if score == score else 0.0, line))
-    rule = "|---" * len(head) + "|"
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(line for *_, line in sorted(lines))])
+        found = means(mine, held_out)
+        figures = [*found.ravel(), *found.mean(axis=0)]
+        cells = ["" if np.isnan(cell) else f"{cell:.1f}" for cell in figures]
+        lines.append(f"| {' | '.join([arm, name, str(len(mine)), *cells])} |")
+    return "\n".join(lines)
+
+
+def kept(rows: Sequence[Row], tasks: Sequence[Task], keep: int | None) -> list[Task]:
+    """Those of seed 0, and of the candidates that get further seeds."""
+    first = [task for task in tasks if task.seed == 0]
+    of_first = [row for row in rows if row["seed"] == 0]
+    best: dict[str, list[str]] = {}
+    for arm, name in ranked(of_first, first):
+        best.setdefault(arm, []).append(name)
+    return first + [task for task in tasks if task.seed and task.candidate in best[task.arm][:keep]]
 
 
 def main(
@@ -132,6 +151,10 @@ def main(
         typer.Option("--set", metavar="KEY=VALUE", help="Of all, such as data.root=FOLDER."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each candidate.")] = 2,
+    keep: Annotated[
+        int | None,
+        typer.Option(min=1, help="So many of each arm get further seeds: the best with seed 0."),
+    ] = None,
     gpus_per_arm: Annotated[
         float,
         typer.Option(
@@ -150,27 +173,35 @@ def main(
         tasks = candidates.tasks(seeds)
         if report and not file.exists():
             sys.exit(f"{file} is not there: no candidate has been run")
-        with rows_of(file) as (rows, add):
-            now = [row for row in rows if is_of_now(row, candidates)]
-            done = {Task(*(row[part] for part in Task._fields)) for row in now}
-            todo = [task for task in tasks if task not in done]
-            if todo and not report:
-                training = candidates.data()
-                for held_out in candidates.held_out:
-                    candidates.splits(training.train, held_out)
-                require_same_images(now, training, file)
-                failed = run(candidates, training, todo, add, gpus_per_arm, console)
+        data_read: Splits | None = None
+        for stage in () if report else ([task for task in tasks if task.seed == 0], tasks):
+            with rows_of(file) as (rows, add):
+                now = [row for row in rows if is_of_now(row, candidates)]
+                done = {Task(*(row[part] for part in Task._fields)) for row in now}
+                todo = [task for task in kept(now, stage, keep) if task not in done]
+                if todo:
+                    data_read = data_read or checked(candidates, now, file)
+                    failed += run(candidates, data_read, todo, add, gpus_per_arm, console)
         with rows_of(file) as (rows, _):
             now = [row for row in rows if is_of_now(row, candidates)]
-            seen = max([seeds, *(row["seed"] + 1 for row in now)])
-            print(table(now, candidates.tasks(seeds if not report else seen)))
-            print(f"\n{made_of(now)}.")
+            print(table(now, tasks))
+            if now:
+                print(f"\n{made_of(now)}.")
             if others := len(rows) - len(now):
                 print(f"{others} rows of other settings left out.")
     except UserError as error:
         sys.exit(str(error))
     if failed:
         sys.exit(f"{failed} failed; run the same command again to retry them")
+
+
+def checked(candidates: Candidates, rows: Sequence[Row], file: Path) -> Splits:
+    """The images, which must be those of the rows and suffice for all held-out sets."""
+    found = candidates.data()
+    for held_out in candidates.held_out:
+        candidates.splits(found.train, held_out)
+    require_same_images(rows, found, file)
+    return found
 
 
 def is_of_now(row: Row, candidates: Candidates) -> bool:

@@ -169,7 +169,7 @@ def test_what_was_run_is_known_by_its_settings(choose: ModuleType, folder: Path)
 def test_the_table_s_means_are_over_seeds_then_over_held_out_sets(
     choose: ModuleType, folder: Path
 ) -> None:
-    """Best first; a candidate with rows missing is last, and is counted."""
+    """Best first; a candidate with fewer rows is last. Further seeds are for the best with seed 0 alone."""
 
     def row(name: str, held_out: str, seed: int, value: float) -> dict[str, Any]:
         peers = [{"recall@1": value, "map@r": value / 2}, {"recall@1": 0.5, "map@r": 0.25}]
@@ -185,12 +185,22 @@ def test_the_table_s_means_are_over_seeds_then_over_held_out_sets(
     ]
     lines = choose.table(rows, tasks).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert [line[1:3] for line in cells[2:]] == [["as in arms.yaml", "4"], ["slow", "1 of 4"]]
+    assert [line[1:3] for line in cells[2:]] == [["as in arms.yaml", "4"], ["slow", "1"]]
     named = dict(zip(cells[0], cells[2], strict=True))
     assert named["apples: peer R@1"] == "45.0" and named["some: ensemble R@1"] == "81.0"
     overall = [named[key] for key in ("peer R@1", "ensemble R@1", "peer MAP@R", "ensemble MAP@R")]
     assert overall == ["55.0", "61.0", "27.5", "15.0"]
     assert dict(zip(cells[0], cells[3], strict=True))["some: peer R@1"] == ""
+
+    rows = [*rows, row("slow", "some", 0, 0.6)]  # 0.75 with seed 0, the other 0.5 and 0.6 with both
+    for keep, more in [
+        (1, {"slow"}),
+        (2, {"slow", "as in arms.yaml"}),
+        (None, {"slow", "as in arms.yaml"}),
+    ]:
+        found = choose.kept(rows, tasks, keep)
+        assert {task.candidate for task in found if task.seed} == more
+        assert sum(task.seed == 0 for task in found) == 4
 
 
 def test_rows_are_kept_and_their_figures_are_of_the_held_out_classes(
