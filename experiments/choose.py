@@ -174,11 +174,13 @@ def main(
         if report and not file.exists():
             sys.exit(f"{file} is not there: no candidate has been run")
         data_read: Splits | None = None
-        for stage in () if report else ([task for task in tasks if task.seed == 0], tasks):
+        stages = [(0,), range(1, seeds)] if keep else [range(seeds)]
+        for stage in () if report else stages:
             with rows_of(file) as (rows, add):
                 now = [row for row in rows if is_of_now(row, candidates)]
                 done = {Task(*(row[part] for part in Task._fields)) for row in now}
-                todo = [task for task in kept(now, stage, keep) if task not in done]
+                wanted = [task for task in kept(now, tasks, keep) if task.seed in stage]
+                todo = [task for task in wanted if task not in done]
                 if todo:
                     data_read = data_read or checked(candidates, now, file)
                     failed += run(candidates, data_read, todo, add, gpus_per_arm, console)

@@ -30,6 +30,8 @@ torch.set_num_threads(1)
 _cache_folder = tempfile.TemporaryDirectory(prefix="ray-dmml-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache_folder.name
 
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
 NUM_CLASSES, IMAGES_PER_CLASS = 16, 5
 
 
@@ -198,3 +200,18 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     files.create_dir("bucket")
     yield server
     server.stop()
+
+
+@pytest.fixture
+def ablations() -> Iterator[Any]:
+    """The modules of the ablation; others of the experiments can be imported, too."""
+    sys.path.insert(0, str(EXPERIMENTS))
+    try:
+        import ablations.arms
+        import ablations.measure
+        import ablations.report
+        import ablations.running
+
+        yield ablations
+    finally:
+        sys.path.remove(str(EXPERIMENTS))

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny
+from conftest import EXPERIMENTS, tiny
 from safetensors.torch import load_file
 from scipy import stats
 
@@ -26,7 +25,6 @@ from ray_dmml.peerfiles import decode_peer
 from ray_dmml.runfolder import RunFolder
 from ray_dmml.training import train
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 STEPS = 8
 PARTS: dict[str, Any] = {
     "independent": {"cohort.base.optimizer.lr": 0.002},
@@ -36,20 +34,6 @@ PARTS: dict[str, Any] = {
     "temporal": [{}, {"update_interval": 2}, {}, {"update_interval": 2}],
     "averaging": {"cohort.base.averaging": {"decay": 0.5}},
 }
-
-
-@pytest.fixture
-def ablations() -> Iterator[Any]:
-    """The experiment's own modules."""
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        import ablations.arms
-        import ablations.measure
-        import ablations.report
-
-        yield ablations
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
 
 
 @pytest.fixture
@@ -272,6 +256,19 @@ def test_a_wrong_plan_is_refused(ablations: Any, folder: Path) -> None:
     ]:
         with pytest.raises(UserError, match=said):
             ablations.arms.Plan(folder, [setting])
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_a_task_takes_a_core_and_its_share_of_a_gpu(ablations: Any, num_gpus: int) -> None:
+    """Of a private Ray with a GPU, and without one (to Ray it is a number: no device is touched)."""
+    import ray
+
+    ray.init("local", num_cpus=8, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False)
+    try:
+        taken = ablations.running.resources(0.25)
+    finally:
+        ray.shutdown()
+    assert taken == ({"num_cpus": 1, "num_gpus": 0.25} if num_gpus else {"num_cpus": 1})
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -7,14 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
-from test_ablation import EXPERIMENTS, PARTS, STEPS
+from conftest import EXPERIMENTS
+from test_ablation import PARTS, STEPS
 from test_ablation import folder as ablation
 
 from ray_dmml.cohort.local import LocalCohort
@@ -46,15 +46,11 @@ def folder(ablation: Path, image_folder: Path) -> Path:
 
 
 @pytest.fixture
-def choose() -> Iterator[ModuleType]:
+def choose(ablations: Any) -> ModuleType:
     """The experiment's own module."""
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        import choose
+    import choose
 
-        yield choose
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
+    return choose
 
 
 def candidates(choose: ModuleType, folder: Path, changes: dict[str, Any] | None = None) -> Any:
