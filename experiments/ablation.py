@@ -3,7 +3,8 @@
     python experiments/ablation.py [characters|grocery|FOLDER] [OPTIONS]
 
 FOLDER holds a config.yaml and an arms.yaml, as experiments/ablations/characters does. A finished (arm,
-seed) is a line of its rows.jsonl and is never run again: stop this at any time, and start it again.
+seed) is a line of its rows.jsonl and is never run again: stop this at any time, and start it again. Of
+arms that arms.yaml gives the same settings only one is run; the others' rows are copies that say so.
 Arms run side by side as tasks of Ray, one a core (or `--gpus-per-arm`), on this machine or on the
 cluster that RAY_ADDRESS names. `--report` makes the tables and the plots anew from what is there.
 """
@@ -51,6 +52,25 @@ def require_same_settings(rows: list[Row], plan: Plan, file: Path) -> None:
             f"({'; '.join(other)}): undo the change, remove those rows to run them anew, or give a copy "
             "of the folder without them"
         )
+
+
+def without_copies(
+    rows: list[Row], wanted: list[tuple[str, int]], plan: Plan, add: Callable[[Row], None]
+) -> list[tuple[str, int]]:
+    """The arms and seeds that are left to run. One that has the settings of another gets a copy of its
+    row, which would be the same to the bit; of those alike that have none yet only the first is left."""
+    done = {(row["arm"], row["seed"]) for row in rows}
+    by_settings = {(row["settings"], row["seed"]): row for row in rows if "same_as" not in row}
+    left: dict[tuple[str, int], tuple[str, int]] = {}
+    for name, seed in wanted:
+        key = plan.digest(ARMS[name]), seed
+        if (name, seed) in done:
+            continue
+        if alike := by_settings.get(key):
+            add({**alike, "arm": name, "same_as": alike["arm"], "seconds": 0.0})
+        else:
+            left.setdefault(key, (name, seed))
+    return list(left.values())
 
 
 @ray.remote(max_retries=0)
@@ -130,13 +150,13 @@ def main(
             plan = Plan(folder, settings or [])
             with rows_of(file) as (rows, add):
                 require_same_settings(rows, plan, file)
-                done = {(row["arm"], row["seed"]) for row in rows}
                 names = dict.fromkeys(arm or ARMS)
                 wanted = [(name, seed) for seed in range(seeds) for name in names]
-                if todo := [each for each in wanted if each not in done]:
+                if todo := without_copies(rows, wanted, plan, add):
                     splits = load_splits(plan.config(Arm(), 0).data, console.print)
                     require_same_images(rows, splits, file)
                     failed = run(plan, splits, todo, add, gpus_per_arm, console)
+                    without_copies(rows, wanted, plan, add)
         if not file.exists():
             sys.exit(f"{file} is not there: no arm has been run")
         with rows_of(file) as (rows, _):

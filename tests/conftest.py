@@ -203,8 +203,10 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def ablations() -> Iterator[Any]:
-    """The modules of the ablation; others of the experiments can be imported, too."""
+def ablations(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The modules of the ablation; others of the experiments can be imported, too, also by a private Ray's
+    workers."""
+    monkeypatch.setenv("PYTHONPATH", str(EXPERIMENTS), prepend=os.pathsep)
     sys.path.insert(0, str(EXPERIMENTS))
     try:
         import ablations.arms

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -338,7 +339,51 @@ def test_rows_are_kept_and_finished_ones_are_not_run_again(
     assert [json.loads(line)["arm"] for line in now[len(first) :].splitlines()] == ["single net"]
 
 
-def test_a_folder_without_arms_is_refused(tmp_path: Path) -> None:
-    ended = command(tmp_path)
-    assert ended.returncode != 0
-    assert "arms.yaml" in ended.stderr and "Traceback" not in ended.stderr
+@pytest.fixture
+def ablation(ablations: Any) -> ModuleType:
+    """The experiment's own module."""
+    import ablation
+
+    return ablation
+
+
+def test_a_folder_without_arms_is_refused(ablation: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"arms\.yaml"):
+        ablation.main(str(tmp_path))
+
+
+def test_of_arms_with_the_same_settings_one_is_run(
+    ablation: ModuleType, ablations: Any, folder: Path
+) -> None:
+    """Where arms.yaml takes relations of unit length anyway, that arm is the mutual one: its rows are copies
+    that say so, in the file and in the table, and cost nothing. Arms that differ stay apart."""
+    one, other = "mutual + all", "mutual + all, unit length"
+    alike = {"loss.relational.distance": 3, "loss.relational.embeddings": "unit"}
+    (folder / "arms.yaml").write_text(yaml.safe_dump({**PARTS, "mutual": alike}))
+    (folder / "rows.jsonl").touch()
+    ablation.main(str(folder), arm=["single net", one, other], seeds=2)
+    file = folder / "rows.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    copies = {row["seed"]: row for row in rows if row["arm"] == other}
+    assert len(rows) == 6 and sorted(copies) == [0, 1]
+    for run in rows:
+        if run["arm"] == one:
+            copy = copies[run["seed"]]
+            assert copy.pop("same_as") == one and copy.pop("seconds") == 0.0 < run.pop("seconds")
+            assert {**copy, "arm": one} == run
+        else:
+            assert run["arm"] == other or "same_as" not in run
+    page = (folder / "report.md").read_text()
+    assert f"| {other} (same settings as {one}) | 2 |" in page and "4 rows and 2 copies, " in page
+
+    # Nothing is left to run or to copy; a copy is made of a row that was there before, too.
+    left = [row for row in rows if row["arm"] != other]
+    file.write_text("".join(json.dumps({"seconds": 1.0, **row}) + "\n" for row in left))
+    for _ in range(2):
+        ablation.main(str(folder), arm=[one, other], seeds=2, settings=["data.root=/gone"])
+        assert len(file.read_text().splitlines()) == 6
+    made = plan(ablations, folder)
+    assert ablation.without_copies([], [(one, 0), (other, 0), (one, 1)], made, left.append) == [
+        (one, 0),
+        (one, 1),
+    ]

@@ -200,18 +200,14 @@ def test_the_table_s_means_are_over_seeds_then_over_held_out_sets(
 
 
 def test_rows_are_kept_and_their_figures_are_of_the_held_out_classes(
-    choose: ModuleType, folder: Path
+    choose: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a private Ray: a row each; a second run adds what is missing only; the table's means are the rows'."""
     few = {"candidates": {"mutual + all": CANDIDATES["candidates"]["mutual + all"]}}
     found = candidates(choose, folder, few)
-    line = [sys.executable, EXPERIMENTS / "choose.py", folder]
+    line = [sys.executable, EXPERIMENTS / "choose.py", folder, "--seeds", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*line, *arguments], capture_output=True, text=True, env=environment)
-
-    ended = run("--seeds", "1")
+    ended = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr
     file = folder / "candidates.jsonl"
     first = file.read_text()
@@ -231,20 +227,21 @@ def test_rows_are_kept_and_their_figures_are_of_the_held_out_classes(
         assert judged["recall@1"] == pytest.approx(expected["recall@1"], abs=1e-5)
     cohort.close()
 
-    ended = run("--seeds", "2")
-    assert ended.returncode == 0, ended.stderr
+    choose.main(str(folder), seeds=2)
+    output = capsys.readouterr().out
     assert file.read_text().startswith(first)
     rows = [json.loads(text) for text in file.read_text().splitlines()]
     assert sorted((row["held_out"], row["seed"]) for row in rows) == [
         *(("apples", 0), ("apples", 1), ("some", 0), ("some", 1))
     ]
-    (printed,) = [text for text in ended.stdout.splitlines() if "other views |" in text]
-    assert "| 4 |" in printed and "4 rows, " in ended.stdout
-    assert printed in run("--report").stdout.splitlines()
+    (printed,) = [text for text in output.splitlines() if "other views |" in text]
+    assert "| 4 |" in printed and "4 rows, " in output
+    choose.main(str(folder), report=True)
+    assert printed in capsys.readouterr().out.splitlines()
     assert {row["device"] for row in rows} == {"CPU"}
 
     # Other images under the same settings are not mixed with these.
     next((folder / "images").rglob("*.png")).unlink()
-    ended = run("--seeds", "3")
-    assert ended.returncode != 0 and "rows of other images" in ended.stderr
+    with pytest.raises(SystemExit, match="rows of other images"):
+        choose.main(str(folder), seeds=3)
     assert len(file.read_text().splitlines()) == 4

@@ -570,6 +570,7 @@ def test_draws_follow_the_peers_seed_and_the_step() -> None:
     assert not torch.equal(published(3, "a", step=1), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 def test_a_compiled_peer_learns_the_same() -> None:
     """But for the last bits; its checkpoints are those of a peer that is not compiled."""

@@ -103,7 +103,8 @@ def table(rows: Sequence[Row], at: str) -> str:
     arms = by_arm(rows)
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, of_seed in arms.items():
-        cells = [name, str(len(of_seed))]
+        alike = next((row["same_as"] for row in of_seed.values() if "same_as" in row), None)
+        cells = [f"{name} (same settings as {alike})" if alike else name, str(len(of_seed))]
         for who, metric in (
             (mean_peer, "recall@1"),
             (best_peer, "recall@1"),
@@ -114,8 +115,8 @@ def table(rows: Sequence[Row], at: str) -> str:
             values = [who(row, at, metric) for row in of_seed.values()]
             deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.1f}{deviation}")
-        alike = name.replace("mutual", "independent").removesuffix(", unit length")
-        for other in (BASELINE, alike):
+        alone = name.replace("mutual", "independent").removesuffix(", unit length")
+        for other in (BASELINE, alone):
             for who in (mean_peer, ensemble):
                 mine = {seed: who(row, at) for seed, row in of_seed.items()}
                 theirs = {seed: who(row, at) for seed, row in arms.get(other, {}).items()}

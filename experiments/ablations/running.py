@@ -24,7 +24,7 @@ Task = TypeVar("Task")
 
 @contextmanager
 def rows_of(file: Path) -> Iterator[tuple[list[Row], Callable[[Row], None]]]:
-    """The finished rows, and how one is added; for one process at a time.
+    """The finished rows, and how one is added, to them and to the file; for one process at a time.
 
     Raises:
         UserError: another process has the file.
@@ -39,12 +39,15 @@ def rows_of(file: Path) -> Iterator[tuple[list[Row], Callable[[Row], None]]]:
         whole = found.rfind(b"\n") + 1  # of a line that was cut off nothing is left
         opened.truncate(whole)
 
+        rows = [json.loads(line) for line in found[:whole].splitlines()]
+
         def add(row: Row) -> None:
+            rows.append(row)
             opened.write(json.dumps(row).encode() + b"\n")
             opened.flush()
             os.fsync(opened.fileno())
 
-        yield [json.loads(line) for line in found[:whole].splitlines()], add
+        yield rows, add
 
 
 def images_of(splits: Splits) -> str:
@@ -64,10 +67,12 @@ def require_same_images(rows: Sequence[Row], splits: Splits, file: Path) -> None
 def made_of(rows: Sequence[Row]) -> str:
     """How many, where and of which code."""
     hours = sum(row["seconds"] for row in rows) / 3600
+    copies = sum("same_as" in row for row in rows)
     devices = sorted({row.get("device", "a device unknown") for row in rows})
     commits = sorted({row["commit"] for row in rows})
+    copied = f" and {copies} copies" if copies else ""
     return (
-        f"{len(rows)} rows, {hours:.1f} hours added up, on {', '.join(devices)}; "
+        f"{len(rows) - copies} rows{copied}, {hours:.1f} hours added up, on {', '.join(devices)}; "
         f"commit {', '.join(commits)}"
     )
 
