@@ -694,7 +694,7 @@ class Config(Section):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise UserError(explain(error, source)) from None
+            raise UserError(explain(error, source, raw=raw)) from None
 
     def to_yaml(self) -> str:
         """The effective config, every field stated; `Config.load` of it gives this config again."""
@@ -857,12 +857,18 @@ def _states(settings: Any, path: list[str]) -> bool:
     return True
 
 
-def explain(error: ValidationError, source: str, model: type[BaseModel] | None = None) -> str:
+def explain(
+    error: ValidationError,
+    source: str,
+    model: type[BaseModel] | None = None,
+    raw: Mapping[str, Any] | None = None,
+) -> str:
     """Every mistake of a file, its place, what was given and what is allowed.
 
     Args:
         source: what to call the file.
         model: what it should have been; None: a :class:`Config`.
+        raw: a config as it was written: what peers have from `cohort.base` is told once, and there.
     """
     lines: dict[str, None] = {}
     problems = error.errors(include_url=False)
@@ -878,7 +884,7 @@ def explain(error: ValidationError, source: str, model: type[BaseModel] | None =
             for before, part in zip(["", *parts], parts, strict=False)
             if not (before == "view" and part in ("preset", "list"))
         ]
-        where = _cut(".".join(location)) or "config"
+        where = _cut(".".join(_as_written(location, raw or {}))) or "config"
         given = problem.get("input")
         if problem["type"] == "extra_forbidden" and where in MOVED:
             line = f"{where}: is {MOVED[where]} now"
@@ -894,6 +900,26 @@ def explain(error: ValidationError, source: str, model: type[BaseModel] | None =
     if looked_at < len(problems):
         told.append(f"... and {len(problems) - looked_at} more mistakes")
     return f"{source}: " + ("" if len(told) == 1 else "\n  ") + "\n  ".join(told)
+
+
+def _as_written(location: list[str], raw: Mapping[str, Any]) -> list[str]:
+    """Where the mistake stands: in `cohort.base`, if the peer that has it does not state it itself."""
+    if location[:2] != ["cohort", "peers"] or len(location) < 4:
+        return location
+    position, path = int(location[2]), location[3:]
+    cohort = raw.get("cohort", {})
+    own = (cohort.get("peers") or [{}, {}])[position]
+    if _states(cohort.get("base"), path) and not _states(own, path):
+        return ["cohort", "base", *path]
+    return location
+
+
+def _states(settings: Any, path: list[str]) -> bool:
+    for part in path:
+        if not isinstance(settings, Mapping) or part not in settings:
+            return False
+        settings = settings[part]
+    return True
 
 
 def _shown(given: Any) -> str:

@@ -210,6 +210,31 @@ def test_a_list_in_an_entry_replaces_that_of_the_base() -> None:
     assert third.view == "weak"
 
 
+def test_a_mistake_of_the_base_is_told_once(tmp_path: Path) -> None:
+    """Where it stands, with what a peer may have; a peer's own under its number, also of the same setting."""
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "cohort:\n"
+        "  base: {bakbone: a, optimizer: {lr: -1, beta: 3}}\n"
+        "  peers: [{}, {optimizer: {lr: -2}}, null, {typ: 1}]\n"
+    )
+    with pytest.raises(UserError) as refused:
+        Config.load(file)
+    lines = [line.strip().split(":")[:2] for line in str(refused.value).splitlines()[1:]]
+    assert sorted(place for place, _ in lines) == [
+        "cohort.base.bakbone",
+        "cohort.base.optimizer.beta",
+        "cohort.base.optimizer.lr",
+        "cohort.peers.1.optimizer.lr",
+        "cohort.peers.3.typ",
+    ]
+    assert "did you mean 'backbone'?" in str(refused.value)
+    with pytest.raises(
+        UserError, match=r"^config: cohort\.base\.bakbone: unknown .* 'backbone'\?$"
+    ):
+        Config.parse({"cohort": {"base": {"bakbone": "a"}}})
+
+
 def test_overrides_reach_everything(tmp_path: Path) -> None:
     """Nested keys, list entries, whole sections, and peers that the file does not list."""
     file = tmp_path / "c.yaml"

@@ -22,7 +22,7 @@ from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import ImageSet, Splits, hold_out_classes
 from ray_dmml.errors import UserError
 
-from .arms import ARMS, Plan
+from .arms import ARMS, DIVERSITIES, Plan
 
 OVERRIDES = ("data.validation_fraction=0.2", "data.validation_seed=0", "data.validation_fold=0")
 """A plan must hold out validation classes; here `HeldOut` says which, whatever the config does."""
@@ -91,7 +91,13 @@ class Candidates:
         for arm, candidates in said.candidates.items():
             if arm not in ARMS:
                 raise UserError(f"{self.file}: no arm {arm!r}; there are: {'; '.join(ARMS)}")
+            has = {*ARMS[arm].diversities, *(["averaging"] if ARMS[arm].averaging else [])}
             for name, settings in candidates.items():
+                if lacking := {*DIVERSITIES, "averaging"} & {*(settings or {})} - has:
+                    raise UserError(
+                        f"{self.file}: {arm}: {name}: {', '.join(sorted(lacking))} would change nothing: "
+                        f"the arm has {', '.join(sorted(has)) or 'none of these'}"
+                    )
                 try:
                     self.plans[arm, name] = Plan(folder, [*overrides, *OVERRIDES], settings)
                 except UserError as error:
