@@ -851,7 +851,7 @@ def _refuse_hidden_base(raw: dict[str, Any], parts: list[str], source: str) -> N
 
 def _states(settings: Any, path: list[str]) -> bool:
     for part in path:
-        if not isinstance(settings, dict) or part not in settings:
+        if not isinstance(settings, Mapping) or part not in settings:
             return False
         settings = settings[part]
     return True
@@ -912,14 +912,6 @@ def _as_written(location: list[str], raw: Mapping[str, Any]) -> list[str]:
     if _states(cohort.get("base"), path) and not _states(own, path):
         return ["cohort", "base", *path]
     return location
-
-
-def _states(settings: Any, path: list[str]) -> bool:
-    for part in path:
-        if not isinstance(settings, Mapping) or part not in settings:
-            return False
-        settings = settings[part]
-    return True
 
 
 def _shown(given: Any) -> str:
