@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import tiny
+from conftest import EXPERIMENTS, tiny
 from PIL import Image
 from ray.tune import Result
+from typer.testing import CliRunner
 
+from ray_dmml.cli import app
 from ray_dmml.config import Config
 from ray_dmml.errors import UserError
 from ray_dmml.search import Search, SearchConfig
@@ -244,18 +246,24 @@ def test_an_ended_search_goes_on(raw: dict[str, Any], tmp_path: Path, how: signa
     ],
 )
 def test_mistakes_are_told_before_anything_runs(
-    tmp_path: Path, arguments: list[str], says: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
 ) -> None:
     (tmp_path / "c.yaml").write_text("seed: 1\n")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "photo.jpg").touch()
-    script = Path(__file__).parent.parent / "experiments" / "tune_diversity.py"
-    ended = subprocess.run(
-        [sys.executable, str(script), *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert ended.returncode == 2 and says in " ".join(ended.stderr.split()), ended.stderr
-    assert "Traceback" not in ended.stderr
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(app, ["tune", *arguments])
+    assert ended.exit_code == 2 and says in " ".join(ended.stderr.split()), ended.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_script_is_the_command(tmp_path: Path) -> None:
+    """A user's mistake is told by `experiments/tune_diversity.py` just so: one sentence, no traceback."""
+    script = EXPERIMENTS / "tune_diversity.py"
+    line = [sys.executable, str(script), "--resume", "nowhere"]
+    ended = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2 and "nowhere is not the folder of a search" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize(
