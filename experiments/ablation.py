@@ -42,35 +42,55 @@ EXPERIMENTS = Path(__file__).parent
 DATA = ("characters", "grocery")
 
 
-def require_same_settings(rows: list[Row], plan: Plan, file: Path) -> None:
-    """Raises UserError where rows are of other settings than the arms have now."""
-    digests = {name: plan.digest(arm) for name, arm in ARMS.items()}
-    other = sorted({row["arm"] for row in rows if digests.get(row["arm"]) != row["settings"]})
+Alike = dict[str, tuple[str, bool]]
+"""Of each arm: equal for arms whose rows would be the same."""
+
+
+def alike_arms(plan: Plan) -> Alike:
+    """By their settings, and whether averages are judged or the weights themselves."""
+    return {name: (plan.digest(arm), arm.averaging) for name, arm in ARMS.items()}
+
+
+def require_same_settings(rows: list[Row], alike: Alike, file: Path) -> None:
+    """Raises UserError where rows are of other settings than the arms have now, or copies of none."""
+    other = {row["arm"] for row in rows if alike.get(row["arm"], ("",))[0] != row["settings"]}
     if other:
         raise UserError(
             f"{file} has rows of other settings than config.yaml, arms.yaml and --set give now "
-            f"({'; '.join(other)}): undo the change, remove those rows to run them anew, or give a copy "
-            "of the folder without them"
+            f"({'; '.join(sorted(other))}): undo the change, remove those rows to run them anew, or give a "
+            "copy of the folder without them"
+        )
+    run = {(row["arm"], row["seed"]) for row in rows if "same_as" not in row}
+    if orphans := {
+        row["arm"] for row in rows if "same_as" in row and (row["same_as"], row["seed"]) not in run
+    }:
+        raise UserError(
+            f"{file} has rows that are copies (same_as) of rows that are gone: remove them, too "
+            f"({'; '.join(sorted(orphans))})"
         )
 
 
-def without_copies(
-    rows: list[Row], wanted: list[tuple[str, int]], plan: Plan, add: Callable[[Row], None]
+def left_to_run(
+    rows: list[Row], wanted: list[tuple[str, int]], alike: Alike
 ) -> list[tuple[str, int]]:
-    """The arms and seeds that are left to run. One that has the settings of another gets a copy of its
-    row, which would be the same to the bit; of those alike that have none yet only the first is left."""
-    done = {(row["arm"], row["seed"]) for row in rows}
-    by_settings = {(row["settings"], row["seed"]): row for row in rows if "same_as" not in row}
-    left: dict[tuple[str, int], tuple[str, int]] = {}
+    """The arms and seeds without a row, their own or of an arm alike; of those alike the first."""
+    done = {(alike[row["arm"]], row["seed"]) for row in rows}
+    left: dict[tuple[tuple[str, bool], int], tuple[str, int]] = {}
     for name, seed in wanted:
-        key = plan.digest(ARMS[name]), seed
-        if (name, seed) in done:
-            continue
-        if alike := by_settings.get(key):
-            add({**alike, "arm": name, "same_as": alike["arm"], "seconds": 0.0})
-        else:
-            left.setdefault(key, (name, seed))
+        if (alike[name], seed) not in done:
+            left.setdefault((alike[name], seed), (name, seed))
     return list(left.values())
+
+
+def copies(rows: list[Row], wanted: list[tuple[str, int]], alike: Alike) -> list[Row]:
+    """The rows of arms and seeds that have none, and whose settings are those of an arm that has."""
+    done = {(row["arm"], row["seed"]) for row in rows}
+    run = {(alike[row["arm"]], row["seed"]): row for row in rows if "same_as" not in row}
+    return [
+        {**row, "arm": name, "same_as": row["arm"], "seconds": 0.0}
+        for name, seed in wanted
+        if (name, seed) not in done and (row := run.get((alike[name], seed)))
+    ]
 
 
 @ray.remote(max_retries=0)
@@ -85,6 +105,7 @@ def run(
     plan: Plan,
     splits: Splits,
     todo: list[tuple[str, int]],
+    alike: Alike,
     add: Callable[[Row], None],
     gpus_per_arm: float,
     console: Console,
@@ -93,7 +114,7 @@ def run(
     made_by = commit()
 
     def finished(task: tuple[str, int], found: Row) -> str:
-        of = {"arm": task[0], "settings": plan.digest(ARMS[task[0]]), "images": images_of(splits)}
+        of = {"arm": task[0], "settings": alike[task[0]][0], "images": images_of(splits)}
         add({**of, "commit": made_by, **found})
         tested = found["last"]["test"]
         peers = [peer["recall@1"] for peer in tested["peers"]]
@@ -149,14 +170,16 @@ def main(
         if not report:
             plan = Plan(folder, settings or [])
             with rows_of(file) as (rows, add):
-                require_same_settings(rows, plan, file)
+                alike = alike_arms(plan)
+                require_same_settings(rows, alike, file)
                 names = dict.fromkeys(arm or ARMS)
                 wanted = [(name, seed) for seed in range(seeds) for name in names]
-                if todo := without_copies(rows, wanted, plan, add):
+                if todo := left_to_run(rows, wanted, alike):
                     splits = load_splits(plan.config(Arm(), 0).data, console.print)
                     require_same_images(rows, splits, file)
-                    failed = run(plan, splits, todo, add, gpus_per_arm, console)
-                    without_copies(rows, wanted, plan, add)
+                    failed = run(plan, splits, todo, alike, add, gpus_per_arm, console)
+                for row in copies(rows, wanted, alike):
+                    add(row)
         if not file.exists():
             sys.exit(f"{file} is not there: no arm has been run")
         with rows_of(file) as (rows, _):

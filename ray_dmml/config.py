@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
@@ -21,6 +22,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from ray_dmml import yamlio
 from ray_dmml.errors import UserError
@@ -851,10 +853,16 @@ def _refuse_hidden_base(raw: dict[str, Any], parts: list[str], source: str) -> N
 
 
 def _states(settings: Any, path: list[str]) -> bool:
+    """Whether the mapping has a value there; what is inside of a list is stated where the list is."""
     for part in path:
-        if not isinstance(settings, Mapping) or part not in settings:
+        if isinstance(settings, (list, tuple)):
+            return True
+        if not isinstance(settings, Mapping):
             return False
-        settings = settings[part]
+        found = [part] if part in settings else [key for key in settings if str(key) == part]
+        if not found:
+            return False
+        settings = settings[found[0]]
     return True
 
 
@@ -871,13 +879,8 @@ def explain(
         model: what it should have been; None: a :class:`Config`.
         raw: a config as it was written: what peers have from `cohort.base` is told once, and there.
     """
-    lines: dict[str, None] = {}
-    problems = error.errors(include_url=False)
-    looked_at = 0
-    for problem in problems:
-        if len(lines) == MAX_TOLD:
-            break
-        looked_at += 1
+    mistakes: dict[tuple[str, str, str], tuple[list[str], ErrorDetails]] = {}
+    for problem in error.errors(include_url=False):
         # The tags of a view's union are pydantic's, not the user's.
         parts = [str(part) for part in problem["loc"]]
         location = [
@@ -886,33 +889,37 @@ def explain(
             if not (before == "view" and part in ("preset", "list"))
         ]
         where = _cut(".".join(_as_written(location, raw or {}))) or "config"
+        key = where, problem["type"], problem["msg"]
+        mistakes.setdefault(key, (location, problem))
+    told = []
+    for (where, kind, message), (location, problem) in islice(mistakes.items(), MAX_TOLD):
         given = problem.get("input")
-        if problem["type"] == "extra_forbidden" and where in MOVED:
-            line = f"{where}: is {MOVED[where]} now"
-        elif problem["type"] == "extra_forbidden":
-            line = f"{where}: unknown setting; {_hint(location, model or Config)}"
-        elif problem["type"] == "value_error":
-            line = f"{where}: {problem['ctx']['error']}"
+        if kind == "extra_forbidden" and where in MOVED:
+            told.append(f"{where}: is {MOVED[where]} now")
+        elif kind == "extra_forbidden":
+            told.append(f"{where}: unknown setting; {_hint(location, model or Config)}")
+        elif kind == "value_error":
+            told.append(f"{where}: {problem['ctx']['error']}")
         else:
             is_long = isinstance(given, (dict, list, tuple))
-            line = f"{where}: {problem['msg']}{'' if is_long else f' (got {_shown(given)})'}"
-        lines[line] = None
-    told = list(lines)
-    if looked_at < len(problems):
-        told.append(f"... and {len(problems) - looked_at} more mistakes")
+            told.append(f"{where}: {message}{'' if is_long else f' (got {_shown(given)})'}")
+    if len(mistakes) > MAX_TOLD:
+        told.append(f"... and {len(mistakes) - MAX_TOLD} more mistakes")
     return f"{source}: " + ("" if len(told) == 1 else "\n  ") + "\n  ".join(told)
 
 
 def _as_written(location: list[str], raw: Mapping[str, Any]) -> list[str]:
     """Where the mistake stands: in `cohort.base`, if the peer that has it does not state it itself."""
-    if location[:2] != ["cohort", "peers"] or len(location) < 4:
+    cohort = raw.get("cohort")
+    if location[:2] != ["cohort", "peers"] or len(location) < 3 or not isinstance(cohort, Mapping):
         return location
-    position, path = int(location[2]), location[3:]
-    cohort = raw.get("cohort", {})
-    own = (cohort.get("peers") or [{}, {}])[position]
-    if _states(cohort.get("base"), path) and not _states(own, path):
+    peers, base, path = cohort.get("peers"), cohort.get("base"), location[3:]
+    own = peers[int(location[2])] if isinstance(peers, (list, tuple)) else {}
+    if path == ["init_seed"] and not _states(own, path) and not _states(base, path):
+        path = ["seed"]  # which it is, if nobody says otherwise
+    if base and _states(base, path) and not (own and _states(own, path)):
         return ["cohort", "base", *path]
-    return location
+    return [*location[:3], *path]
 
 
 def _shown(given: Any) -> str:

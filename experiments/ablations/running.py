@@ -42,10 +42,10 @@ def rows_of(file: Path) -> Iterator[tuple[list[Row], Callable[[Row], None]]]:
         rows = [json.loads(line) for line in found[:whole].splitlines()]
 
         def add(row: Row) -> None:
-            rows.append(row)
             opened.write(json.dumps(row).encode() + b"\n")
             opened.flush()
             os.fsync(opened.fileno())
+            rows.append(row)
 
         yield rows, add
 
