@@ -382,6 +382,12 @@ def test_of_arms_with_the_same_settings_one_is_run(
         else:
             assert run["arm"] == other or "same_as" not in run
     page = (folder / "report.md").read_text()
+    held_out = page.partition("on validation classes, by which")[2]
+    line = next(line for line in held_out.splitlines() if line.startswith(f"| {one} |"))
+    ensembles = [
+        100 * row["last"]["validation"]["ensemble"]["recall@1"] for row in rows if row["arm"] == one
+    ]
+    assert line.split(" | ")[4].startswith(f"{np.mean(ensembles):.1f} ± ")
     assert f"| {other} (same settings as {one}) | 2 |" in page and "4 rows and 2 copies, " in page
 
     # Nothing is left to run or to copy; a copy is made of a row that was there before, too.

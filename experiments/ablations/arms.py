@@ -1,4 +1,4 @@
-"""The arms of the ablation: nets, images and steps alike, with and without each ingredient.
+"""The arms of the ablation: images, batches and steps alike, with and without each ingredient.
 
 A data set's folder has a `config.yaml` of equal peers, and an `arms.yaml` that says what each
 ingredient is::

@@ -25,25 +25,33 @@ COLOURS = {
     "mutual": "#2563a8",
     "other": "#d9822b",
 }
-AT = {"last": "last step", "best": "step that was best on validation classes"}
+TABLES = {
+    "At the last step": ("last", "test"),
+    "At the step that was best on validation classes": ("best", "test"),
+    "At the last step, on validation classes, by which the best peer was chosen": (
+        "last",
+        "validation",
+    ),
+}
+"""Title, step, and classes that are judged on."""
 
 Row = Mapping[str, Any]
 
 
-def mean_peer(row: Row, at: str, metric: str = "recall@1") -> float:
-    """Percent, on test classes."""
-    return 100 * float(np.mean([peer[metric] for peer in row[at]["test"]["peers"]]))
+def mean_peer(row: Row, at: str, metric: str = "recall@1", classes: str = "test") -> float:
+    """Percent."""
+    return 100 * float(np.mean([peer[metric] for peer in row[at][classes]["peers"]]))
 
 
-def best_peer(row: Row, at: str, metric: str = "recall@1") -> float:
+def best_peer(row: Row, at: str, metric: str = "recall@1", classes: str = "test") -> float:
     """Of the peer that is best on validation classes."""
     found = row[at]
     position = int(np.argmax([peer["recall@1"] for peer in found["validation"]["peers"]]))
-    return 100 * float(found["test"]["peers"][position][metric])
+    return 100 * float(found[classes]["peers"][position][metric])
 
 
-def ensemble(row: Row, at: str, metric: str = "recall@1") -> float:
-    return 100 * float(row[at]["test"]["ensemble"][metric])
+def ensemble(row: Row, at: str, metric: str = "recall@1", classes: str = "test") -> float:
+    return 100 * float(row[at][classes]["ensemble"][metric])
 
 
 class Difference(NamedTuple):
@@ -85,7 +93,7 @@ def by_arm(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     return {name: found[name] for name in ARMS if name in found}
 
 
-def table(rows: Sequence[Row], at: str) -> str:
+def table(rows: Sequence[Row], at: str, classes: str = "test") -> str:
     """In Markdown: mean and deviation over seeds, and differences from independent peers."""
     head = [
         "arm",
@@ -112,14 +120,16 @@ def table(rows: Sequence[Row], at: str) -> str:
             (mean_peer, "map@r"),
             (ensemble, "map@r"),
         ):
-            values = [who(row, at, metric) for row in of_seed.values()]
+            values = [who(row, at, metric, classes) for row in of_seed.values()]
             deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.1f}{deviation}")
         alone = name.replace("mutual", "independent").removesuffix(", unit length")
         for other in (BASELINE, alone):
             for who in (mean_peer, ensemble):
-                mine = {seed: who(row, at) for seed, row in of_seed.items()}
-                theirs = {seed: who(row, at) for seed, row in arms.get(other, {}).items()}
+                mine, theirs = (
+                    {seed: who(row, at, classes=classes) for seed, row in found.items()}
+                    for found in (of_seed, arms.get(other, {}))
+                )
                 cells.append("" if other == name else str(paired(mine, theirs)))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -134,7 +144,7 @@ def write_report(rows: Sequence[Row], folder: Path, page: Path) -> None:
         f"{made_of(rows)}. Percent, "
         "mean ± standard deviation over seeds; differences with the 95 % interval of a paired t-test over "
         "seeds, each for itself: of twenty that compare equals, one lies off zero.",
-        *(f"\nAt the {AT[at]}:\n\n{table(rows, at)}" for at in AT),
+        *(f"\n{title}:\n\n{table(rows, *where)}" for title, where in TABLES.items()),
         f"\n![Differences from independent peers]({plots}/differences.png)",
         f"\n![What makes it work]({plots}/mechanism.png)",
     ]
