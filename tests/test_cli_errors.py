@@ -326,7 +326,9 @@ def ray_cohort(image_folder: Path, run: dict[str, Any] | None = None, **cohort: 
     return RayCohort(config, load_splits(config.data))
 
 
-@pytest.mark.parametrize("transport", ["direct", "coordinator"])
+@pytest.mark.parametrize(
+    "transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)]
+)
 def test_a_killed_peer_is_named(ray_start_4_cpus: None, image_folder: Path, transport: str) -> None:
     """SIGKILL from outside amid training ends the run with the peer's name, long before any
     deadline."""
@@ -341,7 +343,9 @@ def test_a_killed_peer_is_named(ray_start_4_cpus: None, image_folder: Path, tran
             cohort.run(0, 1_000_000, kill)
 
 
-@pytest.mark.parametrize("transport", ["direct", "coordinator"])
+@pytest.mark.parametrize(
+    "transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)]
+)
 def test_a_silent_peer_is_named(ray_start_4_cpus: None, image_folder: Path, transport: str) -> None:
     """A peer that hangs trips the deadline and is named, not the one that waited."""
     with closing(ray_cohort(image_folder, {"silence_s": 6}, transport=transport)) as cohort:

@@ -352,7 +352,9 @@ def alone(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("transport", ["direct", "coordinator"])
+@pytest.mark.parametrize(
+    "transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)]
+)
 def test_peers_on_three_hosts(
     hosts: Hosts, image_folder: Path, alone: tuple[Any, str], transport: str
 ) -> None:

@@ -58,7 +58,9 @@ def test_ray_equals_in_process(
         assert_same(outcome(cohort), local_outcome)
 
 
-@pytest.mark.parametrize("transport", ["direct", "coordinator"])
+@pytest.mark.parametrize(
+    "transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)]
+)
 def test_ray_equals_in_process_with_few_teachers(
     ray_start_4_cpus: None, image_folder: Path, transport: str
 ) -> None:

@@ -166,6 +166,7 @@ def test_the_output_fits_a_screen(root: Path) -> None:
     assert max(map(len, check(root).stdout.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_built_in_data_can_be_checked() -> None:
     """Without a file; every image can be read."""
     report = look_over(DataConfig(decode_size=32))
