@@ -20,6 +20,7 @@ def benchmark(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_a_row_gives_a_table_and_json(tmp_path: Path) -> None:
     """Two rows that need no Ray: one line each, with figures, ratio and goal, in both forms."""
     file = tmp_path / "figures.json"

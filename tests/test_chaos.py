@@ -29,17 +29,16 @@ def all_end_alike(seeds: tuple[int, ...], rows: Path) -> None:
     assert all(row["struck"] for row in found), found
 
 
-def test_two_runs(tmp_path: Path) -> None:
-    """A lost node, over the coordinator; from peer to peer, a stopped peer, and a coordinator that is stopped
-    in the recovery."""
-    all_end_alike((14, 41), tmp_path / "rows.jsonl")
+def test_a_run(tmp_path: Path) -> None:
+    """A lost node, over the coordinator."""
+    all_end_alike((14,), tmp_path / "rows.jsonl")
 
 
 @pytest.mark.slow
-def test_four_more_runs(tmp_path: Path) -> None:
-    """Over the coordinator: its end, the driver's. From peer to peer: a damaged embedding, a lost peer with
-    a damaged checkpoint."""
-    all_end_alike((32, 55, 28, 46), tmp_path / "rows.jsonl")
+def test_five_more_runs(tmp_path: Path) -> None:
+    """From peer to peer: a stopped peer and a coordinator that is stopped in the recovery, a damaged embedding,
+    a lost peer with a damaged checkpoint. Over the coordinator: its end, the driver's."""
+    all_end_alike((41, 32, 55, 28, 46), tmp_path / "rows.jsonl")
 
 
 @pytest.mark.slow

@@ -454,6 +454,7 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
                 pytest.fail(f"nothing here tries the line: {line}")
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_host_that_is_cut_off(hosts: Hosts, image_folder: Path, alone: tuple[Any, str]) -> None:
     """In mid-run: its peer is started on another host, and the end is the same. Once the wire is back
