@@ -917,7 +917,8 @@ def _as_written(location: list[str], raw: Mapping[str, Any]) -> list[str]:
     own = peers[int(location[2])] if isinstance(peers, (list, tuple)) else {}
     if path == ["init_seed"] and not _states(own, path) and not _states(base, path):
         path = ["seed"]  # which it is, if nobody says otherwise
-    if base and _states(base, path) and not (own and _states(own, path)):
+    states_it = own not in (None, {}) and _states(own, path)
+    if base and _states(base, path) and not states_it:
         return ["cohort", "base", *path]
     return [*location[:3], *path]
 

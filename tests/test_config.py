@@ -242,6 +242,7 @@ def test_a_mistake_of_the_base_is_told_once(tmp_path: Path) -> None:
         ({"view": [{"nam": "CenterCrop"}]}, [{}, {}], ["base.view.0.name", "base.view.0.nam"]),
         # between settings of a peer; a peer that says more itself is told of by its number
         ({"frozen": True}, [{}, None, {"name": "a"}], ["base", "peers.2"]),
+        ({"embedding_size": 8}, [0, "", {}], ["peers.0", "peers.1"]),
         # init_seed is the seed where nobody says otherwise
         ({"seed": "x"}, [{}, {}], ["base.seed"]),
         (None, [{}, {"seed": "x"}], ["peers.1.seed"]),
