@@ -253,6 +253,7 @@ def test_a_wrong_plan_is_refused(ablations: Any, folder: Path) -> None:
         ({"model": [{}, {"init_seed": 1}]}, "one of each of 4 peers"),
         ({"independent": None, "typo": {}}, "must say"),
         ({"independent": {"train.steps": 16}}, "may say .*not train.steps"),
+        ({"independent": {"loss.relational.angle": 1}}, "angle would change nothing"),
     ]:
         parts = {key: value for key, value in {**PARTS, **change}.items() if value is not None}
         (folder / "arms.yaml").write_text(yaml.safe_dump(parts))

@@ -134,7 +134,11 @@ def ablation_plan(folder: Path) -> Any:
         ),
         (
             {"candidates": {"independent": {"a": {"loss.relational.angle": 1}}}},
-            "loss.relational.angle would change nothing: the arm's peers learn alone",
+            "loss.relational.angle would change nothing: these peers learn alone",
+        ),
+        (
+            {"candidates": {"single net": {"a": {"loss.relational": {"angle": 1}}}}},
+            "single net: a: loss.relational would change nothing",
         ),
         ({"candidates": {"mutual": {"a": {"mutual": {}}}}}, "mutual is no setting"),
         ({"held_out": {"a": {"prefix": "dog"}}}, "held_out.a: 0 of 8 classes begin with 'dog'"),

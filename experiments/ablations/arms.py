@@ -170,6 +170,11 @@ def _changed(parts: dict[str, Any], candidate: Mapping[str, Any]) -> dict[str, A
     return changed
 
 
+def mutual_only(settings: Mapping[str, Any]) -> list[str]:
+    """Those that change nothing for peers that learn alone."""
+    return [key for key in settings if f"{key}.".startswith("loss.relational.")]
+
+
 def _require_heeded(raw: dict[str, Any]) -> None:
     """Raises UserError where a setting of the experiment's would change nothing here."""
     config = Config.parse(raw)
@@ -189,6 +194,10 @@ def _read_arms(file: Path) -> dict[str, Any]:
     """Raises UserError where something is missing or of another form."""
     parts = read_yaml(file, "arms file")
     _require_parts(parts, str(file))
+    if unheeded := mutual_only(parts["independent"]):
+        raise UserError(
+            f"{file}: independent: {', '.join(unheeded)} would change nothing: these peers learn alone"
+        )
     return parts
 
 

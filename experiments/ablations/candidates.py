@@ -22,7 +22,7 @@ from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import ImageSet, Splits, hold_out_classes
 from ray_dmml.errors import UserError
 
-from .arms import ARMS, DIVERSITIES, Plan
+from .arms import ARMS, DIVERSITIES, Plan, mutual_only
 
 OVERRIDES = ("data.validation_fraction=0.2", "data.validation_seed=0", "data.validation_fold=0")
 """A plan must hold out validation classes; here `HeldOut` says which, whatever the config does."""
@@ -98,10 +98,9 @@ class Candidates:
                         f"{self.file}: {arm}: {name}: {', '.join(sorted(lacking))} would change nothing: "
                         f"the arm has {', '.join(sorted(has)) or 'none of these'}"
                     )
-                mutual = [key for key in settings or {} if key.startswith("loss.relational.")]
-                if mutual and not ARMS[arm].mutual:
+                if not ARMS[arm].mutual and (unheeded := mutual_only(settings or {})):
                     raise UserError(
-                        f"{self.file}: {arm}: {name}: {', '.join(mutual)} would change nothing: the arm's "
+                        f"{self.file}: {arm}: {name}: {', '.join(unheeded)} would change nothing: these "
                         "peers learn alone"
                     )
                 try:
