@@ -26,13 +26,17 @@ from ray_dmml.config import Config
 
 torch.set_num_threads(1)
 
-# Decoded images are kept for the length of the test run, and out of the user's own cache.
-_cache_folder = tempfile.TemporaryDirectory(prefix="ray-dmml-tests-")
-os.environ["XDG_CACHE_HOME"] = _cache_folder.name
-
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 NUM_CLASSES, IMAGES_PER_CLASS = 16, 5
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Decoded images are kept for the length of the test run, and out of the user's own cache. Not on
+    import: actors import this file, too, and nobody would remove theirs."""
+    folder = tempfile.TemporaryDirectory(prefix="ray-dmml-tests-")
+    os.environ["XDG_CACHE_HOME"] = folder.name
+    config.add_cleanup(folder.cleanup)
 
 
 def write_image(path: Path, rng: np.random.Generator, hue: int) -> None:
