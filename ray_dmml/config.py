@@ -7,6 +7,7 @@ the ``--set`` overrides, validates everything at once and reports every mistake 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -843,13 +844,17 @@ def _refuse_hidden_base(raw: dict[str, Any], parts: list[str], source: str) -> N
     states all of them."""
     cohort = raw.get("cohort")
     peers = cohort.get("peers") if isinstance(cohort, dict) else None
-    if parts[:2] != ["cohort", "base"] or not isinstance(peers, list) or not peers:
+    of_base = parts[:2] == ["cohort", "base"] and len(parts) > 2
+    if not of_base or not isinstance(peers, list) or not peers:
         return
     if all(_states(peer, parts[2:]) for peer in peers):
         raise UserError(
             f"{source}: every peer of this config states that itself, so cohort.base does "
             f"nothing; set cohort.peers.0.{'.'.join(parts[2:])} and so on"
         )
+
+
+_OF_YAML: dict[str, Any] = {"None": None, "True": True, "False": False}
 
 
 def _states(settings: Any, path: list[str]) -> bool:
@@ -859,10 +864,13 @@ def _states(settings: Any, path: list[str]) -> bool:
             return True
         if not isinstance(settings, Mapping):
             return False
-        found = [part] if part in settings else [key for key in settings if str(key) == part]
-        if not found:
+        # YAML has keys that are no text: 1, null, true. Looking for these alone keeps a large file quick.
+        found = part if part in settings else _OF_YAML.get(part, part)
+        if found not in settings and re.fullmatch(r"-?[0-9]{1,18}", part):
+            found = int(part)
+        if found not in settings:
             return False
-        settings = settings[found[0]]
+        settings = settings[found]
     return True
 
 
@@ -910,7 +918,7 @@ def explain(
 
 def _as_written(location: list[str], raw: Mapping[str, Any]) -> list[str]:
     """Where the mistake stands: in `cohort.base`, if the peer that has it does not state it itself."""
-    cohort = raw.get("cohort")
+    cohort = raw.get("cohort") if isinstance(raw, Mapping) else None
     if location[:2] != ["cohort", "peers"] or len(location) < 3 or not isinstance(cohort, Mapping):
         return location
     peers, base, path = cohort.get("peers"), cohort.get("base"), location[3:]

@@ -254,6 +254,10 @@ def test_a_wrong_plan_is_refused(ablations: Any, folder: Path) -> None:
         ({"independent": None, "typo": {}}, "must say"),
         ({"independent": {"train.steps": 16}}, "may say .*not train.steps"),
         ({"independent": {"loss.relational.angle": 1}}, "angle would change nothing"),
+        (
+            {"averaging": {"loss.relational.angle": 1}},
+            "averaging may say cohort.base.averaging, not",
+        ),
     ]:
         parts = {key: value for key, value in {**PARTS, **change}.items() if value is not None}
         (folder / "arms.yaml").write_text(yaml.safe_dump(parts))

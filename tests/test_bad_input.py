@@ -549,6 +549,33 @@ def test_10_000_unknown_keys_are_refused(tmp_path: Path, where: str) -> None:
     assert told.endswith("... and 9980 more mistakes")
 
 
+def test_unknown_keys_of_the_base_and_of_a_peer_are_refused(tmp_path: Path) -> None:
+    """Each is looked for where it was written, which takes no longer in a long list than in a short one."""
+    base, peer = ("".join(f", {of}{n}: 1" for n in range(20_000)) for of in ("seed", "name"))
+    told = config_refusal(
+        tmp_path, f"cohort: {{base: {{view: weak{base}}}, peers: [{{view: weak{peer}}}]}}"
+    )
+    assert "cohort.base.seed0: unknown setting" in told and told.endswith(" more mistakes")
+
+
+def test_the_whole_base_can_be_set_beside_peers(tmp_path: Path) -> None:
+    """Only a setting that every peer states itself would do nothing."""
+    path = tmp_path / "c.yaml"
+    path.write_text("cohort: {base: {embedding_size: 8}, peers: [{}, {view: weak}]}")
+    sizes = [
+        peer.embedding_size
+        for peer in Config.load(path, ["cohort.base={embedding_size: 16}"]).cohort.peers
+    ]
+    assert sizes == [16, 16]
+
+
+@pytest.mark.parametrize("raw", [[1], "x", 5])
+def test_a_config_that_is_no_mapping_is_refused(raw: Any) -> None:
+    """Where it comes from a program."""
+    with pytest.raises(UserError, match=r"config: .*dictionary"):
+        Config.parse(raw)
+
+
 @pytest.mark.parametrize(
     "text",
     ["[" * 100_000, "{a: " * 10_000, "a: " + "[" * 10_000 + "]" * 10_000, "- " * 10_000],

@@ -125,12 +125,12 @@ class Plan:
         # One thread an arm: arms run side by side, and the bits of all are of the same threads.
         settings = {"cohort.threads_per_peer": 1, "cohort.base.schedule.steps": steps}
         settings |= self._parts["mutual" if arm.mutual else "independent"]
+        if arm.averaging:
+            settings |= self._parts["averaging"]
         if not arm.mutual:
             settings |= {"loss.relational.distance": 0, "loss.relational.angle": 0}
         if arm.unit:
             settings["loss.relational.embeddings"] = "unit"
-        if arm.averaging:
-            settings |= self._parts["averaging"]
         if arm.snapshots > 1:
             settings["cohort.base.schedule.name"] = "cosine"
             settings["cohort.base.schedule.cycles"] = arm.snapshots
@@ -222,3 +222,6 @@ def _require_parts(parts: dict[str, Any], file: str) -> None:
                 f"{file}: {name} may say {' and '.join(f'{each}*' for each in OF_AN_INGREDIENT)}, not "
                 f"{', '.join(map(str, others))}: all else is alike in all arms, and in config.yaml"
             )
+    own = "cohort.base.averaging"
+    if others := [key for key in parts["averaging"] if not f"{key}.".startswith(f"{own}.")]:
+        raise UserError(f"{file}: averaging may say {own}, not {', '.join(others)}")
