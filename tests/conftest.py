@@ -34,7 +34,7 @@ NUM_CLASSES, IMAGES_PER_CLASS = 16, 5
 def pytest_configure(config: pytest.Config) -> None:
     """Decoded images are kept for the length of the test run, and out of the user's own cache. Not on
     import: actors import this file, too, and nobody would remove theirs."""
-    folder = tempfile.TemporaryDirectory(prefix="ray-dmml-tests-")
+    folder = tempfile.TemporaryDirectory(prefix="ray-dmml-tests-", ignore_cleanup_errors=True)
     os.environ["XDG_CACHE_HOME"] = folder.name
     config.add_cleanup(folder.cleanup)
 

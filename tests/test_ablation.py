@@ -222,6 +222,32 @@ def test_the_interval_is_that_of_a_paired_t_test(ablations: Any) -> None:
     assert str(paired({0: 81.0, 1: 82.0}, theirs)) == "+2.0"
 
 
+def test_differences_of_two_devices_are_marked(ablations: Any) -> None:
+    """Where one pair of the seeds that both arms have is of two, and nowhere else."""
+
+    def row(arm: str, seed: int, device: str) -> dict[str, Any]:
+        figures = {"recall@1": 0.5 + seed / 100, "map@r": 0.4}
+        found = {"peers": [figures, figures], "ensemble": figures}
+        at = {"test": found, "validation": found}
+        return {"arm": arm, "seed": seed, "device": device, "last": at, "best": at}
+
+    rows = [row("independent", seed, "CPU") for seed in range(3)]
+    rows += [row("independent + all", seed, "GPU" if seed == 2 else "CPU") for seed in range(3)]
+    rows += [row("mutual + all", seed, "GPU" if seed == 2 else "CPU") for seed in range(3)]
+    rows += [row("mutual", seed, "GPU" if seed == 3 else "CPU") for seed in range(4)]
+    lines = ablations.report.table(rows, "last").splitlines()
+    marked = {
+        (name, place): cell.endswith(ablations.report.TWO_DEVICES)
+        for name, *cells in (line.strip("| ").split(" | ") for line in lines[2:])
+        for place, cell in enumerate(cells[6:])
+        if name != "independent"
+    }
+    both = {"independent + all", "mutual + all"}
+    assert len(marked) == 10 and {where for where, is_marked in marked.items() if is_marked} == {
+        (name, place) for name in both for place in (0, 1)
+    }
+
+
 @pytest.mark.parametrize("name", ["characters", "grocery"])
 def test_the_arms_of_the_experiments_are_valid(ablations: Any, tmp_path: Path, name: str) -> None:
     """Every arm parses, and each diversity makes the peers differ."""
@@ -256,7 +282,7 @@ def test_a_wrong_plan_is_refused(ablations: Any, folder: Path) -> None:
         ({"independent": {"loss.relational.angle": 1}}, "angle would change nothing"),
         (
             {"averaging": {"loss.relational.angle": 1}},
-            "averaging may say cohort.base.averaging, not",
+            "averaging may not say loss.relational.angle",
         ),
     ]:
         parts = {key: value for key, value in {**PARTS, **change}.items() if value is not None}

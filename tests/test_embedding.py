@@ -184,7 +184,7 @@ def test_unknown_backbones_are_told_with_the_nearest() -> None:
 
 
 def test_weights_that_cannot_be_downloaded(tmp_path: Path) -> None:
-    """What to do instead: the same backbone with weights of the package index, where it has them there."""
+    """What to do instead: weights of the package index, of the same backbone where it has them there."""
     code = (
         "import sys\n"
         "from ray_dmml.config import PeerConfig\n"
@@ -199,7 +199,13 @@ def test_weights_that_cannot_be_downloaded(tmp_path: Path) -> None:
         [sys.executable, "-c", code, *backbones],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_CACHE": str(tmp_path),
+        },
+        timeout=300,
     )
     assert ended.returncode == 0, ended.stderr
     found = ended.stdout.splitlines()

@@ -222,6 +222,7 @@ def _require_parts(parts: dict[str, Any], file: str) -> None:
                 f"{file}: {name} may say {' and '.join(f'{each}*' for each in OF_AN_INGREDIENT)}, not "
                 f"{', '.join(map(str, others))}: all else is alike in all arms, and in config.yaml"
             )
-    own = "cohort.base.averaging"
-    if others := [key for key in parts["averaging"] if not f"{key}.".startswith(f"{own}.")]:
-        raise UserError(f"{file}: averaging may say {own}, not {', '.join(others)}")
+    if unheeded := mutual_only(parts["averaging"]):
+        raise UserError(
+            f"{file}: averaging may not say {', '.join(unheeded)}: it is of independent arms, too"
+        )

@@ -19,6 +19,9 @@ BASELINE = "independent"
 FEWEST = 3
 """Seeds that an interval needs."""
 
+TWO_DEVICES = " †"
+"""After a difference that is not of one device throughout."""
+
 CURVES = ("independent", "independent + all", "mutual", "mutual + all", "mutual + all + averaging")
 COLOURS = {
     "independent": "#8a929c",
@@ -130,9 +133,17 @@ def table(rows: Sequence[Row], at: str, classes: str = "test") -> str:
                     {seed: who(row, at, classes=classes) for seed, row in found.items()}
                     for found in (of_seed, arms.get(other, {}))
                 )
-                cells.append("" if other == name else str(paired(mine, theirs)))
+                mark = _mark(of_seed, arms.get(other, {}))
+                cells.append("" if other == name else f"{paired(mine, theirs)}{mark}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _mark(arm: Mapping[int, Row], other: Mapping[int, Row]) -> str:
+    """Of a difference: whether a pair of it is of two devices, on which the same seed gives two figures."""
+    both = arm.keys() & other.keys()
+    unlike = any(arm[seed]["device"] != other[seed]["device"] for seed in both)
+    return TWO_DEVICES if unlike else ""
 
 
 def write_report(rows: Sequence[Row], folder: Path, page: Path) -> None:
@@ -140,11 +151,18 @@ def write_report(rows: Sequence[Row], folder: Path, page: Path) -> None:
     and `<!-- /NAME -->`, the name being the folder's; a new page has nothing else."""
     write_plots(rows, folder)
     plots = folder.resolve().relative_to(page.resolve().parent).as_posix()
+    tables = [f"\n{title}:\n\n{table(rows, *where)}" for title, where in TABLES.items()]
+    marked = any(TWO_DEVICES in one for one in tables)
     text = [
         f"{made_of(rows)}. Percent, "
         "mean ± standard deviation over seeds; differences with the 95 % interval of a paired t-test over "
-        "seeds, each for itself: of twenty that compare equals, one lies off zero.",
-        *(f"\n{title}:\n\n{table(rows, *where)}" for title, where in TABLES.items()),
+        "seeds, each for itself: of twenty that compare equals, one lies off zero."
+        + (
+            f"{TWO_DEVICES}: in part or all of the pairs the two are of two devices."
+            if marked
+            else ""
+        ),
+        *tables,
         f"\n![Differences from independent peers]({plots}/differences.png)",
         f"\n![What makes it work]({plots}/mechanism.png)",
     ]
