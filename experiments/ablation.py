@@ -41,7 +41,6 @@ from ray_dmml.errors import UserError
 EXPERIMENTS = Path(__file__).parent
 DATA = ("characters", "grocery")
 
-
 Alike = dict[str, tuple[str, bool]]
 """Of each arm: equal for arms whose rows would be the same."""
 

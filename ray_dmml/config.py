@@ -912,7 +912,7 @@ def explain(
             is_long = isinstance(given, (dict, list, tuple))
             told.append(f"{where}: {message}{'' if is_long else f' (got {_shown(given)})'}")
     if len(mistakes) > MAX_TOLD:
-        told.append(f"... and {len(mistakes) - MAX_TOLD} more mistakes")
+        told.append(f"... and {len(mistakes) - MAX_TOLD} more")
     return f"{source}: " + ("" if len(told) == 1 else "\n  ") + "\n  ".join(told)
 
 

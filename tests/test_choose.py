@@ -140,6 +140,18 @@ def ablation_plan(folder: Path) -> Any:
             {"candidates": {"single net": {"a": {"loss.relational": {"angle": 1}}}}},
             "single net: a: loss.relational would change nothing",
         ),
+        (
+            {"candidates": {"snapshots": {"a": {"cohort.base.schedule.name": "constant"}}}},
+            "schedule.name would change nothing: the arm itself says it",
+        ),
+        (
+            {
+                "candidates": {
+                    "mutual + all, unit length": {"a": {"loss.relational.embeddings": "raw"}}
+                }
+            },
+            "embeddings would change nothing: the arm itself says it",
+        ),
         ({"candidates": {"mutual": {"a": {"mutual": {}}}}}, "mutual is no setting"),
         ({"held_out": {"a": {"prefix": "dog"}}}, "held_out.a: 0 of 8 classes begin with 'dog'"),
         ({"held_out": {"a": {"prefix": 3}}}, "held_out.a.prefix"),

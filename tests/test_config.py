@@ -271,7 +271,7 @@ def test_mistakes_past_the_twentieth_are_counted_once(more: int) -> None:
         Config.parse({"cohort": {"base": base, "peers": [{}, {}, {}]}})
     lines = str(refused.value).splitlines()[1:]
     assert len({line for line in lines if "unknown setting" in line}) == 20
-    assert lines[20:] == ([f"  ... and {more} more mistakes"] if more else [])
+    assert lines[20:] == ([f"  ... and {more} more"] if more else [])
 
 
 def test_overrides_reach_everything(tmp_path: Path) -> None:

@@ -52,6 +52,19 @@ class Arm:
     teacher: bool = False
     """The only peer learns from a frozen one: the same net, trained alone to the end before."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes it this arm, whatever arms.yaml and a candidate say."""
+        found: dict[str, Any] = {}
+        if not self.mutual:
+            found |= {"loss.relational.distance": 0, "loss.relational.angle": 0}
+        if self.unit:
+            found["loss.relational.embeddings"] = "unit"
+        if self.snapshots > 1:
+            found["cohort.base.schedule.name"] = "cosine"
+            found["cohort.base.schedule.cycles"] = self.snapshots
+        return found
+
 
 def _arms() -> dict[str, Arm]:
     found = {}
@@ -102,6 +115,10 @@ class Plan:
             except UserError as error:
                 of = f"arm {name}" if candidate else f"{folder / 'arms.yaml'}: {name}"
                 raise UserError(f"{of}: {error}") from None
+            if arm.averaging and any(peer.averaging is None for peer in config.cohort.peers):
+                raise UserError(
+                    f"{folder / 'arms.yaml'}: averaging must give all peers cohort.base.averaging"
+                )
         steps, every = config.train.steps, config.train.evaluate_every
         if not every or steps % (every * NUM_SNAPSHOTS):  # measure() counts in whole `every`, too
             raise UserError(
@@ -127,14 +144,7 @@ class Plan:
         settings |= self._parts["mutual" if arm.mutual else "independent"]
         if arm.averaging:
             settings |= self._parts["averaging"]
-        if not arm.mutual:
-            settings |= {"loss.relational.distance": 0, "loss.relational.angle": 0}
-        if arm.unit:
-            settings["loss.relational.embeddings"] = "unit"
-        if arm.snapshots > 1:
-            settings["cohort.base.schedule.name"] = "cosine"
-            settings["cohort.base.schedule.cycles"] = arm.snapshots
-        for key, value in settings.items():
+        for key, value in (settings | arm.settings).items():
             set_setting(raw, key, value, key)
         # After the base's settings: what all peers state, such as a view each, is no mistake here.
         for diversity in arm.diversities:

@@ -103,6 +103,11 @@ class Candidates:
                         f"{self.file}: {arm}: {name}: {', '.join(unheeded)} would change nothing: these "
                         "peers learn alone"
                     )
+                if fixed := sorted(ARMS[arm].settings.keys() & {*(settings or {})}):
+                    raise UserError(
+                        f"{self.file}: {arm}: {name}: {', '.join(fixed)} would change nothing: the arm "
+                        "itself says it"
+                    )
                 try:
                     self.plans[arm, name] = Plan(folder, [*overrides, *OVERRIDES], settings)
                 except UserError as error:
