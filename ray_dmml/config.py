@@ -801,6 +801,18 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
                 absolute(peer, "weights")
 
 
+def dotted(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys, as `set_setting` takes them; what is empty stays whole."""
+    pairs = settings.items() if isinstance(settings, Mapping) else enumerate(settings)
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if isinstance(value, (Mapping, list)) and value:
+            found |= dotted(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def set_setting(raw: dict[str, Any], key: str, value: Any, source: str) -> None:
     """Sets one of a config file's settings by its dotted key, in place.
 

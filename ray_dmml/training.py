@@ -18,7 +18,7 @@ import numpy as np
 
 from ray_dmml.checkpoint import Checkpoint, DamagedError, PeerFiles
 from ray_dmml.cohort import Cohort, StepRow
-from ray_dmml.config import Config, moved
+from ray_dmml.config import Config, dotted, moved
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import ImageSet, Splits
 from ray_dmml.data.loading import build_sampler
@@ -828,8 +828,8 @@ def _initial_weights(config: Config) -> dict[str, Any] | None:
 
 def _refuse_changes(config: Config, checkpoint: Checkpoint, run: RunFolder) -> None:
     # Read as a config: settings that an older version did not know have their defaults.
-    before = _flat(Config.parse(moved(checkpoint.meta["config"])).model_dump(mode="json"))
-    now = _flat(config.model_dump(mode="json"))
+    before = dotted(Config.parse(moved(checkpoint.meta["config"])).model_dump(mode="json"))
+    now = dotted(config.model_dump(mode="json"))
     changed = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -847,15 +847,3 @@ def _refuse_changes(config: Config, checkpoint: Checkpoint, run: RunFolder) -> N
             f"--resume {run.path}: it has finished {checkpoint.step} steps already, "
             f"train.steps is {config.train.steps}"
         )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted ones."""
-    pairs = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-    flat: dict[str, Any] = {}
-    for key, value in pairs:
-        if isinstance(value, (Mapping, list)) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

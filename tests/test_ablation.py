@@ -284,7 +284,7 @@ def test_a_wrong_plan_is_refused(ablations: Any, folder: Path) -> None:
             {"averaging": {"loss.relational.angle": 1}},
             "averaging may not say loss.relational.angle",
         ),
-        ({"averaging": {}}, "averaging must give all peers cohort.base.averaging"),
+        ({"averaging": {}}, "yaml: independent . all . averaging: averaging must give all peers"),
     ]:
         parts = {key: value for key, value in {**PARTS, **change}.items() if value is not None}
         (folder / "arms.yaml").write_text(yaml.safe_dump(parts))

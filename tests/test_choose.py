@@ -145,6 +145,14 @@ def ablation_plan(folder: Path) -> Any:
             "schedule.name would change nothing: the arm itself says it",
         ),
         (
+            {"candidates": {"snapshots": {"a": {"cohort.base.schedule": {"name": "constant"}}}}},
+            "schedule.name would change nothing: the arm itself says it",
+        ),
+        (
+            {"candidates": {"mutual + all + averaging": {"a": {"averaging": {}}}}},
+            "averaging: a: arm [^:]*: averaging must give all peers",
+        ),
+        (
             {
                 "candidates": {
                     "mutual + all, unit length": {"a": {"loss.relational.embeddings": "raw"}}

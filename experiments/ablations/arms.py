@@ -112,13 +112,11 @@ class Plan:
         for name, arm in ARMS.items():
             try:
                 config = self.config(arm, 0)
+                if arm.averaging and any(peer.averaging is None for peer in config.cohort.peers):
+                    raise UserError("averaging must give all peers cohort.base.averaging")
             except UserError as error:
                 of = f"arm {name}" if candidate else f"{folder / 'arms.yaml'}: {name}"
                 raise UserError(f"{of}: {error}") from None
-            if arm.averaging and any(peer.averaging is None for peer in config.cohort.peers):
-                raise UserError(
-                    f"{folder / 'arms.yaml'}: averaging must give all peers cohort.base.averaging"
-                )
         steps, every = config.train.steps, config.train.evaluate_every
         if not every or steps % (every * NUM_SNAPSHOTS):  # measure() counts in whole `every`, too
             raise UserError(

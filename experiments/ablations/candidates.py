@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from ray_dmml.config import explain, read_yaml
+from ray_dmml.config import dotted, explain, read_yaml
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import ImageSet, Splits, hold_out_classes
 from ray_dmml.errors import UserError
@@ -103,7 +103,7 @@ class Candidates:
                         f"{self.file}: {arm}: {name}: {', '.join(unheeded)} would change nothing: these "
                         "peers learn alone"
                     )
-                if fixed := sorted(ARMS[arm].settings.keys() & {*(settings or {})}):
+                if fixed := sorted(ARMS[arm].settings.keys() & dotted(settings or {}).keys()):
                     raise UserError(
                         f"{self.file}: {arm}: {name}: {', '.join(fixed)} would change nothing: the arm "
                         "itself says it"
