@@ -21,7 +21,7 @@ from rich.table import Table
 from ray_dmml.cohort import StepRow
 from ray_dmml.config import Config
 from ray_dmml.data.images import Splits
-from ray_dmml.search import Search, final_head, final_rows
+from ray_dmml.search import Search, final_head, final_rows, is_unbeaten
 from ray_dmml.training import Figures
 
 if TYPE_CHECKING:  # which loads Ray Tune
@@ -280,6 +280,9 @@ def final_table(final: Mapping[str, Any], search: Search, console: Console) -> N
         header_style="bold",
         box=None,
         padding=(0, 2, 0, 0),
+        caption="no trial beat the config as it is" if is_unbeaten(final) else None,
+        caption_justify="left",
+        caption_style="",
     )
     for place, name in enumerate(final_head(search)):
         table.add_column(name, justify="right" if place else "left", no_wrap=not place)

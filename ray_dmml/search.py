@@ -268,13 +268,18 @@ class Search:
         )
 
 
+def is_unbeaten(final: Mapping[str, Any]) -> bool:
+    """No trial beat the config as it is."""
+    return bool(final["best"]["params"] == final["default"]["params"])
+
+
 def final_rows(final: Mapping[str, Any], search: Search) -> list[list[str]]:
     """Of the best setting and the config as it is: validation, and mean and deviation over seeds of
     the test figures, in percent."""
     rows = []
     shown_as = {"best": "best setting", "default": "config as it is"}
-    if final["best"]["params"] == final["default"]["params"]:
-        shown_as = {"best": "config as it is"}  # no trial beat it
+    if is_unbeaten(final):
+        shown_as = {"best": "config as it is"}
     for name, shown in shown_as.items():
         runs, validation = final[name]["test"], final[name]["validation"]
         row = [shown, "-" if validation is None else f"{100 * validation:.1f}"]

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ray_dmml.runfolder import replace_file
-from ray_dmml.search import Search, final_head, final_rows
+from ray_dmml.search import Search, final_head, final_rows, is_unbeaten
 
 if TYPE_CHECKING:
     from ray_dmml.tuning import Trial
@@ -276,7 +276,8 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
 def _final_table(final: Mapping[str, Any], search: Search) -> str:
     seeds = len(final["best"]["test"])
     of = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    note = f"<p>Percent; {of}, trained on all training classes.</p>"
+    unbeaten = " No trial beat the config as it is." if is_unbeaten(final) else ""
+    note = f"<p>Percent; {of}, trained on all training classes.{unbeaten}</p>"
     rows = [("best" if n == 0 else "", row) for n, row in enumerate(final_rows(final, search))]
     return _table(final_head(search), rows) + note
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import tiny
+from rich.console import Console
 
 from ray_dmml.config import QUICKSTART, read_settings
+from ray_dmml.console import final_table
 from ray_dmml.errors import UserError
 from ray_dmml.search import Search, SearchConfig, final_head, final_rows, load_search
 from ray_dmml.tunepage import at_common_step, importance, write_page
@@ -287,6 +290,14 @@ def test_the_final_table_has_means_and_deviations(raw: dict[str, Any]) -> None:
     assert len(final_head(found)) == len(rows[0])
     (only,) = final_rows({"best": best, "default": best}, found)
     assert only == ["config as it is", *rows[0][1:]]
+    said = "no trial beat the config as it is"
+    for final, expected in (
+        ({"best": best, "default": default}, 0),
+        ({"best": best, "default": best}, 1),
+    ):
+        told = io.StringIO()
+        final_table(final, found, Console(file=told, width=100))
+        assert told.getvalue().count(said) == expected
 
 
 def test_perturbed_settings_stay_in_the_space(raw: dict[str, Any]) -> None:
