@@ -169,7 +169,9 @@ def main(
     folder = EXPERIMENTS / "ablations" / data if data in DATA else Path(data)
     console, failed, file = Console(soft_wrap=True), 0, folder / "candidates.jsonl"
     try:
-        candidates = Candidates(folder, settings or [])
+        # A table of rows reads no images, wherever they are.
+        anywhere = ["data.root=."] if report else []
+        candidates = Candidates(folder, [*anywhere, *(settings or [])])
         tasks = candidates.tasks(seeds)
         if report and not file.exists():
             sys.exit(f"{file} is not there: no candidate has been run")

@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
@@ -99,7 +100,7 @@ class Trial:
     """It is the config as it is."""
 
     over: bool = False
-    """The search has ended: nothing more comes of this trial."""
+    """The scheduler has ended it, or the search has ended: nothing more comes of this trial."""
 
     number: int = 0
     """0 is the config as it is, the others follow in the order in which they began."""
@@ -165,7 +166,7 @@ class SearchFolder:
         found = [Trial(**json.loads(file.read_text())) for file in files]
         found.sort(key=lambda trial: (not trial.is_default, trial.began, trial.name))
         for number, trial in enumerate(found):
-            trial.number, trial.over = number, over
+            trial.number, trial.over = number, trial.over or over
         return found
 
 
@@ -326,7 +327,9 @@ def _run_trials(
                 scheduler=_scheduler(search),
                 reuse_actors=False,
             ),
-            run_config=tune.RunConfig(name="ray", storage_path=str(files.path), verbose=0),
+            run_config=tune.RunConfig(
+                name="ray", storage_path=str(files.path), verbose=0, callbacks=[_NameTheEnded()]
+            ),
         )
     ended = Event()
     watcher = Thread(target=_watch, args=(files, search, watch, ended))
@@ -336,6 +339,22 @@ def _run_trials(
     finally:
         ended.set()
         watcher.join()
+
+
+class _NameTheEnded(tune.Callback):
+    """A trial that the scheduler ends is stopped inside of its last report, and cannot write it down."""
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        # Where the folder is now: it may have been moved since the search began.
+        folder = Path(trial.remote_experiment_path).parent
+        file = SearchFolder(folder).trials_folder / trial.trial_id / "trial.json"
+        with suppress(OSError):  # a full disk, say; all is said once more when the search has ended
+            told = Trial(**json.loads(file.read_text()))
+            if not told.finished:
+                told.over = True
+                replace_file(file, json.dumps(vars(told)))
 
 
 def _name_the_lost(files: SearchFolder, results: Iterable[tune.Result]) -> None:
@@ -620,7 +639,7 @@ class _Journal:
         self.trial = Trial(name, params, began=time.time(), is_default=is_default)
         if self._file.exists():  # an earlier attempt
             self.trial = Trial(**json.loads(self._file.read_text()))
-            self.trial.error = None
+            self.trial.error, self.trial.over = None, False
         self._began, self._before = time.monotonic(), self.trial.seconds
         self.write()
 

@@ -155,9 +155,18 @@ def test_both_peers_and_the_coordinator(
 
 
 def pids_of_replicas() -> list[int]:
-    """By Ray's name of their processes."""
+    """By Ray's name of their processes, which a raylet has started, and this test that."""
     told = subprocess.run(["pgrep", "-f", "^ray::ReplicaActor"], capture_output=True, text=True)
-    return [int(pid) for pid in told.stdout.split()]
+    pids = [int(pid) for pid in told.stdout.split()]
+    return [pid for pid in pids if parent_of(parent_of(pid)) == os.getpid()]
+
+
+def parent_of(pid: int) -> int:
+    """0 where it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
 
 
 @pytest.mark.slow

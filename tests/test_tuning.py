@@ -377,12 +377,19 @@ def test_halving_ends_the_worse_and_the_rest_finish(
     raw["train"] = {"steps": 8, "evaluate_every": 2}
     raw["cohort"]["base"]["num_cpus"] = 2  # one trial at a time
     asked = search(raw, num_samples=6, scheduler="asha", final_seeds=0, metric="map@r")
-    final = run_search(tmp_path / "search", asked)
+    seen: list[str] = []
+    final = run_search(
+        tmp_path / "search",
+        asked,
+        watch=lambda trials: seen.append(" ".join(trial.status for trial in trials)),
+    )
+    # It is said while others still train, not only at the end.
+    assert any("ended" in statuses and "training" in statuses for statuses in seen)
     trials = SearchFolder(tmp_path / "search").trials()
     assert all(trial.finished == (trial.step == 8) for trial in trials)
     assert trials[0].finished and not any(trial.error for trial in trials)
     assert {trial.step for trial in trials} <= {2, 4, 8}
-    assert any(trial.status == "training" for trial in trials)  # as it was ended early
+    assert {trial.status for trial in trials} == {"finished", "ended early"}
     assert "ended early" in (tmp_path / "search" / "results.csv").read_text()
     best = max(trial.objective or 0 for trial in trials if trial.finished)
     assert final["best"]["validation"] == best and final["best"]["test"] == []
