@@ -35,6 +35,9 @@ from ray_dmml.losses.relational import relational_losses
 from ray_dmml.randomness import seeded
 from ray_dmml.replicas import Replicas
 
+OPTIMIZER_SETTINGS = {"base_lr", "weight_decay", "momentum"}
+"""Of a group of parameters, as the config says; `lr` follows from the step."""
+
 LOSS_LR_FACTOR = 100
 """Proxies start at random beside a pretrained net: the factor of Kim et al. 2020 (arXiv 2003.13911)."""
 
@@ -294,7 +297,12 @@ class Peer:
         """Puts the peer exactly where :meth:`state_dict` found it."""
         self.net.load_state_dict(state["net"])
         self.metric.load_state_dict(state["metric"])
+        # Its settings stay the config's, which population based training changes in mid-run.
+        groups = self.optimizer.param_groups
+        own = [{key: group[key] for key in OPTIMIZER_SETTINGS & group.keys()} for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
         self._scaler.load_state_dict(state["scaler"])
         self._num_bad_in_a_row = state.get("num_bad_in_a_row", 0)  # older states have none
         if self.averaged is not None:

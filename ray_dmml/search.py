@@ -21,10 +21,57 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from ray_dmml.config import Config, Count, Section, Seed, Whole, explain, read_yaml, set_setting
+from ray_dmml.config import (
+    Config,
+    Count,
+    Section,
+    Whole,
+    explain,
+    read_yaml,
+    set_setting,
+)
 from ray_dmml.errors import UserError
 
 DEFAULT_SEARCH = Path(__file__).parent / "search.yaml"
+
+_OF_TRIALS = {
+    **dict.fromkeys(
+        ("data.name", "data.root", "data.source", "data.manifest"),
+        "trials and final runs are of the same images",
+    ),
+    **dict.fromkeys(
+        ("data.train_fraction", "data.split_seed"),
+        "trials would learn from classes that the final runs are tested on",
+    ),
+    **dict.fromkeys(
+        ("evaluation.recall_at", "evaluation.weights"),
+        "trials and final runs are judged alike",
+    ),
+    **dict.fromkeys(
+        ("data.validation_fold", "evaluation.test", "evaluation.untrained", "train.tensorboard"),
+        "a search sets it itself",
+    ),
+    **dict.fromkeys(
+        ("checkpoint.every_steps", "checkpoint.storage"), "a search sets it itself for its trials"
+    ),
+}
+"""What the trials' settings may not change, and why."""
+
+_OF_DRAWS = {
+    **_OF_TRIALS,
+    **dict.fromkeys(
+        ("data.validation_fraction", "data.validation_seed"),
+        "all trials are judged on the same classes",
+    ),
+}
+"""What draws may not change, and why."""
+
+_OF_THE_START = (
+    *("cohort", "base", "peers", "seed", "init_seed", "backbone", "weights", "embedding_size"),
+    *("pooling", "input_size", "frozen", "averaging", "replicas", "optimizer", "optimizer.name"),
+    *("loss", "loss.metric", "loss.metric.name", "train.steps"),
+)
+"""Endings of settings whose change a cohort with trained weights cannot take, or would not notice."""
 
 Params = Mapping[str, Any]
 """A trial's draw: setting to value, choices by their label."""
@@ -75,7 +122,11 @@ class Distribution(Section):
 
     def extremes(self) -> list[Any]:
         """Draws that, if they are all allowed, leave little that is not."""
-        return self.labels if self.ends is None else list(self.ends)
+        if self.ends is None:
+            return self.labels
+        low, high = self.ends
+        # Between them, where a whole number is needed and any may be drawn.
+        return [low, high] if self.integer is not None else [low, high, low + 0.37 * (high - low)]
 
 
 class SearchConfig(Section):
@@ -119,7 +170,7 @@ class SearchConfig(Section):
     """Runs on all training classes, judged on the test classes, of the best setting and of the
     config as it is; 0: none, and the test classes are never read."""
 
-    seed: Seed = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the proposals."""
 
     @model_validator(mode="after")
@@ -161,6 +212,10 @@ class Search:
         self.raw, self.config = copy.deepcopy(dict(raw)), config
         self.base = Config.parse(self.raw)
         self._require_no_draw_undone()
+        try:
+            self._require_same_question(self._trial_settings({}), _OF_TRIALS)
+        except UserError as error:
+            raise UserError(f"trial: {error}") from None
         fraction = self.trial_config({}).data.validation_fraction
         if not fraction:
             raise UserError(
@@ -182,11 +237,15 @@ class Search:
         for key, distribution in config.space.items():
             for drawn in distribution.extremes():
                 try:
-                    possible_trial = self.trial_config({key: drawn})
+                    self.trial_config({key: drawn})
+                    self._require_same_question(self._settings({key: drawn}), _OF_DRAWS)
                 except UserError as error:
                     raise UserError(f"space.{key}: {drawn}: {error}") from None
-                if not possible_trial.data.validation_fraction:
-                    raise UserError(f"space.{key}: {drawn}: leaves no classes to judge a trial on")
+        if config.scheduler == "pbt" and not self.changed_in_mid_run:
+            raise UserError(
+                f"scheduler pbt changes settings in mid-run, and {', '.join(config.space)} count only at "
+                "the start: search others, or with scheduler asha or none"
+            )
         self.default = {key: self._own_value(key) for key in config.space}
         """The draw that is the experiment as it is."""
         if self.config_of(self.default) != self.base:
@@ -201,10 +260,7 @@ class Search:
 
     def trial_config(self, params: Params, fold: int = 0) -> Config:
         """The same for a trial: with the trials' settings, and without the test classes."""
-        raw = self._settings(params)
-        for key, value in self.config.trial.items():
-            set_setting(raw, key, value, f"trial.{key}")
-        config = Config.parse(raw, source="the trial's settings")
+        config = Config.parse(self._trial_settings(params), source="the trial's settings")
         train = config.train.model_copy(update={"tensorboard": False})  # nobody looks at it
         # A checkpoint at each report, to go on from there.
         checkpoint = config.checkpoint.model_copy(
@@ -230,11 +286,41 @@ class Search:
         values = [float(found[metric]) for found in figures["peers"].values()]
         return max(values) if self.config.objective == "best_peer" else sum(values) / len(values)
 
+    @property
+    def changed_in_mid_run(self) -> list[str]:
+        """The settings of the space that a cohort in training takes; what made its nets is not among them."""
+        return [key for key in self.config.space if not _counts_at_the_start(key)]
+
     def _settings(self, params: Params) -> dict[str, Any]:
         raw = copy.deepcopy(self.raw)
-        for key, drawn in params.items():
-            set_setting(raw, key, self.config.space[key].value(drawn), f"space.{key}")
+
+        # A whole, such as cohort.peers, before a part of it; the base last, which is refused where all
+        # peers have drawn their own.
+        def place(key: str) -> tuple[bool, int]:
+            return key.startswith("cohort.base."), key.count(".")
+
+        for key in sorted(params, key=place):
+            value = copy.deepcopy(
+                self.config.space[key].value(params[key])
+            )  # parts of it may be set
+            set_setting(raw, key, value, f"space.{key}")
         return raw
+
+    def _trial_settings(self, params: Params) -> dict[str, Any]:
+        raw = self._settings(params)
+        for key, value in self.config.trial.items():
+            set_setting(raw, key, copy.deepcopy(value), f"trial.{key}")
+        return raw
+
+    def _require_same_question(self, raw: dict[str, Any], fixed: Mapping[str, str]) -> None:
+        """Raises UserError where settings change what all are judged on, or would change nothing."""
+        own, now = (
+            config.model_dump(mode="json")
+            for config in (self.base, Config.parse(raw, source="the trial's settings"))
+        )
+        for key, why in fixed.items():
+            if _at(own, key) != _at(now, key):
+                raise UserError(f"{key} must stay as the config has it: {why}")
 
     def _require_no_draw_undone(self) -> None:
         """Raises UserError where the trials' settings replace what is drawn."""
@@ -316,6 +402,13 @@ def load_search(path: Path | None = None, **changes: Any) -> SearchConfig:
         return SearchConfig.model_validate(raw)
     except ValidationError as error:
         raise UserError(explain(error, str(path), SearchConfig)) from None
+
+
+def _counts_at_the_start(key: str) -> bool:
+    """Or is of a whole of which a part does."""
+    return key.rsplit(".", 1)[-1].isdigit() or f".{key}".endswith(
+        tuple(f".{ending}" for ending in _OF_THE_START)
+    )
 
 
 def _at(tree: Any, key: str) -> list[Any]:

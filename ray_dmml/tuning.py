@@ -28,7 +28,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from pydantic import ValidationError
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import (
@@ -60,8 +61,8 @@ from ray_dmml.cohort.placement import (
     with_labels,
 )
 from ray_dmml.cohort.session import only_at, ray_session
-from ray_dmml.config import Config, PeerConfig
-from ray_dmml.errors import UserError
+from ray_dmml.config import Config, PeerConfig, explain, moved, read_yaml
+from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.runfolder import RunFolder, replace_file
 from ray_dmml.search import Params, Search, SearchConfig
 from ray_dmml.training import Reporter, Silent, read_images, train
@@ -153,8 +154,22 @@ class SearchFolder:
         """
         if not self.asked_file.is_file():
             raise UserError(f"{self.path} is not the folder of a search: it has no search.yaml")
-        asked = yamlio.load(self.asked_file.read_text())
-        return Search(asked["settings"], SearchConfig.model_validate(asked["search"]))
+        asked = read_yaml(self.asked_file, "search")
+        if asked.keys() != {"settings", "search"}:
+            raise UserError(f"{self.asked_file} is not what a search was asked for in this folder")
+        try:
+            config = SearchConfig.model_validate(asked["search"])
+        except ValidationError as error:
+            raise UserError(explain(error, str(self.asked_file), SearchConfig)) from None
+        return Search(moved(asked["settings"]), config)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """For the length of the block no other process searches in this folder.
+
+        Raises:
+            UserError: one does.
+        """
+        return RunFolder(self.path).alone()
 
     def trials(self, *, over: bool = False) -> list[Trial]:
         """All that have begun, the config as it is first.
@@ -211,16 +226,17 @@ def run_search(
             _require_room(_resources(config, nodes, gpus_per_trial), nodes)
         if not resumed:
             files.create(search)
-        _run_trials(files, search, resumed, gpus_per_trial, watch)
-        trials = files.trials(over=True)
-        write_results(files, search, trials)
-        best = best_trial(trials)
-        if told := tie(trials, best):
-            reporter.note(told)
-        replace_file(files.best_file, search.config_of(best.params).to_yaml())
-        kept = pareto(trials) if search.config.cost else []
-        write_page(files.page_file, search, trials, None, kept)
-        final = _final_runs(files, search, best, trials, reporter)
+        with files.alone():
+            _run_trials(files, search, resumed, gpus_per_trial, watch)
+            trials = files.trials(over=True)
+            write_results(files, search, trials)
+            best = best_trial(trials)
+            if told := tie(trials, best):
+                reporter.note(told)
+            replace_file(files.best_file, search.config_of(best.params).to_yaml())
+            kept = pareto(trials) if search.config.cost else []
+            write_page(files.page_file, search, trials, None, kept)
+            final = _final_runs(files, search, best, trials, reporter)
     replace_file(files.final_file, json.dumps(final, indent=1) + "\n")
     write_page(files.page_file, search, trials, final, kept)
     return final
@@ -310,12 +326,19 @@ def _run_trials(
     # Tune's own handler would take Ctrl-C for the end of the search, and go on to the final runs.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     nodes = _nodes()
+
+    def resources(params: dict[str, Any]) -> tune.PlacementGroupFactory:
+        try:
+            config = search.trial_config(params)
+        except UserError:  # settings that do not go together: the trial itself fails, and says so
+            config = search.trial_config({})
+        return _resources(config, nodes, gpus_per_trial)
+
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, search=search, folder=str(files.path)),
-        lambda params: _resources(search.trial_config(params), nodes, gpus_per_trial),
+        tune.with_parameters(_trial, search=search, folder=str(files.path)), resources
     )
     state = str(files.path / "ray")
-    if resumed and tune.Tuner.can_restore(state):
+    if resumed and _can_restore(files):
         tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True, resume_errored=True)
     else:
         tuner = tune.Tuner(
@@ -328,7 +351,12 @@ def _run_trials(
                 reuse_actors=False,
             ),
             run_config=tune.RunConfig(
-                name="ray", storage_path=str(files.path), verbose=0, callbacks=[_NameTheEnded()]
+                name="ray",
+                storage_path=str(files.path),
+                verbose=0,
+                callbacks=[_NameTheEnded()],
+                # Of a cohort each, of pbt alone; a copied trial's must last until it was copied.
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
             ),
         )
     ended = Event()
@@ -341,6 +369,53 @@ def _run_trials(
         watcher.join()
 
 
+def _can_restore(files: SearchFolder) -> bool:
+    """Whether Ray Tune's state of a search is there; where a search was killed before there was any, what it
+    left is removed.
+
+    Raises:
+        UserError: trials have reported, and the state is gone or damaged.
+    """
+    state = files.path / "ray"
+    # The newest is what Ray Tune reads.
+    newest = max(state.glob("experiment_state-*.json"), default=None, key=lambda file: file.name)
+    with suppress(OSError, ValueError):
+        if newest is not None and json.loads(newest.read_text()):
+            return tune.Tuner.can_restore(str(state))
+    if any(trial.reports for trial in files.trials()):
+        raise UserError(
+            f"{state}, which is Ray Tune's, is {'damaged' if newest else 'gone'}: this search cannot go on. "
+            f"What its trials reported is in {files.results_file}; begin another with --storage"
+        )
+    for folder in (state, files.trials_folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    files.trials_folder.mkdir(parents=True)
+    return False
+
+
+class _Population(PopulationBasedTraining):
+    """Population based training whose trials wait for each other, but not without end: Ray's own waits for
+    one that failed, and after a restore, of which it knows nothing, for all to fall behind."""
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        super().on_trial_error(tune_controller, trial)
+        tune_controller.get_live_trials().discard(trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
+        chosen = super().choose_trial_to_run(tune_controller)
+        trials = tune_controller.get_trials()
+        waiting = [
+            trial for trial in trials if trial.status in (TuneTrial.PENDING, TuneTrial.PAUSED)
+        ]
+        running = any(trial.status == TuneTrial.RUNNING for trial in trials)
+        if chosen is not None or running or not waiting:
+            return chosen
+        # The next time that they are compared is one interval after the least advanced of them.
+        least = min(self._trial_state[trial].last_train_time for trial in waiting)
+        self._next_perturbation_sync = least + self._perturbation_interval
+        return super().choose_trial_to_run(tune_controller)
+
+
 class _NameTheEnded(tune.Callback):
     """A trial that the scheduler ends is stopped inside of its last report, and cannot write it down."""
 
@@ -350,7 +425,8 @@ class _NameTheEnded(tune.Callback):
         # Where the folder is now: it may have been moved since the search began.
         folder = Path(trial.remote_experiment_path).parent
         file = SearchFolder(folder).trials_folder / trial.trial_id / "trial.json"
-        with suppress(OSError):  # a full disk, say; all is said once more when the search has ended
+        # A full disk, say; all is said once more when the search has ended.
+        with suppress(OSError, CheckpointError):
             told = Trial(**json.loads(file.read_text()))
             if not told.finished:
                 told.over = True
@@ -384,7 +460,8 @@ def _watch(
         if trials != told:
             watch(trials)
             told = trials
-            with suppress(OSError):  # a full disk, say; it is written once more at the end
+            # A full disk, say; it is written once more at the end.
+            with suppress(OSError, CheckpointError):
                 write_results(files, search, trials)
 
 
@@ -428,7 +505,7 @@ def _scheduler(search: Search) -> TrialScheduler:
             time_attr=STEP,
             metric=OBJECTIVE,
             mode="max",
-            max_t=train_config.steps,
+            max_t=max(config.train.steps for config in _configs_of_each_size(search)),
             grace_period=min(every, train_config.steps),
             reduction_factor=search.config.reduction_factor,
         )
@@ -436,7 +513,7 @@ def _scheduler(search: Search) -> TrialScheduler:
         # It draws from the global generators.
         random.seed(search.config.seed)
         np.random.seed(search.config.seed % 2**32)
-        return PopulationBasedTraining(
+        return _Population(
             time_attr=STEP,
             metric=OBJECTIVE,
             mode="max",
@@ -444,14 +521,20 @@ def _scheduler(search: Search) -> TrialScheduler:
             # A trial that started first would be through before another could be compared with it.
             synch=True,
             hyperparam_mutations={
-                key: distribution.labels
-                if distribution.choice is not None
-                else _domain(search, key)
-                for key, distribution in search.config.space.items()
+                key: _mutations(search, key) for key in search.changed_in_mid_run
             },
             custom_explore_fn=partial(_inside_the_space, search),
         )
     return FIFOScheduler()
+
+
+def _mutations(search: Search, key: str) -> Any:
+    """A list is changed to a neighbour. A small whole number must be, too: 1.2 times 2 is 2, rounded."""
+    distribution = search.config.space[key]
+    if distribution.integer is not None:
+        low, high = distribution.integer
+        return [*range(low, high + 1)]
+    return distribution.labels if distribution.choice is not None else _domain(search, key)
 
 
 def _inside_the_space(search: Search, params: dict[str, Any]) -> dict[str, Any]:
@@ -574,6 +657,7 @@ def _trial(params: dict[str, Any], search: Search, folder: str) -> None:
             return
     journal = _Journal(SearchFolder(Path(folder)).trials_folder / name, name, params, search)
     try:
+        journal.last_step = search.trial_config(params).train.steps
         folds = [_train_fold(params, search, journal, fold) for fold in range(search.config.folds)]
         if len(folds) > 1:
             journal.report(_mean(folds))
@@ -633,7 +717,7 @@ class _Journal:
 
     def __init__(self, folder: Path, name: str, params: dict[str, Any], search: Search) -> None:
         self.folder, self._file = folder, folder / "trial.json"
-        self._params, self._last_step = params, search.trial_config(params).train.steps
+        self._params, self.last_step = params, 0
         folder.mkdir(parents=True, exist_ok=True)
         is_default = params == search.default
         self.trial = Trial(name, params, began=time.time(), is_default=is_default)
@@ -645,7 +729,7 @@ class _Journal:
 
     def starts(self, step: int) -> None:
         self.trial.starts.append(step)
-        if step < self._last_step:
+        if step < self.last_step:
             # With what it trains from now on. One that is copied when all is over trains no more,
             # and stays what its last report says.
             self.trial.params, self.trial.finished = self._params, False
@@ -656,7 +740,7 @@ class _Journal:
         self.trial.reports = [each for each in self.trial.reports if each[STEP] < row[STEP]]
         self.trial.reports.append(row)
         # Told before Tune is: a scheduler may end the trial's process inside of its last report.
-        self.trial.finished = row[STEP] >= self._last_step
+        self.trial.finished = row[STEP] >= self.last_step
         self.write()
         told = {STEP: row[STEP], OBJECTIVE: row[OBJECTIVE], COST: row[COST]}
         kept = None if checkpoint is None else tune.Checkpoint.from_directory(str(checkpoint))

@@ -497,6 +497,18 @@ def test_proxies_are_part_of_the_state() -> None:
     assert_same(other.state_dict(), one.state_dict())
 
 
+def test_a_loaded_state_leaves_the_optimizer_its_own_settings() -> None:
+    """Population based training goes on from another's weights with a rate of its own."""
+    one = build(settings(**STILL))
+    changed = {**PLAIN_SGD, "lr": 0.2, "momentum": 0.5, "weight_decay": 0.1}
+    other = build(settings(**{**STILL, "optimizer": changed}))
+    other.load_state_dict(one.state_dict())
+    for group in other.optimizer.param_groups:
+        assert [group[key] for key in ("base_lr", "momentum", "weight_decay")] == [0.2, 0.5, 0.1]
+    for mine, theirs in zip(other.net.parameters(), one.net.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("clip_norm", [0.01, 1e9])
 def test_gradients_are_clipped_to_their_total_norm(clip_norm: float) -> None:
     """With rate 1 the weights move by the gradient, scaled down to the norm where it is longer."""

@@ -17,7 +17,7 @@ from ray_dmml.console import final_table
 from ray_dmml.errors import UserError
 from ray_dmml.search import Search, SearchConfig, final_head, final_rows, load_search
 from ray_dmml.tunepage import at_common_step, importance, write_page
-from ray_dmml.tuning import Trial, _inside_the_space, best_trial, pareto, tie
+from ray_dmml.tuning import Trial, _inside_the_space, _mutations, best_trial, pareto, tie
 
 
 def search(raw: dict[str, Any], space: dict[str, Any], **settings: Any) -> Search:
@@ -58,7 +58,12 @@ def test_the_built_in_search_is_of_the_quickstart() -> None:
         ({"loss.relational.distnce": {"uniform": [0, 2]}}, r"relational\.distnce: .*did you mean 'distance'"),
         ({"loss.relational.angle": {"uniform": [-1, 4]}}, r"relational\.angle: -1.0: .*greater than or equal to 0"),
         ({"cohort.peers.1.backbone": {"choice": ["test_resnet", 7]}}, r"space\.cohort\.peers\.1\.backbone: 7"),
-        ({"data.validation_fraction": {"choice": [0.4, 0]}}, r"data\.validation_fraction: 0: leaves no classes"),
+        ({"data.validation_fraction": {"choice": [0.4, 0]}}, r"data\.validation_fraction must stay .* same classes"),
+        ({"data.split_seed": {"choice": [None, 3]}}, r"data\.split_seed: 3: .* final runs are tested on"),
+        ({"evaluation.recall_at": {"choice": [[1, 2], [1]]}}, r"evaluation\.recall_at must stay .* judged alike"),
+        ({"data.validation_fold": {"integer": [0, 1]}}, r"data\.validation_fold must stay .* sets it itself"),
+        # A part of a number is drawn between the ends.
+        ({"cohort.peers.1.update_interval": {"uniform": [1, 4]}}, r"update_interval: 2\.11: .*valid integer"),
         ({"cohort.peers.5.seed": {"integer": [0, 3]}}, r"cohort\.peers has entries 0 to 1"),
         ({"loss.relational.distance": {"uniform": [2, 4]}}, r"own value 1.0 is not from 2 to 4"),
         ({"cohort.peers.1.view": {"choice": ["standard", "strong"]}}, "own value is none of standard, strong"),
@@ -81,6 +86,7 @@ def test_a_space_that_cannot_be_is_refused(
         ("space: {}", "at least 1 item"),
         ("space: {seed: {logunifrom: [1, 2]}}", "did you mean 'loguniform'"),
         ("objectiv: ensemble\nspace: {seed: {choice: [0]}}", "objectiv: unknown setting; did you mean 'objective'"),
+        ("seed: -1\nspace: {seed: {choice: [0]}}", "seed: .*greater than or equal to 0"),
         ("folds: 2\nspace: {seed: {choice: [0]}}", "folds 2 needs scheduler: none"),
         ("- space", "must hold settings"),
         ("space: [", "not valid YAML"),
@@ -102,6 +108,9 @@ def test_a_search_file_that_cannot_be_is_refused(tmp_path: Path, text: str, says
         ({"trial": {"loss": {}}}, r"trial\.loss replaces what is drawn for space\.loss\.relational\.angle"),
         ({"trial": {"data.validation_fraction": 0}}, "data.validation_fraction above 0"),
         ({"trial": {"data.validation_fraction": 0.5}, "folds": 3, "scheduler": "none"}, "0.5 gives at most 2"),
+        ({"trial": {"data.train_fraction": 0.9}}, r"trial: data\.train_fraction must stay .* are tested on"),
+        ({"trial": {"evaluation.recall_at": [1]}}, r"trial: evaluation\.recall_at must stay"),
+        ({"trial": {"checkpoint.storage": "there"}}, r"trial: checkpoint\.storage must stay"),
     ],
 )  # fmt: skip
 def test_trials_whose_settings_undo_the_search_are_refused(
@@ -318,7 +327,40 @@ def test_perturbed_settings_stay_in_the_space(raw: dict[str, Any]) -> None:
     assert lower["loss.relational.angle"] == 0.1
 
 
-def test_more_folds_than_there_are_is_refused(raw: dict[str, Any]) -> None:
-    raw["data"]["validation_fraction"] = 0.5
-    with pytest.raises(UserError, match=r"folds 3: .* gives at most 2"):
-        search(raw, {"loss.relational.angle": {"uniform": [0, 4]}}, folds=3, scheduler="none")
+def test_a_whole_is_drawn_before_its_parts(raw: dict[str, Any]) -> None:
+    """In whatever order the space names them, or the part would be drawn for nothing."""
+    cohorts = [raw["cohort"]["peers"], [{}, {"update_mode": "skip"}]]
+    space = {
+        "cohort.peers.1.update_interval": {"choice": [1, 2]},
+        "cohort.peers": {"choice": cohorts},
+    }
+    found = search(raw, space)
+    drawn = {"cohort.peers.1.update_interval": "2", "cohort.peers": json.dumps(cohorts[1])}
+    peer = found.config_of(drawn).cohort.peers[1]
+    assert (peer.update_interval, peer.update_mode) == (2, "skip")
+    assert found.config_of(found.default) == found.base  # and no choice was changed by it
+
+
+def test_population_based_training_changes_no_net_in_mid_run(raw: dict[str, Any]) -> None:
+    """What a net was made with goes with its weights."""
+    of_nets = {
+        "cohort.peers.1.init_seed": {"choice": [0, 1]},
+        "cohort.peers": {"choice": [raw["cohort"]["peers"], [{}, {}, {}]]},
+        "cohort.base.optimizer.name": {"choice": ["adam", "sgd"]},
+    }
+    others = {
+        "cohort.base.optimizer.lr": {"loguniform": [1e-5, 1.0]},
+        "loss.relational.angle": {"uniform": [0, 4]},
+    }
+    found = search(raw, {**of_nets, **others}, scheduler="pbt")
+    assert found.changed_in_mid_run == list(others)
+    with pytest.raises(UserError, match="count only at the start"):
+        search(raw, of_nets, scheduler="pbt")
+
+
+def test_small_whole_numbers_are_changed_too(raw: dict[str, Any]) -> None:
+    """To a neighbour; 0.8 and 1.2 times 2 are 2, rounded."""
+    space = {"cohort.peers.1.update_interval": {"integer": [1, 4]}}
+    found = search(raw, space, scheduler="pbt")
+    mutations = _mutations(found, "cohort.peers.1.update_interval")
+    assert mutations == [1, 2, 3, 4]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,14 @@ from ray_dmml.training import Silent
 from ray_dmml.tuning import (
     SearchFolder,
     Trial,
+    _can_restore,
     _final_runs,
     _name_the_lost,
     _nodes,
     _reason,
     _require_room,
     _resources,
+    _watch,
     run_search,
 )
 
@@ -183,6 +186,59 @@ def test_population_based_training_changes_weights_in_mid_run(
 
 
 @pytest.mark.slow
+def test_a_draw_that_cannot_be_ends_its_own_trial(
+    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """A second peer's interval where there is no second peer. With population based training, too, where
+    the others would wait for the one that failed."""
+    space = {
+        "cohort.peers": {"choice": [raw["cohort"]["peers"], [{}]]},
+        "cohort.peers.1.update_interval": {"choice": [1, 2]},
+    }
+    for scheduler in ("none", "pbt"):
+        folder = tmp_path / scheduler
+        run_search(folder, search(raw, space, num_samples=4, scheduler=scheduler, final_seeds=0))
+        rows = rows_of(folder)
+        assert {row["status"] for row in rows} == {"finished", "failed"} and len(rows) == 4
+        for row in rows:
+            alone = row["cohort.peers"] == "[{}]"
+            assert (row["status"] == "failed") == alone
+            assert ("cohort.peers has entries 0 to 0" in row["error"]) == alone
+
+
+@pytest.mark.slow
+def test_a_killed_population_goes_on(raw: dict[str, Any], tmp_path: Path) -> None:
+    """After the trials were compared: each goes on from its step, and all finish."""
+    raw["train"] = {"steps": 400, "evaluate_every": 40, "log_every": 40}
+    raw["cohort"]["base"]["num_cpus"] = 0.5
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    space = {"space": {ANGLE: {"uniform": [0, 4]}}, "scheduler": "pbt", "num_samples": 2}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({**space, "final_seeds": 0}))
+    folder = SearchFolder(tmp_path / "search")
+    command = [sys.executable, "-m", "ray_dmml.cli", "tune"]
+    asked = ["--config", "config.yaml", "--space", "space.yaml", "--storage", "search"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, *asked], cwd=tmp_path, stdout=log, stderr=log)
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            trials = folder.trials()
+            if len(trials) == 2 and all(80 <= trial.step < 400 for trial in trials):
+                break
+            time.sleep(0.05)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    before = folder.trials()
+    assert len(before) == 2 and not any(trial.finished for trial in before)
+    ended = subprocess.run(
+        [*command, "--resume", "search"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+    for trial, earlier in zip(folder.trials(), before, strict=True):
+        assert trial.finished and trial.starts[: len(earlier.starts)] == earlier.starts
+        assert all(start >= 40 for start in trial.starts[len(earlier.starts) :])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_ended_search_goes_on(raw: dict[str, Any], tmp_path: Path, how: signal.Signals) -> None:
     """SIGKILL or Ctrl-C while a trial trains: the finished one is not run again, the other goes on
@@ -296,6 +352,68 @@ def test_images_that_cannot_be_read_are_told_before_a_trial(
     assert not (tmp_path / "search").exists()
 
 
+def write_trial(files: SearchFolder, trial: Trial) -> None:
+    folder = files.trials_folder / trial.name
+    folder.mkdir(parents=True)
+    (folder / "trial.json").write_text(json.dumps(vars(trial)))
+
+
+@pytest.mark.parametrize("state", [None, '{"trial_data": ['])
+def test_a_search_without_its_state_is_not_begun_anew_over_its_trials(
+    tmp_path: Path, state: str | None
+) -> None:
+    """One that was killed before any trial reported is; what it left goes."""
+    files = SearchFolder(tmp_path)
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "tuner.pkl").touch()
+    if state is not None:
+        (tmp_path / "ray" / "experiment_state-2026-01-01_00-00-00.json").write_text(state)
+    write_trial(files, Trial("a", {}))
+    assert not _can_restore(files)
+    assert files.trials() == [] and not (tmp_path / "ray").exists()
+
+    write_trial(files, ended("b", 1.0))
+    with pytest.raises(UserError, match=r"cannot go on\. What its trials reported is in .*results"):
+        _can_restore(files)
+    assert [trial.name for trial in files.trials()] == ["b"]
+
+
+def test_a_search_goes_on_in_one_process_at_a_time(
+    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    files = SearchFolder(tmp_path / "search")
+    files.create(search(raw))
+    with files.alone(), pytest.raises(UserError, match=r"another process is training in .*search"):
+        run_search(files.path)
+    assert files.trials() == []
+
+
+def test_a_table_that_cannot_be_written_ends_nothing(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Who watches is told of the trials as before."""
+    files, told = SearchFolder(tmp_path), list[str]()
+    write_trial(files, Trial("a", {ANGLE: 1.0}))
+    files.results_file.mkdir()  # nothing can be put in its place
+    over = Event()
+    over.set()
+    _watch(files, search(raw), lambda trials: told.extend(trial.name for trial in trials), over)
+    assert told == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("space: {seed: {choice: [0]}}", "is not what a search was asked for"),
+        ("settings: {}\nsearch: {spice: 1}", "spice: unknown setting; did you mean 'space'"),
+        ("settings: [", "is not valid YAML"),
+    ],
+)
+def test_another_search_file_is_not_gone_on_with(tmp_path: Path, text: str, says: str) -> None:
+    """Such as one's own, in the folder that it lies in."""
+    (tmp_path / "search.yaml").write_text(text)
+    ended = CliRunner().invoke(app, ["tune", "--resume", str(tmp_path)])
+    assert ended.exit_code == 2 and says in " ".join(ended.stderr.split()), ended.stderr
+
+
 def test_parts_of_gpus_that_no_gpu_has_are_refused(ray_start_4_cpus: None) -> None:
     """1.8 of 2 GPUs, and yet the third peer's 0.6 are nowhere."""
     config = Config.parse({"cohort": {"base": {"num_gpus": 0.6}, "peers": [{}] * 3}})
@@ -338,13 +456,8 @@ def test_a_trial_that_was_given_another_draw_is_not_the_config_as_it_is(
 def test_a_trial_whose_process_was_killed_is_told_from_one_of_the_same_draw(tmp_path: Path) -> None:
     """Tune alone knows of it; the other one was ended early, and did not fail."""
     files = SearchFolder(tmp_path)
-    for trial in (
-        ended("9a_00000", 1.0, 2, finished=False),
-        ended("9a_00001", 1.0, 2, finished=False),
-    ):
-        folder = files.trials_folder / trial.name
-        folder.mkdir(parents=True)
-        (folder / "trial.json").write_text(json.dumps(vars(trial)))
+    for name in ("9a_00000", "9a_00001"):
+        write_trial(files, ended(name, 1.0, 2, finished=False))
     killed = RuntimeError("The actor died.\nIts process was killed.")
     _name_the_lost(
         files,
