@@ -11,7 +11,10 @@ NO_CODE = ("*.jsonl", "experiments/ablations/*.csv", "*.md", "*.png")
 
 def commit() -> str:
     """Of this repository, with `+` where code or settings differ from it."""
-    described = _git("describe", "--always", "--abbrev=12")
+    try:
+        described = _git("describe", "--always", "--abbrev=12")
+    except FileNotFoundError:  # no git
+        return "unknown"
     if described.returncode:
         return "unknown"
     changed = _git("diff", "--quiet", "HEAD", "--", ".", *(f":(exclude){name}" for name in NO_CODE))

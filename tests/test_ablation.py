@@ -248,6 +248,36 @@ def test_differences_of_two_devices_are_marked(ablations: Any) -> None:
     }
 
 
+def test_the_tables_page_is_whole_in_the_folder_and_between_marks_elsewhere(
+    ablation: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that was copied or renamed has a report.md of its old name, which is written anew. The
+    project's page keeps what is outside its marks, and without them it is refused."""
+    project = folder.parent / "experiments"
+    shutil.copytree(folder, project / "ablations" / "characters")
+    shutil.copy(EXPERIMENTS / "ablations" / "characters" / "rows.jsonl", folder)
+    shutil.copy(folder / "rows.jsonl", project / "ablations" / "characters")
+    ablation.main(str(folder), report=True)
+    written = (folder / "report.md").read_text()
+    assert "\n| mutual + all, M = 4 | 5 |" in written and "(./differences.png)" in written
+    copied = folder.rename(folder.parent / "copied")
+    (copied / "report.md").write_text(f"<!-- mine -->\n\n{written}\n<!-- /mine -->\n")
+    ablation.main(str(copied), report=True)
+    assert (copied / "report.md").read_text() == written
+
+    monkeypatch.setattr(ablation, "EXPERIMENTS", project)
+    page = project / "README.md"
+    page.write_text("Before.\n<!-- characters -->\nOld.\n<!-- /characters -->\nAfter.\n")
+    ablation.main("characters", report=True)
+    tables = written.replace("(./", "(ablations/characters/")
+    marked = f"<!-- characters -->\n\n{tables}\n<!-- /characters -->\n"
+    assert page.read_text() == f"Before.\n{marked}After.\n"
+    page.write_text("Before.\n")
+    with pytest.raises(SystemExit, match="has no marks <!-- characters -->"):
+        ablation.main("characters", report=True)
+    assert page.read_text() == "Before.\n"
+
+
 @pytest.mark.parametrize("name", ["characters", "grocery"])
 def test_the_arms_of_the_experiments_are_valid(ablations: Any, tmp_path: Path, name: str) -> None:
     """Every arm parses, and each diversity makes the peers differ."""

@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,3 +59,12 @@ def test_grocery_photos_get_the_names_of_the_manifest(tmp_path: Path) -> None:
         assert image.size == (128, 171)
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode != 0 and "already exists" in again.stderr
+
+
+def test_the_code_of_a_row_is_unknown_without_git(
+    ablations: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import provenance
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.commit() == "unknown"

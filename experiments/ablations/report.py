@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from ray_dmml.errors import UserError
+
 from .arms import ARMS
 from .running import made_of
 
@@ -147,13 +149,19 @@ def _mark(arm: Mapping[int, Row], other: Mapping[int, Row]) -> str:
 
 
 def write_report(rows: Sequence[Row], folder: Path, page: Path) -> None:
-    """Puts the plots into the folder, and the tables into the page: between its marks `<!-- NAME -->`
-    and `<!-- /NAME -->`, the name being the folder's; a new page has nothing else."""
+    """Puts the plots into the folder, and the tables into the page.
+
+    A page in the folder itself has nothing else; another has them between its marks `<!-- NAME -->` and
+    `<!-- /NAME -->`, the name being the folder's.
+
+    Raises:
+        UserError: that other page lacks the marks.
+    """
     write_plots(rows, folder)
     plots = folder.resolve().relative_to(page.resolve().parent).as_posix()
     tables = [f"\n{title}:\n\n{table(rows, *where)}" for title, where in TABLES.items()]
     marked = any(TWO_DEVICES in one for one in tables)
-    text = [
+    lines = [
         f"{made_of(rows)}. Percent, "
         "mean ± standard deviation over seeds; differences with the 95 % interval of a paired t-test over "
         "seeds, each for itself: of twenty that compare equals, one lies off zero."
@@ -166,15 +174,16 @@ def write_report(rows: Sequence[Row], folder: Path, page: Path) -> None:
         f"\n![Differences from independent peers]({plots}/differences.png)",
         f"\n![What makes it work]({plots}/mechanism.png)",
     ]
-    old = page.read_text() if page.exists() else ""
-    before, begin, rest = old.partition(f"<!-- {folder.name} -->\n")
-    _, end, after = rest.partition(f"<!-- /{folder.name} -->\n")
-    if old and not (begin and end):
-        raise ValueError(f"{page} has no marks <!-- {folder.name} --> and <!-- /{folder.name} -->")
-    if not old:
-        before, after = "", ""
-        begin, end = f"<!-- {folder.name} -->\n", f"<!-- /{folder.name} -->\n"
-    page.write_text(before + begin + "\n".join(["", *text, ""]) + "\n" + end + after)
+    text = "\n".join(lines) + "\n"
+    if page.parent != folder:
+        before, begin, rest = page.read_text().partition(f"<!-- {folder.name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{folder.name} -->\n")
+        if not (begin and end):
+            raise UserError(
+                f"{page} has no marks <!-- {folder.name} --> and <!-- /{folder.name} -->"
+            )
+        text = f"{before}{begin}\n{text}\n{end}{after}"
+    page.write_text(text)
 
 
 def write_plots(rows: Sequence[Row], folder: Path) -> None:
