@@ -59,12 +59,18 @@ def write_page(
         parts += ["<h2>Test classes</h2>", _final_table(final, search)]
     if judged:
         alike = at_common_step(judged)
+        steps = {trial.step for trial in alike}
+        when = (
+            f"step {steps.pop()}, which all trials reached"
+            if len(steps) == 1
+            else "the last report of each trial, as no step is common to all"
+        )
         parts += [
             "<h2>Objective, trial by trial</h2>",
             _image(_history(judged, what), "Objective of each trial, and the best so far"),
             "<h2>All settings of each trial</h2>",
-            f"<p>This and the plots below are of step {alike[0].step}, which all trials reached. A line a "
-            "trial, the darker the better; orange: the best at its end.</p>",
+            f"<p>This and the plots below are of {when}. A line a trial, the darker the better; orange: the "
+            "best at its end.</p>",
             _image(
                 _parallel(alike, search, what, _best(judged)), "Settings and figure of each trial"
             ),

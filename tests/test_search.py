@@ -272,6 +272,16 @@ def test_trials_are_compared_at_a_step_that_all_reached(raw: dict[str, Any]) -> 
     assert trials[0].objective == 0.9
 
 
+def test_the_page_says_of_which_step_it_is(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Trials of other lengths may have none in common."""
+    found = search(raw, {"loss.relational.angle": {"uniform": [0, 4]}})
+    one, other = (trial(n, n / 10, params={"loss.relational.angle": 1.0 + n}) for n in (1, 2))
+    for step, says in ((5, "step 5, which all trials reached"), (3, "the last report of each")):
+        other.reports[-1]["step"] = step
+        write_page(tmp_path / "page.html", found, [one, other], None)
+        assert says in (tmp_path / "page.html").read_text()
+
+
 def test_the_final_table_has_means_and_deviations(raw: dict[str, Any]) -> None:
     """Over the seeds; and one line where the config as it is, is the best."""
     found = search(raw, {"loss.relational.angle": {"uniform": [0, 4]}}, metric="recall@1")
