@@ -126,7 +126,9 @@ class Distribution(Section):
             return self.labels
         low, high = self.ends
         # Between them, where a whole number is needed and any may be drawn.
-        return [low, high] if self.integer is not None else [low, high, low + 0.37 * (high - low)]
+        return (
+            [low, high] if self.integer is not None else [low, high, low + (high - low) / math.pi]
+        )
 
 
 class SearchConfig(Section):

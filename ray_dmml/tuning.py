@@ -374,15 +374,16 @@ def _can_restore(files: SearchFolder) -> bool:
     left is removed.
 
     Raises:
-        UserError: trials have reported, and the state is gone or damaged.
+        UserError: trials have trained, and the state is gone or damaged.
     """
     state = files.path / "ray"
     # The newest is what Ray Tune reads.
     newest = max(state.glob("experiment_state-*.json"), default=None, key=lambda file: file.name)
     with suppress(OSError, ValueError):
-        if newest is not None and json.loads(newest.read_text()):
-            return tune.Tuner.can_restore(str(state))
-    if any(trial.reports for trial in files.trials()):
+        if newest and json.loads(newest.read_text()) and tune.Tuner.can_restore(str(state)):
+            return True
+    # A trial of several folds reports only after the last.
+    if any(files.trials_folder.glob("*/fold*/checkpoints/*")):
         raise UserError(
             f"{state}, which is Ray Tune's, is {'damaged' if newest else 'gone'}: this search cannot go on. "
             f"What its trials reported is in {files.results_file}; begin another with --storage"

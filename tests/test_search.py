@@ -63,7 +63,8 @@ def test_the_built_in_search_is_of_the_quickstart() -> None:
         ({"evaluation.recall_at": {"choice": [[1, 2], [1]]}}, r"evaluation\.recall_at must stay .* judged alike"),
         ({"data.validation_fold": {"integer": [0, 1]}}, r"data\.validation_fold must stay .* sets it itself"),
         # A part of a number is drawn between the ends.
-        ({"cohort.peers.1.update_interval": {"uniform": [1, 4]}}, r"update_interval: 2\.11: .*valid integer"),
+        ({"cohort.peers.1.update_interval": {"uniform": [1, 4]}}, r"update_interval: 1\.95.*: .*valid integer"),
+        ({"loss.relational.warmup_steps": {"uniform": [0, 100]}}, r"warmup_steps: 31\.8.*: .*valid integer"),
         ({"cohort.peers.5.seed": {"integer": [0, 3]}}, r"cohort\.peers has entries 0 to 1"),
         ({"loss.relational.distance": {"uniform": [2, 4]}}, r"own value 1.0 is not from 2 to 4"),
         ({"cohort.peers.1.view": {"choice": ["standard", "strong"]}}, "own value is none of standard, strong"),

@@ -372,7 +372,8 @@ def test_a_search_without_its_state_is_not_begun_anew_over_its_trials(
     assert not _can_restore(files)
     assert files.trials() == [] and not (tmp_path / "ray").exists()
 
-    write_trial(files, ended("b", 1.0))
+    write_trial(files, Trial("b", {}))  # trained, and has reported nothing yet
+    (files.trials_folder / "b" / "fold0" / "checkpoints" / "step-2").mkdir(parents=True)
     with pytest.raises(UserError, match=r"cannot go on\. What its trials reported is in .*results"):
         _can_restore(files)
     assert [trial.name for trial in files.trials()] == ["b"]
