@@ -35,41 +35,33 @@ from ray_dmml.errors import UserError
 DEFAULT_SEARCH = Path(__file__).parent / "search.yaml"
 
 _OF_TRIALS = {
-    **dict.fromkeys(
-        ("data.name", "data.root", "data.source", "data.manifest"),
-        "trials and final runs are of the same images",
+    "trials and final runs are of the same images": (
+        *("data.name", "data.root", "data.source", "data.manifest"),
     ),
-    **dict.fromkeys(
-        ("data.train_fraction", "data.split_seed"),
-        "trials would learn from classes that the final runs are tested on",
+    "trials would learn from classes that the final runs are tested on": (
+        *("data.train_fraction", "data.split_seed"),
     ),
-    **dict.fromkeys(
-        ("evaluation.recall_at", "evaluation.weights"),
-        "trials and final runs are judged alike",
-    ),
-    **dict.fromkeys(
-        ("data.validation_fold", "evaluation.test", "evaluation.untrained", "train.tensorboard"),
-        "a search sets it itself",
-    ),
-    **dict.fromkeys(
-        ("checkpoint.every_steps", "checkpoint.storage"), "a search sets it itself for its trials"
+    "trials and final runs are judged alike": ("evaluation.recall_at", "evaluation.weights"),
+    "a search sets it itself": (
+        *("data.validation_fold", "evaluation.test", "evaluation.untrained"),
+        *("train.tensorboard", "checkpoint.every_steps", "checkpoint.storage"),
     ),
 }
-"""What the trials' settings may not change, and why."""
+"""Why the trials' settings may not change these."""
 
 _OF_DRAWS = {
     **_OF_TRIALS,
-    **dict.fromkeys(
-        ("data.validation_fraction", "data.validation_seed"),
-        "all trials are judged on the same classes",
+    "all trials are judged on the same classes at the same steps": (
+        *("data.validation_fraction", "data.validation_seed", "train.evaluate_every"),
     ),
 }
-"""What draws may not change, and why."""
+"""Why draws may not change these."""
 
 _OF_THE_START = (
     *("cohort", "base", "peers", "seed", "init_seed", "backbone", "weights", "embedding_size"),
-    *("pooling", "input_size", "frozen", "averaging", "replicas", "optimizer", "optimizer.name"),
-    *("loss", "loss.metric", "loss.metric.name", "train.steps"),
+    *("pooling", "input_size", "frozen", "averaging", "replicas", "amp", "optimizer"),
+    *("optimizer.name", "loss", "loss.metric", "loss.metric.name", "loss.metric.settings"),
+    *("centers_per_class", "train", "train.steps", "train.init_from"),
 )
 """Endings of settings whose change a cohort with trained weights cannot take, or would not notice."""
 
@@ -314,15 +306,18 @@ class Search:
             set_setting(raw, key, copy.deepcopy(value), f"trial.{key}")
         return raw
 
-    def _require_same_question(self, raw: dict[str, Any], fixed: Mapping[str, str]) -> None:
+    def _require_same_question(
+        self, raw: dict[str, Any], fixed: Mapping[str, Sequence[str]]
+    ) -> None:
         """Raises UserError where settings change what all are judged on, or would change nothing."""
         own, now = (
             config.model_dump(mode="json")
             for config in (self.base, Config.parse(raw, source="the trial's settings"))
         )
-        for key, why in fixed.items():
-            if _at(own, key) != _at(now, key):
-                raise UserError(f"{key} must stay as the config has it: {why}")
+        for why, keys in fixed.items():
+            for key in keys:
+                if _at(own, key) != _at(now, key):
+                    raise UserError(f"{key} must stay as the config has it: {why}")
 
     def _require_no_draw_undone(self) -> None:
         """Raises UserError where the trials' settings replace what is drawn."""
@@ -408,7 +403,8 @@ def load_search(path: Path | None = None, **changes: Any) -> SearchConfig:
 
 def _counts_at_the_start(key: str) -> bool:
     """Or is of a whole of which a part does."""
-    return key.rsplit(".", 1)[-1].isdigit() or f".{key}".endswith(
+    above, _, last = key.rpartition(".")
+    return (above == "cohort.peers" and last.isdigit()) or f".{key}".endswith(
         tuple(f".{ending}" for ending in _OF_THE_START)
     )
 

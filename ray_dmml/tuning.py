@@ -28,7 +28,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -69,6 +69,9 @@ from ray_dmml.training import Reporter, Silent, read_images, train
 from ray_dmml.tunepage import write_page
 
 STEP, OBJECTIVE, COST = "step", "objective", "cost"
+FEW_NUMBERS = 16
+"""Of so many, population based training tries the neighbours."""
+
 POLL_S = 1.0
 """Seconds between two looks at the trials' folders."""
 
@@ -163,14 +166,6 @@ class SearchFolder:
             raise UserError(explain(error, str(self.asked_file), SearchConfig)) from None
         return Search(moved(asked["settings"]), config)
 
-    def alone(self) -> AbstractContextManager[None]:
-        """For the length of the block no other process searches in this folder.
-
-        Raises:
-            UserError: one does.
-        """
-        return RunFolder(self.path).alone()
-
     def trials(self, *, over: bool = False) -> list[Trial]:
         """All that have begun, the config as it is first.
 
@@ -226,7 +221,7 @@ def run_search(
             _require_room(_resources(config, nodes, gpus_per_trial), nodes)
         if not resumed:
             files.create(search)
-        with files.alone():
+        with RunFolder(files.path).alone():
             _run_trials(files, search, resumed, gpus_per_trial, watch)
             trials = files.trials(over=True)
             write_results(files, search, trials)
@@ -395,8 +390,33 @@ def _can_restore(files: SearchFolder) -> bool:
 
 
 class _Population(PopulationBasedTraining):
-    """Population based training whose trials wait for each other, but not without end: Ray's own waits for
-    one that failed, and after a restore, of which it knows nothing, for all to fall behind."""
+    """Population based training that compares its trials at equal steps, also where one has failed or a search
+    is resumed: Ray's own waits for a failed trial without end, and keeps nothing over a restore."""
+
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        if STEP in trial.last_result and not trial.is_finished():  # restored
+            state, step = self._trial_state[trial], trial.last_result[STEP]
+            self._save_trial_state(state, step, trial.last_result, trial)
+            state.last_perturbation_time = step
+            if trial.checkpoint is not None:
+                trial.set_status(TuneTrial.PAUSED)  # a pending one would not wait for the others
+        # Those behind catch up; where all stand alike, they have been compared there.
+        steps = [
+            state.last_train_time
+            for each, state in self._trial_state.items()
+            if not each.is_finished()
+        ]
+        if steps:
+            ahead = 0 if min(steps) < max(steps) else self._perturbation_interval
+            self._next_perturbation_sync = max(steps) + ahead
+
+    def on_trial_result(
+        self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
+    ) -> str:
+        if result[STEP] < self._next_perturbation_sync:
+            return str(TrialScheduler.CONTINUE)
+        return str(super().on_trial_result(tune_controller, trial, result))
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         super().on_trial_error(tune_controller, trial)
@@ -405,15 +425,14 @@ class _Population(PopulationBasedTraining):
     def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
         chosen = super().choose_trial_to_run(tune_controller)
         trials = tune_controller.get_trials()
-        waiting = [
-            trial for trial in trials if trial.status in (TuneTrial.PENDING, TuneTrial.PAUSED)
-        ]
-        running = any(trial.status == TuneTrial.RUNNING for trial in trials)
-        if chosen is not None or running or not waiting:
+        waiting = [trial for trial in trials if trial.status == TuneTrial.PAUSED]
+        going = any(trial.status in (TuneTrial.PENDING, TuneTrial.RUNNING) for trial in trials)
+        if chosen is not None or going or not waiting:
             return chosen
-        # The next time that they are compared is one interval after the least advanced of them.
-        least = min(self._trial_state[trial].last_train_time for trial in waiting)
-        self._next_perturbation_sync = least + self._perturbation_interval
+        # They waited for one that has failed: as if the last of them reported now.
+        state = self._trial_state[waiting[-1]]
+        state.last_perturbation_time = state.last_train_time - self._perturbation_interval
+        super().on_trial_result(tune_controller, waiting[-1], state.last_result)
         return super().choose_trial_to_run(tune_controller)
 
 
@@ -530,11 +549,12 @@ def _scheduler(search: Search) -> TrialScheduler:
 
 
 def _mutations(search: Search, key: str) -> Any:
-    """A list is changed to a neighbour. A small whole number must be, too: 1.2 times 2 is 2, rounded."""
+    """A list is changed to a neighbour, as a few whole numbers must be, too: 1.2 times 2 is 2, rounded."""
     distribution = search.config.space[key]
     if distribution.integer is not None:
         low, high = distribution.integer
-        return [*range(low, high + 1)]
+        if high - low < FEW_NUMBERS:
+            return [*range(low, high + 1)]
     return distribution.labels if distribution.choice is not None else _domain(search, key)
 
 
@@ -684,8 +704,10 @@ def _train_fold(
     """Trains, from where an earlier attempt or the trial that this one copies stood; the last report."""
     config = search.trial_config(params, fold)
     run = RunFolder(journal.folder / f"fold{fold}")
-    copied = tune.get_checkpoint() if search.config.scheduler == "pbt" else None
-    if copied is not None:
+    pbt = search.config.scheduler == "pbt"
+    copied = tune.get_checkpoint() if pbt else None
+    # Of a trial that failed long ago it may be gone: then from where the trial's own run stood.
+    if copied is not None and Path(copied.path).exists():
         with copied.as_directory() as donor:
             run.checkpoints.adopt(Path(donor))
         run.make()
@@ -694,7 +716,7 @@ def _train_fold(
     journal.starts(run.checkpoints.load("last").step if begun else 0)
     reporter = _TrialReporter(search, journal, run, alone=search.config.folds == 1)
     if run.config_file.exists():
-        train(config, resume=run.path, reporter=reporter, changed=copied is not None)
+        train(config, resume=run.path, reporter=reporter, changed=pbt)
     else:
         train(config, run.path, reporter=reporter)
     rows = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import tiny
+from ray.tune.schedulers.pbt import _explore
 from rich.console import Console
 
 from ray_dmml.config import QUICKSTART, read_settings
@@ -61,6 +62,7 @@ def test_the_built_in_search_is_of_the_quickstart() -> None:
         ({"data.validation_fraction": {"choice": [0.4, 0]}}, r"data\.validation_fraction must stay .* same classes"),
         ({"data.split_seed": {"choice": [None, 3]}}, r"data\.split_seed: 3: .* final runs are tested on"),
         ({"evaluation.recall_at": {"choice": [[1, 2], [1]]}}, r"evaluation\.recall_at must stay .* judged alike"),
+        ({"train.evaluate_every": {"choice": [2, 1]}}, r"train\.evaluate_every must stay .* same steps"),
         ({"data.validation_fold": {"integer": [0, 1]}}, r"data\.validation_fold must stay .* sets it itself"),
         # A part of a number is drawn between the ends.
         ({"cohort.peers.1.update_interval": {"uniform": [1, 4]}}, r"update_interval: 1\.95.*: .*valid integer"),
@@ -354,14 +356,17 @@ def test_a_whole_is_drawn_before_its_parts(raw: dict[str, Any]) -> None:
 
 def test_population_based_training_changes_no_net_in_mid_run(raw: dict[str, Any]) -> None:
     """What a net was made with goes with its weights."""
+    raw["cohort"]["peers"][1] = {"schedule": {"name": "step", "milestones": [2]}}
     of_nets = {
         "cohort.peers.1.init_seed": {"choice": [0, 1]},
         "cohort.peers": {"choice": [raw["cohort"]["peers"], [{}, {}, {}]]},
         "cohort.base.optimizer.name": {"choice": ["adam", "sgd"]},
+        "cohort.peers.1": {"choice": [raw["cohort"]["peers"][1], {}]},
     }
     others = {
         "cohort.base.optimizer.lr": {"loguniform": [1e-5, 1.0]},
         "loss.relational.angle": {"uniform": [0, 4]},
+        "cohort.peers.1.schedule.milestones.0": {"choice": [2, 3]},
     }
     found = search(raw, {**of_nets, **others}, scheduler="pbt")
     assert found.changed_in_mid_run == list(others)
@@ -369,9 +374,14 @@ def test_population_based_training_changes_no_net_in_mid_run(raw: dict[str, Any]
         search(raw, of_nets, scheduler="pbt")
 
 
-def test_small_whole_numbers_are_changed_too(raw: dict[str, Any]) -> None:
-    """To a neighbour; 0.8 and 1.2 times 2 are 2, rounded."""
-    space = {"cohort.peers.1.update_interval": {"integer": [1, 4]}}
-    found = search(raw, space, scheduler="pbt")
-    mutations = _mutations(found, "cohort.peers.1.update_interval")
-    assert mutations == [1, 2, 3, 4]
+@pytest.mark.parametrize(("high", "own", "reached"), [(4, 2, {1, 3}), (500, 200, {160, 240})])
+def test_whole_numbers_are_changed(
+    raw: dict[str, Any], high: int, own: int, reached: set[int]
+) -> None:
+    """By Ray: few of them to a neighbour, as 0.8 and 1.2 times 2 are 2, rounded; many by these factors."""
+    key = "loss.relational.warmup_steps"
+    raw["loss"] = {"relational": {"warmup_steps": 1}}
+    found = search(raw, {key: {"integer": [1, high]}}, scheduler="pbt")
+    mutations = {key: _mutations(found, key)}
+    changed = {_explore({key: own}, mutations, 0, (1.2, 0.8), None)[0][key] for _ in range(50)}
+    assert changed == reached

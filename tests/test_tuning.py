@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Any
 
@@ -20,12 +21,14 @@ import pytest
 import yaml
 from conftest import EXPERIMENTS, tiny
 from PIL import Image
+from ray import tune
 from ray.tune import Result
 from typer.testing import CliRunner
 
 from ray_dmml.cli import app
 from ray_dmml.config import Config
 from ray_dmml.errors import UserError
+from ray_dmml.runfolder import RunFolder
 from ray_dmml.search import Search, SearchConfig
 from ray_dmml.training import Silent
 from ray_dmml.tuning import (
@@ -38,6 +41,7 @@ from ray_dmml.tuning import (
     _reason,
     _require_room,
     _resources,
+    _scheduler,
     _watch,
     run_search,
 )
@@ -204,6 +208,57 @@ def test_a_draw_that_cannot_be_ends_its_own_trial(
             alone = row["cohort.peers"] == "[{}]"
             assert (row["status"] == "failed") == alone
             assert ("cohort.peers has entries 0 to 0" in row["error"]) == alone
+
+
+@pytest.mark.parametrize(
+    "first_end",
+    [
+        {0: 20, 1: 10},
+        pytest.param({2: 10}, marks=pytest.mark.slow),
+        pytest.param({0: 30, 1: 10, 2: 20}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_population_is_compared_at_equal_steps(
+    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path, first_end: dict[int, int]
+) -> None:
+    """Where trials failed at different steps, the others go on; resumed, those behind catch up first: nobody
+    copies the first trial, which is the worst at any step."""
+
+    def climb(params: dict[str, Any]) -> None:
+        """Its figure is its step, plus its name: of two at one step the second is better, and one that is
+        further is better than any. Fails once after the step of `first_end`."""
+        step, lineage = 0, []
+        if checkpoint := tune.get_checkpoint():
+            step, lineage = json.loads((Path(checkpoint.path) / "state.json").read_text())
+        name = int(tune.get_context().get_trial_id()[-1])
+        lineage = [*lineage, name]
+        mark = tmp_path / f"{name}-failed"
+        while step < 50:
+            if step == first_end.get(name) and not mark.exists():
+                mark.touch()
+                raise RuntimeError("once")
+            step += 10
+            with TemporaryDirectory() as folder:
+                (Path(folder) / "state.json").write_text(json.dumps([step, lineage]))
+                (tmp_path / f"{name}-{step}").write_text(json.dumps(lineage))
+                report = {"step": step, "objective": step + name / 10, "cost": 0.0}
+                tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    steps = {"train": {"steps": 50, "evaluate_every": 10}}
+    asked = search(raw | steps, num_samples=3, scheduler="pbt")
+    tuner = tune.Tuner(
+        climb,
+        param_space={ANGLE: tune.uniform(0, 4)},
+        tune_config=tune.TuneConfig(num_samples=3, scheduler=_scheduler(asked)),
+        run_config=tune.RunConfig(name="ray", storage_path=str(tmp_path), verbose=0),
+    )
+    found = tuner.fit()
+    assert len(found.errors) == len(first_end)
+    assert sum(each.metrics["step"] == 50 for each in found) == 3 - len(first_end)
+    again = tune.Tuner.restore(str(tmp_path / "ray"), climb, resume_errored=True).fit()
+    assert not again.errors and [each.metrics["step"] for each in again] == [50, 50, 50]
+    for name in (1, 2):
+        assert 0 not in json.loads((tmp_path / f"{name}-50").read_text())
 
 
 @pytest.mark.slow
@@ -384,7 +439,10 @@ def test_a_search_goes_on_in_one_process_at_a_time(
 ) -> None:
     files = SearchFolder(tmp_path / "search")
     files.create(search(raw))
-    with files.alone(), pytest.raises(UserError, match=r"another process is training in .*search"):
+    with (
+        RunFolder(files.path).alone(),
+        pytest.raises(UserError, match=r"another process is training in .*search"),
+    ):
         run_search(files.path)
     assert files.trials() == []
 
