@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 from benchmarks.row import Row, Settings
-from provenance import commit
+from provenance import commit, cpu
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -55,14 +55,9 @@ PACKAGES = ("torch", "torchvision", "ray", "numpy", "faiss-cpu", "pytorch-metric
 
 def machine() -> dict[str, Any]:
     """What the figures depend on besides the code."""
-    cpu = next(
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    )
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
     return {
-        "cpu": cpu,
+        "cpu": cpu(),
         "cores_used": len(os.sched_getaffinity(0)),
         "cores": os.cpu_count(),
         "memory_gib": round(memory, 1),
@@ -153,8 +148,8 @@ def main(
     for name in TABLES:
         if report.get(name):
             console.print(plain_table(report[name]))
-    cpu = report["machine"]["cpu"]
-    console.print(f"{report['commit']}, {cpu}, {cores} cores, {rounds} rounds", highlight=False)
+    model = report["machine"]["cpu"]
+    console.print(f"{report['commit']}, {model}, {cores} cores, {rounds} rounds", highlight=False)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from provenance import cpu
 from safetensors.torch import save_file
 
 from ray_dmml.cohort.local import LocalCohort
@@ -51,8 +52,8 @@ def measure(plan: Plan, arm: Arm, seed: int, splits: Splits) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """What figures were measured on: they differ between a CPU and a GPU in more than the last bit."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    """What figures were measured on: they differ between two models in more than the last bit."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu()
 
 
 def agreement(members: Embeddings) -> float:
