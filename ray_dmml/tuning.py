@@ -27,6 +27,7 @@ import os
 import random
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -315,6 +316,8 @@ def _run_trials(
 ) -> None:
     # A failed trial's reason is in its own file and in results.csv; Tune would print tracebacks.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    # Of a trial that goes on after a kill, Tune counts the reports from 1 again, of which Optuna would warn.
+    warnings.filterwarnings("ignore", "The reported value is ignored", UserWarning)
     # Its own state is saved whenever a trial has news: a killed search forgets no proposal.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
