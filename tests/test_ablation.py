@@ -222,6 +222,33 @@ def test_the_interval_is_that_of_a_paired_t_test(ablations: Any) -> None:
     assert str(paired({0: 81.0, 1: 82.0}, theirs)) == "+2.0"
 
 
+def test_mutual_learning_over_all_diversities(ablations: Any) -> None:
+    """Is the paired t-test of each seed's mean over the five pairs, of the seeds that all ten arms have."""
+    random = np.random.default_rng(0)
+    ends = ("", " + model", " + view", " + temporal", " + all")
+    arms = [f"{kind}{end}" for kind in ("mutual", "independent") for end in ends]
+    # Kind, diversities, seed; two peers and their ensemble.
+    right = random.uniform(size=(2, 5, 4, 3))
+    rows = []
+    for place, arm in enumerate(arms):
+        for seed in range(3 if arm == "mutual + view" else 4):
+            *peers, together = ({"recall@1": x} for x in right.reshape(10, 4, 3)[place, seed])
+            found = {"test": {"peers": peers, "ensemble": together}}
+            rows.append({"arm": arm, "seed": seed, "device": "CPU", "last": found})
+    told = ablations.report.mutual_learning(rows, "last")
+    for who, figures in (("mean peer", right[..., :2].mean(-1)), ("ensemble", right[..., 2])):
+        mutual, independent = 100 * figures[:, :, :3].mean(1)
+        low, high = stats.ttest_rel(mutual, independent).confidence_interval(0.95)
+        assert f"{who} R@1 {np.mean(mutual - independent):+.1f} [{low:+.1f}, {high:+.1f}]" in told
+    assert "3 seeds" in told and "†" not in told
+    rows[-1]["device"] = "GPU"
+    assert ablations.report.mutual_learning(rows, "last") == told  # a seed that is not compared
+    rows[-2]["device"] = "GPU"
+    assert ablations.report.mutual_learning(rows, "last").count("†") == 2
+    others = [row for row in rows if row["arm"] != "mutual + view"]
+    assert ablations.report.mutual_learning(others, "last") == ""
+
+
 def test_differences_of_two_devices_are_marked(ablations: Any) -> None:
     """Where one pair of the seeds that both arms have is of two, and nowhere else."""
 
