@@ -13,7 +13,8 @@ config.yaml and an arms.yaml as for ablation.py, and a candidates.yaml::
       independent:                     # an arm, and what each candidate changes in arms.yaml
         lr 1e-4: {cohort.base.optimizer.lr: 1.0e-4}
 
-With `--keep N` only the N best candidates of each arm with seed 0 get further seeds.
+With `--keep N` only the N best candidates of each arm with seed 0 get further seeds; `--candidate NAME` runs,
+ranks and prints some of them.
 A finished (arm, candidate, held-out classes, seed) is a line of candidates.jsonl and is never run
 again: stop this at any time, and start it again. `--report` runs nothing, and prints the table.
 """
@@ -150,6 +151,12 @@ def main(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Of all, such as data.root=FOLDER."),
     ] = None,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Only this candidate, of each arm that has it; repeatable."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each candidate.")] = 2,
     keep: Annotated[
         int | None,
@@ -172,7 +179,10 @@ def main(
         # A table of rows reads no images, wherever they are.
         anywhere = ["data.root=."] if report else []
         candidates = Candidates(folder, [*anywhere, *(settings or [])])
-        tasks = candidates.tasks(seeds)
+        names = list(dict.fromkeys(name for _, name in candidates.plans))
+        if unknown := [name for name in candidate or () if name not in names]:
+            sys.exit(f"no candidate {', '.join(unknown)}; there are: {'; '.join(names)}")
+        tasks = [task for task in candidates.tasks(seeds) if task.candidate in (candidate or names)]
         if report and not file.exists():
             sys.exit(f"{file} is not there: no candidate has been run")
         data_read: Splits | None = None
@@ -188,9 +198,10 @@ def main(
                     failed += run(candidates, data_read, todo, add, gpus_per_arm, console)
         with rows_of(file) as (rows, _):
             now = [row for row in rows if is_of_now(row, candidates)]
-            print(table(now, tasks))
-            if now:
-                print(f"\n{made_of(now)}.")
+            asked = [row for row in now if row["candidate"] in (candidate or names)]
+            print(table(asked, tasks))
+            if asked:
+                print(f"\n{made_of(asked)}.")
             if others := len(rows) - len(now):
                 print(f"{others} rows of other settings left out.")
     except UserError as error:

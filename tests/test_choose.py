@@ -235,10 +235,13 @@ def test_the_table_s_means_are_over_seeds_then_over_held_out_sets(
 def test_rows_are_kept_and_their_figures_are_of_the_held_out_classes(
     choose: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a private Ray: a row each; a second run adds what is missing only; the table's means are the rows'."""
-    few = {"candidates": {"mutual + all": CANDIDATES["candidates"]["mutual + all"]}}
+    """On a private Ray: a row each of the candidate that is named, and none of another; a second run adds what is
+    missing only; the table's means are the rows'."""
+    named, other = "other views", {"slow": {"cohort.base.optimizer.lr": 0.001}}
+    few = {"candidates": {"mutual + all": {**other, **CANDIDATES["candidates"]["mutual + all"]}}}
     found = candidates(choose, folder, few)
-    line = [sys.executable, EXPERIMENTS / "choose.py", folder, "--seeds", "1"]
+    asked = ["--seeds", "1", "--candidate", named]
+    line = [sys.executable, EXPERIMENTS / "choose.py", folder, *asked]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr
@@ -260,8 +263,9 @@ def test_rows_are_kept_and_their_figures_are_of_the_held_out_classes(
         assert judged["recall@1"] == pytest.approx(expected["recall@1"], abs=1e-5)
     cohort.close()
 
-    choose.main(str(folder), seeds=2)
+    choose.main(str(folder), seeds=2, candidate=[named])
     output = capsys.readouterr().out
+    assert "slow" not in output
     assert file.read_text().startswith(first)
     rows = [json.loads(text) for text in file.read_text().splitlines()]
     assert sorted((row["held_out"], row["seed"]) for row in rows) == [
@@ -276,6 +280,11 @@ def test_rows_are_kept_and_their_figures_are_of_the_held_out_classes(
     (folder / "config.yaml").write_text(yaml.safe_dump(placeless))
     choose.main(str(folder), report=True)
     assert printed in capsys.readouterr().out.splitlines()
+    choose.main(str(folder), report=True, candidate=["slow"])
+    output = capsys.readouterr().out
+    assert named not in output and " rows, " not in output
+    with pytest.raises(SystemExit, match="no candidate slo; there are: other views; slow"):
+        choose.main(str(folder), report=True, candidate=["slo"])
     (folder / "config.yaml").write_text(config)
     # The processor's model, where the system tells; on others anything but nothing.
     about = Path("/proc/cpuinfo")
