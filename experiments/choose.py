@@ -182,7 +182,8 @@ def main(
         names = list(dict.fromkeys(name for _, name in candidates.plans))
         if unknown := [name for name in candidate or () if name not in names]:
             sys.exit(f"no candidate {', '.join(unknown)}; there are: {'; '.join(names)}")
-        tasks = [task for task in candidates.tasks(seeds) if task.candidate in (candidate or names)]
+        chosen = candidate or names
+        tasks = [task for task in candidates.tasks(seeds) if task.candidate in chosen]
         if report and not file.exists():
             sys.exit(f"{file} is not there: no candidate has been run")
         data_read: Splits | None = None
@@ -198,7 +199,7 @@ def main(
                     failed += run(candidates, data_read, todo, add, gpus_per_arm, console)
         with rows_of(file) as (rows, _):
             now = [row for row in rows if is_of_now(row, candidates)]
-            asked = [row for row in now if row["candidate"] in (candidate or names)]
+            asked = [row for row in now if row["candidate"] in chosen]
             print(table(asked, tasks))
             if asked:
                 print(f"\n{made_of(asked)}.")

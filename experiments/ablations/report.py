@@ -143,7 +143,7 @@ def table(rows: Sequence[Row], at: str, classes: str = "test") -> str:
 
 def mutual_learning(rows: Sequence[Row], at: str, classes: str = "test") -> str:
     """In a sentence, what mutual learning gives over all pairs of arms of the same diversities: the mean of a
-    seed's five differences varies less than each. Empty where one of these arms has not been run."""
+    seed's five differences varies less than each. Empty where these arms have no seed in common."""
     arms = by_arm(rows)
     ends = ("", *(f" + {diversity}" for diversity in (*DIVERSITIES, "all")))
     kinds = [[arms.get(f"{kind}{end}", {}) for end in ends] for kind in ("mutual", BASELINE)]
@@ -151,7 +151,7 @@ def mutual_learning(rows: Sequence[Row], at: str, classes: str = "test") -> str:
     if not seeds:
         return ""
     kinds = [[{seed: arm[seed] for seed in seeds} for arm in kind] for kind in kinds]
-    mark = max(map(_mark, *kinds))
+    mark = TWO_DEVICES if any(map(_mark, *kinds)) else ""
     found = []
     for who in (mean_peer, ensemble):
         mutual, independent = (
