@@ -32,6 +32,7 @@ from ablations.running import (
 from provenance import commit
 from rich.console import Console
 
+from ray_dmml.cli import user_errors
 from ray_dmml.cohort.member import keep_freed_memory
 from ray_dmml.cohort.session import ray_session
 from ray_dmml.data.datasets import load_splits
@@ -157,15 +158,15 @@ def main(
 ) -> None:
     """Measure what each diversity is worth."""
     folder = EXPERIMENTS / "ablations" / data if data in DATA else Path(data)
-    if not (folder / "arms.yaml").is_file():
-        sys.exit(
-            f"{data}: a folder with config.yaml and arms.yaml is needed, or {' or '.join(DATA)}"
-        )
-    if unknown := [name for name in arm or () if name not in ARMS]:
-        sys.exit(f"no arm {', '.join(unknown)}; there are: {'; '.join(ARMS)}")
     console, failed = Console(soft_wrap=True), 0
     file = folder / "rows.jsonl"
-    try:
+    with user_errors():
+        if not (folder / "arms.yaml").is_file():
+            raise UserError(
+                f"{data}: a folder with config.yaml and arms.yaml is needed, or {' or '.join(DATA)}"
+            )
+        if unknown := [name for name in arm or () if name not in ARMS]:
+            raise UserError(f"no arm {', '.join(unknown)}; there are: {'; '.join(ARMS)}")
         if not report:
             plan = Plan(folder, settings or [])
             with rows_of(file) as (rows, add):
@@ -180,7 +181,7 @@ def main(
                 for row in copies(rows, wanted, alike):
                     add(row)
         if not file.exists():
-            sys.exit(f"{file} is not there: no arm has been run")
+            raise UserError(f"{file} is not there: no arm has been run")
         with rows_of(file) as (rows, _):
             if rows:
                 page = EXPERIMENTS / "README.md" if data in DATA else folder / "report.md"
@@ -188,8 +189,6 @@ def main(
                 console.print(f"tables: {page}; plots: {folder}", highlight=False)
             else:
                 console.print(f"{file} has no rows yet", highlight=False)
-    except UserError as error:
-        sys.exit(str(error))
     if failed:
         sys.exit(f"{failed} arms failed; run the same command again to retry them")
 

@@ -110,7 +110,7 @@ def main(
     """Measure ray-dmml against its competitors."""
     names = only or list(ROWS)
     if unknown := [name for name in names if name not in ROWS]:
-        sys.exit(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+        raise typer.BadParameter(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     # Before torch or Ray is loaded, which count the cores; processes that are started inherit them.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     # The images of the benchmark are its own, and so is their cache.

@@ -45,6 +45,7 @@ from ablations.running import (
 from provenance import commit
 from rich.console import Console
 
+from ray_dmml.cli import user_errors
 from ray_dmml.cohort.member import keep_freed_memory
 from ray_dmml.cohort.session import ray_session
 from ray_dmml.data.images import Splits
@@ -175,17 +176,17 @@ def main(
     """Try candidates for an ablation's settings on held-out training classes."""
     folder = EXPERIMENTS / "ablations" / data if data in DATA else Path(data)
     console, failed, file = Console(soft_wrap=True), 0, folder / "candidates.jsonl"
-    try:
+    with user_errors():
         # A table of rows reads no images, wherever they are.
         anywhere = ["data.root=."] if report else []
         candidates = Candidates(folder, [*anywhere, *(settings or [])])
         names = list(dict.fromkeys(name for _, name in candidates.plans))
         if unknown := [name for name in candidate or () if name not in names]:
-            sys.exit(f"no candidate {', '.join(unknown)}; there are: {'; '.join(names)}")
+            raise UserError(f"no candidate {', '.join(unknown)}; there are: {'; '.join(names)}")
         chosen = candidate or names
         tasks = [task for task in candidates.tasks(seeds) if task.candidate in chosen]
         if report and not file.exists():
-            sys.exit(f"{file} is not there: no candidate has been run")
+            raise UserError(f"{file} is not there: no candidate has been run")
         data_read: Splits | None = None
         stages = [(0,), range(1, seeds)] if keep else [range(seeds)]
         for stage in () if report else stages:
@@ -205,8 +206,6 @@ def main(
                 print(f"\n{made_of(asked)}.")
             if others := len(rows) - len(now):
                 print(f"{others} rows of other settings left out.")
-    except UserError as error:
-        sys.exit(str(error))
     if failed:
         sys.exit(f"{failed} failed; run the same command again to retry them")
 

@@ -12,7 +12,6 @@ experiments/configs/grocery.csv lists.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +25,9 @@ def photos(clone: Path) -> list[tuple[Path, str]]:
     """The natural photos of a clone, and where each goes: CLASS/SPLIT_NAME.jpg."""
     root = clone / "dataset"
     if not root.is_dir():
-        sys.exit(f"{clone} is no clone of GroceryStoreDataset: it has no folder dataset")
+        raise typer.BadParameter(
+            f"{clone} is no clone of GroceryStoreDataset: it has no folder dataset"
+        )
     found = []
     for split in ("train", "val", "test"):
         for photo in sorted((root / split).rglob("*.jpg")):
@@ -42,7 +43,7 @@ def main(
     """Resize the photos of the Grocery Store Dataset for the grocery experiment."""
     target = folder / "grocery-128"
     if target.exists():
-        sys.exit(f"{target} already exists")
+        raise typer.BadParameter(f"{target} already exists")
     found = photos(clone)
     for photo, name in found:
         path = target / name

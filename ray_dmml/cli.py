@@ -106,7 +106,7 @@ def train(
     if address is not None:
         os.environ["RAY_ADDRESS"] = address
     signals = _Signals(console)
-    with _user_errors(), _told_how_to_resume(console, signals) as run:
+    with user_errors(), _told_how_to_resume(console, signals) as run:
         old: Path | None = None
         if resume is not None:
             if init_from is not None:
@@ -154,7 +154,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Judge a run's checkpoint on its test classes again."""
-    with _user_errors():
+    with user_errors():
         from ray_dmml.console import results_table
         from ray_dmml.training import evaluate as evaluate_run
 
@@ -201,7 +201,7 @@ def tune(
     folder = resume or storage or Path("runs") / f"tune-{datetime.now():%Y%m%d-%H%M%S}"
     if address is not None:
         os.environ["RAY_ADDRESS"] = address
-    with _user_errors(), _told_how_to_go_on(console, folder):
+    with user_errors(), _told_how_to_go_on(console, folder):
         asked = None
         changes = {
             "num_samples": num_samples,
@@ -251,7 +251,7 @@ def tune(
 @app.command(name="config")
 def show_config(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Print the effective config with what each setting means, as YAML."""
-    with _user_errors():
+    with user_errors():
         print(documented_yaml(Config.load(config, overrides or ())), end="")
 
 
@@ -267,7 +267,7 @@ def check(
 
     Exit code 0: nothing to mend; 1: there are findings; 2: it cannot be loaded.
     """
-    with _user_errors():
+    with user_errors():
         settings = Config.load(config, overrides or ()).data
         from rich.progress import Progress
 
@@ -303,7 +303,7 @@ def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Addre
     def told(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    with _user_errors():
+    with user_errors():
         settings = Config.load(config, overrides or ()).data
         address = address or os.environ.get("RAY_ADDRESS")
         if address is None:
@@ -362,7 +362,7 @@ def _ray_and_training(in_process: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """A user's mistake is one message on standard error, not a traceback."""
     try:
         yield

@@ -38,12 +38,14 @@ def write_page(
     path: Path,
     search: Search,
     trials: Sequence[Trial],
+    best: Trial,
     final: Mapping[str, Any] | None,
     kept: Sequence[Trial] = (),
 ) -> None:
     """Writes the page.
 
     Args:
+        best: the one that best.yaml is of.
         final: the test figures of the final runs; None: there are none yet.
         kept: the trials that no other beats in objective and cost, where both were searched for.
     """
@@ -57,32 +59,29 @@ def write_page(
     ]
     if final is not None and finals:
         parts += ["<h2>Test classes</h2>", _final_table(final, search)]
-    if judged:
-        alike = at_common_step(judged)
-        steps = {trial.step for trial in alike}
-        when = (
-            f"step {steps.pop()}, which all trials reached"
-            if len(steps) == 1
-            else "the last report of each trial, as no step is common to all"
-        )
-        parts += [
-            "<h2>Objective, trial by trial</h2>",
-            _image(_history(judged, what), "Objective of each trial, and the best so far"),
-            "<h2>All settings of each trial</h2>",
-            f"<p>This and the plots below are of {when}. A line a trial, the darker the better; orange: the "
-            "best at its end.</p>",
-            _image(
-                _parallel(alike, search, what, _best(judged)), "Settings and figure of each trial"
-            ),
-            "<h2>What each setting explains</h2>",
-            *_explained(alike, search),
-            "<h2>Each setting by itself</h2>",
-            "<p>A point a trial: blue ones trained to their end, grey ones did not.</p>",
-            _image(_marginals(alike, search, what), "Figure of each trial over each setting"),
-        ]
+    alike = at_common_step(judged)
+    steps = {trial.step for trial in alike}
+    when = (
+        f"step {steps.pop()}, which all trials reached"
+        if len(steps) == 1
+        else "the last report of each trial, as no step is common to all"
+    )
+    parts += [
+        "<h2>Objective, trial by trial</h2>",
+        _image(_history(judged, what), "Objective of each trial, and the best so far"),
+        "<h2>All settings of each trial</h2>",
+        f"<p>This and the plots below are of {when}. A line a trial, the darker the better; orange: the "
+        "best at its end.</p>",
+        _image(_parallel(alike, search, what, best.number), "Settings and figure of each trial"),
+        "<h2>What each setting explains</h2>",
+        *_explained(alike, search),
+        "<h2>Each setting by itself</h2>",
+        "<p>A point a trial: blue ones trained to their end, grey ones did not.</p>",
+        _image(_marginals(alike, search, what), "Figure of each trial over each setting"),
+    ]
     if kept:
         parts += ["<h2>Quality against cost of inference</h2>", _pareto_table(kept, search)]
-    parts += ["<h2>Trials</h2>", _trials_table(trials, search)]
+    parts += ["<h2>Trials</h2>", _trials_table(trials, search, best.number)]
     text = "\n".join(parts)
     replace_file(
         path,
@@ -192,7 +191,7 @@ def _history(trials: Sequence[Trial], what: str) -> Figure:
     return _plain(figure)
 
 
-def _parallel(trials: Sequence[Trial], search: Search, what: str, best: int | None) -> Figure:
+def _parallel(trials: Sequence[Trial], search: Search, what: str, best: int) -> Figure:
     keys = list(search.config.space)
     figure = Figure(figsize=(max(9, 1.5 * len(keys)), 4), layout="constrained")
     axes = figure.add_subplot()
@@ -305,14 +304,7 @@ def _pareto_table(kept: Sequence[Trial], search: Search) -> str:
     return _table(head, rows)
 
 
-def _best(trials: Sequence[Trial]) -> int | None:
-    """Number of the trial that best.yaml is of."""
-    finished = [trial for trial in trials if trial.finished and trial.objective is not None]
-    return max(finished, key=lambda t: (t.objective, -t.number)).number if finished else None
-
-
-def _trials_table(trials: Sequence[Trial], search: Search) -> str:
-    best = _best(trials)
+def _trials_table(trials: Sequence[Trial], search: Search, best: int) -> str:
     head = [
         "trial",
         "status",

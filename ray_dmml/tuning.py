@@ -231,10 +231,10 @@ def run_search(
                 reporter.note(told)
             replace_file(files.best_file, search.config_of(best.params).to_yaml())
             kept = pareto(trials) if search.config.cost else []
-            write_page(files.page_file, search, trials, None, kept)
+            write_page(files.page_file, search, trials, best, None, kept)
             final = _final_runs(files, search, best, trials, reporter)
     replace_file(files.final_file, json.dumps(final, indent=1) + "\n")
-    write_page(files.page_file, search, trials, final, kept)
+    write_page(files.page_file, search, trials, best, final, kept)
     return final
 
 

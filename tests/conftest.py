@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from ray_dmml.config import Config
@@ -221,3 +224,21 @@ def ablations(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield ablations
     finally:
         sys.path.remove(str(EXPERIMENTS))
+
+
+Refused = Callable[[str], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Of a command's main: a user's mistake ends it with a sentence and exit code 2."""
+
+    @contextmanager
+    def expect(sentence: str) -> Iterator[None]:
+        with pytest.raises(typer.Exit) as ended:
+            yield
+        assert ended.value.exit_code == 2
+        told = capsys.readouterr().err
+        assert re.search(f"^error: .*{sentence}", told, re.M), told
+
+    return expect

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import EXPERIMENTS, tiny
+from conftest import EXPERIMENTS, Refused, tiny
 from safetensors.torch import load_file
 from scipy import stats
 
@@ -276,7 +276,7 @@ def test_differences_of_two_devices_are_marked(ablations: Any) -> None:
 
 
 def test_the_tables_page_is_whole_in_the_folder_and_between_marks_elsewhere(
-    ablation: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ablation: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     """A folder that was copied or renamed has a report.md of its old name, which is written anew. The
     project's page keeps what is outside its marks, and without them it is refused."""
@@ -300,7 +300,7 @@ def test_the_tables_page_is_whole_in_the_folder_and_between_marks_elsewhere(
     marked = f"<!-- characters -->\n\n{tables}\n<!-- /characters -->\n"
     assert page.read_text() == f"Before.\n{marked}After.\n"
     page.write_text("Before.\n")
-    with pytest.raises(SystemExit, match="has no marks <!-- characters -->"):
+    with refused("has no marks <!-- characters -->"):
         ablation.main("characters", report=True)
     assert page.read_text() == "Before.\n"
 
@@ -412,7 +412,7 @@ def test_rows_are_kept_and_finished_ones_are_not_run_again(
 
     # Rows of other settings are not mixed with these.
     ended = command(folder, *arms, "--seeds", "2", "--set", "cohort.base.embedding_size=24")
-    assert ended.returncode != 0 and "rows of other settings" in ended.stderr
+    assert ended.returncode == 2 and "rows of other settings" in ended.stderr
     assert file.read_text() == first
 
     # Neither are those of other images.
@@ -420,7 +420,7 @@ def test_rows_are_kept_and_finished_ones_are_not_run_again(
     shutil.copytree(image_folder, fewer)
     next(fewer.rglob("*.png")).unlink()
     ended = command(folder, *arms, "--seeds", "3", "--set", f"data.root={fewer}")
-    assert ended.returncode != 0 and "rows of other images" in ended.stderr
+    assert ended.returncode == 2 and "rows of other images" in ended.stderr
     assert file.read_text() == first
 
     # A learning rate that blows up: that arm fails, the other is finished; the old rows stand, and of
@@ -445,13 +445,20 @@ def ablation(ablations: Any) -> ModuleType:
     return ablation
 
 
-def test_a_folder_without_arms_is_refused(ablation: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"arms\.yaml"):
+def test_a_folder_without_arms_is_refused(
+    ablation: ModuleType, folder: Path, tmp_path: Path, refused: Refused
+) -> None:
+    """As are an arm that is none, and a report of nothing."""
+    with refused(r"arms\.yaml"):
         ablation.main(str(tmp_path))
+    with refused("no arm mutal; there are: independent; "):
+        ablation.main(str(folder), arm=["mutal"])
+    with refused(r"rows\.jsonl is not there: no arm has been run"):
+        ablation.main(str(folder), report=True)
 
 
 def test_of_arms_with_the_same_settings_one_is_run(
-    ablation: ModuleType, ablations: Any, folder: Path
+    ablation: ModuleType, ablations: Any, folder: Path, refused: Refused
 ) -> None:
     """Where arms.yaml takes relations of unit length anyway, that arm is the mutual one: its rows are copies
     that say so, in the file and in the table, and cost nothing. Arms that differ stay apart."""
@@ -492,7 +499,7 @@ def test_of_arms_with_the_same_settings_one_is_run(
     assert ablation.left_to_run([], wanted, alike) == [(one, 0), (one, 1)]
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(line for line in lines if "same_as" in line))
-    with pytest.raises(SystemExit, match=f"of rows that are gone: .*{re.escape(other)}"):
+    with refused(f"of rows that are gone: .*{re.escape(other)}"):
         ablation.main(str(folder), arm=[one, other], seeds=2)
 
 

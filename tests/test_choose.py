@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import EXPERIMENTS
+from conftest import EXPERIMENTS, Refused
 from test_ablation import PARTS, STEPS
 from test_ablation import folder as ablation
 
@@ -233,7 +233,7 @@ def test_the_table_s_means_are_over_seeds_then_over_held_out_sets(
 
 
 def test_rows_are_kept_and_their_figures_are_of_the_held_out_classes(
-    choose: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+    choose: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str], refused: Refused
 ) -> None:
     """On a private Ray: a row each of the candidate that is named, and none of another; a second run adds what is
     missing only; the table's means are the rows'."""
@@ -283,7 +283,7 @@ def test_rows_are_kept_and_their_figures_are_of_the_held_out_classes(
     choose.main(str(folder), report=True, candidate=["slow"])
     output = capsys.readouterr().out
     assert named not in output and " rows, " not in output
-    with pytest.raises(SystemExit, match="no candidate slo; there are: other views; slow"):
+    with refused("no candidate slo; there are: other views; slow"):
         choose.main(str(folder), report=True, candidate=["slo"])
     (folder / "config.yaml").write_text(config)
     # The processor's model, where the system tells; on others anything but nothing.
@@ -294,6 +294,6 @@ def test_rows_are_kept_and_their_figures_are_of_the_held_out_classes(
 
     # Other images under the same settings are not mixed with these.
     next((folder / "images").rglob("*.png")).unlink()
-    with pytest.raises(SystemExit, match="rows of other images"):
+    with refused("rows of other images"):
         choose.main(str(folder), seeds=3)
     assert len(file.read_text().splitlines()) == 4

@@ -58,7 +58,7 @@ def test_grocery_photos_get_the_names_of_the_manifest(tmp_path: Path) -> None:
     with Image.open(tmp_path / "out" / made[0]) as image:
         assert image.size == (128, 171)
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode != 0 and "already exists" in again.stderr
+    assert again.returncode == 2 and "already exists" in again.stderr
 
 
 def test_the_code_of_a_row_is_unknown_without_git(

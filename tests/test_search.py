@@ -214,7 +214,7 @@ def test_the_page_says_nothing_of_settings_that_few_trials_tried(
             trial(n, float(value), params={"loss.relational.angle": n / 3})
             for n, value in enumerate(values)
         ]
-        write_page(tmp_path / "page.html", found, trials, None)
+        write_page(tmp_path / "page.html", found, trials, best_trial(trials), None)
         page = (tmp_path / "page.html").read_text()
         assert page.count("<img") == plots and 'alt=""' not in page
         assert ("Left out: " in page) == (plots == 3)
@@ -281,7 +281,7 @@ def test_the_page_says_of_which_step_it_is(raw: dict[str, Any], tmp_path: Path) 
     one, other = (trial(n, n / 10, params={"loss.relational.angle": 1.0 + n}) for n in (1, 2))
     for step, says in ((5, "step 5, which all trials reached"), (3, "the last report of each")):
         other.reports[-1]["step"] = step
-        write_page(tmp_path / "page.html", found, [one, other], None)
+        write_page(tmp_path / "page.html", found, [one, other], other, None)
         assert says in (tmp_path / "page.html").read_text()
 
 
