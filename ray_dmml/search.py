@@ -14,7 +14,7 @@ import copy
 import importlib.util
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -235,6 +235,15 @@ class Search:
                     self._require_same_question(self._settings({key: drawn}), _OF_DRAWS)
                 except UserError as error:
                     raise UserError(f"space.{key}: {drawn}: {error}") from None
+        if config.folds > 1 and self.base.data.validation_fold:
+            raise UserError(
+                f"folds {config.folds} are counted from 0: leave out data.validation_fold"
+            )
+        if config.scheduler == "pbt" and len(set(self._numbers_of_peers())) > 1:
+            raise UserError(
+                "scheduler pbt copies a trial's peers to another trial, so all need as many: search the "
+                "number of peers with scheduler asha or none"
+            )
         if config.scheduler == "pbt" and not self.changed_in_mid_run:
             raise UserError(
                 f"scheduler pbt changes settings in mid-run, and {', '.join(config.space)} count only at "
@@ -248,6 +257,13 @@ class Search:
                 f"is: {', '.join(config.space)}"
             )
 
+    def _numbers_of_peers(self) -> Iterator[int]:
+        """Of the config, and of what each setting's extremes make of it."""
+        yield len(self.base.cohort.peers)
+        for key, distribution in self.config.space.items():
+            for drawn in distribution.extremes():
+                yield len(self.trial_config({key: drawn}).cohort.peers)
+
     def config_of(self, params: Params) -> Config:
         """The experiment with a draw's settings."""
         return Config.parse(self._settings(params), source="the trial's settings")
@@ -256,10 +272,12 @@ class Search:
         """The same for a trial: with the trials' settings, and without the test classes."""
         config = Config.parse(self._trial_settings(params), source="the trial's settings")
         train = config.train.model_copy(update={"tensorboard": False})  # nobody looks at it
-        # A checkpoint at each report, to go on from there.
+        # A checkpoint at each report, to go on from there, and between them where the config has more.
+        reports, own = config.train.evaluate_every, config.checkpoint.every_steps
         checkpoint = config.checkpoint.model_copy(
-            update={"every_steps": config.train.evaluate_every, "storage": None}
+            update={"every_steps": reports if not own or reports % own else own, "storage": None}
         )
+        fold += config.data.validation_fold
         data = config.data.model_copy(update={"validation_fold": fold})
         # Not the best: the final runs, which hold out no classes to choose by, will have none.
         weights = "averaged" if config.evaluation.weights == "averaged" else "last"
@@ -365,10 +383,13 @@ def final_rows(final: Mapping[str, Any], search: Search) -> list[list[str]]:
         shown_as = {"best": "config as it is"}
     for name, shown in shown_as.items():
         runs, validation = final[name]["test"], final[name]["validation"]
+        finished = [run for run in runs if "error" not in run]
+        if len(finished) < len(runs):
+            shown += f" ({len(finished)} of {len(runs)} seeds; the others failed)"
         row = [shown, "-" if validation is None else f"{100 * validation:.1f}"]
         for who in ("ensemble", "mean peer"):
             for metric in dict.fromkeys(("recall@1", "map@r", search.config.metric)):
-                values = [_figure(run, who, metric) for run in runs]
+                values = [_figure(run, who, metric) for run in finished]
                 deviation = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
                 row.append(f"{100 * np.mean(values):.1f}{deviation}" if values else "-")
         rows.append(row)

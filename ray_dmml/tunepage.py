@@ -108,10 +108,12 @@ def at_common_step(trials: Sequence[Trial]) -> list[Trial]:
     reported = (set(r["step"] for r in trial.reports) for trial in trials)
     common = set.intersection(*reported)
     step = max(common) if common else 0
-    return [
-        replace(trial, reports=[r for r in trial.reports if r["step"] <= step] or trial.reports)
-        for trial in trials
-    ]
+    then = []
+    for trial in trials:
+        reports = [r for r in trial.reports if r["step"] <= step] or trial.reports
+        params = reports[-1].get("params", trial.params)
+        then.append(replace(trial, reports=reports, params=params))
+    return then
 
 
 def importance(trials: Sequence[Trial], search: Search) -> dict[str, float]:

@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import ray
 from pydantic import ValidationError
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import (
     ASHAScheduler,
@@ -357,11 +357,12 @@ def _run_trials(
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
             ),
         )
-    ended = Event()
-    watcher = Thread(target=_watch, args=(files, search, watch, ended))
+    ended, over = Event(), Event()
+    watcher = Thread(target=_watch, args=(files, search, watch, ended, over))
     watcher.start()
     try:
         _name_the_lost(files, tuner.fit())
+        over.set()
     finally:
         ended.set()
         watcher.join()
@@ -378,7 +379,8 @@ def _can_restore(files: SearchFolder) -> bool:
     # The newest is what Ray Tune reads.
     newest = max(state.glob("experiment_state-*.json"), default=None, key=lambda file: file.name)
     with suppress(OSError, ValueError):
-        if newest and json.loads(newest.read_text()) and tune.Tuner.can_restore(str(state)):
+        is_whole = newest and json.loads(newest.read_text()) and _proposer_is_whole(state)
+        if is_whole and tune.Tuner.can_restore(str(state)):
             return True
     # A trial of several folds reports only after the last.
     if any(files.trials_folder.glob("*/fold*/checkpoints/*")):
@@ -390,6 +392,31 @@ def _can_restore(files: SearchFolder) -> bool:
         shutil.rmtree(folder, ignore_errors=True)
     files.trials_folder.mkdir(parents=True)
     return False
+
+
+def _proposer_is_whole(state: Path) -> bool:
+    """Where it cannot read what has been proposed, Ray Tune would silently begin all trials anew."""
+    readers = {"search_gen_state-*": json.loads, "searcher-state-*": cloudpickle.loads}
+    for pattern, read in readers.items():
+        newest = max(state.glob(pattern), default=None, key=lambda file: file.name)
+        try:
+            if newest is not None:
+                read(newest.read_bytes())
+        except Exception:  # a pickle that is cut off, or of another version, raises anything
+            return False
+    return True
+
+
+class _Halving(ASHAScheduler):
+    """ASHA that knows what trials of a resumed search have reported before: Ray's own would hold the figure
+    of a later step against those that others have at an earlier one."""
+
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        file = _journal_of(trial)
+        if file.exists():
+            for report in json.loads(file.read_text())["reports"]:
+                self._trial_info[trial.trial_id].on_result(trial, report[STEP], report[OBJECTIVE])
 
 
 class _Population(PopulationBasedTraining):
@@ -445,15 +472,30 @@ class _NameTheEnded(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        # Where the folder is now: it may have been moved since the search began.
-        folder = Path(trial.remote_experiment_path).parent
-        file = SearchFolder(folder).trials_folder / trial.trial_id / "trial.json"
+        file = _journal_of(trial)
         # A full disk, say; all is said once more when the search has ended.
         with suppress(OSError, CheckpointError):
             told = Trial(**json.loads(file.read_text()))
             if not told.finished:
                 told.over = True
                 replace_file(file, json.dumps(vars(told)))
+
+    def on_trial_error(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """One whose process is lost at its start has no file yet, in which _name_the_lost would say why."""
+        file = _journal_of(trial)
+        with suppress(OSError, CheckpointError):
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                told = Trial(trial.trial_id, dict(trial.config), began=time.time())
+                replace_file(file, json.dumps(vars(told)))
+
+
+def _journal_of(trial: TuneTrial) -> Path:
+    """Where the folder is now: it may have been moved since the search began."""
+    folder = Path(trial.remote_experiment_path).parent
+    return SearchFolder(folder).trials_folder / trial.trial_id / "trial.json"
 
 
 def _name_the_lost(files: SearchFolder, results: Iterable[tune.Result]) -> None:
@@ -473,13 +515,15 @@ def _watch(
     search: Search,
     watch: Callable[[Sequence[Trial]], None],
     ended: Event,
+    over: Event,
 ) -> None:
-    """Tells of the trials' news, and writes them down, until the search has ended, and once more then."""
+    """Tells of the trials' news, and writes them down, until the search has ended, and once more then; it is
+    over if nothing interrupted it."""
     told: list[Trial] = []
-    over = False
-    while not over:
-        over = ended.wait(POLL_S)
-        trials = files.trials(over=over)
+    is_last = False
+    while not is_last:
+        is_last = ended.wait(POLL_S)
+        trials = files.trials(over=over.is_set())
         if trials != told:
             watch(trials)
             told = trials
@@ -524,7 +568,7 @@ def _scheduler(search: Search) -> TrialScheduler:
     train_config = search.trial_config({}).train
     every = train_config.evaluate_every or train_config.steps
     if search.config.scheduler == "asha":
-        return ASHAScheduler(
+        return _Halving(
             time_attr=STEP,
             metric=OBJECTIVE,
             mode="max",
@@ -750,6 +794,7 @@ class _Journal:
         if self._file.exists():  # an earlier attempt
             self.trial = Trial(**json.loads(self._file.read_text()))
             self.trial.error, self.trial.over = None, False
+            self.trial.is_default |= is_default  # the file may be of one that was lost at its start
         self._began, self._before = time.monotonic(), self.trial.seconds
         self.write()
 
@@ -764,7 +809,8 @@ class _Journal:
     def report(self, row: dict[str, Any], checkpoint: Path | None = None) -> None:
         """To the journal and to the scheduler, which may end the trial here."""
         self.trial.reports = [each for each in self.trial.reports if each[STEP] < row[STEP]]
-        self.trial.reports.append(row)
+        # With its draw, which population based training may change later.
+        self.trial.reports.append({**row, "params": self.trial.params})
         # Told before Tune is: a scheduler may end the trial's process inside of its last report.
         self.trial.finished = row[STEP] >= self.last_step
         self.write()
@@ -834,6 +880,7 @@ def _final_runs(
     known = default.objective if default is not None and default.finished else None
     validation = {"best": best.objective, "default": known}
     final: dict[str, Any] = {}
+    failed: list[UserError] = []
     for name, params in chosen.items():
         if name == "default" and params == best.params:
             final[name] = final["best"]
@@ -845,10 +892,16 @@ def _final_runs(
         runs = []
         for seed in range(config.seed, config.seed + search.config.final_seeds):
             reporter.note(f"final run: {name}, seed {seed}")
-            runs.append(
-                _final_run(files.path / "final" / f"{run_name}-seed{seed}", config, seed, reporter)
-            )
+            folder = files.path / "final" / f"{run_name}-seed{seed}"
+            try:
+                runs.append(_final_run(folder, config, seed, reporter))
+            except UserError as error:  # that costs no other run, and none of the finished ones
+                reporter.note(f"final run: {name}, seed {seed} failed: {error}")
+                runs.append({"seed": seed, "error": str(error)})
+                failed.append(error)
         final[name] = {"params": values, "validation": validation[name], "test": runs}
+    if failed and all("error" in run for each in final.values() for run in each["test"]):
+        raise failed[0]
     return final
 
 

@@ -445,6 +445,26 @@ def ablation(ablations: Any) -> ModuleType:
     return ablation
 
 
+def test_rows_that_were_edited_by_hand_are_kept(ablations: Any, tmp_path: Path) -> None:
+    """Without a newline at the end, or with an empty line; what a kill has left of a row is not, once the
+    next is written. A line that is none is told with its number."""
+    file, rows_of = tmp_path / "rows.jsonl", ablations.running.rows_of
+    for before, after in (
+        ('{"seed": 0}\n\n{"seed": 1}', '{"seed": 0}\n\n{"seed": 1}\n{"seed": 2}\n'),
+        ('{"seed": 0}\n{"seed": 1}\n{"se', '{"seed": 0}\n{"seed": 1}\n{"seed": 2}\n'),
+    ):
+        file.write_text(before)
+        with rows_of(file) as (rows, _):
+            assert rows == [{"seed": 0}, {"seed": 1}]
+        assert file.read_text() == before
+        with rows_of(file) as (rows, add):
+            add({"seed": 2})
+        assert file.read_text() == after
+    file.write_text('{"seed": 0}\n<<<<\n{"seed": 1}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2 is no row: b'<<<<"), rows_of(file):
+        pass
+
+
 def test_a_folder_without_arms_is_refused(
     ablation: ModuleType, folder: Path, tmp_path: Path, refused: Refused
 ) -> None:

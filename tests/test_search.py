@@ -114,6 +114,8 @@ def test_a_search_file_that_cannot_be_is_refused(tmp_path: Path, text: str, says
         ({"trial": {"data.train_fraction": 0.9}}, r"trial: data\.train_fraction must stay .* are tested on"),
         ({"trial": {"evaluation.recall_at": [1]}}, r"trial: evaluation\.recall_at must stay"),
         ({"trial": {"checkpoint.storage": "there"}}, r"trial: checkpoint\.storage must stay"),
+        ({"space": {"cohort.peers": {"choice": [[{}, {"view": "weak"}], [{}, {}, {}]]},
+                    "loss.relational.angle": {"uniform": [0, 4]}}, "scheduler": "pbt"}, "all need as many"),
     ],
 )  # fmt: skip
 def test_trials_whose_settings_undo_the_search_are_refused(
@@ -123,7 +125,32 @@ def test_trials_whose_settings_undo_the_search_are_refused(
     space = {"loss.relational.angle": {"uniform": [0, 4]}}
     assert search(raw, space, trial={"train.steps": 2}).default == {"loss.relational.angle": 2.0}
     with pytest.raises(UserError, match=says):
-        search(raw, space, **settings)
+        search(raw, **{"space": space, **settings})
+
+
+def test_trials_hold_out_the_classes_that_the_config_does(raw: dict[str, Any]) -> None:
+    """Folds begin at the first."""
+    space = {"loss.relational.angle": {"uniform": [0, 4]}}
+    raw["data"]["validation_fold"] = 2
+    assert search(raw, space).trial_config({}).data.validation_fold == 2
+    with pytest.raises(UserError, match=r"leave out data\.validation_fold"):
+        search(raw, space, folds=2, scheduler="none")
+    del raw["data"]["validation_fold"]
+    asked = search(raw, space, folds=2, scheduler="none")
+    assert [asked.trial_config({}, n).data.validation_fold for n in (0, 1)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("reports", "own", "expected"), [(6, 0, 6), (6, 2, 2), (6, 4, 6), (6, 12, 6), (0, 3, 3)]
+)
+def test_trials_keep_their_state_at_each_report_and_where_the_config_does(
+    raw: dict[str, Any], reports: int, own: int, expected: int
+) -> None:
+    """A trial that reports at its end alone is not lost with its process."""
+    raw["train"] |= {"steps": 12, "evaluate_every": reports}
+    raw["checkpoint"]["every_steps"] = own
+    asked = search(raw, {"loss.relational.angle": {"uniform": [0, 4]}})
+    assert asked.trial_config({}).checkpoint.every_steps == expected
 
 
 def test_the_first_trial_is_the_config_where_a_peer_states_its_own(raw: dict[str, Any]) -> None:
@@ -271,8 +298,13 @@ def test_trials_are_compared_at_a_step_that_all_reached(raw: dict[str, Any]) -> 
         return Trial(str(number), {}, rows, number=number)
 
     trials = [reported(0, [0.2, 0.5, 0.9]), reported(1, [0.3, 0.4])]
-    assert [t.objective for t in at_common_step(trials)] == [0.5, 0.4]
-    assert trials[0].objective == 0.9
+    # Population based training has given it another draw since.
+    trials[0].params = {"loss.relational.angle": 3.0}
+    trials[0].reports[1]["params"] = {"loss.relational.angle": 2.0}
+    alike = at_common_step(trials)
+    assert [t.objective for t in alike] == [0.5, 0.4]
+    assert alike[0].params == {"loss.relational.angle": 2.0}
+    assert trials[0].objective == 0.9 and trials[0].params == {"loss.relational.angle": 3.0}
 
 
 def test_the_page_says_of_which_step_it_is(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -359,7 +391,7 @@ def test_population_based_training_changes_no_net_in_mid_run(raw: dict[str, Any]
     raw["cohort"]["peers"][1] = {"schedule": {"name": "step", "milestones": [2]}}
     of_nets = {
         "cohort.peers.1.init_seed": {"choice": [0, 1]},
-        "cohort.peers": {"choice": [raw["cohort"]["peers"], [{}, {}, {}]]},
+        "cohort.peers": {"choice": [raw["cohort"]["peers"], [{}, {}]]},
         "cohort.base.optimizer.name": {"choice": ["adam", "sgd"]},
         "cohort.peers.1": {"choice": [raw["cohort"]["peers"][1], {}]},
     }

@@ -22,14 +22,17 @@ import yaml
 from conftest import EXPERIMENTS, tiny
 from PIL import Image
 from ray import tune
+from ray.train._internal.storage import StorageContext
 from ray.tune import Result
+from ray.tune.experiment import Trial as TuneTrial
 from typer.testing import CliRunner
 
 from ray_dmml.cli import app
+from ray_dmml.cohort.session import ray_session
 from ray_dmml.config import Config
 from ray_dmml.errors import UserError
 from ray_dmml.runfolder import RunFolder
-from ray_dmml.search import Search, SearchConfig
+from ray_dmml.search import Search, SearchConfig, final_rows
 from ray_dmml.training import Silent
 from ray_dmml.tuning import (
     SearchFolder,
@@ -37,6 +40,7 @@ from ray_dmml.tuning import (
     _can_restore,
     _final_runs,
     _name_the_lost,
+    _NameTheEnded,
     _nodes,
     _reason,
     _require_room,
@@ -419,16 +423,27 @@ def write_trial(files: SearchFolder, trial: Trial) -> None:
     (folder / "trial.json").write_text(json.dumps(vars(trial)))
 
 
-@pytest.mark.parametrize("state", [None, '{"trial_data": ['])
+WHOLE = '{"trial_data": []}'
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"experiment_state-2026-01-01_00-00-00.json": '{"trial_data": ['},
+        {"experiment_state-2026-01-01_00-00-00.json": WHOLE, "search_gen_state-2026.json": "{"},
+        {"experiment_state-2026-01-01_00-00-00.json": WHOLE, "searcher-state-2026.pkl": "\x80"},
+    ],
+)
 def test_a_search_without_its_state_is_not_begun_anew_over_its_trials(
-    tmp_path: Path, state: str | None
+    tmp_path: Path, state: dict[str, str]
 ) -> None:
     """One that was killed before any trial reported is; what it left goes."""
     files = SearchFolder(tmp_path)
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "tuner.pkl").touch()
-    if state is not None:
-        (tmp_path / "ray" / "experiment_state-2026-01-01_00-00-00.json").write_text(state)
+    for name, text in state.items():
+        (tmp_path / "ray" / name).write_text(text)
     write_trial(files, Trial("a", {}))
     assert not _can_restore(files)
     assert files.trials() == [] and not (tmp_path / "ray").exists()
@@ -460,7 +475,9 @@ def test_a_table_that_cannot_be_written_ends_nothing(raw: dict[str, Any], tmp_pa
     files.results_file.mkdir()  # nothing can be put in its place
     over = Event()
     over.set()
-    _watch(files, search(raw), lambda trials: told.extend(trial.name for trial in trials), over)
+    _watch(
+        files, search(raw), lambda trials: told.extend(trial.name for trial in trials), over, over
+    )
     assert told == ["a"]
 
 
@@ -516,6 +533,70 @@ def test_a_trial_that_was_given_another_draw_is_not_the_config_as_it_is(
     assert final["default"]["validation"] == pytest.approx(0.2)
     final = _final_runs(files, found, best, [ended("a", 3.5, is_default=True), best], Silent())
     assert final["default"]["validation"] is None
+
+
+def test_a_final_run_that_fails_costs_no_other(raw: dict[str, Any], tmp_path: Path) -> None:
+    """It is told with its seed and reason, in the table with how many are left; where all fail, there is
+    nothing to show."""
+    raw["cohort"]["base"]["num_cpus"] = 0.5
+    found, files = search(raw, final_seeds=2), SearchFolder(tmp_path)
+    best = ended("a", 2.0, is_default=True)
+
+    def damage(seed: int) -> None:
+        (tmp_path / f"final/default-seed{seed}").mkdir(parents=True)
+        (tmp_path / f"final/default-seed{seed}/config.yaml").write_text("train: {stesp: 4}")
+
+    damage(1)
+    with ray_session():
+        final = _final_runs(files, found, best, [best], Silent())
+    (first, second) = final["best"]["test"]
+    assert first["ensemble"]["recall@1"] >= 0 and (second["seed"], "stesp" in second["error"]) == (
+        1,
+        True,
+    )
+    (row,) = final_rows(final, found)
+    assert row[0] == "config as it is (1 of 2 seeds; the others failed)"
+    assert row[2] == f"{100 * first['ensemble']['recall@1']:.1f}"
+
+    shutil.rmtree(tmp_path / "final/default-seed0")
+    damage(0)
+    with pytest.raises(UserError, match="stesp"):
+        _final_runs(files, found, best, [best], Silent())
+
+
+def test_a_trial_that_is_lost_before_it_wrote_anything_is_told_too(tmp_path: Path) -> None:
+    """One whose process was killed while it imported torch, say."""
+    storage, draw = StorageContext(str(tmp_path), "ray"), {ANGLE: 1.0}
+    lost = TuneTrial("trial", trial_id="9a", stub=True, storage=storage, config=draw)
+    _NameTheEnded().on_trial_error(1, [lost], lost)
+    files, killed = SearchFolder(tmp_path), RuntimeError("The actor died.\nOut of memory.")
+    _name_the_lost(files, [Result({}, None, killed, str(tmp_path / "ray/_trial_9a_1_angle=1"))])
+    (told,) = files.trials()
+    assert (told.params, told.error, told.status) == (draw, "Out of memory.", "failed")
+
+
+def test_a_resumed_search_compares_trials_at_equal_steps(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """ASHA is told again what a trial had reported: its next figure is of a later step than those that
+    others are yet to reach."""
+    steps = {"train": {"steps": 8, "evaluate_every": 2}}
+    storage = StorageContext(str(tmp_path), "ray")
+    before, new = (
+        TuneTrial("trial", trial_id=name, stub=True, storage=storage) for name in ("a", "b")
+    )
+    reports = [{"step": step, "objective": step / 10, "cost": 1.0} for step in (2, 4)]
+    write_trial(SearchFolder(tmp_path), Trial("a", {ANGLE: 1.0}, reports))
+    scheduler = _scheduler(search(raw | steps, scheduler="asha"))
+    for each in (before, new):
+        scheduler.on_trial_add(None, each)
+
+    def verdict(trial: TuneTrial, step: int, objective: float) -> str:
+        return scheduler.on_trial_result(None, trial, {"step": step, "objective": objective})
+
+    assert verdict(before, 6, 0.6) == "CONTINUE"
+    assert verdict(new, 2, 0.25) == "CONTINUE"
+    assert verdict(new, 4, 0.45) == "CONTINUE"  # 0.4 was the other's here, not 0.6
 
 
 def test_a_trial_whose_process_was_killed_is_told_from_one_of_the_same_draw(tmp_path: Path) -> None:

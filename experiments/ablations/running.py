@@ -27,7 +27,7 @@ def rows_of(file: Path) -> Iterator[tuple[list[Row], Callable[[Row], None]]]:
     """The finished rows, and how one is added, to them and to the file; for one process at a time.
 
     Raises:
-        UserError: another process has the file.
+        UserError: another process has the file, or a line of it is no row.
     """
     with file.open("a+b") as opened:
         try:
@@ -35,19 +35,35 @@ def rows_of(file: Path) -> Iterator[tuple[list[Row], Callable[[Row], None]]]:
         except BlockingIOError:
             raise UserError(f"{file} is being written by another run of this command") from None
         opened.seek(0)
-        found = opened.read()
-        whole = found.rfind(b"\n") + 1  # of a line that was cut off nothing is left
-        opened.truncate(whole)
-
-        rows = [json.loads(line) for line in found[:whole].splitlines()]
+        rows, whole = _rows(opened.read(), file)
+        mended = False
 
         def add(row: Row) -> None:
+            nonlocal mended
+            if not mended:
+                opened.truncate(len(whole))
+                opened.write(b"" if whole.endswith(b"\n") or not whole else b"\n")
+                mended = True
             opened.write(json.dumps(row).encode() + b"\n")
             opened.flush()
             os.fsync(opened.fileno())
             rows.append(row)
 
         yield rows, add
+
+
+def _rows(found: bytes, file: Path) -> tuple[list[Row], bytes]:
+    """The rows, and what is left of the bytes without a last line that was cut off by a kill."""
+    rows, whole = [], b""
+    for number, line in enumerate(found.splitlines(keepends=True), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError:
+            if not line.endswith(b"\n"):
+                break
+            raise UserError(f"{file}, line {number} is no row: {line[:60]!r}") from None
+        whole += line
+    return rows, whole
 
 
 def images_of(splits: Splits) -> str:
