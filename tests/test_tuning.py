@@ -197,11 +197,12 @@ def test_population_based_training_changes_weights_in_mid_run(
 def test_a_draw_that_cannot_be_ends_its_own_trial(
     ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A second peer's interval where there is no second peer. With population based training, too, where
-    the others would wait for the one that failed."""
+    """A milestone where there is no schedule of steps. With population based training, too, where the others
+    would wait for the one that failed."""
+    raw["cohort"]["peers"][1] = {"schedule": {"name": "step", "milestones": [2]}}
     space = {
-        "cohort.peers": {"choice": [raw["cohort"]["peers"], [{}]]},
-        "cohort.peers.1.update_interval": {"choice": [1, 2]},
+        "cohort.peers": {"choice": [raw["cohort"]["peers"], [{}, {}]]},
+        "cohort.peers.1.schedule.milestones.0": {"choice": [2, 3]},
     }
     for scheduler in ("none", "pbt"):
         folder = tmp_path / scheduler
@@ -209,9 +210,9 @@ def test_a_draw_that_cannot_be_ends_its_own_trial(
         rows = rows_of(folder)
         assert {row["status"] for row in rows} == {"finished", "failed"} and len(rows) == 4
         for row in rows:
-            alone = row["cohort.peers"] == "[{}]"
-            assert (row["status"] == "failed") == alone
-            assert ("cohort.peers has entries 0 to 0" in row["error"]) == alone
+            without = row["cohort.peers"] == "[{}, {}]"
+            assert (row["status"] == "failed") == without
+            assert ("milestones" in row["error"]) == without
 
 
 @pytest.mark.parametrize(
