@@ -396,12 +396,12 @@ def _can_restore(files: SearchFolder) -> bool:
 
 def _proposer_is_whole(state: Path) -> bool:
     """Where it cannot read what has been proposed, Ray Tune would silently begin all trials anew."""
-    readers = {"search_gen_state-*": json.loads, "searcher-state-*": cloudpickle.loads}
-    for pattern, read in readers.items():
+    # Pickles all, whatever Ray Tune calls them.
+    for pattern in ("basic-variant-state-*", "search_gen_state-*", "searcher-state-*"):
         newest = max(state.glob(pattern), default=None, key=lambda file: file.name)
         try:
             if newest is not None:
-                read(newest.read_bytes())
+                cloudpickle.loads(newest.read_bytes())
         except Exception:  # a pickle that is cut off, or of another version, raises anything
             return False
     return True
