@@ -258,8 +258,8 @@ class Search:
             )
 
     def _numbers_of_peers(self) -> Iterator[int]:
-        """Of the config, and of what each setting's extremes make of it."""
-        yield len(self.base.cohort.peers)
+        """Of the default trial, and of what each setting's extremes make of it."""
+        yield len(self.trial_config({}).cohort.peers)
         for key, distribution in self.config.space.items():
             for drawn in distribution.extremes():
                 yield len(self.trial_config({key: drawn}).cohort.peers)

@@ -336,7 +336,7 @@ def _run_trials(
         tune.with_parameters(_trial, search=search, folder=str(files.path)), resources
     )
     state = str(files.path / "ray")
-    if resumed and _can_restore(files):
+    if resumed and _can_restore(files, search.config.proposer):
         tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True, resume_errored=True)
     else:
         tuner = tune.Tuner(
@@ -352,7 +352,7 @@ def _run_trials(
                 name="ray",
                 storage_path=str(files.path),
                 verbose=0,
-                callbacks=[_NameTheEnded()],
+                callbacks=[_NameTheEnded(search.default)],
                 # Of a cohort each, of pbt alone; a copied trial's must last until it was copied.
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
             ),
@@ -368,7 +368,7 @@ def _run_trials(
         watcher.join()
 
 
-def _can_restore(files: SearchFolder) -> bool:
+def _can_restore(files: SearchFolder, proposer: str) -> bool:
     """Whether Ray Tune's state of a search is there; where a search was killed before there was any, what it
     left is removed.
 
@@ -379,8 +379,8 @@ def _can_restore(files: SearchFolder) -> bool:
     # The newest is what Ray Tune reads.
     newest = max(state.glob("experiment_state-*.json"), default=None, key=lambda file: file.name)
     with suppress(OSError, ValueError):
-        is_whole = newest and json.loads(newest.read_text()) and _proposer_is_whole(state)
-        if is_whole and tune.Tuner.can_restore(str(state)):
+        is_whole = newest and json.loads(newest.read_text()) and tune.Tuner.can_restore(str(state))
+        if is_whole and _is_whole(state, proposer):
             return True
     # A trial of several folds reports only after the last.
     if any(files.trials_folder.glob("*/fold*/checkpoints/*")):
@@ -394,14 +394,18 @@ def _can_restore(files: SearchFolder) -> bool:
     return False
 
 
-def _proposer_is_whole(state: Path) -> bool:
-    """Where it cannot read what has been proposed, Ray Tune would silently begin all trials anew."""
-    # Pickles all, whatever Ray Tune calls them.
-    for pattern in ("basic-variant-state-*", "search_gen_state-*", "searcher-state-*"):
+def _is_whole(state: Path, proposer: str) -> bool:
+    """Whether what has been proposed is there; without, Ray Tune would break off, or end with trials undone."""
+    patterns = ["basic-variant-state-*"]
+    if proposer == "optuna":
+        patterns = ["search_gen_state-*", "searcher-state-*"]
+    for pattern in patterns:
         newest = max(state.glob(pattern), default=None, key=lambda file: file.name)
         try:
             if newest is not None:
-                cloudpickle.loads(newest.read_bytes())
+                cloudpickle.loads(newest.read_bytes())  # whatever Ray Tune calls it
+            elif proposer == "optuna":  # random draws are all in the experiment's state, too
+                return False
         except Exception:  # a pickle that is cut off, or of another version, raises anything
             return False
     return True
@@ -469,6 +473,9 @@ class _Population(PopulationBasedTraining):
 class _NameTheEnded(tune.Callback):
     """A trial that the scheduler ends is stopped inside of its last report, and cannot write it down."""
 
+    def __init__(self, default: Params) -> None:
+        self.default = dict(default)
+
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
@@ -488,7 +495,9 @@ class _NameTheEnded(tune.Callback):
         with suppress(OSError, CheckpointError):
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                told = Trial(trial.trial_id, dict(trial.config), began=time.time())
+                params = dict(trial.config)
+                told = Trial(trial.trial_id, params, began=time.time())
+                told.is_default = params == self.default
                 replace_file(file, json.dumps(vars(told)))
 
 

@@ -128,6 +128,12 @@ def test_trials_whose_settings_undo_the_search_are_refused(
         search(raw, **{"space": space, **settings})
 
 
+def test_a_population_may_have_another_number_of_peers_than_the_config(raw: dict[str, Any]) -> None:
+    space = {"loss.relational.angle": {"uniform": [0, 4]}}
+    found = search(raw, space, trial={"cohort.peers": [{}, {}, {}]}, scheduler="pbt")
+    assert len(found.trial_config({}).cohort.peers) == 3
+
+
 def test_trials_hold_out_the_classes_that_the_config_does(raw: dict[str, Any]) -> None:
     """Folds begin at the first."""
     space = {"loss.relational.angle": {"uniform": [0, 4]}}

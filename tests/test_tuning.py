@@ -449,13 +449,13 @@ def test_a_search_without_its_state_is_not_begun_anew_over_its_trials(
     for name, text in state.items():
         (tmp_path / "ray" / name).write_text(text)
     write_trial(files, Trial("a", {}))
-    assert not _can_restore(files)
+    assert not _can_restore(files, "optuna")
     assert files.trials() == [] and not (tmp_path / "ray").exists()
 
     write_trial(files, Trial("b", {}))  # trained, and has reported nothing yet
     (files.trials_folder / "b" / "fold0" / "checkpoints" / "step-2").mkdir(parents=True)
     with pytest.raises(UserError, match=r"cannot go on\. What its trials reported is in .*results"):
-        _can_restore(files)
+        _can_restore(files, "optuna")
     assert [trial.name for trial in files.trials()] == ["b"]
 
 
@@ -463,7 +463,7 @@ def test_a_search_without_its_state_is_not_begun_anew_over_its_trials(
 def test_a_search_goes_on_only_with_all_that_it_has_proposed(
     raw: dict[str, Any], tmp_path: Path, proposer: str
 ) -> None:
-    """Ray Tune would begin anew without a word where it cannot read that."""
+    """Ray Tune would break off in the middle, or end with trials undone; what is drawn at random it holds twice."""
     files = SearchFolder(tmp_path)
     (files.trials_folder / "a" / "fold0" / "checkpoints" / "step-2").mkdir(parents=True)
     state = tmp_path / "ray"
@@ -476,15 +476,21 @@ def test_a_search_goes_on_only_with_all_that_it_has_proposed(
     before = set(state.iterdir())
     proposes.save_to_dir(str(state), session_str="2026-01-01_00-00-00")
     written = set(state.iterdir()) - before
-    assert written and _can_restore(files)
+    assert written and _can_restore(files, proposer)
 
     for file in written:
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(UserError, match="damaged: this search cannot go on"):
-            _can_restore(files)
+            _can_restore(files, proposer)
+        file.unlink()
+        if proposer == "random":
+            assert _can_restore(files, proposer)
+        else:
+            with pytest.raises(UserError, match="damaged: this search cannot go on"):
+                _can_restore(files, proposer)
         file.write_bytes(whole)
-    assert _can_restore(files)
+    assert _can_restore(files, proposer)
 
 
 def test_a_search_goes_on_in_one_process_at_a_time(
@@ -599,12 +605,14 @@ def test_a_final_run_that_fails_costs_no_other(raw: dict[str, Any], tmp_path: Pa
 def test_a_trial_that_is_lost_before_it_wrote_anything_is_told_too(tmp_path: Path) -> None:
     """One whose process was killed while it imported torch, say."""
     storage, draw = StorageContext(str(tmp_path), "ray"), {ANGLE: 1.0}
+    write_trial(SearchFolder(tmp_path), Trial("8f", {ANGLE: 2.0}, began=1.0))
     lost = TuneTrial("trial", trial_id="9a", stub=True, storage=storage, config=draw)
-    _NameTheEnded().on_trial_error(1, [lost], lost)
+    _NameTheEnded({ANGLE: 1.0}).on_trial_error(1, [lost], lost)
     files, killed = SearchFolder(tmp_path), RuntimeError("The actor died.\nOut of memory.")
     _name_the_lost(files, [Result({}, None, killed, str(tmp_path / "ray/_trial_9a_1_angle=1"))])
-    (told,) = files.trials()
+    told, _ = files.trials()  # the config as it is comes first, whenever it was lost
     assert (told.params, told.error, told.status) == (draw, "Out of memory.", "failed")
+    assert told.is_default
 
 
 def test_a_resumed_search_compares_trials_at_equal_steps(
