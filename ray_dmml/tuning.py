@@ -143,7 +143,9 @@ class SearchFolder:
     def create(self, search: Search) -> None:
         """Raises UserError where the folder is taken or cannot be made."""
         RunFolder(self.path).refuse_existing("--storage")
-        asked = {"settings": search.raw, "search": search.config.model_dump(mode="json")}
+        # It goes on with what it was begun with, also where Optuna has come or gone since.
+        config = search.config.model_copy(update={"search": search.config.proposer})
+        asked = {"settings": search.raw, "search": config.model_dump(mode="json")}
         try:
             self.trials_folder.mkdir(parents=True)
             replace_file(self.asked_file, yamlio.dump(asked))

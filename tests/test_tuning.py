@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import shutil
@@ -429,9 +430,6 @@ def write_trial(files: SearchFolder, trial: Trial) -> None:
     (folder / "trial.json").write_text(json.dumps(vars(trial)))
 
 
-WHOLE = '{"trial_data": []}'
-
-
 @pytest.mark.parametrize(
     "state",
     [
@@ -469,7 +467,7 @@ def test_a_search_goes_on_only_with_all_that_it_has_proposed(
     state = tmp_path / "ray"
     state.mkdir()
     (state / "tuner.pkl").touch()
-    (state / "experiment_state-2026-01-01_00-00-00.json").write_text(WHOLE)
+    (state / "experiment_state-2026-01-01_00-00-00.json").write_text('{"trial_data": []}')
     proposes = _proposer(search(raw, search=proposer))
     if isinstance(proposes, Searcher):  # as Ray Tune does
         proposes = SearchGenerator(proposes)
@@ -491,6 +489,26 @@ def test_a_search_goes_on_only_with_all_that_it_has_proposed(
                 _can_restore(files, proposer)
         file.write_bytes(whole)
     assert _can_restore(files, proposer)
+
+
+def test_a_search_goes_on_with_the_proposer_that_it_was_begun_with(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extra may be installed, or be gone, before it is resumed."""
+    find_spec = importlib.util.find_spec
+    without, with_it, population = (SearchFolder(tmp_path / name) for name in ("a", "b", "c"))
+    with_it.create(search(raw, search=None))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "optuna" else find_spec(name)
+        )
+        without.create(search(raw, search=None))
+        population.create(search(raw, search=None, scheduler="pbt"))
+        with pytest.raises(UserError, match=r"pip install 'ray-dmml\[search\]'"):
+            with_it.search()
+    assert without.search().config.proposer == "random"
+    assert population.search().config.proposer == "random"
+    assert with_it.search().config.proposer == "optuna"
 
 
 def test_a_search_goes_on_in_one_process_at_a_time(
