@@ -228,7 +228,7 @@ def drive(folder: Path) -> None:
 
     from ray_dmml.cohort import remote
     from ray_dmml.cohort.coordinator import Coordinator
-    from ray_dmml.config import Config
+    from ray_dmml.config.schema import Config
     from ray_dmml.training import Silent, train
 
     plan = json.loads((folder / "plan.json").read_text())
@@ -384,7 +384,7 @@ class Undisturbed:
         self._found: dict[str, Any] = {}
 
     def is_equal(self, variant: str, run: Path, faults: list[dict[str, Any]]) -> bool:
-        from ray_dmml.config import Config
+        from ray_dmml.config.schema import Config
         from ray_dmml.runfolder import RunFolder
         from ray_dmml.training import train
 

@@ -24,7 +24,7 @@ from chaos import make_images, processes_of, settings
 from rich.console import Console
 from rich.table import Table
 
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.training import Silent, train
 
 MIB = 2**20

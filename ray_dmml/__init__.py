@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray_dmml.config import Config
+    from ray_dmml.config.schema import Config
     from ray_dmml.errors import UserError
     from ray_dmml.inference import TrainedCohort, load_cohort
     from ray_dmml.training import evaluate, train
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Config", "TrainedCohort", "UserError", "evaluate", "load_cohort", "train"]
 
 _HOMES = {
-    "Config": "ray_dmml.config",
+    "Config": "ray_dmml.config.schema",
     "UserError": "ray_dmml.errors",
     "TrainedCohort": "ray_dmml.inference",
     "load_cohort": "ray_dmml.inference",

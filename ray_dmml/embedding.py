@@ -18,7 +18,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ray_dmml.config import PeerConfig
+from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import seeded
 

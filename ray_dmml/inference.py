@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ray_dmml.config import PeerConfig
+from ray_dmml.config.schema import PeerConfig
 from ray_dmml.data.images import Aspect, FileImages
 from ray_dmml.data.views import View, evaluation_view
 from ray_dmml.embedding import EmbeddingNet, load_net_weights

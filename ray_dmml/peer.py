@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ray_dmml.config import LossConfig, PeerConfig, ScheduleConfig
+from ray_dmml.config.schema import LossConfig, PeerConfig, ScheduleConfig
 from ray_dmml.data.images import ImageSet
 from ray_dmml.data.loading import Batch, in_chunks
 from ray_dmml.data.views import View, evaluation_view, training_view
@@ -52,7 +52,7 @@ class Peer:
         num_classes: training classes (for losses with proxies).
         decode_size: side S of the decoded images it is given, in pixels.
         device: where it computes.
-        on_bad_numbers: ``fail`` or ``skip``, see :class:`~ray_dmml.config.RunConfig`.
+        on_bad_numbers: ``fail`` or ``skip``, see :class:`~ray_dmml.config.schema.RunConfig`.
         max_bad_in_a_row: with ``skip``, batches that may be left out one after the other.
         initial_weights: False leaves ``config.weights`` unread, for a state that is loaded next.
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_dmml.checkpoint import CheckpointStore, sync
-from ray_dmml.config import Config, moved, read_settings
+from ray_dmml.config.schema import Config, moved, read_settings
 from ray_dmml.errors import CheckpointError, UserError
 
 _VERSIONS = ("ray-dmml", "torch", "torchvision", "timm", "pytorch-metric-learning", "ray", "numpy")

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from ray_dmml.config import (
+from ray_dmml.config.schema import (
     Config,
     Count,
     Section,
@@ -194,7 +194,7 @@ class Search:
     """A search over an experiment's settings.
 
     Args:
-        raw: the experiment's settings as :func:`~ray_dmml.config.read_settings` gives them.
+        raw: the experiment's settings as :func:`~ray_dmml.config.schema.read_settings` gives them.
         config: the search.
 
     Raises:

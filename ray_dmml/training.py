@@ -18,7 +18,7 @@ import numpy as np
 
 from ray_dmml.checkpoint import Checkpoint, DamagedError, PeerFiles
 from ray_dmml.cohort import Cohort, StepRow
-from ray_dmml.config import Config, dotted, moved
+from ray_dmml.config.schema import Config, dotted, moved
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import ImageSet, Splits
 from ray_dmml.data.loading import build_sampler

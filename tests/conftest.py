@@ -25,7 +25,7 @@ import torch
 import typer
 from PIL import Image
 
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 
 torch.set_num_threads(1)
 

@@ -20,7 +20,7 @@ from conftest import EXPERIMENTS, Refused, tiny
 from safetensors.torch import load_file
 from scipy import stats
 
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.embedding import WHEEL_BACKBONES
 from ray_dmml.errors import UserError

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ray_dmml.config import Config, DataConfig
+from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data import images as images_module
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import BadImageError, FileImages, hold_out_classes

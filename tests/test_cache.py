@@ -26,7 +26,7 @@ import torch
 from conftest import tiny, write_image
 from torch import Tensor
 
-from ray_dmml.config import Config, DataConfig
+from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data.cache import HEADER_BYTES, CachedImages, record_bytes
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import BadImageError, Splits

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_dmml.config import DataConfig
+from ray_dmml.config.schema import DataConfig
 from ray_dmml.data.datasets import characters, load_splits
 
 

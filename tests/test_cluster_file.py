@@ -30,7 +30,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ray_dmml.autoscaling import spot_first
 from ray_dmml.cohort import placement
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 CLUSTER_FILE = ROOT / "cluster.yaml"

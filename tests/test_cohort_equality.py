@@ -12,7 +12,7 @@ from conftest import assert_same, tiny, unlike_peers
 
 from ray_dmml.cohort import Cohort
 from ray_dmml.cohort.local import LocalCohort
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.losses.relational import distance_loss
 from ray_dmml.peerfiles import decode_peer

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from ray_dmml.config import (
+from ray_dmml.config.schema import (
     AveragingConfig,
     CohortConfig,
     Config,
@@ -28,7 +28,7 @@ from ray_dmml.config import (
     TrainConfig,
     Transform,
 )
-from ray_dmml.configdoc import documented_yaml
+from ray_dmml.config.document import documented_yaml
 from ray_dmml.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 from typer.testing import CliRunner
 
 from ray_dmml.cli import app
-from ray_dmml.config import DataConfig
+from ray_dmml.config.schema import DataConfig
 from ray_dmml.data.check import Group, Report, look_over
 from ray_dmml.data.checktable import histogram
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from ray_dmml.config import DataConfig
+from ray_dmml.config.schema import DataConfig
 from ray_dmml.data.datasets import benchmarks, load_splits
 from ray_dmml.data.images import (
     BadImageError,

@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import Tensor
 
-from ray_dmml.config import PeerConfig
+from ray_dmml.config.schema import PeerConfig
 from ray_dmml.embedding import EmbeddingNet, build_embedding_net, load_net_weights
 from ray_dmml.errors import UserError
 
@@ -187,7 +187,7 @@ def test_weights_that_cannot_be_downloaded(tmp_path: Path) -> None:
     """What to do instead: weights of the package index, of the same backbone where it has them there."""
     code = (
         "import sys\n"
-        "from ray_dmml.config import PeerConfig\n"
+        "from ray_dmml.config.schema import PeerConfig\n"
         "from ray_dmml.embedding import build_embedding_net\n"
         "from ray_dmml.errors import UserError\n"
         "for name in sys.argv[1:]:\n"

@@ -10,7 +10,7 @@ import pytest
 import scipy.io
 from conftest import write_image
 
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.training import train
 
 CONFIGS = Path(__file__).parent.parent / "experiments" / "configs"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_dmml.config import Config, read_settings
+from ray_dmml.config.schema import Config, read_settings
 from ray_dmml.search import Search, load_search
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"

@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 
 pytest.importorskip("pyarrow.fs", reason="ray[tune] brings pyarrow, which is not installed")
 
-from ray_dmml import yamlio
+from ray_dmml.config import yamlio
 from ray_dmml.cli import app
-from ray_dmml.config import Config, DataConfig
+from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data import fetch as fetch_module
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.fetch import COPIED, DIGESTS, DONE, fetch, local_root
@@ -88,7 +88,7 @@ def test_many_at_once_make_one_copy(images: Path, tmp_path: Path) -> None:
     """As the peers of a node do."""
     asked = config(images, root=tmp_path / "copy")
     code = (
-        "import sys; from ray_dmml.config import DataConfig; from ray_dmml.data.fetch import fetch\n"
+        "import sys; from ray_dmml.config.schema import DataConfig; from ray_dmml.data.fetch import fetch\n"
         "fetch(DataConfig.model_validate_json(sys.argv[1]), print)"
     )
     command = [sys.executable, "-c", code, asked.model_dump_json()]

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ray_dmml import yamlio
-from ray_dmml.config import QUICKSTART, Config
+from ray_dmml.config import yamlio
+from ray_dmml.config.schema import QUICKSTART, Config
 from ray_dmml.data.datasets import manifest
 from ray_dmml.errors import UserError
 

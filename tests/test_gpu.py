@@ -12,7 +12,7 @@ import torch
 from conftest import assert_same, tiny
 
 from ray_dmml.cohort.local import LocalCohort, build_peer
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loading import BatchLoader, build_sampler
 from ray_dmml.data.views import training_view

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny
 
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import BadImageError, ImageSet
 from ray_dmml.data.loading import BatchLoader, in_chunks

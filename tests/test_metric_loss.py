@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from ray_dmml.config import MetricLossConfig
+from ray_dmml.config.schema import MetricLossConfig
 from ray_dmml.errors import UserError
 from ray_dmml.losses.metric import (
     DistanceWeightedNegativeMiner,

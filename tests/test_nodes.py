@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from conftest import tiny
 
-from ray_dmml import yamlio
-from ray_dmml.config import Config
+from ray_dmml.config import yamlio
+from ray_dmml.config.schema import Config
 from ray_dmml.runfolder import RunFolder
 from ray_dmml.training import train
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from ray_dmml.cohort.local import LocalCohort
-from ray_dmml.config import Config, LossConfig, PeerConfig, ScheduleConfig
+from ray_dmml.config.schema import Config, LossConfig, PeerConfig, ScheduleConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loading import Batch, build_sampler
 from ray_dmml.embedding import EmbeddingNet, build_embedding_net
@@ -616,7 +616,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from conftest import tiny
 from ray_dmml.cohort.local import LocalCohort
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError
 

@@ -19,7 +19,7 @@ from conftest import tiny
 from ray_dmml.cohort import transport as transports
 from ray_dmml.cohort.coordinator import Coordinator
 from ray_dmml.cohort.transport import checksum
-from ray_dmml.config import Config, RunConfig
+from ray_dmml.config.schema import Config, RunConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import Interrupted, PeerLostError, UserError
 from ray_dmml.runfolder import RunFolder

@@ -16,7 +16,7 @@ import torch
 from test_peer import STILL, batch, build, settings, teachers
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from ray_dmml.config import PeerConfig
+from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import PeerLostError
 from ray_dmml.peer import Peer
 from ray_dmml.replicas import Replica, Replicas, Wire

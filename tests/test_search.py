@@ -13,7 +13,7 @@ from conftest import tiny
 from ray.tune.schedulers.pbt import _explore
 from rich.console import Console
 
-from ray_dmml.config import QUICKSTART, read_settings
+from ray_dmml.config.schema import QUICKSTART, read_settings
 from ray_dmml.console import final_table
 from ray_dmml.errors import UserError
 from ray_dmml.search import Search, SearchConfig, final_head, final_rows, load_search

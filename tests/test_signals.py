@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny
 
-from ray_dmml import yamlio
+from ray_dmml.config import yamlio
 from ray_dmml.runfolder import RunFolder
 from ray_dmml.training import train
 

@@ -14,7 +14,7 @@ from conftest import S3Server, tiny
 from typer.testing import CliRunner
 
 from ray_dmml.cli import app
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.errors import Interrupted
 from ray_dmml.runfolder import RunFolder
 from ray_dmml.training import Silent, train

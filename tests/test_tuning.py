@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 from ray_dmml.cli import app
 from ray_dmml.cohort.session import ray_session
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.runfolder import RunFolder
 from ray_dmml.search import Search, SearchConfig, final_rows

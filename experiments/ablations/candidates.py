@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from ray_dmml.config import dotted, explain, read_yaml
+from ray_dmml.config.schema import dotted, explain, read_yaml
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import ImageSet, Splits, hold_out_classes
 from ray_dmml.errors import UserError

@@ -20,7 +20,7 @@ from provenance import cpu
 from safetensors.torch import save_file
 
 from ray_dmml.cohort.local import LocalCohort
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.data.images import ImageSet, Splits
 from ray_dmml.retrieval.ensemble import ensemble_embedding
 from ray_dmml.retrieval.metrics import retrieval_metrics

@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from ray_dmml.config import MetricLossConfig
+from ray_dmml.config.schema import MetricLossConfig
 from ray_dmml.embedding import EmbeddingNet
 from ray_dmml.losses.metric import MetricLoss
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.row import Settings
-from ray_dmml.config import Config, read_settings
+from ray_dmml.config.schema import Config, read_settings
 from ray_dmml.data.loading import Batch
 from ray_dmml.peer import Peer
 

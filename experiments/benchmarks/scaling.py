@@ -18,7 +18,7 @@ from benchmarks.jpegs import write_classes
 from benchmarks.row import Settings
 from ray_dmml.cohort.coordinator import Coordinator
 from ray_dmml.cohort.member import Member
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.losses.relational import relational_losses
 
 PEERS, BATCHES = (1, 2, 4, 8), (32, 128, 512)

@@ -14,7 +14,7 @@ import torch
 from ray_dmml.checkpoint import PeerFiles
 from ray_dmml.cohort import StepRow
 from ray_dmml.cohort.teachers import Teachers
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.cores import num_cores
 from ray_dmml.data.images import Splits
 from ray_dmml.data.loading import BatchLoader, build_sampler

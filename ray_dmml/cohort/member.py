@@ -26,7 +26,7 @@ from ray_dmml.checkpoint import PeerFiles
 from ray_dmml.cohort.local import build_peer
 from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.cohort.transport import Alone, Exchange, Members, connect, store_at
-from ray_dmml.config import Config, PeerConfig
+from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import Splits
 from ray_dmml.data.loading import BatchLoader, build_sampler

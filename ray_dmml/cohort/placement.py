@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_dmml import yamlio
-from ray_dmml.config import Config, PeerConfig
+from ray_dmml.config import yamlio
+from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.errors import UserError
 
 BOOTSTRAP_FILE = "ray_bootstrap_config.yaml"

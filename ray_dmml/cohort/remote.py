@@ -54,7 +54,7 @@ from ray_dmml.cohort.placement import (
     shown,
 )
 from ray_dmml.cohort.session import only_at, ray_session
-from ray_dmml.config import Config, DataConfig, RunConfig
+from ray_dmml.config.schema import Config, DataConfig, RunConfig
 from ray_dmml.errors import ExchangeLostError, PeerLostError, UserError
 
 if TYPE_CHECKING:  # which load torch

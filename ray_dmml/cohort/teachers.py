@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.randomness import derive_seed
 
 

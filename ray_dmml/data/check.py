@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_dmml.config import DataConfig
+from ray_dmml.config.schema import DataConfig
 from ray_dmml.cores import num_cores
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import BadImageError, ImageSet

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_dmml.config import Config
+from ray_dmml.config.schema import Config
 from ray_dmml.data.images import ImageSet, Splits
 from ray_dmml.data.sampling import ClassBalancedSampler
 

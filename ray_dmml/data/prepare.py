@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ray_dmml.config import DataConfig
+from ray_dmml.config.schema import DataConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.fetch import fetch, local_root
 

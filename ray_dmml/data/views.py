@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from ray_dmml.config import Transform
+from ray_dmml.config.schema import Transform
 from ray_dmml.errors import UserError
 
 RESIZE_BEFORE_CROP = 256 / 224

@@ -16,7 +16,7 @@ import torch
 from pytorch_metric_learning import distances, losses, miners, reducers
 from torch import Tensor, nn
 
-from ray_dmml.config import MetricLossConfig
+from ray_dmml.config.schema import MetricLossConfig
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import seeded
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_dmml.config import DataConfig
+from ray_dmml.config.schema import DataConfig
 from ray_dmml.cores import num_cores
 from ray_dmml.data.cache import through_cache
 from ray_dmml.data.datasets import benchmarks, characters, folder, manifest

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ray_dmml import yamlio
-from ray_dmml.config import Config
+from ray_dmml.config import yamlio
+from ray_dmml.config.schema import Config
 
 _WIDTH = 78
 

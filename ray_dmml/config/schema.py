@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from ray_dmml import yamlio
+from ray_dmml.config import yamlio
 from ray_dmml.errors import UserError
 
 QUICKSTART = Path(__file__).parent / "quickstart.yaml"
