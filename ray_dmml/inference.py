@@ -13,7 +13,7 @@ from torch import Tensor
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.data.images import Aspect, FileImages
 from ray_dmml.data.views import View, evaluation_view
-from ray_dmml.embedding import EmbeddingNet, load_net_weights
+from ray_dmml.models.embedding_net import EmbeddingNet, load_net_weights
 from ray_dmml.retrieval.ensemble import ensemble_embedding
 from ray_dmml.runfolder import RunFolder
 
@@ -22,7 +22,7 @@ class TrainedPeer:
     """One trained net with the view it is to be given.
 
     Attributes:
-        net: :class:`~ray_dmml.embedding.EmbeddingNet` in evaluation mode.
+        net: :class:`~ray_dmml.models.embedding_net.EmbeddingNet` in evaluation mode.
         view: uint8 (B, 3, S, S) -> uint8 (B, 3, H, H).
     """
 

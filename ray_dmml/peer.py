@@ -21,7 +21,7 @@ from ray_dmml.config.schema import LossConfig, PeerConfig, ScheduleConfig
 from ray_dmml.data.images import ImageSet
 from ray_dmml.data.loading import Batch, in_chunks
 from ray_dmml.data.views import View, evaluation_view, training_view
-from ray_dmml.embedding import (
+from ray_dmml.models.embedding_net import (
     EmbeddingNet,
     autocast,
     build_embedding_net,

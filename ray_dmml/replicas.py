@@ -30,7 +30,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from ray_dmml.config.schema import PeerConfig
-from ray_dmml.embedding import EmbeddingNet, autocast, build_embedding_net, compiled
+from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embedding_net, compiled
 from ray_dmml.errors import ReplicaLostError
 from ray_dmml.randomness import seeded
 

@@ -22,7 +22,7 @@ from scipy import stats
 
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.embedding import WHEEL_BACKBONES
+from ray_dmml.models.embedding_net import WHEEL_BACKBONES
 from ray_dmml.errors import UserError
 from ray_dmml.peerfiles import decode_peer
 from ray_dmml.runfolder import RunFolder

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ray_dmml.config.schema import PeerConfig
-from ray_dmml.embedding import EmbeddingNet, build_embedding_net, load_net_weights
+from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net, load_net_weights
 from ray_dmml.errors import UserError
 
 
@@ -188,7 +188,7 @@ def test_weights_that_cannot_be_downloaded(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from ray_dmml.config.schema import PeerConfig\n"
-        "from ray_dmml.embedding import build_embedding_net\n"
+        "from ray_dmml.models.embedding_net import build_embedding_net\n"
         "from ray_dmml.errors import UserError\n"
         "for name in sys.argv[1:]:\n"
         "    try: build_embedding_net(PeerConfig(name='a', backbone=name, weights='imagenet'), 0)\n"

@@ -22,7 +22,7 @@ from ray_dmml.cohort.member import keep_freed_memory
 from ray_dmml.data.cache import through_cache
 from ray_dmml.data.images import FileImages, ImageSet
 from ray_dmml.data.views import training_view
-from ray_dmml.embedding import normalised
+from ray_dmml.models.embedding_net import normalised
 
 LIMIT_BYTES = 2**30
 

@@ -19,7 +19,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from ray_dmml.config.schema import MetricLossConfig
-from ray_dmml.embedding import EmbeddingNet
+from ray_dmml.models.embedding_net import EmbeddingNet
 from ray_dmml.losses.metric import MetricLoss
 
 BACKBONE, BATCH_NORM = "tf_efficientnet_lite0", "live"
