@@ -24,8 +24,8 @@ from ray_dmml.data.images import ImageSet, Splits
 from ray_dmml.data.loading import build_sampler
 from ray_dmml.errors import CheckpointError, Interrupted, PeerLostError, StartLostError, UserError
 from ray_dmml.events import Events
-from ray_dmml.retrieval.ensemble import ensemble_embedding
-from ray_dmml.retrieval.metrics import retrieval_metrics
+from ray_dmml.evaluation.ensemble import ensemble_embedding
+from ray_dmml.evaluation.metrics import retrieval_metrics
 from ray_dmml.runfolder import RunFolder
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from test_ablation import folder as ablation
 
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.errors import UserError
-from ray_dmml.retrieval.metrics import retrieval_metrics
+from ray_dmml.evaluation.metrics import retrieval_metrics
 
 __all__ = ["ablation"]  # the fixture
 

@@ -52,7 +52,7 @@ def test_no_module_below_the_ray_floor_loads_ray() -> None:
         "ray_dmml.cli",
         "ray_dmml.data.datasets.characters",
         "ray_dmml.losses.metric",
-        "ray_dmml.retrieval.metrics",
+        "ray_dmml.evaluation.metrics",
     } <= set(lower)
     found = loaded_by(*lower)
     assert [name for name in lower if "ray" in found[name]] == []

@@ -16,7 +16,7 @@ from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.images import BadImageError
 from ray_dmml.data.loading import in_chunks
-from ray_dmml.retrieval.ensemble import ensemble_embedding
+from ray_dmml.evaluation.ensemble import ensemble_embedding
 
 
 @pytest.fixture(scope="module")

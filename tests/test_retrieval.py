@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 from ray_dmml.errors import UserError
-from ray_dmml.retrieval.ensemble import ensemble_embedding
-from ray_dmml.retrieval.metrics import retrieval_metrics
-from ray_dmml.retrieval.neighbours import nearest
+from ray_dmml.evaluation.ensemble import ensemble_embedding
+from ray_dmml.evaluation.metrics import retrieval_metrics
+from ray_dmml.evaluation.neighbors import nearest
 
 
 def unit(num: int, size: int, seed: int = 0) -> np.ndarray:

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.images import ImageSet, Splits
-from ray_dmml.retrieval.ensemble import ensemble_embedding
-from ray_dmml.retrieval.metrics import retrieval_metrics
-from ray_dmml.retrieval.neighbours import nearest
+from ray_dmml.evaluation.ensemble import ensemble_embedding
+from ray_dmml.evaluation.metrics import retrieval_metrics
+from ray_dmml.evaluation.neighbors import nearest
 
 from .arms import TEACHER, Arm, Plan
 

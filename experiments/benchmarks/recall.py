@@ -13,7 +13,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from benchmarks.resident import peak_beyond
 from benchmarks.row import Goal, Row, Settings, in_turn, require
 from ray_dmml.cores import num_cores
-from ray_dmml.retrieval.metrics import retrieval_metrics
+from ray_dmml.evaluation.metrics import retrieval_metrics
 
 SIZE, IMAGES_PER_CLASS = 512, 5
 SOP_TEST_IMAGES, PML_IMAGES = 60_502, 10_000

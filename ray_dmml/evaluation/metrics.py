@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_dmml.errors import UserError
-from ray_dmml.retrieval.neighbours import Ints, nearest
+from ray_dmml.evaluation.neighbors import Ints, nearest
 
 
 def retrieval_metrics(
@@ -43,7 +43,7 @@ def retrieval_metrics(
         recall_at: the K.
         query: (Q,) int64 indices of the images that search; None: all.
         gallery: (G,) int64 indices, each once, of the images that are searched; None: all.
-        chunk: queries at a time, see :func:`~ray_dmml.retrieval.neighbours.nearest`.
+        chunk: queries at a time, see :func:`~ray_dmml.evaluation.neighbors.nearest`.
 
     Returns:
         Fractions in [0, 1], keys as above, such as ``recall@1``.
