@@ -36,7 +36,7 @@ from ray_dmml.cli import user_errors
 from ray_dmml.cohort.member import keep_freed_memory
 from ray_dmml.cohort.session import ray_session
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.images import Splits
+from ray_dmml.data.dataset import Splits
 from ray_dmml.errors import UserError
 
 EXPERIMENTS = Path(__file__).parent

@@ -48,7 +48,7 @@ from rich.console import Console
 from ray_dmml.cli import user_errors
 from ray_dmml.cohort.member import keep_freed_memory
 from ray_dmml.cohort.session import ray_session
-from ray_dmml.data.images import Splits
+from ray_dmml.data.dataset import Splits
 from ray_dmml.errors import UserError
 
 METRICS = (("peer", "recall@1"), ("ensemble", "recall@1"), ("peer", "map@r"), ("ensemble", "map@r"))

@@ -271,8 +271,8 @@ def check(
         settings = Config.load(config, overrides or ()).data
         from rich.progress import Progress
 
-        from ray_dmml.data.check import look_over
-        from ray_dmml.data.checktable import print_report
+        from ray_dmml.data.audit import look_over
+        from ray_dmml.data.audit_report import print_report
 
         console, aside = Console(), Console(stderr=True)
         with Progress(console=aside, transient=True, disable=not aside.is_terminal) as progress:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ray_dmml.config.schema import PeerConfig
-from ray_dmml.data.images import Aspect, FileImages
-from ray_dmml.data.views import View, evaluation_view
+from ray_dmml.data.dataset import Aspect, FileImages
+from ray_dmml.data.augmentations import View, evaluation_view
 from ray_dmml.models.embedding_net import EmbeddingNet, load_net_weights
 from ray_dmml.evaluation.ensemble import ensemble_embedding
 from ray_dmml.runfolder import RunFolder

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ray_dmml.config.schema import LossConfig, PeerConfig, ScheduleConfig
-from ray_dmml.data.images import ImageSet
-from ray_dmml.data.loading import Batch, in_chunks
-from ray_dmml.data.views import View, evaluation_view, training_view
+from ray_dmml.data.dataset import ImageSet
+from ray_dmml.data.loader import Batch, in_chunks
+from ray_dmml.data.augmentations import View, evaluation_view, training_view
 from ray_dmml.models.embedding_net import (
     EmbeddingNet,
     autocast,

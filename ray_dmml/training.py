@@ -20,8 +20,8 @@ from ray_dmml.checkpoint import Checkpoint, DamagedError, PeerFiles
 from ray_dmml.cohort import Cohort, StepRow
 from ray_dmml.config.schema import Config, dotted, moved
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.images import ImageSet, Splits
-from ray_dmml.data.loading import build_sampler
+from ray_dmml.data.dataset import ImageSet, Splits
+from ray_dmml.data.loader import build_sampler
 from ray_dmml.errors import CheckpointError, Interrupted, PeerLostError, StartLostError, UserError
 from ray_dmml.events import Events
 from ray_dmml.evaluation.ensemble import ensemble_embedding

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 from ray_dmml.config.schema import Config, DataConfig
-from ray_dmml.data import images as images_module
+from ray_dmml.data import dataset as images_module
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.images import BadImageError, FileImages, hold_out_classes
-from ray_dmml.data.sampling import ClassBalancedSampler
+from ray_dmml.data.dataset import BadImageError, FileImages, hold_out_classes
+from ray_dmml.data.sampler import ClassBalancedSampler
 from ray_dmml.errors import UserError
 
 HEAD = "path,label,split\n"
@@ -183,7 +183,7 @@ def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
         (tmp_path / form).write_bytes(bomb(form))
     code = (
         "import resource, sys, torchvision.io; from pathlib import Path\n"
-        "from ray_dmml.data.images import BadImageError, FileImages\n"
+        "from ray_dmml.data.dataset import BadImageError, FileImages\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))\n"
         "for form in sys.argv[2:]:\n"

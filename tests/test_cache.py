@@ -29,7 +29,7 @@ from torch import Tensor
 from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data.cache import HEADER_BYTES, CachedImages, record_bytes
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.images import BadImageError, Splits
+from ray_dmml.data.dataset import BadImageError, Splits
 
 SIDE = 36
 RECORD = record_bytes(SIDE)
@@ -83,7 +83,7 @@ def no_decoding() -> Iterator[None]:
         raise AssertionError(f"{path} was decoded")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ray_dmml.data.images._decode", refuse)
+        patch.setattr("ray_dmml.data.dataset._decode", refuse)
         yield
 
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from ray_dmml.cli import app
 from ray_dmml.config.schema import DataConfig
-from ray_dmml.data.check import Group, Report, look_over
-from ray_dmml.data.checktable import histogram
+from ray_dmml.data.audit import Group, Report, look_over
+from ray_dmml.data.audit_report import histogram
 
 
 def scene(seed: int, side: int = 96) -> Image.Image:

@@ -18,7 +18,7 @@ from PIL import Image, features
 
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.data.datasets import benchmarks, load_splits
-from ray_dmml.data.images import (
+from ray_dmml.data.dataset import (
     BadImageError,
     FileImages,
     ImageSet,

@@ -25,9 +25,9 @@ pytest.importorskip("pyarrow.fs", reason="ray[tune] brings pyarrow, which is not
 from ray_dmml.config import yamlio
 from ray_dmml.cli import app
 from ray_dmml.config.schema import Config, DataConfig
-from ray_dmml.data import fetch as fetch_module
+from ray_dmml.data import staging as fetch_module
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.fetch import COPIED, DIGESTS, DONE, fetch, local_root
+from ray_dmml.data.staging import COPIED, DIGESTS, DONE, fetch, local_root
 from ray_dmml.errors import UserError
 from ray_dmml.uri import open_uri
 
@@ -88,7 +88,7 @@ def test_many_at_once_make_one_copy(images: Path, tmp_path: Path) -> None:
     """As the peers of a node do."""
     asked = config(images, root=tmp_path / "copy")
     code = (
-        "import sys; from ray_dmml.config.schema import DataConfig; from ray_dmml.data.fetch import fetch\n"
+        "import sys; from ray_dmml.config.schema import DataConfig; from ray_dmml.data.staging import fetch\n"
         "fetch(DataConfig.model_validate_json(sys.argv[1]), print)"
     )
     command = [sys.executable, "-c", code, asked.model_dump_json()]

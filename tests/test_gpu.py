@@ -14,8 +14,8 @@ from conftest import assert_same, tiny
 from ray_dmml.cohort.local import LocalCohort, build_peer
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.loading import BatchLoader, build_sampler
-from ray_dmml.data.views import training_view
+from ray_dmml.data.loader import BatchLoader, build_sampler
+from ray_dmml.data.augmentations import training_view
 from ray_dmml.peer import Peer
 from ray_dmml.peerfiles import decode_peer, encode_peer
 from ray_dmml.randomness import seeded

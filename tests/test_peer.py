@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config, LossConfig, PeerConfig, ScheduleConfig
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.loading import Batch, build_sampler
+from ray_dmml.data.loader import Batch, build_sampler
 from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net
 from ray_dmml.errors import NonFiniteLossError, UserError
 from ray_dmml.losses.metric import DistanceWeightedNegativeMiner, ExactEuclideanDistance

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ray_dmml.data.sampling import ClassBalancedSampler
+from ray_dmml.data.sampler import ClassBalancedSampler
 from ray_dmml.errors import UserError
 
 sizes = st.lists(st.integers(1, 30), min_size=2, max_size=25)

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ray_dmml.config.schema import Transform
-from ray_dmml.data.views import evaluation_view, training_view
+from ray_dmml.data.augmentations import evaluation_view, training_view
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import seeded
 

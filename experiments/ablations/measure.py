@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
-from ray_dmml.data.images import ImageSet, Splits
+from ray_dmml.data.dataset import ImageSet, Splits
 from ray_dmml.evaluation.ensemble import ensemble_embedding
 from ray_dmml.evaluation.metrics import retrieval_metrics
 from ray_dmml.evaluation.neighbors import nearest

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import ray
 from rich.console import Console
 
-from ray_dmml.data.images import Splits
+from ray_dmml.data.dataset import Splits
 from ray_dmml.errors import UserError
 
 Row = dict[str, Any]

@@ -18,7 +18,7 @@ from ray_dmml.cohort.local import build_peer
 from ray_dmml.cohort.member import keep_freed_memory
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.loading import BatchLoader, build_sampler
+from ray_dmml.data.loader import BatchLoader, build_sampler
 
 BACKBONES = ("tf_efficientnet_lite0", "resnet18")
 OPTIONS: dict[str, dict[str, Any]] = {

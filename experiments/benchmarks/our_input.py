@@ -20,8 +20,8 @@ from benchmarks.plain_input import DECODE_SIZE, INPUT_SIZE, MEAN, STD
 from benchmarks.worker import serve
 from ray_dmml.cohort.member import keep_freed_memory
 from ray_dmml.data.cache import through_cache
-from ray_dmml.data.images import FileImages, ImageSet
-from ray_dmml.data.views import training_view
+from ray_dmml.data.dataset import FileImages, ImageSet
+from ray_dmml.data.augmentations import training_view
 from ray_dmml.models.embedding_net import normalised
 
 LIMIT_BYTES = 2**30

@@ -16,8 +16,8 @@ from ray_dmml.cohort import StepRow
 from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.config.schema import Config
 from ray_dmml.cores import num_cores
-from ray_dmml.data.images import Splits
-from ray_dmml.data.loading import BatchLoader, build_sampler
+from ray_dmml.data.dataset import Splits
+from ray_dmml.data.loader import BatchLoader, build_sampler
 from ray_dmml.peer import Peer
 from ray_dmml.peerfiles import decode_peer, encode_peer
 

@@ -28,8 +28,8 @@ from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.cohort.transport import Alone, Exchange, Members, connect, store_at
 from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.images import Splits
-from ray_dmml.data.loading import BatchLoader, build_sampler
+from ray_dmml.data.dataset import Splits
+from ray_dmml.data.loader import BatchLoader, build_sampler
 from ray_dmml.errors import ReplicaLostError, UserError
 from ray_dmml.peerfiles import decode_peer, encode_peer
 from ray_dmml.replicas import LOOPBACK, Replica, Replicas, Wire

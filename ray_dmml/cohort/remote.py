@@ -61,7 +61,7 @@ if TYPE_CHECKING:  # which load torch
     import numpy as np
 
     from ray_dmml.checkpoint import PeerFiles
-    from ray_dmml.data.images import Splits
+    from ray_dmml.data.dataset import Splits
 
 POLL_S = 0.25
 """Seconds between two looks at the peers."""
@@ -89,7 +89,7 @@ class PeerActor:
 
     def fetch(self, config: DataConfig) -> None:
         """Its node's copy of the images."""
-        from ray_dmml.data.fetch import fetch
+        from ray_dmml.data.staging import fetch
 
         fetch(config, lambda line: None)
 

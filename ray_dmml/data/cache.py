@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_dmml.data.images import FileImages, ImageSet, Stamp
+from ray_dmml.data.dataset import FileImages, ImageSet, Stamp
 
 FORMAT = 2
 """Rises with every change of the file's layout or of how images are decoded."""

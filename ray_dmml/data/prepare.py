@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.fetch import fetch, local_root
+from ray_dmml.data.staging import fetch, local_root
 
 
 def prepare(config: DataConfig, log: Callable[[str], None] = lambda line: None) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_dmml.data.images import Aspect, FileImages, ImageSet
+from ray_dmml.data.dataset import Aspect, FileImages, ImageSet
 from ray_dmml.errors import UserError
 
 Log = Callable[[str], None]

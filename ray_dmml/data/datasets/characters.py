@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ray_dmml.data.images import BadImageError, ImageSet
+from ray_dmml.data.dataset import BadImageError, ImageSet
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 

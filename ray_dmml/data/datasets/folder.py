@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_dmml.data.images import Aspect, FileImages, ImageSet, printable
+from ray_dmml.data.dataset import Aspect, FileImages, ImageSet, printable
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 

@@ -16,7 +16,7 @@ from typing import TextIO
 
 import numpy as np
 
-from ray_dmml.data.images import Aspect, FileImages, ImageSet, printable
+from ray_dmml.data.dataset import Aspect, FileImages, ImageSet, printable
 from ray_dmml.errors import UserError
 
 # 1.0 and 0.0 are how pandas writes a column of 0 and 1 that has gaps.

@@ -8,8 +8,8 @@ from itertools import islice
 from rich.console import Console
 from rich.table import Table
 
-from ray_dmml.data.check import Group, Report
-from ray_dmml.data.images import printable
+from ray_dmml.data.audit import Group, Report
+from ray_dmml.data.dataset import printable
 
 SHOWN = 3
 """Findings of a kind that are shown; the JSON file has all."""

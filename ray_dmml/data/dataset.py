@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ray_dmml.data.imageheader import claimed_size
+from ray_dmml.data.image_header import claimed_size
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 

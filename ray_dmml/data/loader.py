@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ray_dmml.config.schema import Config
-from ray_dmml.data.images import ImageSet, Splits
-from ray_dmml.data.sampling import ClassBalancedSampler
+from ray_dmml.data.dataset import ImageSet, Splits
+from ray_dmml.data.sampler import ClassBalancedSampler
 
 
 @dataclass(frozen=True)
