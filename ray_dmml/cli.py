@@ -330,7 +330,7 @@ def _local_run(resume: str, out: Path | None, console: Console) -> Path:
     """The run's folder; one that is in a storage is fetched first."""
     if "://" not in resume:
         return Path(resume)
-    from ray_dmml.storage import RunStorage
+    from ray_dmml.checkpoint.remote import RunStorage
 
     into = out or Path("runs") / resume.partition("?")[0].rstrip("/").rpartition("/")[2]
     RunStorage(resume).fetch(into, lambda told: console.print(told, markup=False, soft_wrap=True))

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ray_dmml.checkpoint import CheckpointStore, sync
+from ray_dmml.checkpoint.store import CheckpointStore, sync
 from ray_dmml.config.schema import Config, moved, read_settings
 from ray_dmml.errors import CheckpointError, UserError
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ray_dmml.checkpoint import Checkpoint, DamagedError, PeerFiles
+from ray_dmml.checkpoint.store import Checkpoint, DamagedError, PeerFiles
 from ray_dmml.cohort import Cohort, StepRow
 from ray_dmml.config.schema import Config, dotted, moved
 from ray_dmml.data.datasets import load_splits
@@ -29,7 +29,7 @@ from ray_dmml.evaluation.metrics import retrieval_metrics
 from ray_dmml.runfolder import RunFolder
 
 if TYPE_CHECKING:
-    from ray_dmml.storage import RunStorage
+    from ray_dmml.checkpoint.remote import RunStorage
 
 CHUNK_S = 1.0
 """Seconds of training in one call of the peers: so long a run that is asked to stop may take to."""
@@ -666,7 +666,7 @@ def _storage(
     """Where the run is copied to; one that goes on while that place does not answer is told so."""
     if config.checkpoint.storage is None:
         return None
-    from ray_dmml.storage import RunStorage  # pyarrow is loaded by those who ask for it
+    from ray_dmml.checkpoint.remote import RunStorage  # pyarrow is loaded by those who ask for it
 
     try:
         storage = RunStorage(config.checkpoint.storage)

@@ -201,7 +201,7 @@ class S3Server:
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 server to test")
     server = S3Server(tmp_path_factory.mktemp("moto") / "log")
-    from ray_dmml.uri import open_uri
+    from ray_dmml.filesystem import open_uri
 
     files, _ = open_uri(server.uri("bucket") + "&allow_bucket_creation=true")
     files.create_dir("bucket")

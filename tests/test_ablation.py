@@ -24,7 +24,7 @@ from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.models.embedding_net import WHEEL_BACKBONES
 from ray_dmml.errors import UserError
-from ray_dmml.peerfiles import decode_peer
+from ray_dmml.checkpoint.peer_state import decode_peer
 from ray_dmml.runfolder import RunFolder
 from ray_dmml.training import train
 

@@ -21,7 +21,7 @@ from conftest import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_dmml.checkpoint import (
+from ray_dmml.checkpoint.store import (
     FORMAT,
     CheckpointStore,
     DamagedError,
@@ -29,7 +29,7 @@ from ray_dmml.checkpoint import (
     sealed,
 )
 from ray_dmml.errors import CheckpointError, UserError
-from ray_dmml.peerfiles import decode_peer, encode_peer
+from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 
 FILES = {
     "a": {"weights.safetensors": b"0123456789", "training.pt": bytes(range(256))},

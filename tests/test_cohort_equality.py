@@ -15,7 +15,7 @@ from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.losses.relational import distance_loss
-from ray_dmml.peerfiles import decode_peer
+from ray_dmml.checkpoint.peer_state import decode_peer
 
 STEPS = 20
 

@@ -29,7 +29,7 @@ from ray_dmml.data import staging as fetch_module
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.staging import COPIED, DIGESTS, DONE, fetch, local_root
 from ray_dmml.errors import UserError
-from ray_dmml.uri import open_uri
+from ray_dmml.filesystem import open_uri
 
 
 def config(source: str | Path, **changes: Any) -> DataConfig:

@@ -21,9 +21,9 @@ from conftest import assert_same, tiny
 from PIL import Image
 
 from ray_dmml import Config, UserError, evaluate, train, yamlio
-from ray_dmml.checkpoint import CheckpointStore
+from ray_dmml.checkpoint.store import CheckpointStore
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.peerfiles import decode_peer
+from ray_dmml.checkpoint.peer_state import decode_peer
 from ray_dmml.runfolder import RunFolder
 from ray_dmml.training import Silent
 

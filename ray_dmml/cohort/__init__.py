@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:  # the coordinator's process imports this package and has no need of numpy's kin
     import numpy as np
 
-    from ray_dmml.checkpoint import PeerFiles
+    from ray_dmml.checkpoint.store import PeerFiles
 
 StepRow = dict[str, dict[str, float]]
 """Of one step: peer name to the terms of its loss."""

@@ -60,7 +60,7 @@ from ray_dmml.errors import ExchangeLostError, PeerLostError, UserError
 if TYPE_CHECKING:  # which load torch
     import numpy as np
 
-    from ray_dmml.checkpoint import PeerFiles
+    from ray_dmml.checkpoint.store import PeerFiles
     from ray_dmml.data.dataset import Splits
 
 POLL_S = 0.25

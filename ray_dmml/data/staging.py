@@ -80,7 +80,7 @@ def fetch(config: DataConfig, log: Log, *, again: bool = False) -> Path:
     done = {} if again else _done(root)
     if done.get("source") == _identity(config.source):
         return root
-    from ray_dmml.uri import reason, without_secrets  # which take half a second
+    from ray_dmml.filesystem import reason, without_secrets  # which take half a second
 
     name = without_secrets(config.source)
     if done:
@@ -137,7 +137,7 @@ def _list(source: str, name: str) -> _Listing:
     """Raises UserError."""
     from pyarrow import fs
 
-    from ray_dmml.uri import open_uri
+    from ray_dmml.filesystem import open_uri
 
     files, base = open_uri(source, make=False)
     folder = fs.SubTreeFileSystem(base, files)

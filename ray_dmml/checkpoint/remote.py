@@ -19,7 +19,7 @@ from typing import BinaryIO
 import pyarrow
 from pyarrow import fs
 
-from ray_dmml.checkpoint import (
+from ray_dmml.checkpoint.store import (
     STEP_FOLDER,
     CheckpointStore,
     DamagedError,
@@ -31,7 +31,7 @@ from ray_dmml.checkpoint import (
 )
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.runfolder import RunFolder
-from ray_dmml.uri import open_uri, reason, without_secrets
+from ray_dmml.filesystem import open_uri, reason, without_secrets
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "run.json", "results.json")
 

@@ -1,4 +1,4 @@
-"""A peer's state as files and back: what :mod:`~ray_dmml.checkpoint` stores and what actors send."""
+"""A peer's state as files and back: what :mod:`~ray_dmml.checkpoint.store` stores and what actors send."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ray_dmml.checkpoint import PeerFiles
+from ray_dmml.checkpoint.store import PeerFiles
 from ray_dmml.errors import UserError
 
 
