@@ -30,7 +30,7 @@ from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net
 from ray_dmml.errors import NonFiniteLossError, UserError
 from ray_dmml.losses.metric import DistanceWeightedNegativeMiner, ExactEuclideanDistance
 from ray_dmml.losses.relational import relational_losses
-from ray_dmml.peer import Peer, learning_rate_factor
+from ray_dmml.peer.peer import Peer, learning_rate_factor
 from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 from ray_dmml.randomness import seeded
 

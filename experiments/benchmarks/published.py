@@ -14,7 +14,7 @@ import torch
 from benchmarks.row import Settings
 from ray_dmml.config.schema import Config, read_settings
 from ray_dmml.data.loader import Batch
-from ray_dmml.peer import Peer
+from ray_dmml.peer.peer import Peer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "cub200.yaml"
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from ray_dmml.errors import UserError
 
 
 def encode_peer(state: Mapping[str, Any]) -> PeerFiles:
-    """The state of a :class:`~ray_dmml.peer.Peer` as files."""
+    """The state of a :class:`~ray_dmml.peer.peer.Peer` as files."""
     training = dict(state)
     files = {"weights.safetensors": _to_safetensors(training.pop("net"))}
     if "averaged" in training:

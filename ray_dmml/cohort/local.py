@@ -18,7 +18,7 @@ from ray_dmml.config.schema import Config
 from ray_dmml.cores import num_cores
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import BatchLoader, build_sampler
-from ray_dmml.peer import Peer
+from ray_dmml.peer.peer import Peer
 from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 
 

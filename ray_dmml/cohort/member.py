@@ -32,7 +32,7 @@ from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import BatchLoader, build_sampler
 from ray_dmml.errors import ReplicaLostError, UserError
 from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
-from ray_dmml.replicas import LOOPBACK, Replica, Replicas, Wire
+from ray_dmml.peer.data_parallel import LOOPBACK, Replica, Replicas, Wire
 
 BEAT_S = 1.0
 """From one sign of life to the next."""
@@ -44,7 +44,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's mall
 
 
 class Member:
-    """One peer of a cohort on Ray; it delegates to :class:`~ray_dmml.peer.Peer`.
+    """One peer of a cohort on Ray; it delegates to :class:`~ray_dmml.peer.peer.Peer`.
 
     Args:
         config: the experiment.

@@ -4,7 +4,7 @@
                                      |  embeddings  |
                                      +- Coordinator -+   (or peer to peer, in the group it forms)
 
-The actors delegate to :class:`~ray_dmml.peer.Peer`; what is here is placement, waiting, noticing who
+The actors delegate to :class:`~ray_dmml.peer.peer.Peer`; what is here is placement, waiting, noticing who
 is lost, and forming the next generation without them or with others in their places. What the peers
 then go on from is for :mod:`~ray_dmml.training` to say.
 """

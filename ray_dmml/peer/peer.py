@@ -33,7 +33,7 @@ from ray_dmml.errors import NonFiniteLossError, UserError
 from ray_dmml.losses.metric import MetricLoss
 from ray_dmml.losses.relational import relational_losses
 from ray_dmml.randomness import seeded
-from ray_dmml.replicas import Replicas
+from ray_dmml.peer.data_parallel import Replicas
 
 OPTIMIZER_SETTINGS = {"base_lr", "weight_decay", "momentum"}
 """Of a group of parameters, as the config says; `lr` follows from the step."""
