@@ -33,8 +33,8 @@ from provenance import commit
 from rich.console import Console
 
 from ray_dmml.cli import user_errors
-from ray_dmml.cohort.member import keep_freed_memory
-from ray_dmml.cohort.session import ray_session
+from ray_dmml.ray_backend.peer_actor import keep_freed_memory
+from ray_dmml.ray_backend.session import ray_session
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.dataset import Splits
 from ray_dmml.errors import UserError

@@ -226,8 +226,8 @@ def drive(folder: Path) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    from ray_dmml.cohort import remote
-    from ray_dmml.cohort.coordinator import Coordinator
+    from ray_dmml.ray_backend import ray_cohort as remote
+    from ray_dmml.ray_backend.coordinator import Coordinator
     from ray_dmml.config.schema import Config
     from ray_dmml.training import Silent, train
 
@@ -271,7 +271,7 @@ def drive(folder: Path) -> None:
         was taken."""
 
         def build(self, *arguments: Any) -> None:
-            from ray_dmml.cohort.transport import DirectExchange
+            from ray_dmml.ray_backend.exchange import DirectExchange
 
             super().build(*arguments)
             packed = DirectExchange._packed

@@ -312,8 +312,8 @@ def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Addre
             told(prepare(settings, told))
             return
         os.environ["RAY_ADDRESS"] = address
-        from ray_dmml.cohort.nodes import prepare_everywhere
-        from ray_dmml.cohort.session import ray_session
+        from ray_dmml.ray_backend.data_staging import prepare_everywhere
+        from ray_dmml.ray_backend.session import ray_session
 
         failed = []
         with ray_session():
@@ -349,7 +349,7 @@ def _ray_and_training(in_process: bool) -> Iterator[None]:
     if in_process:
         yield
         return
-    from ray_dmml.cohort.session import ray_session
+    from ray_dmml.ray_backend.session import ray_session
 
     loading = Thread(target=import_module, args=("ray_dmml.training",))
     loading.start()

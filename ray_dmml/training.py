@@ -742,7 +742,7 @@ def _new_cohort(config: Config, splits: Splits, in_process: bool, initial_weight
         from ray_dmml.cohort.local import LocalCohort
 
         return LocalCohort(config, splits, initial_weights=initial_weights)
-    from ray_dmml.cohort.remote import RayCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     return RayCohort(config, splits, initial_weights=initial_weights)
 

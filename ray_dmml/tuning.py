@@ -50,7 +50,7 @@ from ray.tune.schedulers import (
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from ray_dmml.config import yamlio
-from ray_dmml.cohort.placement import (
+from ray_dmml.ray_backend.placement import (
     BOOTSTRAP_FILE,
     Node,
     bundle,
@@ -61,7 +61,7 @@ from ray_dmml.cohort.placement import (
     shown,
     with_labels,
 )
-from ray_dmml.cohort.session import only_at, ray_session
+from ray_dmml.ray_backend.session import only_at, ray_session
 from ray_dmml.config.schema import Config, PeerConfig, explain, moved, read_yaml
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.runfolder import RunFolder, replace_file

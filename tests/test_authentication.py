@@ -15,7 +15,7 @@ import pytest
 
 TOKEN, OTHER = "a" * 64, "b" * 64
 JOIN = """
-from ray_dmml.cohort.session import ray_session
+from ray_dmml.ray_backend.session import ray_session
 from ray_dmml.errors import UserError
 try:
     with ray_session():

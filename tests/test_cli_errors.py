@@ -319,7 +319,7 @@ def test_what_a_cluster_does_not_have(
 
 
 def ray_cohort(image_folder: Path, run: dict[str, Any] | None = None, **cohort: Any) -> Any:
-    from ray_dmml.cohort.remote import RayCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     changes = {"cohort": {**tiny(image_folder)["cohort"], **cohort}, "run": run or {}}
     config = Config.parse(tiny(image_folder, **changes))

@@ -28,8 +28,8 @@ from ray.autoscaler._private.node_provider_availability_tracker import (
 from ray.autoscaler._private.resource_demand_scheduler import get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from ray_dmml.autoscaling import spot_first
-from ray_dmml.cohort import placement
+from ray_dmml.ray_backend.autoscaling import spot_first
+from ray_dmml.ray_backend import placement
 from ray_dmml.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def test_tokens_are_on_and_the_dashboard_is_on_loopback(cluster: dict[str, Any])
     assert "--dashboard-host=127.0.0.1" in shlex.split(head)
     assert "~/.ray/auth_token" in cluster["file_mounts"]
     assert any("RAY_AUTH_MODE=token" in command for command in cluster["setup_commands"])
-    scorer = "RAY_AUTOSCALER_UTILIZATION_SCORER=ray_dmml.autoscaling.spot_first"
+    scorer = "RAY_AUTOSCALER_UTILIZATION_SCORER=ray_dmml.ray_backend.autoscaling.spot_first"
     assert scorer in shlex.split(head)
 
 

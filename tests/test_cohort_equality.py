@@ -48,7 +48,7 @@ def test_ray_equals_in_process(
 ) -> None:
     """3 unlike peers end with the same weights, optimiser state, losses and embeddings on Ray
     actors as in one process, to the bit, whichever way the embeddings went."""
-    from ray_dmml.cohort.remote import RayCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     config = unlike_peers(image_folder)
     cohort_config = config.cohort.model_copy(update={"transport": transport})
@@ -66,7 +66,7 @@ def test_ray_equals_in_process_with_few_teachers(
 ) -> None:
     """4 peers of unlike, also odd embedding sizes that learn from 2 others each, drawn anew at every step;
     embeddings of several blocks."""
-    from ray_dmml.cohort.remote import RayCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     raw = tiny(image_folder, data={"classes_per_batch": 5, "images_per_class": 5})
     raw["cohort"] |= {"max_teachers": 2, "transport": transport}

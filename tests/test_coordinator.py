@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_dmml.cohort.coordinator import Coordinator, Group, Offer
+from ray_dmml.ray_backend.coordinator import Coordinator, Group, Offer
 
 NAMES = ("a", "b", "c")
 OTHERS = {0: (1, 2), 1: (0, 2), 2: (0, 1)}

@@ -329,7 +329,7 @@ def test_every_node_makes_itself_a_copy(
     """By the command over a cluster, and by a run whose peers come to a node that has none."""
     import ray
 
-    from ray_dmml.cohort.remote import RayCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     raw = tiny(images, data={"root": str(tmp_path / "copy"), "source": str(images)})
     file = tmp_path / "config.yaml"
@@ -369,7 +369,7 @@ def test_copies_of_two_times_are_not_trained_on(
 ) -> None:
     """The driver has an old copy, and a photo was added before the peers' nodes made theirs: a number
     would mean one image here and another one there. Another look brings them together."""
-    from ray_dmml.cohort.remote import RayCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     asked = Config.parse(tiny(images, data={"root": None, "source": str(images)}))
     monkeypatch.setenv(
@@ -386,7 +386,7 @@ def test_copies_of_two_times_are_not_trained_on(
 
 def test_a_folder_of_two_times_is_not_trained_on(ray_start_4_cpus: None, images: Path) -> None:
     """As a mount that shows one node what another one changed a while ago."""
-    from ray_dmml.cohort.remote import RayCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     asked = Config.parse(tiny(images))
     splits = load_splits(asked.data)

@@ -121,7 +121,7 @@ def test_peers_share_a_gpu_on_ray(image_folder: Path) -> None:
     as the coordinator chose."""
     import ray
 
-    from ray_dmml.cohort.remote import RayCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     config = config_of(image_folder)
     ray.init("local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
@@ -143,7 +143,7 @@ def test_a_peer_over_two_gpus(image_folder: Path) -> None:
     """Its replicas share each batch by NCCL; distance and angle of the first steps are those of one GPU."""
     import ray
 
-    from ray_dmml.cohort.remote import RayCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     config = config_of(image_folder, batch_norm="frozen")
     shared = config.cohort.peers[0].model_copy(update={"num_gpus": 2.0})

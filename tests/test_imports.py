@@ -12,12 +12,12 @@ import pytest
 import ray_dmml
 
 ABOVE_THE_RAY_FLOOR = {
-    "ray_dmml.autoscaling",
-    "ray_dmml.cohort.member",
-    "ray_dmml.cohort.nodes",
-    "ray_dmml.cohort.remote",
-    "ray_dmml.cohort.session",
-    "ray_dmml.cohort.transport",
+    "ray_dmml.ray_backend.autoscaling",
+    "ray_dmml.ray_backend.peer_actor",
+    "ray_dmml.ray_backend.data_staging",
+    "ray_dmml.ray_backend.ray_cohort",
+    "ray_dmml.ray_backend.session",
+    "ray_dmml.ray_backend.exchange",
     "ray_dmml.tuning",
 }
 
@@ -58,7 +58,7 @@ def test_no_module_below_the_ray_floor_loads_ray() -> None:
     assert [name for name in lower if "ray" in found[name]] == []
 
 
-@pytest.mark.parametrize("module", ["ray_dmml.cohort.coordinator", "ray_dmml.cli"])
+@pytest.mark.parametrize("module", ["ray_dmml.ray_backend.coordinator", "ray_dmml.cli"])
 def test_light_modules_load_no_torch(module: str) -> None:
     """The coordinator's process and `ray-dmml --help` wait for neither torch nor ray."""
     assert set(loaded_by(module)[module]) <= {"numpy"}

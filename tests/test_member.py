@@ -11,12 +11,12 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from ray_dmml.cohort.transport import store_at
+from ray_dmml.ray_backend.exchange import store_at
 
 FAULTS = """
 import resource
 import torch
-from ray_dmml.cohort.member import keep_freed_memory
+from ray_dmml.ray_backend.peer_actor import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -16,9 +16,9 @@ import pytest
 import torch
 from conftest import tiny
 
-from ray_dmml.cohort import transport as transports
-from ray_dmml.cohort.coordinator import Coordinator
-from ray_dmml.cohort.transport import checksum
+from ray_dmml.ray_backend import exchange as transports
+from ray_dmml.ray_backend.coordinator import Coordinator
+from ray_dmml.ray_backend.exchange import checksum
 from ray_dmml.config.schema import Config, RunConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import Interrupted, PeerLostError, UserError
@@ -65,7 +65,7 @@ def settings(root: Path, **changes: Any) -> Config:
 @pytest.fixture
 def cohorts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The cohorts that runs make, to get at their processes."""
-    from ray_dmml.cohort.remote import RayCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     made: list[Any] = []
     plain = RayCohort.__init__
@@ -290,7 +290,7 @@ def test_a_busy_peer_is_not_dropped(
 ) -> None:
     """One that was not lost and gives no answer in time is started anew: only the killed one is
     dropped."""
-    from ray_dmml.cohort import remote
+    from ray_dmml.ray_backend import ray_cohort as remote
 
     flag = tmp_path / "slept"
 
@@ -322,7 +322,7 @@ def test_a_busy_peer_is_not_dropped(
 
 def test_none_is_dropped_on_suspicion(image_folder: Path) -> None:
     """Of peers that got equally far one may hang: all start anew. One that is known to is dropped."""
-    from ray_dmml.cohort.remote import RayCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     config = settings(image_folder, cohort={**tiny(image_folder)["cohort"], "peers": [{}] * 3})
     with closing(RayCohort(config, load_splits(config.data))) as cohort:
@@ -338,7 +338,7 @@ def test_none_is_dropped_on_suspicion(image_folder: Path) -> None:
 
 def test_one_that_was_never_built_is_started_anew(image_folder: Path) -> None:
     """As where another was lost while it waited to be built. It is not lost itself."""
-    from ray_dmml.cohort.remote import RayCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     config = settings(image_folder)
     with closing(RayCohort(config, load_splits(config.data))) as cohort:
@@ -354,8 +354,8 @@ def test_one_that_was_never_built_is_started_anew(image_folder: Path) -> None:
 
 def test_a_stopped_driver_finds_nobody_silent() -> None:
     """The time in which this process itself was stopped is nobody's silence."""
-    from ray_dmml.cohort.coordinator import Sign
-    from ray_dmml.cohort.remote import LONGEST_LOOK_S, _Watch
+    from ray_dmml.ray_backend.coordinator import Sign
+    from ray_dmml.ray_backend.ray_cohort import LONGEST_LOOK_S, _Watch
 
     watch = _Watch(1.5 * LONGEST_LOOK_S, RunConfig(detect_s=1e9), {})
     signs = {"peer0": Sign(sent=1, chunks=0, silent_s=0.5)}
@@ -370,8 +370,8 @@ def test_a_stopped_driver_finds_nobody_silent() -> None:
 def test_who_is_stopped_is_told_from_who_waits() -> None:
     """By the sign that a living process gives whatever it is at; of those that live, who got least far
     is the cause, and all are suspects that got equally far."""
-    from ray_dmml.cohort.coordinator import Sign
-    from ray_dmml.cohort.remote import LONGEST_LOOK_S, _Watch
+    from ray_dmml.ray_backend.coordinator import Sign
+    from ray_dmml.ray_backend.ray_cohort import LONGEST_LOOK_S, _Watch
 
     def look(patience: float, **signs: Sign) -> PeerLostError | None:
         watch = _Watch(patience, RunConfig(detect_s=1e9, silence_s=60), {})
@@ -415,7 +415,7 @@ def test_a_late_message_of_an_old_generation(image_folder: Path) -> None:
     And all that were waiting for the dead peer, or for one that did, are woken and live on."""
     import ray
 
-    from ray_dmml.cohort.remote import RayCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     config = settings(image_folder, cohort={**tiny(image_folder)["cohort"], "peers": [{}] * 4})
     with closing(RayCohort(config, load_splits(config.data))) as cohort:
@@ -437,7 +437,7 @@ def test_an_embedding_damaged_on_its_way(
     image_folder: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is refused by its checksum, and the steps are done again."""
-    from ray_dmml.cohort import remote
+    from ray_dmml.ray_backend import ray_cohort as remote
 
     flag = (
         tmp_path / "damaged"

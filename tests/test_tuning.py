@@ -30,7 +30,7 @@ from ray.tune.search import Searcher, SearchGenerator
 from typer.testing import CliRunner
 
 from ray_dmml.cli import app
-from ray_dmml.cohort.session import ray_session
+from ray_dmml.ray_backend.session import ray_session
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.runfolder import RunFolder

@@ -16,8 +16,8 @@ import torch
 from benchmarks.cluster import private_ray
 from benchmarks.jpegs import write_classes
 from benchmarks.row import Settings
-from ray_dmml.cohort.coordinator import Coordinator
-from ray_dmml.cohort.member import Member
+from ray_dmml.ray_backend.coordinator import Coordinator
+from ray_dmml.ray_backend.peer_actor import Member
 from ray_dmml.config.schema import Config
 from ray_dmml.losses.relational import relational_losses
 

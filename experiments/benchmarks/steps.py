@@ -12,7 +12,7 @@ from benchmarks.exchange import distributed
 from benchmarks.jpegs import training_folder
 from benchmarks.row import Goal, Row, Settings, in_turn
 from benchmarks.worker import Worker, ask_all
-from ray_dmml.cohort.remote import RayCohort
+from ray_dmml.ray_backend.ray_cohort import RayCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 

@@ -25,7 +25,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from ray_dmml.checkpoint.store import PeerFiles
 from ray_dmml.cohort.local import build_peer
 from ray_dmml.cohort.teachers import Teachers
-from ray_dmml.cohort.transport import Alone, Exchange, Members, connect, store_at
+from ray_dmml.ray_backend.exchange import Alone, Exchange, Members, connect, store_at
 from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.dataset import Splits

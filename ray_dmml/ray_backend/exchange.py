@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from ray_dmml.cohort.coordinator import Group, Offer
+from ray_dmml.ray_backend.coordinator import Group, Offer
 from ray_dmml.cohort.teachers import Teachers, students
 from ray_dmml.errors import ExchangeLostError, PeerLostError
 

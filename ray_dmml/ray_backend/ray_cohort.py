@@ -41,8 +41,8 @@ from ray.util.scheduling_strategies import (
 )
 
 from ray_dmml.cohort import StepRow
-from ray_dmml.cohort.coordinator import Coordinator, Sign
-from ray_dmml.cohort.placement import (
+from ray_dmml.ray_backend.coordinator import Coordinator, Sign
+from ray_dmml.ray_backend.placement import (
     BOOTSTRAP_FILE,
     HEAD,
     growth_of,
@@ -53,7 +53,7 @@ from ray_dmml.cohort.placement import (
     require_labels,
     shown,
 )
-from ray_dmml.cohort.session import only_at, ray_session
+from ray_dmml.ray_backend.session import only_at, ray_session
 from ray_dmml.config.schema import Config, DataConfig, RunConfig
 from ray_dmml.errors import ExchangeLostError, PeerLostError, UserError
 
@@ -94,7 +94,7 @@ class PeerActor:
         fetch(config, lambda line: None)
 
     def build(self, *arguments: Any) -> None:
-        from ray_dmml.cohort.member import Member
+        from ray_dmml.ray_backend.peer_actor import Member
 
         self._member = Member(*arguments)
 
