@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ray_dmml.cohort import StepRow
+from ray_dmml.cohort.cohort import StepRow
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
 from ray_dmml.search import Search, final_head, final_rows, is_unbeaten

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ray_dmml.checkpoint.store import Checkpoint, DamagedError, PeerFiles
-from ray_dmml.cohort import Cohort, StepRow
+from ray_dmml.cohort.cohort import Cohort, StepRow
 from ray_dmml.config.schema import Config, dotted, moved
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.dataset import ImageSet, Splits

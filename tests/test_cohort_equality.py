@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import assert_same, tiny, unlike_peers
 
-from ray_dmml.cohort import Cohort
+from ray_dmml.cohort.cohort import Cohort
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ray_dmml.checkpoint.store import PeerFiles
-from ray_dmml.cohort import StepRow
+from ray_dmml.cohort.cohort import StepRow
 from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.config.schema import Config
 from ray_dmml.cores import num_cores

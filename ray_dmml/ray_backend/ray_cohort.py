@@ -40,7 +40,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from ray_dmml.cohort import StepRow
+from ray_dmml.cohort.cohort import StepRow
 from ray_dmml.ray_backend.coordinator import Coordinator, Sign
 from ray_dmml.ray_backend.placement import (
     BOOTSTRAP_FILE,
