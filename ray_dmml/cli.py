@@ -128,7 +128,7 @@ def train(
             run.append(out)
             RunFolder(out).refuse_existing()  # before anything takes time
         with _ray_and_training(in_process):
-            from ray_dmml.console import LiveReporter, PlainReporter, elapsed, results_table
+            from ray_dmml.loggers.console import LiveReporter, PlainReporter, elapsed, results_table
             from ray_dmml.training import train as train_cohort
 
             signals.listen()
@@ -155,7 +155,7 @@ def evaluate(
 ) -> None:
     """Judge a run's checkpoint on its test classes again."""
     with user_errors():
-        from ray_dmml.console import results_table
+        from ray_dmml.loggers.console import results_table
         from ray_dmml.training import evaluate as evaluate_run
 
         results = evaluate_run(run, weights.value if weights else None)
@@ -230,7 +230,7 @@ def tune(
             raw = read_settings(config or QUICKSTART, overrides or ())
             asked = Search(raw, load_search(space, **changes))
         with _ray_and_training(in_process=False):
-            from ray_dmml.console import PlainReporter, TrialsTable, elapsed, final_table
+            from ray_dmml.loggers.console import PlainReporter, TrialsTable, elapsed, final_table
             from ray_dmml.tuning import SearchFolder, run_search
 
             table = TrialsTable(console, asked or SearchFolder(folder).search())

@@ -23,7 +23,7 @@ from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.dataset import ImageSet, Splits
 from ray_dmml.data.loader import build_sampler
 from ray_dmml.errors import CheckpointError, Interrupted, PeerLostError, StartLostError, UserError
-from ray_dmml.events import Events
+from ray_dmml.loggers.tensorboard import Events
 from ray_dmml.evaluation.ensemble import ensemble_embedding
 from ray_dmml.evaluation.metrics import retrieval_metrics
 from ray_dmml.runfolder import RunFolder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from ray_dmml.events import Events
+from ray_dmml.loggers.tensorboard import Events
 
 
 def read(folder: Path) -> list[Event]:

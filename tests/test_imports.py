@@ -48,7 +48,7 @@ def test_no_module_below_the_ray_floor_loads_ray() -> None:
         "ray_dmml.training",
         "ray_dmml.cohort.local",
         "ray_dmml.inference",
-        "ray_dmml.console",
+        "ray_dmml.loggers.console",
         "ray_dmml.cli",
         "ray_dmml.data.datasets.characters",
         "ray_dmml.losses.metric",

@@ -14,7 +14,7 @@ from ray.tune.schedulers.pbt import _explore
 from rich.console import Console
 
 from ray_dmml.config.schema import QUICKSTART, read_settings
-from ray_dmml.console import final_table
+from ray_dmml.loggers.console import final_table
 from ray_dmml.errors import UserError
 from ray_dmml.search import Search, SearchConfig, final_head, final_rows, load_search
 from ray_dmml.tunepage import at_common_step, importance, write_page
