@@ -229,7 +229,7 @@ def drive(folder: Path) -> None:
     from ray_dmml.ray_backend import ray_cohort as remote
     from ray_dmml.ray_backend.coordinator import Coordinator
     from ray_dmml.config.schema import Config
-    from ray_dmml.training import Silent, train
+    from ray_dmml.training.trainer import Silent, train
 
     plan = json.loads((folder / "plan.json").read_text())
     striker = Striker(folder, plan["faults"])
@@ -347,7 +347,7 @@ def draw(seed: int) -> tuple[str, str, int, list[dict[str, Any]]]:
 
 
 def outcome(run: Path) -> tuple[Any, str]:
-    from ray_dmml.runfolder import RunFolder
+    from ray_dmml.training.run_dir import RunFolder
 
     folder = RunFolder.open(run)
     last = folder.checkpoints.load("last")
@@ -385,8 +385,8 @@ class Undisturbed:
 
     def is_equal(self, variant: str, run: Path, faults: list[dict[str, Any]]) -> bool:
         from ray_dmml.config.schema import Config
-        from ray_dmml.runfolder import RunFolder
-        from ray_dmml.training import train
+        from ray_dmml.training.run_dir import RunFolder
+        from ray_dmml.training.trainer import train
 
         config = Config.parse(settings(self._work / "images", "direct", variant))
         if variant == "drop":

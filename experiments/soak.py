@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_dmml.config.schema import Config
-from ray_dmml.training import Silent, train
+from ray_dmml.training.trainer import Silent, train
 
 MIB = 2**20
 

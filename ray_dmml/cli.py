@@ -22,7 +22,7 @@ from rich.console import Console
 from ray_dmml.config.schema import QUICKSTART, Config, moved, read_settings
 from ray_dmml.config.document import documented_yaml
 from ray_dmml.errors import Interrupted, UserError
-from ray_dmml.runfolder import RunFolder
+from ray_dmml.training.run_dir import RunFolder
 from ray_dmml.search import Search, load_search
 
 app = typer.Typer(
@@ -129,7 +129,7 @@ def train(
             RunFolder(out).refuse_existing()  # before anything takes time
         with _ray_and_training(in_process):
             from ray_dmml.loggers.console import LiveReporter, PlainReporter, elapsed, results_table
-            from ray_dmml.training import train as train_cohort
+            from ray_dmml.training.trainer import train as train_cohort
 
             signals.listen()
             results = train_cohort(
@@ -156,7 +156,7 @@ def evaluate(
     """Judge a run's checkpoint on its test classes again."""
     with user_errors():
         from ray_dmml.loggers.console import results_table
-        from ray_dmml.training import evaluate as evaluate_run
+        from ray_dmml.training.trainer import evaluate as evaluate_run
 
         results = evaluate_run(run, weights.value if weights else None)
         if as_json:
@@ -351,7 +351,7 @@ def _ray_and_training(in_process: bool) -> Iterator[None]:
         return
     from ray_dmml.ray_backend.session import ray_session
 
-    loading = Thread(target=import_module, args=("ray_dmml.training",))
+    loading = Thread(target=import_module, args=("ray_dmml.training.trainer",))
     loading.start()
     try:
         with ray_session():

@@ -15,7 +15,7 @@ from ray_dmml.data.dataset import Aspect, FileImages
 from ray_dmml.data.augmentations import View, evaluation_view
 from ray_dmml.models.embedding_net import EmbeddingNet, load_net_weights
 from ray_dmml.evaluation.ensemble import ensemble_embedding
-from ray_dmml.runfolder import RunFolder
+from ray_dmml.training.run_dir import RunFolder
 
 
 class TrainedPeer:

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ray_dmml.runfolder import replace_file
+from ray_dmml.training.run_dir import replace_file
 from ray_dmml.search import Search, final_head, final_rows, is_unbeaten
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from ray_dmml.data.datasets import load_splits
 from ray_dmml.models.embedding_net import WHEEL_BACKBONES
 from ray_dmml.errors import UserError
 from ray_dmml.checkpoint.peer_state import decode_peer
-from ray_dmml.runfolder import RunFolder
-from ray_dmml.training import train
+from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.trainer import train
 
 STEPS = 8
 PARTS: dict[str, Any] = {

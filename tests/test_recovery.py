@@ -22,8 +22,8 @@ from ray_dmml.ray_backend.exchange import checksum
 from ray_dmml.config.schema import Config, RunConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import Interrupted, PeerLostError, UserError
-from ray_dmml.runfolder import RunFolder
-from ray_dmml.training import Silent, evaluate, train
+from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.trainer import Silent, evaluate, train
 
 STEPS = 16
 

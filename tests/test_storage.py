@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from ray_dmml.cli import app
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import Interrupted
-from ray_dmml.runfolder import RunFolder
-from ray_dmml.training import Silent, train
+from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.trainer import Silent, train
 
 pytest.importorskip("pyarrow.fs", reason="ray[tune] brings pyarrow, which is not installed")
 

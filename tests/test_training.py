@@ -24,8 +24,8 @@ from ray_dmml import Config, UserError, evaluate, train, yamlio
 from ray_dmml.checkpoint.store import CheckpointStore
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.checkpoint.peer_state import decode_peer
-from ray_dmml.runfolder import RunFolder
-from ray_dmml.training import Silent
+from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.trainer import Silent
 
 EVERY_TWO = {"steps": 6, "evaluate_every": 2, "log_every": 3}
 

@@ -33,9 +33,9 @@ from ray_dmml.cli import app
 from ray_dmml.ray_backend.session import ray_session
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
-from ray_dmml.runfolder import RunFolder
+from ray_dmml.training.run_dir import RunFolder
 from ray_dmml.search import Search, SearchConfig, final_rows
-from ray_dmml.training import Silent
+from ray_dmml.training.trainer import Silent
 from ray_dmml.tuning import (
     SearchFolder,
     Trial,

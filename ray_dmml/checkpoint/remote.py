@@ -30,7 +30,7 @@ from ray_dmml.checkpoint.store import (
     sync,
 )
 from ray_dmml.errors import CheckpointError, UserError
-from ray_dmml.runfolder import RunFolder
+from ray_dmml.training.run_dir import RunFolder
 from ray_dmml.filesystem import open_uri, reason, without_secrets
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "run.json", "results.json")

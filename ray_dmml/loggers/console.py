@@ -22,7 +22,7 @@ from ray_dmml.cohort.cohort import StepRow
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
 from ray_dmml.search import Search, final_head, final_rows, is_unbeaten
-from ray_dmml.training import Figures
+from ray_dmml.training.trainer import Figures
 
 if TYPE_CHECKING:  # which loads Ray Tune
     from ray_dmml.tuning import Trial

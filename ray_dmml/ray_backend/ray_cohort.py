@@ -6,7 +6,7 @@
 
 The actors delegate to :class:`~ray_dmml.peer.peer.Peer`; what is here is placement, waiting, noticing who
 is lost, and forming the next generation without them or with others in their places. What the peers
-then go on from is for :mod:`~ray_dmml.training` to say.
+then go on from is for :mod:`~ray_dmml.training.trainer` to say.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from ray_dmml.errors import CheckpointError, Interrupted, PeerLostError, StartLo
 from ray_dmml.loggers.tensorboard import Events
 from ray_dmml.evaluation.ensemble import ensemble_embedding
 from ray_dmml.evaluation.metrics import retrieval_metrics
-from ray_dmml.runfolder import RunFolder
+from ray_dmml.training.run_dir import RunFolder
 
 if TYPE_CHECKING:
     from ray_dmml.checkpoint.remote import RunStorage
