@@ -23,7 +23,7 @@ from ray_dmml.config.schema import QUICKSTART, Config, moved, read_settings
 from ray_dmml.config.document import documented_yaml
 from ray_dmml.errors import Interrupted, UserError
 from ray_dmml.training.run_dir import RunFolder
-from ray_dmml.search import Search, load_search
+from ray_dmml.tune.search_space import Search, load_search
 
 app = typer.Typer(
     name="ray-dmml",
@@ -231,7 +231,7 @@ def tune(
             asked = Search(raw, load_search(space, **changes))
         with _ray_and_training(in_process=False):
             from ray_dmml.loggers.console import PlainReporter, TrialsTable, elapsed, final_table
-            from ray_dmml.tuning import SearchFolder, run_search
+            from ray_dmml.tune.tuner import SearchFolder, run_search
 
             table = TrialsTable(console, asked or SearchFolder(folder).search())
             with table:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ray_dmml.config.schema import Config, read_settings
-from ray_dmml.search import Search, load_search
+from ray_dmml.tune.search_space import Search, load_search
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 

@@ -18,7 +18,7 @@ ABOVE_THE_RAY_FLOOR = {
     "ray_dmml.ray_backend.ray_cohort",
     "ray_dmml.ray_backend.session",
     "ray_dmml.ray_backend.exchange",
-    "ray_dmml.tuning",
+    "ray_dmml.tune.tuner",
 }
 
 LOADS = """

@@ -13,7 +13,7 @@ from ray_dmml.ray_backend import placement
 from ray_dmml.ray_backend.placement import plan_bundles
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
-from ray_dmml.tuning import _nodes, _resources
+from ray_dmml.tune.tuner import _nodes, _resources
 
 
 def plan(num_peers: int, *nodes: dict[str, float], **first: Any) -> list[dict[str, float]]:

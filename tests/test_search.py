@@ -16,9 +16,9 @@ from rich.console import Console
 from ray_dmml.config.schema import QUICKSTART, read_settings
 from ray_dmml.loggers.console import final_table
 from ray_dmml.errors import UserError
-from ray_dmml.search import Search, SearchConfig, final_head, final_rows, load_search
-from ray_dmml.tunepage import at_common_step, importance, write_page
-from ray_dmml.tuning import Trial, _inside_the_space, _mutations, best_trial, pareto, tie
+from ray_dmml.tune.search_space import Search, SearchConfig, final_head, final_rows, load_search
+from ray_dmml.tune.report import at_common_step, importance, write_page
+from ray_dmml.tune.tuner import Trial, _inside_the_space, _mutations, best_trial, pareto, tie
 
 
 def search(raw: dict[str, Any], space: dict[str, Any], **settings: Any) -> Search:

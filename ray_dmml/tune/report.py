@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ray_dmml.training.run_dir import replace_file
-from ray_dmml.search import Search, final_head, final_rows, is_unbeaten
+from ray_dmml.tune.search_space import Search, final_head, final_rows, is_unbeaten
 
 if TYPE_CHECKING:
-    from ray_dmml.tuning import Trial
+    from ray_dmml.tune.tuner import Trial
 
 FEW = 8
 """Trials below which nothing is said of what a setting explains."""
