@@ -32,7 +32,7 @@ from ablations.running import (
 from provenance import commit
 from rich.console import Console
 
-from ray_dmml.cli import user_errors
+from ray_dmml.cli.main import user_errors
 from ray_dmml.ray_backend.peer_actor import keep_freed_memory
 from ray_dmml.ray_backend.session import ray_session
 from ray_dmml.data.datasets import load_splits

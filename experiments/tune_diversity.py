@@ -7,7 +7,7 @@ The same as `ray-dmml tune`; with no argument it runs on the built-in data.
 
 import typer
 
-from ray_dmml.cli import tune
+from ray_dmml.cli.main import tune
 
 if __name__ == "__main__":
     typer.run(tune)

@@ -22,7 +22,7 @@ from conftest import tiny
 from typer.testing import CliRunner
 
 from ray_dmml import Config, load_cohort
-from ray_dmml.cli import app
+from ray_dmml.cli.main import app
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import NonFiniteLossError, PeerLostError
 
@@ -253,7 +253,7 @@ def test_a_good_run_prints_its_table(run: Path) -> None:
 
 def test_an_error_is_the_same_from_a_shell(tmp_path: Path) -> None:
     """The command itself: exit code 2, nothing on standard output, no traceback."""
-    command = [sys.executable, "-m", "ray_dmml.cli", "train", "--set", "train.stepps=3"]
+    command = [sys.executable, "-m", "ray_dmml.cli.main", "train", "--set", "train.stepps=3"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1

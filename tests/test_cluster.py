@@ -141,7 +141,7 @@ class Hosts:
         """A line of bash on a machine that reaches the hosts, and has our commands."""
         commands = self.folder / "commands"
         commands.mkdir(exist_ok=True)
-        for name, module in (("ray", "ray.scripts.scripts"), ("ray-dmml", "ray_dmml.cli")):
+        for name, module in (("ray", "ray.scripts.scripts"), ("ray-dmml", "ray_dmml.cli.main")):
             script = commands / name
             script.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
             script.chmod(0o755)

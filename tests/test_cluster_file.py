@@ -222,7 +222,7 @@ def test_the_kubernetes_job_is_a_training_of_ours() -> None:
         assert mounted == {volume["name"] for volume in pod["volumes"]}
     program, *arguments = shlex.split(job["spec"]["entrypoint"])
     assert program == "ray-dmml"
-    command = [sys.executable, "-m", "ray_dmml.cli", *arguments]
+    command = [sys.executable, "-m", "ray_dmml.cli.main", *arguments]
     command += [
         "--in-process",
         "--set",

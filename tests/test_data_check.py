@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from typer.testing import CliRunner
 
-from ray_dmml.cli import app
+from ray_dmml.cli.main import app
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.data.audit import Group, Report, look_over
 from ray_dmml.data.audit_report import histogram

@@ -49,7 +49,7 @@ def test_no_module_below_the_ray_floor_loads_ray() -> None:
         "ray_dmml.cohort.local",
         "ray_dmml.inference",
         "ray_dmml.loggers.console",
-        "ray_dmml.cli",
+        "ray_dmml.cli.main",
         "ray_dmml.data.datasets.characters",
         "ray_dmml.losses.metric",
         "ray_dmml.evaluation.metrics",
@@ -58,7 +58,7 @@ def test_no_module_below_the_ray_floor_loads_ray() -> None:
     assert [name for name in lower if "ray" in found[name]] == []
 
 
-@pytest.mark.parametrize("module", ["ray_dmml.ray_backend.coordinator", "ray_dmml.cli"])
+@pytest.mark.parametrize("module", ["ray_dmml.ray_backend.coordinator", "ray_dmml.cli.main"])
 def test_light_modules_load_no_torch(module: str) -> None:
     """The coordinator's process and `ray-dmml --help` wait for neither torch nor ray."""
     assert set(loaded_by(module)[module]) <= {"numpy"}

@@ -30,7 +30,7 @@ def start(image_folder: Path, tmp_path: Path, *options: str) -> subprocess.Popen
         evaluation={"recall_at": [1], "untrained": False},
     )
     config.write_text(yamlio.dump(raw))
-    command = [sys.executable, "-m", "ray_dmml.cli", "train", "--config", str(config)]
+    command = [sys.executable, "-m", "ray_dmml.cli.main", "train", "--config", str(config)]
     return subprocess.Popen(
         [*command, "--out", str(tmp_path / "run"), *options],
         stdout=subprocess.PIPE,

@@ -13,7 +13,7 @@ import pytest
 from conftest import S3Server, tiny
 from typer.testing import CliRunner
 
-from ray_dmml.cli import app
+from ray_dmml.cli.main import app
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import Interrupted
 from ray_dmml.training.run_dir import RunFolder

@@ -297,7 +297,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     endless = {**settings, "train": {**EVERY_TWO, "steps": 1_000_000}}
     (tmp_path / "endless.yaml").write_text(yaml.safe_dump(endless))
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "ray_dmml.cli", "train", "--in-process"]
+    command = [sys.executable, "-m", "ray_dmml.cli.main", "train", "--in-process"]
     process = subprocess.Popen(
         [*command, "--config", str(tmp_path / "endless.yaml"), "--out", str(killed)],
         stdout=subprocess.DEVNULL,

@@ -29,7 +29,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.search import Searcher, SearchGenerator
 from typer.testing import CliRunner
 
-from ray_dmml.cli import app
+from ray_dmml.cli.main import app
 from ray_dmml.ray_backend.session import ray_session
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
@@ -278,7 +278,7 @@ def test_a_killed_population_goes_on(raw: dict[str, Any], tmp_path: Path) -> Non
     space = {"space": {ANGLE: {"uniform": [0, 4]}}, "scheduler": "pbt", "num_samples": 2}
     (tmp_path / "space.yaml").write_text(yaml.safe_dump({**space, "final_seeds": 0}))
     folder = SearchFolder(tmp_path / "search")
-    command = [sys.executable, "-m", "ray_dmml.cli", "tune"]
+    command = [sys.executable, "-m", "ray_dmml.cli.main", "tune"]
     asked = ["--config", "config.yaml", "--space", "space.yaml", "--storage", "search"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([*command, *asked], cwd=tmp_path, stdout=log, stderr=log)
@@ -321,7 +321,7 @@ def test_an_ended_search_goes_on(
     space = {"space": {ANGLE: {"uniform": [0, 4]}}, "search": proposer, "scheduler": "none"}
     (tmp_path / "space.yaml").write_text(yaml.safe_dump({**space, "num_samples": 2}))
     folder = SearchFolder(tmp_path / "search")
-    command = [sys.executable, "-m", "ray_dmml.cli", "tune"]
+    command = [sys.executable, "-m", "ray_dmml.cli.main", "tune"]
     asked = ["--config", "config.yaml", "--space", "space.yaml", "--storage", "search"]
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(
