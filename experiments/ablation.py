@@ -33,11 +33,11 @@ from provenance import commit
 from rich.console import Console
 
 from ray_dmml.cli.main import user_errors
+from ray_dmml.data.dataset import Splits
+from ray_dmml.data.datasets import load_splits
+from ray_dmml.errors import UserError
 from ray_dmml.ray_backend.peer_actor import keep_freed_memory
 from ray_dmml.ray_backend.session import ray_session
-from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.dataset import Splits
-from ray_dmml.errors import UserError
 
 EXPERIMENTS = Path(__file__).parent
 DATA = ("characters", "grocery")

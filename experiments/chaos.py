@@ -226,9 +226,9 @@ def drive(folder: Path) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
+    from ray_dmml.config.schema import Config
     from ray_dmml.ray_backend import ray_cohort as remote
     from ray_dmml.ray_backend.coordinator import Coordinator
-    from ray_dmml.config.schema import Config
     from ray_dmml.training.trainer import Silent, train
 
     plan = json.loads((folder / "plan.json").read_text())

@@ -46,10 +46,10 @@ from provenance import commit
 from rich.console import Console
 
 from ray_dmml.cli.main import user_errors
-from ray_dmml.ray_backend.peer_actor import keep_freed_memory
-from ray_dmml.ray_backend.session import ray_session
 from ray_dmml.data.dataset import Splits
 from ray_dmml.errors import UserError
+from ray_dmml.ray_backend.peer_actor import keep_freed_memory
+from ray_dmml.ray_backend.session import ray_session
 
 METRICS = (("peer", "recall@1"), ("ensemble", "recall@1"), ("peer", "map@r"), ("ensemble", "map@r"))
 SHORT = {"recall@1": "R@1", "map@r": "MAP@R"}

@@ -13,8 +13,8 @@ from conftest import unlike_peers
 from ray_dmml import Config, UserError, load_cohort, train
 from ray_dmml.checkpoint.store import CheckpointStore
 from ray_dmml.cohort.local import LocalCohort
-from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.dataset import BadImageError
+from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import in_chunks
 from ray_dmml.evaluation.ensemble import ensemble_embedding
 

@@ -18,8 +18,8 @@ from pydantic import (
 )
 
 from ray_dmml.config.schema import dotted, explain, read_yaml
-from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.dataset import ImageSet, Splits, hold_out_classes
+from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError
 
 from .arms import ARMS, DIVERSITIES, Plan, mutual_only

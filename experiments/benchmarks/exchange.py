@@ -17,8 +17,8 @@ from benchmarks.cluster import private_ray
 from benchmarks.plain_exchange import ROWS, SIZE
 from benchmarks.row import Goal, Row, Settings, in_turn
 from benchmarks.worker import Worker, ask_all
-from ray_dmml.ray_backend.coordinator import Coordinator
 from ray_dmml.cohort.teachers import Teachers
+from ray_dmml.ray_backend.coordinator import Coordinator
 from ray_dmml.ray_backend.exchange import Members, connect
 
 DIRECT_COUNT, COORDINATOR_COUNT, WARM_UP = 500, 100, 10

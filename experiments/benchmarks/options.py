@@ -15,10 +15,10 @@ from benchmarks.jpegs import write_classes
 from benchmarks.plain import DEVICE, EMBEDDING_SIZE
 from benchmarks.row import Settings
 from ray_dmml.cohort.local import build_peer
-from ray_dmml.ray_backend.peer_actor import keep_freed_memory
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import BatchLoader, build_sampler
+from ray_dmml.ray_backend.peer_actor import keep_freed_memory
 
 BACKBONES = ("tf_efficientnet_lite0", "resnet18")
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from benchmarks.plain_input import DECODE_SIZE, INPUT_SIZE, MEAN, STD
 from benchmarks.worker import serve
-from ray_dmml.ray_backend.peer_actor import keep_freed_memory
+from ray_dmml.data.augmentations import training_view
 from ray_dmml.data.cache import through_cache
 from ray_dmml.data.dataset import FileImages, ImageSet
-from ray_dmml.data.augmentations import training_view
 from ray_dmml.models.embedding_net import normalised
+from ray_dmml.ray_backend.peer_actor import keep_freed_memory
 
 LIMIT_BYTES = 2**30
 

@@ -19,8 +19,8 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from ray_dmml.config.schema import MetricLossConfig
-from ray_dmml.models.embedding_net import EmbeddingNet
 from ray_dmml.losses.metric import MetricLoss
+from ray_dmml.models.embedding_net import EmbeddingNet
 
 BACKBONE, BATCH_NORM = "tf_efficientnet_lite0", "live"
 DECODE_SIZE, INPUT_SIZE, EMBEDDING_SIZE = 112, 96, 128

@@ -16,10 +16,10 @@ import torch
 from benchmarks.cluster import private_ray
 from benchmarks.jpegs import write_classes
 from benchmarks.row import Settings
-from ray_dmml.ray_backend.coordinator import Coordinator
-from ray_dmml.ray_backend.peer_actor import Member
 from ray_dmml.config.schema import Config
 from ray_dmml.losses.relational import relational_losses
+from ray_dmml.ray_backend.coordinator import Coordinator
+from ray_dmml.ray_backend.peer_actor import Member
 
 PEERS, BATCHES = (1, 2, 4, 8), (32, 128, 512)
 IMAGES_PER_CLASS, EMBEDDING_SIZE = 4, 128

@@ -12,9 +12,9 @@ from benchmarks.exchange import distributed
 from benchmarks.jpegs import training_folder
 from benchmarks.row import Goal, Row, Settings, in_turn
 from benchmarks.worker import Worker, ask_all
-from ray_dmml.ray_backend.ray_cohort import RayCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
+from ray_dmml.ray_backend.ray_cohort import RayCohort
 
 WARM_UP, COUNT = 2, 8
 LOADERS = "1"

@@ -30,8 +30,8 @@ from ray_dmml.checkpoint.store import (
     sync,
 )
 from ray_dmml.errors import CheckpointError, UserError
-from ray_dmml.training.run_dir import RunFolder
 from ray_dmml.filesystem import open_uri, reason, without_secrets
+from ray_dmml.training.run_dir import RunFolder
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "run.json", "results.json")
 

@@ -19,8 +19,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ray_dmml.config.schema import QUICKSTART, Config, moved, read_settings
 from ray_dmml.config.document import documented_yaml
+from ray_dmml.config.schema import QUICKSTART, Config, moved, read_settings
 from ray_dmml.errors import Interrupted, UserError
 from ray_dmml.training.run_dir import RunFolder
 from ray_dmml.tune.search_space import Search, load_search

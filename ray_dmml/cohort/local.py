@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 from ray_dmml.checkpoint.store import PeerFiles
 from ray_dmml.cohort.cohort import StepRow
 from ray_dmml.cohort.teachers import Teachers
@@ -19,7 +20,6 @@ from ray_dmml.cores import num_cores
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import BatchLoader, build_sampler
 from ray_dmml.peer.peer import Peer
-from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 
 
 def build_peer(

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.cores import num_cores
-from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.dataset import BadImageError, ImageSet
+from ray_dmml.data.datasets import load_splits
 
 NEAR = 0.98
 """Cosine from which on two thumbnails are of nearly the same image."""

@@ -21,8 +21,8 @@ from rich.table import Table
 from ray_dmml.cohort.cohort import StepRow
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
-from ray_dmml.tune.search_space import Search, final_head, final_rows, is_unbeaten
 from ray_dmml.training.trainer import Figures
+from ray_dmml.tune.search_space import Search, final_head, final_rows, is_unbeaten
 
 if TYPE_CHECKING:  # which loads Ray Tune
     from ray_dmml.tune.tuner import Trial

@@ -30,8 +30,8 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from ray_dmml.config.schema import PeerConfig
-from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embedding_net, compiled
 from ray_dmml.errors import ReplicaLostError
+from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embedding_net, compiled
 from ray_dmml.randomness import seeded
 
 _WEIGHTS, _EMBED, _INFER, _BACKWARD = range(4)

@@ -18,9 +18,12 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ray_dmml.config.schema import LossConfig, PeerConfig, ScheduleConfig
+from ray_dmml.data.augmentations import View, evaluation_view, training_view
 from ray_dmml.data.dataset import ImageSet
 from ray_dmml.data.loader import Batch, in_chunks
-from ray_dmml.data.augmentations import View, evaluation_view, training_view
+from ray_dmml.errors import NonFiniteLossError, UserError
+from ray_dmml.losses.metric import MetricLoss
+from ray_dmml.losses.relational import relational_losses
 from ray_dmml.models.embedding_net import (
     EmbeddingNet,
     autocast,
@@ -29,11 +32,8 @@ from ray_dmml.models.embedding_net import (
     load_net_weights,
     unit_length,
 )
-from ray_dmml.errors import NonFiniteLossError, UserError
-from ray_dmml.losses.metric import MetricLoss
-from ray_dmml.losses.relational import relational_losses
-from ray_dmml.randomness import seeded
 from ray_dmml.peer.data_parallel import Replicas
+from ray_dmml.randomness import seeded
 
 OPTIMIZER_SETTINGS = {"base_lr", "weight_decay", "momentum"}
 """Of a group of parameters, as the config says; `lr` follows from the step."""

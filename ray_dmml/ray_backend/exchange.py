@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from ray_dmml.ray_backend.coordinator import Group, Offer
 from ray_dmml.cohort.teachers import Teachers, students
 from ray_dmml.errors import ExchangeLostError, PeerLostError
+from ray_dmml.ray_backend.coordinator import Group, Offer
 
 INLINE_PART_BYTES = 96 * 1024
 """Just below Ray's limit for what travels inside a call (100 KiB with its header)."""

@@ -22,17 +22,17 @@ import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 from ray_dmml.checkpoint.store import PeerFiles
 from ray_dmml.cohort.local import build_peer
 from ray_dmml.cohort.teachers import Teachers
-from ray_dmml.ray_backend.exchange import Alone, Exchange, Members, connect, store_at
 from ray_dmml.config.schema import Config, PeerConfig
-from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.dataset import Splits
+from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import BatchLoader, build_sampler
 from ray_dmml.errors import ReplicaLostError, UserError
-from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 from ray_dmml.peer.data_parallel import LOOPBACK, Replica, Replicas, Wire
+from ray_dmml.ray_backend.exchange import Alone, Exchange, Members, connect, store_at
 
 BEAT_S = 1.0
 """From one sign of life to the next."""

@@ -41,6 +41,8 @@ from ray.util.scheduling_strategies import (
 )
 
 from ray_dmml.cohort.cohort import StepRow
+from ray_dmml.config.schema import Config, DataConfig, RunConfig
+from ray_dmml.errors import ExchangeLostError, PeerLostError, UserError
 from ray_dmml.ray_backend.coordinator import Coordinator, Sign
 from ray_dmml.ray_backend.placement import (
     BOOTSTRAP_FILE,
@@ -54,8 +56,6 @@ from ray_dmml.ray_backend.placement import (
     shown,
 )
 from ray_dmml.ray_backend.session import only_at, ray_session
-from ray_dmml.config.schema import Config, DataConfig, RunConfig
-from ray_dmml.errors import ExchangeLostError, PeerLostError, UserError
 
 if TYPE_CHECKING:  # which load torch
     import numpy as np

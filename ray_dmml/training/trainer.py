@@ -19,13 +19,13 @@ import numpy as np
 from ray_dmml.checkpoint.store import Checkpoint, DamagedError, PeerFiles
 from ray_dmml.cohort.cohort import Cohort, StepRow
 from ray_dmml.config.schema import Config, dotted, moved
-from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.dataset import ImageSet, Splits
+from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import build_sampler
 from ray_dmml.errors import CheckpointError, Interrupted, PeerLostError, StartLostError, UserError
-from ray_dmml.loggers.tensorboard import Events
 from ray_dmml.evaluation.ensemble import ensemble_embedding
 from ray_dmml.evaluation.metrics import retrieval_metrics
+from ray_dmml.loggers.tensorboard import Events
 from ray_dmml.training.run_dir import RunFolder
 
 if TYPE_CHECKING:

@@ -50,6 +50,8 @@ from ray.tune.schedulers import (
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from ray_dmml.config import yamlio
+from ray_dmml.config.schema import Config, PeerConfig, explain, moved, read_yaml
+from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.ray_backend.placement import (
     BOOTSTRAP_FILE,
     Node,
@@ -62,12 +64,10 @@ from ray_dmml.ray_backend.placement import (
     with_labels,
 )
 from ray_dmml.ray_backend.session import only_at, ray_session
-from ray_dmml.config.schema import Config, PeerConfig, explain, moved, read_yaml
-from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.training.run_dir import RunFolder, replace_file
-from ray_dmml.tune.search_space import Params, Search, SearchConfig
 from ray_dmml.training.trainer import Reporter, Silent, read_images, train
 from ray_dmml.tune.report import write_page
+from ray_dmml.tune.search_space import Params, Search, SearchConfig
 
 STEP, OBJECTIVE, COST = "step", "objective", "cost"
 FEW_NUMBERS = 16

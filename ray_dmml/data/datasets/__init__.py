@@ -10,9 +10,9 @@ import numpy as np
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.cores import num_cores
 from ray_dmml.data.cache import through_cache
+from ray_dmml.data.dataset import ImageSet, Splits, check_images, hold_out_classes
 from ray_dmml.data.datasets import benchmarks, characters, folder, manifest
 from ray_dmml.data.staging import fetch
-from ray_dmml.data.dataset import ImageSet, Splits, check_images, hold_out_classes
 from ray_dmml.errors import UserError
 
 Log = Callable[[str], None]

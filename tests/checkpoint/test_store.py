@@ -21,6 +21,7 @@ from conftest import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 from ray_dmml.checkpoint.store import (
     FORMAT,
     CheckpointStore,
@@ -29,7 +30,6 @@ from ray_dmml.checkpoint.store import (
     sealed,
 )
 from ray_dmml.errors import CheckpointError, UserError
-from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 
 FILES = {
     "a": {"weights.safetensors": b"0123456789", "training.pt": bytes(range(256))},

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from ray_dmml.config.schema import DataConfig
-from ray_dmml.data.datasets import benchmarks, load_splits
 from ray_dmml.data.dataset import (
     BadImageError,
     FileImages,
@@ -26,6 +25,7 @@ from ray_dmml.data.dataset import (
     hold_out_classes,
     to_square,
 )
+from ray_dmml.data.datasets import benchmarks, load_splits
 from ray_dmml.errors import UserError
 
 

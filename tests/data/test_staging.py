@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 
 pytest.importorskip("pyarrow.fs", reason="ray[tune] brings pyarrow, which is not installed")
 
-from ray_dmml.config import yamlio
 from ray_dmml.cli.main import app
+from ray_dmml.config import yamlio
 from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data import staging as fetch_module
 from ray_dmml.data.datasets import load_splits

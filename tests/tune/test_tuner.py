@@ -30,12 +30,12 @@ from ray.tune.search import Searcher, SearchGenerator
 from typer.testing import CliRunner
 
 from ray_dmml.cli.main import app
-from ray_dmml.ray_backend.session import ray_session
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
+from ray_dmml.ray_backend.session import ray_session
 from ray_dmml.training.run_dir import RunFolder
-from ray_dmml.tune.search_space import Search, SearchConfig, final_rows
 from ray_dmml.training.trainer import Silent
+from ray_dmml.tune.search_space import Search, SearchConfig, final_rows
 from ray_dmml.tune.tuner import (
     SearchFolder,
     Trial,

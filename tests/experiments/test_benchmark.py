@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 def benchmark(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

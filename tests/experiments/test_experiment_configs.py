@@ -13,7 +13,7 @@ from conftest import write_image
 from ray_dmml.config.schema import Config
 from ray_dmml.training.trainer import train
 
-CONFIGS = Path(__file__).parent.parent / "experiments" / "configs"
+CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 PER_CLASS = 4
 SMALL = [
     *("cohort.base.backbone=test_resnet", "cohort.base.weights=none", "cohort.base.num_gpus=0"),

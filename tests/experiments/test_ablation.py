@@ -20,11 +20,11 @@ from conftest import EXPERIMENTS, Refused, tiny
 from safetensors.torch import load_file
 from scipy import stats
 
+from ray_dmml.checkpoint.peer_state import decode_peer
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.models.embedding_net import WHEEL_BACKBONES
 from ray_dmml.errors import UserError
-from ray_dmml.checkpoint.peer_state import decode_peer
+from ray_dmml.models.embedding_net import WHEEL_BACKBONES
 from ray_dmml.training.run_dir import RunFolder
 from ray_dmml.training.trainer import train
 

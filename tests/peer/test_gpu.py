@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import assert_same, tiny
 
+from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 from ray_dmml.cohort.local import LocalCohort, build_peer
 from ray_dmml.config.schema import Config
+from ray_dmml.data.augmentations import training_view
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import BatchLoader, build_sampler
-from ray_dmml.data.augmentations import training_view
 from ray_dmml.peer.peer import Peer
-from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 from ray_dmml.randomness import seeded
 
 pytestmark = [

@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import assert_same, tiny, unlike_peers
 
+from ray_dmml.checkpoint.peer_state import decode_peer
 from ray_dmml.cohort.cohort import Cohort
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.losses.relational import distance_loss
-from ray_dmml.checkpoint.peer_state import decode_peer
 
 STEPS = 20
 

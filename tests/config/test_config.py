@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from ray_dmml.config.document import documented_yaml
 from ray_dmml.config.schema import (
     AveragingConfig,
     CohortConfig,
@@ -28,10 +29,9 @@ from ray_dmml.config.schema import (
     TrainConfig,
     Transform,
 )
-from ray_dmml.config.document import documented_yaml
 from ray_dmml.errors import UserError
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 ALL_SECTIONS: tuple[type[BaseModel], ...] = (
     Config,
     DataConfig,

@@ -22,16 +22,16 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config, LossConfig, PeerConfig, ScheduleConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import Batch, build_sampler
-from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net
 from ray_dmml.errors import NonFiniteLossError, UserError
 from ray_dmml.losses.metric import DistanceWeightedNegativeMiner, ExactEuclideanDistance
 from ray_dmml.losses.relational import relational_losses
+from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net
 from ray_dmml.peer.peer import Peer, learning_rate_factor
-from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 from ray_dmml.randomness import seeded
 
 CPU = torch.device("cpu")
@@ -638,7 +638,7 @@ with closing(LocalCohort(config, load_splits(config.data))) as cohort:
 def test_out_of_memory_is_one_sentence(image_folder: Path) -> None:
     """Who, where, what was asked for, what it was for, and what to lower."""
     ended = subprocess.run(
-        [sys.executable, "-c", OUT_OF_MEMORY, str(image_folder), str(Path(__file__).parent)],
+        [sys.executable, "-c", OUT_OF_MEMORY, str(image_folder), str(Path(__file__).parents[1])],
         capture_output=True,
         text=True,
     )

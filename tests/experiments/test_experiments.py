@@ -15,7 +15,7 @@ from PIL import Image
 from ray_dmml.config.schema import Config, read_settings
 from ray_dmml.tune.search_space import Search, load_search
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ray_dmml.config.schema import PeerConfig
-from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net, load_net_weights
 from ray_dmml.errors import UserError
+from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net, load_net_weights
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from ray_dmml.config.schema import Config
 from ray_dmml.training.run_dir import RunFolder
 from ray_dmml.training.trainer import train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NEEDED = ("unshare", "nsenter", "ip", "pgrep", "rsync", "ssh", "curl", "/usr/sbin/sshd")
 STEPS = 60
 PATIENCE_S = 240.0

@@ -10,8 +10,8 @@ import torch
 from conftest import tiny
 
 from ray_dmml.config.schema import Config
-from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.dataset import BadImageError, ImageSet
+from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import BatchLoader, in_chunks
 from ray_dmml.data.sampler import ClassBalancedSampler
 

@@ -20,8 +20,8 @@ from PIL import Image
 
 from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data import dataset as images_module
-from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.dataset import BadImageError, FileImages, hold_out_classes
+from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.sampler import ClassBalancedSampler
 from ray_dmml.errors import UserError
 

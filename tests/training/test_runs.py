@@ -20,10 +20,11 @@ import yaml
 from conftest import assert_same, tiny
 from PIL import Image
 
-from ray_dmml import Config, UserError, evaluate, train, yamlio
-from ray_dmml.checkpoint.store import CheckpointStore
-from ray_dmml.data.datasets import load_splits
+from ray_dmml import Config, UserError, evaluate, train
 from ray_dmml.checkpoint.peer_state import decode_peer
+from ray_dmml.checkpoint.store import CheckpointStore
+from ray_dmml.config import yamlio
+from ray_dmml.data.datasets import load_splits
 from ray_dmml.training.run_dir import RunFolder
 from ray_dmml.training.trainer import Silent
 

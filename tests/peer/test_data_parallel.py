@@ -18,8 +18,8 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import PeerLostError
-from ray_dmml.peer.peer import Peer
 from ray_dmml.peer.data_parallel import Replica, Replicas, Wire
+from ray_dmml.peer.peer import Peer
 
 CPU = torch.device("cpu")
 SLOW = {"name": "sgd", "lr": 5e-3, "momentum": 0.5, "weight_decay": 1e-3}

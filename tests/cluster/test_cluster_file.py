@@ -28,11 +28,11 @@ from ray.autoscaler._private.node_provider_availability_tracker import (
 from ray.autoscaler._private.resource_demand_scheduler import get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from ray_dmml.ray_backend.autoscaling import spot_first
-from ray_dmml.ray_backend import placement
 from ray_dmml.config.schema import Config
+from ray_dmml.ray_backend import placement
+from ray_dmml.ray_backend.autoscaling import spot_first
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLUSTER_FILE = ROOT / "cluster.yaml"
 
 

@@ -14,10 +14,10 @@ from ray.tune.schedulers.pbt import _explore
 from rich.console import Console
 
 from ray_dmml.config.schema import QUICKSTART, read_settings
-from ray_dmml.loggers.console import final_table
 from ray_dmml.errors import UserError
-from ray_dmml.tune.search_space import Search, SearchConfig, final_head, final_rows, load_search
+from ray_dmml.loggers.console import final_table
 from ray_dmml.tune.report import at_common_step, importance, write_page
+from ray_dmml.tune.search_space import Search, SearchConfig, final_head, final_rows, load_search
 from ray_dmml.tune.tuner import Trial, _inside_the_space, _mutations, best_trial, pareto, tie
 
 

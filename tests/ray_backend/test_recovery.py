@@ -16,12 +16,12 @@ import pytest
 import torch
 from conftest import tiny
 
-from ray_dmml.ray_backend import exchange as transports
-from ray_dmml.ray_backend.coordinator import Coordinator
-from ray_dmml.ray_backend.exchange import checksum
 from ray_dmml.config.schema import Config, RunConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import Interrupted, PeerLostError, UserError
+from ray_dmml.ray_backend import exchange as transports
+from ray_dmml.ray_backend.coordinator import Coordinator
+from ray_dmml.ray_backend.exchange import checksum
 from ray_dmml.training.run_dir import RunFolder
 from ray_dmml.training.trainer import Silent, evaluate, train
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from ray_dmml.config import yamlio
-from ray_dmml.ray_backend import placement
-from ray_dmml.ray_backend.placement import plan_bundles
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
+from ray_dmml.ray_backend import placement
+from ray_dmml.ray_backend.placement import plan_bundles
 from ray_dmml.tune.tuner import _nodes, _resources
 
 

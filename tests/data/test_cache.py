@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data.cache import HEADER_BYTES, CachedImages, record_bytes
-from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.dataset import BadImageError, Splits
+from ray_dmml.data.datasets import load_splits
 
 SIDE = 36
 RECORD = record_bytes(SIDE)

@@ -24,9 +24,9 @@ pytest.importorskip("pyarrow.fs", reason="ray[tune] brings pyarrow, which is not
 from pyarrow import fs
 
 from ray_dmml import filesystem as uri_module
+from ray_dmml.checkpoint.remote import RunStorage
 from ray_dmml.checkpoint.store import CheckpointStore, sealed
 from ray_dmml.errors import CheckpointError, UserError
-from ray_dmml.checkpoint.remote import RunStorage
 from ray_dmml.filesystem import open_uri, without_secrets
 
 META = {"best": 0.5}
