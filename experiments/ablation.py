@@ -36,7 +36,7 @@ from ray_dmml.cli.main import user_errors
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError
-from ray_dmml.ray_backend.peer_actor import keep_freed_memory
+from ray_dmml.ray_backend.peer_actor import tune_malloc
 from ray_dmml.ray_backend.session import ray_session
 
 EXPERIMENTS = Path(__file__).parent
@@ -48,7 +48,7 @@ Alike = dict[str, tuple[str, bool]]
 
 def alike_arms(plan: Plan) -> Alike:
     """By their settings, and whether averages are judged or the weights themselves."""
-    return {name: (plan.digest(arm), arm.averaging) for name, arm in ARMS.items()}
+    return {name: (plan.digest(arm), arm.ema) for name, arm in ARMS.items()}
 
 
 def require_same_settings(rows: list[Row], alike: Alike, file: Path) -> None:
@@ -96,7 +96,7 @@ def copies(rows: list[Row], wanted: list[tuple[str, int]], alike: Alike) -> list
 @ray.remote(max_retries=0)
 def run_arm(plan: Plan, arm: Arm, seed: int, skipped: tuple[str, ...]) -> Row:
     """In a process of Ray's, which is used again for the next."""
-    keep_freed_memory()
+    tune_malloc()
     splits = load_splits(plan.config(arm, seed).data, skip=frozenset(skipped), check=False)
     return measure(plan, arm, seed, splits)
 

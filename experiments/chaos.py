@@ -76,9 +76,9 @@ def settings(root: Path, transport: str, variant: str) -> dict[str, Any]:
             "threads_per_peer": 1,
             "transport": transport,
             "start_timeout_s": 120,
-            "base": {"input_size": 32, "embedding_size": 16, "batch_norm": "live", "num_cpus": 1},
+            "base": {"input_size": 32, "embedding_size": 16, "batch_norm": "train", "num_cpus": 1},
             "peers": [
-                {"backbone": "test_resnet", "averaging": {"decay": 0.9}},
+                {"backbone": "test_resnet", "ema": {"decay": 0.9}},
                 {"backbone": "test_efficientnet", "embedding_size": 24, "update_interval": 2},
                 {"backbone": "test_resnet", "view": "strong", "optimizer": {"name": "adamw"}},
             ],
@@ -86,7 +86,7 @@ def settings(root: Path, transport: str, variant: str) -> dict[str, Any]:
         "train": {"steps": STEPS, "evaluate_every": 20, "log_every": 5, "tensorboard": False},
         "evaluation": {"recall_at": [1], "untrained": False},
         "checkpoint": {"every_steps": 10},
-        "run": {"silence_s": SILENCE_S, "max_restarts": 30, "detect_s": 10},
+        "failure": {"heartbeat_timeout_s": SILENCE_S, "max_failures": 30, "node_timeout_s": 10},
     }
     cohort = found["cohort"]
     if variant in ("five", "two teachers", "drop"):
@@ -101,7 +101,7 @@ def settings(root: Path, transport: str, variant: str) -> dict[str, Any]:
         cohort["base"]["embedding_size"], cohort["peers"][1]["embedding_size"] = 15, 23
         found["train"]["tensorboard"] = True
     elif variant == "drop":
-        found["run"] |= {"on_peer_loss": "drop", "max_restarts": 0}
+        found["failure"] |= {"on_peer_loss": "drop", "max_failures": 0}
     return found
 
 
@@ -347,9 +347,9 @@ def draw(seed: int) -> tuple[str, str, int, list[dict[str, Any]]]:
 
 
 def outcome(run: Path) -> tuple[Any, str]:
-    from ray_dmml.training.run_dir import RunFolder
+    from ray_dmml.training.run_dir import RunDir
 
-    folder = RunFolder.open(run)
+    folder = RunDir.open(run)
     last = folder.checkpoints.load("last")
     return (last.step, last.peers), folder.metrics_file.read_text()
 
@@ -385,18 +385,18 @@ class Undisturbed:
 
     def is_equal(self, variant: str, run: Path, faults: list[dict[str, Any]]) -> bool:
         from ray_dmml.config.schema import Config
-        from ray_dmml.training.run_dir import RunFolder
+        from ray_dmml.training.run_dir import RunDir
         from ray_dmml.training.trainer import train
 
         config = Config.parse(settings(self._work / "images", "direct", variant))
         if variant == "drop":
-            last = RunFolder.open(run).checkpoints.load("last")
+            last = RunDir.open(run).checkpoints.load("last")
             struck = {f"peer{fault['peer']}" for fault in faults}
             dropped = last.meta["dropped"]
             return dropped.keys() <= struck and last.peers == after_drops(config, dropped)
         if variant not in self._found:
             alone = self._work / f"undisturbed-{variant}"
-            train(config, alone, in_process=True)
+            train(config, alone, local=True)
             self._found[variant] = outcome(alone)
         return bool(outcome(run) == self._found[variant])
 

@@ -48,7 +48,7 @@ from rich.console import Console
 from ray_dmml.cli.main import user_errors
 from ray_dmml.data.dataset import Splits
 from ray_dmml.errors import UserError
-from ray_dmml.ray_backend.peer_actor import keep_freed_memory
+from ray_dmml.ray_backend.peer_actor import tune_malloc
 from ray_dmml.ray_backend.session import ray_session
 
 METRICS = (("peer", "recall@1"), ("ensemble", "recall@1"), ("peer", "map@r"), ("ensemble", "map@r"))
@@ -58,7 +58,7 @@ SHORT = {"recall@1": "R@1", "map@r": "MAP@R"}
 @ray.remote(max_retries=0)
 def run_task(candidates: Candidates, task: Task, skipped: tuple[str, ...]) -> Row:
     """In a process of Ray's, which is used again for the next."""
-    keep_freed_memory()
+    tune_malloc()
     splits = candidates.splits(candidates.data(skipped).train, task.held_out)
     row = measure(candidates.plans[task.arm, task.candidate], ARMS[task.arm], task.seed, splits)
     for at in ("last", "best"):  # which may be one

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.data.augmentations import View, evaluation_view
-from ray_dmml.data.dataset import Aspect, FileImages
+from ray_dmml.data.dataset import FileImages, Resize
 from ray_dmml.evaluation.ensemble import ensemble_embedding
 from ray_dmml.models.embedding_net import EmbeddingNet, load_net_weights
-from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.run_dir import RunDir
 
 
 class TrainedPeer:
@@ -43,8 +43,8 @@ class TrainedCohort:
         decode_size: S.
     """
 
-    def __init__(self, peers: dict[str, TrainedPeer], decode_size: int, aspect: Aspect) -> None:
-        self.peers, self.decode_size, self._aspect = peers, decode_size, aspect
+    def __init__(self, peers: dict[str, TrainedPeer], decode_size: int, resize: Resize) -> None:
+        self.peers, self.decode_size, self._aspect = peers, decode_size, resize
 
     def embed(self, images: Tensor) -> np.ndarray:
         """uint8 (B, 3, S, S) -> the ensemble's (B, sum of D) float32, unit length."""
@@ -73,28 +73,28 @@ def load_cohort(
 
     Args:
         run: its folder.
-        weights: ``last``, ``best`` or ``averaged`` (of the last, where a peer keeps them); None:
+        weights: ``last``, ``best`` or ``ema`` (of the last, where a peer keeps them); None:
             those the run was judged by.
         device: where the nets go.
 
     Raises:
         UserError: no such run or checkpoint.
     """
-    folder = RunFolder.open(run)
+    folder = RunDir.open(run)
     config = folder.config()
     which = config.weights_to_judge(weights)
     checkpoint = folder.checkpoints.load("best" if which == "best" else "last")
     peers = {}
     for peer in config.cohort.peers:
         files = checkpoint.peers[str(peer.name)]
-        averaged = which == "averaged" and "averaged.safetensors" in files
-        content = files["averaged.safetensors" if averaged else "weights.safetensors"]
+        averaged = which == "ema" and "ema.safetensors" in files
+        content = files["ema.safetensors" if averaged else "weights.safetensors"]
         net = _plain_net(peer)
         load_net_weights(net, safetensors.torch.load(content), f"of {peer.name}")
         crop = peer.eval_crop if peer.eval_crop is not None else net.eval_crop
         view = evaluation_view(net.input_size, crop, config.data.decode_size)
         peers[str(peer.name)] = TrainedPeer(net.to(device), view)
-    return TrainedCohort(peers, config.data.decode_size, config.data.aspect)
+    return TrainedCohort(peers, config.data.decode_size, config.data.resize)
 
 
 def _plain_net(peer: PeerConfig) -> EmbeddingNet:

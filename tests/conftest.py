@@ -84,7 +84,7 @@ def tiny(root: Path, **changes: Any) -> dict[str, Any]:
                 "backbone": "test_resnet",
                 "embedding_size": 16,
                 "input_size": 32,
-                "batch_norm": "live",
+                "batch_norm": "train",
                 "optimizer": {"lr": 1e-3},
             },
             "peers": [{}, {"view": "weak"}],
@@ -102,11 +102,11 @@ def tiny(root: Path, **changes: Any) -> dict[str, Any]:
 
 
 def unlike_peers(root: Path, **changes: Any) -> Config:
-    """3 peers that differ in backbone, size, view, interval, mode, averaging, optimiser."""
+    """3 peers that differ in backbone, size, view, interval, mode, ema, optimiser."""
     raw = tiny(root, **changes)
     raw["data"]["classes_per_batch"] = 3  # 9 images of at most 23 numbers: nothing is even
     raw["cohort"]["peers"] = [
-        {"averaging": {"decay": 0.9, "publish": True}, "schedule": {"name": "cosine", "steps": 20}},
+        {"ema": {"decay": 0.9, "as_teacher": True}, "schedule": {"name": "cosine", "steps": 20}},
         {
             "backbone": "test_efficientnet",
             "embedding_size": 23,

@@ -23,11 +23,11 @@ from ray_dmml.evaluation.ensemble import ensemble_embedding
 def run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 3 unlike peers."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    train(unlike_peers(image_folder), out, in_process=True)
+    train(unlike_peers(image_folder), out, local=True)
     return out
 
 
-@pytest.mark.parametrize("weights", [None, "last", "best", "averaged"])
+@pytest.mark.parametrize("weights", [None, "last", "best", "ema"])
 def test_embeddings_are_those_of_the_run(
     run: Path, image_folder: Path, weights: str | None
 ) -> None:
@@ -37,7 +37,7 @@ def test_embeddings_are_those_of_the_run(
     which = "best" if weights in (None, "best") else "last"
     with closing(LocalCohort(config, splits)) as cohort:
         cohort.load(CheckpointStore(run / "checkpoints").load(which).peers)
-        expected = cohort.embeddings("test", averaged=weights == "averaged")
+        expected = cohort.embeddings("test", ema=weights == "ema")
     trained = load_cohort(run, weights)
     assert tuple(trained.peers) == cohort.names
     files = [image_folder / splits.test.source.name(i) for i in range(len(splits.test))]
@@ -55,7 +55,7 @@ def test_embeddings_are_those_of_the_run(
 def test_live_and_averaged_weights_are_different_nets(run: Path, image_folder: Path) -> None:
     """Of the one peer that keeps an average; the two others are the same either way."""
     files = sorted(image_folder.glob("class15/*.png"))
-    live, averaged = (load_cohort(run, w).embed_files(files) for w in ("last", "averaged"))
+    live, averaged = (load_cohort(run, w).embed_files(files) for w in ("last", "ema"))
     assert not np.allclose(live[:, :16], averaged[:, :16], atol=1e-4)
     assert np.array_equal(live[:, 16:], averaged[:, 16:])
 

@@ -8,7 +8,7 @@ ingredient is::
     model: [{...}, ...]  # what each diversity gives to peers 0 to 3
     view: [...]
     temporal: [...]
-    averaging: {...}     # settings
+    ema: {...}     # settings
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Arm:
 
     diversities: tuple[str, ...] = ()
     num_peers: int = 2
-    averaging: bool = False
+    ema: bool = False
     """All peers average their weights, and are judged with the averages."""
 
     unit: bool = False
@@ -57,9 +57,9 @@ class Arm:
         """What makes it this arm, whatever arms.yaml and a candidate say."""
         found: dict[str, Any] = {}
         if not self.mutual:
-            found |= {"loss.relational.distance": 0, "loss.relational.angle": 0}
+            found |= {"loss.relational.distance_weight": 0, "loss.relational.angle_weight": 0}
         if self.unit:
-            found["loss.relational.embeddings"] = "unit"
+            found["loss.relational.normalize"] = "unit"
         if self.snapshots > 1:
             found["cohort.base.schedule.name"] = "cosine"
             found["cohort.base.schedule.cycles"] = self.snapshots
@@ -73,7 +73,7 @@ def _arms() -> dict[str, Arm]:
         for diversity in DIVERSITIES:
             found[f"{name} + {diversity}"] = Arm(mutual, (diversity,))
         found[f"{name} + all"] = Arm(mutual, DIVERSITIES)
-        found[f"{name} + all + averaging"] = Arm(mutual, DIVERSITIES, averaging=True)
+        found[f"{name} + all + ema"] = Arm(mutual, DIVERSITIES, ema=True)
     found["mutual + all, unit length"] = Arm(True, DIVERSITIES, unit=True)
     found["single net"] = Arm(num_peers=1)
     found["snapshots"] = Arm(num_peers=1, snapshots=NUM_SNAPSHOTS)
@@ -112,8 +112,8 @@ class Plan:
         for name, arm in ARMS.items():
             try:
                 config = self.config(arm, 0)
-                if arm.averaging and any(peer.averaging is None for peer in config.cohort.peers):
-                    raise UserError("averaging must give all peers cohort.base.averaging")
+                if arm.ema and any(peer.ema is None for peer in config.cohort.peers):
+                    raise UserError("ema must give all peers cohort.base.ema")
             except UserError as error:
                 of = f"arm {name}" if candidate else f"{folder / 'arms.yaml'}: {name}"
                 raise UserError(f"{of}: {error}") from None
@@ -140,8 +140,8 @@ class Plan:
         # One thread an arm: arms run side by side, and the bits of all are of the same threads.
         settings = {"cohort.threads_per_peer": 1, "cohort.base.schedule.steps": steps}
         settings |= self._parts["mutual" if arm.mutual else "independent"]
-        if arm.averaging:
-            settings |= self._parts["averaging"]
+        if arm.ema:
+            settings |= self._parts["ema"]
         for key, value in (settings | arm.settings).items():
             set_setting(raw, key, value, key)
         # After the base's settings: what all peers state, such as a view each, is no mistake here.
@@ -190,8 +190,8 @@ def _require_heeded(raw: dict[str, Any]) -> None:
         raise UserError("cohort.peers must be equal ({}): arms.yaml says how peers differ")
     heeded = {
         "train.init_from": (config.train.init_from, None),
-        "train.select_by": (config.train.select_by, "ensemble"),
-        "run.on_bad_numbers": (config.run.on_bad_numbers, "fail"),
+        "train.monitor": (config.train.monitor, "ensemble"),
+        "failure.on_nonfinite": (config.failure.on_nonfinite, "fail"),
     }
     for key, (value, only) in heeded.items():
         if value != only:
@@ -211,7 +211,7 @@ def _read_arms(file: Path) -> dict[str, Any]:
 
 def _require_parts(parts: dict[str, Any], file: str) -> None:
     """Raises UserError where something is missing or of another form."""
-    known = {"independent", "mutual", "averaging", *DIVERSITIES}
+    known = {"independent", "mutual", "ema", *DIVERSITIES}
     if set(parts) != known:
         raise UserError(f"{file} must say {', '.join(sorted(known))}, and nothing else")
     most = max(arm.num_peers for arm in ARMS.values())
@@ -230,7 +230,7 @@ def _require_parts(parts: dict[str, Any], file: str) -> None:
                 f"{file}: {name} may say {' and '.join(f'{each}*' for each in OF_AN_INGREDIENT)}, not "
                 f"{', '.join(map(str, others))}: all else is alike in all arms, and in config.yaml"
             )
-    if unheeded := mutual_only(parts["averaging"]):
+    if unheeded := mutual_only(parts["ema"]):
         raise UserError(
-            f"{file}: averaging may not say {', '.join(unheeded)}: it is of independent arms, too"
+            f"{file}: ema may not say {', '.join(unheeded)}: it is of independent arms, too"
         )

@@ -91,9 +91,9 @@ class Candidates:
         for arm, candidates in said.candidates.items():
             if arm not in ARMS:
                 raise UserError(f"{self.file}: no arm {arm!r}; there are: {'; '.join(ARMS)}")
-            has = {*ARMS[arm].diversities, *(["averaging"] if ARMS[arm].averaging else [])}
+            has = {*ARMS[arm].diversities, *(["ema"] if ARMS[arm].ema else [])}
             for name, settings in candidates.items():
-                if lacking := {*DIVERSITIES, "averaging"} & {*(settings or {})} - has:
+                if lacking := {*DIVERSITIES, "ema"} & {*(settings or {})} - has:
                     raise UserError(
                         f"{self.file}: {arm}: {name}: {', '.join(sorted(lacking))} would change nothing: "
                         f"the arm has {', '.join(sorted(has)) or 'none of these'}"

@@ -107,7 +107,7 @@ def _run(config: Config, arm: Arm, cohort: LocalCohort, splits: Splits) -> dict[
     snapshots: list[tuple[NDArray[Any], NDArray[Any]]] = []
 
     def embedded(images: ImageSet) -> Embeddings:
-        return [peer.embed_images(images, size, averaged=arm.averaging) for peer in learners]
+        return [peer.embed_images(images, size, ema=arm.ema) for peer in learners]
 
     def judged(images: ImageSet, validation: dict[str, Any]) -> dict[str, Any]:
         members = embedded(images)

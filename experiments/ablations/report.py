@@ -24,7 +24,7 @@ FEWEST = 3
 TWO_DEVICES = " †"
 """After a difference that is not of one device throughout."""
 
-CURVES = ("independent", "independent + all", "mutual", "mutual + all", "mutual + all + averaging")
+CURVES = ("independent", "independent + all", "mutual", "mutual + all", "mutual + all + ema")
 COLOURS = {
     "independent": "#8a929c",
     "mutual": "#2563a8",
@@ -280,7 +280,7 @@ def _deviation(values: Sequence[Any]) -> Any:
 
 
 def _lines(axes: Axes, found: Any) -> None:
-    styles = {"mutual + all": "--", "independent + all": "--", "mutual + all + averaging": ":"}
+    styles = {"mutual + all": "--", "independent + all": "--", "mutual + all + ema": ":"}
     for name, steps, mean, deviation in found:
         axes.plot(steps, mean, styles.get(name, "-"), color=_colour(name), label=name)
         axes.fill_between(steps, mean - deviation, mean + deviation, color=_colour(name), alpha=0.1)

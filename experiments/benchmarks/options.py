@@ -18,7 +18,7 @@ from ray_dmml.cohort.local import build_peer
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import BatchLoader, build_sampler
-from ray_dmml.ray_backend.peer_actor import keep_freed_memory
+from ray_dmml.ray_backend.peer_actor import tune_malloc
 
 BACKBONES = ("tf_efficientnet_lite0", "resnet18")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ def config(folder: Path, **peer: Any) -> Config:
 def options(settings: Settings) -> list[dict[str, Any]]:
     """One peer with one teacher, 64 images of 96 px, on one thread; the options in turn."""
     torch.set_num_threads(1)
-    keep_freed_memory()
+    tune_malloc()
     found = []
     with TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)

@@ -22,7 +22,7 @@ from ray_dmml.data.augmentations import training_view
 from ray_dmml.data.cache import through_cache
 from ray_dmml.data.dataset import FileImages, ImageSet
 from ray_dmml.models.embedding_net import normalised
-from ray_dmml.ray_backend.peer_actor import keep_freed_memory
+from ray_dmml.ray_backend.peer_actor import tune_malloc
 
 LIMIT_BYTES = 2**30
 
@@ -48,7 +48,7 @@ class Input:
 
 def main(folder: str, cache: str, which: str) -> None:
     torch.set_num_threads(1)
-    keep_freed_memory()
+    tune_malloc()
     paths = sorted(Path(folder).rglob("*.jpg"))
     kept: list[Input] = []
 

@@ -22,7 +22,7 @@ from ray_dmml.config.schema import MetricLossConfig
 from ray_dmml.losses.metric import MetricLoss
 from ray_dmml.models.embedding_net import EmbeddingNet
 
-BACKBONE, BATCH_NORM = "tf_efficientnet_lite0", "live"
+BACKBONE, BATCH_NORM = "tf_efficientnet_lite0", "train"
 DECODE_SIZE, INPUT_SIZE, EMBEDDING_SIZE = 112, 96, 128
 CLASSES_PER_BATCH, IMAGES_PER_CLASS = 16, 4
 BATCH_SIZE = CLASSES_PER_BATCH * IMAGES_PER_CLASS

@@ -76,7 +76,7 @@ def published(settings: Settings) -> list[dict[str, Any]]:
             for number in range(STEPS):
                 whole[option].append(step(peer, STEPS * (1 + turn) + number))
                 began = time.perf_counter()
-                peer._see(peer.view, images)  # once more, by itself
+                peer._augment(peer.view, images)  # once more, by itself
                 torch.cuda.synchronize()
                 view[option].append(time.perf_counter() - began)
     return [

@@ -82,7 +82,7 @@ def config(folder: Path, num_peers: int, batch_size: int) -> Config:
             "cohort": {
                 "base": {
                     "backbone": "test_resnet",
-                    "batch_norm": "live",
+                    "batch_norm": "train",
                     "embedding_size": EMBEDDING_SIZE,
                     "input_size": 32,
                 },

@@ -18,8 +18,8 @@ def encode_peer(state: Mapping[str, Any]) -> PeerFiles:
     """The state of a :class:`~ray_dmml.peer.peer.Peer` as files."""
     training = dict(state)
     files = {"weights.safetensors": _to_safetensors(training.pop("net"))}
-    if "averaged" in training:
-        files["averaged.safetensors"] = _to_safetensors(training.pop("averaged"))
+    if "ema" in training:
+        files["ema.safetensors"] = _to_safetensors(training.pop("ema"))
     buffer = io.BytesIO()
     torch.save(training, buffer)
     files["training.pt"] = buffer.getvalue()
@@ -38,9 +38,9 @@ def decode_peer(files: Mapping[str, bytes]) -> dict[str, Any]:
         raise UserError(f"a peer's state has no {' and no '.join(sorted(missing))}")
     state = _from_torch("training.pt", files["training.pt"])
     state["net"] = _from_safetensors("weights.safetensors", files["weights.safetensors"])
-    if "averaged.safetensors" in files:
-        averaged = files["averaged.safetensors"]
-        state["averaged"] = _from_safetensors("averaged.safetensors", averaged)
+    if "ema.safetensors" in files:
+        ema = files["ema.safetensors"]
+        state["ema"] = _from_safetensors("ema.safetensors", ema)
     return state
 
 

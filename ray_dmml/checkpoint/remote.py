@@ -23,15 +23,15 @@ from ray_dmml.checkpoint.store import (
     STEP_FOLDER,
     CheckpointStore,
     DamagedError,
+    dump_with_checksum,
     free_name,
     ignore,
     manifest_files,
-    sealed,
     sync,
 )
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.filesystem import open_uri, reason, without_secrets
-from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.run_dir import RunDir
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "run.json", "results.json")
 
@@ -66,7 +66,7 @@ class RunStorage:
         """The storage is this very folder, as in a run that is continued in its storage."""
         return self._is_local and Path(self._base).resolve() == folder.resolve()
 
-    def refuse_existing(self) -> None:
+    def ensure_empty(self) -> None:
         """A new run never takes an old one's place.
 
         Raises:
@@ -78,7 +78,7 @@ class RunStorage:
         if taken:
             raise UserError(f"the storage {self.name} has a run already; give another")
 
-    def push(self, run: RunFolder) -> None:
+    def push(self, run: RunDir) -> None:
         """Copies what a run's folder has and the storage has not, and removes the checkpoints there
         that the run no longer keeps.
 
@@ -98,7 +98,7 @@ class RunStorage:
             if not copies:
                 return
             index = {which: copies[name] for which, name in store.index().items()}
-            self._put(io.BytesIO(sealed(index)), "checkpoints/index.json")
+            self._put(io.BytesIO(dump_with_checksum(index)), "checkpoints/index.json")
             for name in set(self._folders()) - set(copies.values()):
                 self._files.delete_dir(f"checkpoints/{name}")
 

@@ -5,7 +5,7 @@
         step-00000300/
             manifest.json               step, config, sizes and SHA-256 of every file, and its own
             peer0/weights.safetensors   the net: what evaluation and --init-from need
-            peer0/averaged.safetensors  its averaged weights, where it keeps them
+            peer0/ema.safetensors  its averaged weights, where it keeps them
             peer0/training.pt           what resuming needs besides, read with weights_only=True
 
 A checkpoint is written beside its place, synced and renamed; the index is replaced in one move after
@@ -73,11 +73,11 @@ class CheckpointStore:
 
     Args:
         folder: RUN/checkpoints; made at the first save.
-        keep: so many of the last, at least one; the best besides.
+        num_to_keep: so many of the last, at least one; the best besides.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, num_to_keep: int = 2) -> None:
+        self.folder, self.num_to_keep = folder, num_to_keep
         self._index_file = folder / "index.json"
         self._found_damaged: set[str] = set()
 
@@ -167,7 +167,7 @@ class CheckpointStore:
 
     def _read_index(self, warn: Callable[[str], None]) -> dict[str, str]:
         try:
-            found = _unseal(self._index_file)
+            found = _load_with_checksum(self._index_file)
             if "last" not in found or not found.keys() <= {"last", "best"}:
                 raise ValueError("it does not say which checkpoint is the last")
             if not all(
@@ -187,7 +187,7 @@ class CheckpointStore:
     def _write_index(self, index: Mapping[str, str]) -> None:
         aside = self.folder / "index.json.tmp"
         try:
-            _write_synced(aside, sealed(index))
+            _write_synced(aside, dump_with_checksum(index))
             os.replace(aside, self._index_file)
         except OSError:
             if aside.is_file():
@@ -217,7 +217,7 @@ class CheckpointStore:
         if not index:
             return []
         good = [name for name in self._up_to(index["last"]) if name not in self._found_damaged]
-        return sorted({*good[-self.keep :], *index.values()}, key=_age)
+        return sorted({*good[-self.num_to_keep :], *index.values()}, key=_age)
 
     def _remove_all_but(self, kept: Collection[str]) -> None:
         for folder in self.folder.glob("*step-*"):
@@ -254,7 +254,7 @@ class CheckpointStore:
                 "files": files,
                 "meta": dict(meta),
             }
-            _write_synced(aside / "manifest.json", sealed(manifest))
+            _write_synced(aside / "manifest.json", dump_with_checksum(manifest))
             for folder in [*(aside / peer for peer in peers), aside]:
                 sync(folder)
             os.rename(aside, self.folder / name)
@@ -304,7 +304,7 @@ def manifest_files(path: Path) -> list[str]:
     return list(_read_manifest(path)["files"])
 
 
-def sealed(content: Mapping[str, Any]) -> bytes:
+def dump_with_checksum(content: Mapping[str, Any]) -> bytes:
     """As JSON, with a SHA-256 of its own. The form is fixed, so that every version can tell a newer
     one's file from a damaged one."""
     plain = json.dumps(content, indent=1)
@@ -321,8 +321,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _unseal(path: Path) -> dict[str, Any]:
-    """What :func:`sealed` was given. Raises OSError or ValueError where the file is not that.
+def _load_with_checksum(path: Path) -> dict[str, Any]:
+    """What :func:`dump_with_checksum` was given. Raises OSError or ValueError where the file is not that.
 
     Files of before there were checksums have none and are given as they are.
     """
@@ -335,7 +335,7 @@ def _unseal(path: Path) -> dict[str, Any]:
     if found.pop("checksum", None) is None:
         if "version" in found:
             raise ValueError("it has no checksum")
-    elif sealed(found) != raw:
+    elif dump_with_checksum(found) != raw:
         raise ValueError("its checksum does not match")
     return found
 
@@ -350,7 +350,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / "manifest.json"
     try:
-        manifest = _unseal(file)
+        manifest = _load_with_checksum(file)
         if type(manifest["format"]) is int and manifest["format"] > FORMAT:
             raise UserError(
                 f"checkpoint {path} was written by ray-dmml {manifest.get('version', '(unknown)')} in "

@@ -22,7 +22,7 @@ from rich.console import Console
 from ray_dmml.config.document import documented_yaml
 from ray_dmml.config.schema import QUICKSTART, Config, moved, read_settings
 from ray_dmml.errors import Interrupted, UserError
-from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.run_dir import RunDir
 from ray_dmml.tune.search_space import Search, load_search
 
 app = typer.Typer(
@@ -47,7 +47,7 @@ class Weights(StrEnum):
 
     last = "last"
     best = "best"
-    averaged = "averaged"
+    ema = "ema"
 
 
 ConfigFile = Annotated[
@@ -93,8 +93,8 @@ def train(
         typer.Option(metavar="RUN", help="Start from the weights of another run's peers."),
     ] = None,
     address: Address = None,
-    in_process: Annotated[
-        bool, typer.Option("--in-process", help="All peers in this process, without Ray.")
+    local: Annotated[
+        bool, typer.Option("--local", help="All peers in this process, without Ray.")
     ] = False,
 ) -> None:
     """Train a cohort of peers and judge it on unseen classes.
@@ -126,8 +126,8 @@ def train(
                 settings = settings.model_copy(update={"train": started})
             out = out or Path("runs") / f"{settings.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
             run.append(out)
-            RunFolder(out).refuse_existing()  # before anything takes time
-        with _ray_and_training(in_process):
+            RunDir(out).ensure_empty()  # before anything takes time
+        with _ray_and_training(local):
             from ray_dmml.loggers.console import LiveReporter, PlainReporter, elapsed, results_table
             from ray_dmml.training.trainer import train as train_cohort
 
@@ -136,7 +136,7 @@ def train(
                 settings,
                 out,
                 resume=old,
-                in_process=in_process,
+                local=local,
                 reporter=LiveReporter(console) if console.is_terminal else PlainReporter(console),
                 should_stop=signals.should_stop,
             )
@@ -229,7 +229,7 @@ def tune(
                 )
             raw = read_settings(config or QUICKSTART, overrides or ())
             asked = Search(raw, load_search(space, **changes))
-        with _ray_and_training(in_process=False):
+        with _ray_and_training(local=False):
             from ray_dmml.loggers.console import PlainReporter, TrialsTable, elapsed, final_table
             from ray_dmml.tune.tuner import SearchFolder, run_search
 
@@ -271,13 +271,13 @@ def check(
         settings = Config.load(config, overrides or ()).data
         from rich.progress import Progress
 
-        from ray_dmml.data.audit import look_over
+        from ray_dmml.data.audit import audit
         from ray_dmml.data.audit_report import print_report
 
         console, aside = Console(), Console(stderr=True)
         with Progress(console=aside, transient=True, disable=not aside.is_terminal) as progress:
             task = progress.add_task("decoding", total=None)
-            report = look_over(
+            report = audit(
                 settings,
                 log=lambda line: aside.print(line, highlight=False, markup=False, soft_wrap=True),
                 watch=lambda done, total: progress.update(task, completed=done, total=total),
@@ -338,15 +338,15 @@ def _local_run(resume: str, out: Path | None, console: Console) -> Path:
 
 
 def _resumed_config(run: Path, config: Path | None, overrides: list[str] | None) -> Config:
-    own = RunFolder.open(run).config_file
+    own = RunDir.open(run).config_file
     source = str(config or own)
     return Config.parse(moved(read_settings(config or own, overrides or ())), source=source)
 
 
 @contextmanager
-def _ray_and_training(in_process: bool) -> Iterator[None]:
+def _ray_and_training(local: bool) -> Iterator[None]:
     """Ray takes seconds to start its processes, and Python as long to import torch: both at once."""
-    if in_process:
+    if local:
         yield
         return
     from ray_dmml.ray_backend.session import ray_session
@@ -409,7 +409,7 @@ def _told_how_to_resume(console: Console, signals: _Signals) -> Iterator[list[Pa
     except (KeyboardInterrupt, Interrupted) as end:
         if isinstance(end, Interrupted):
             console.print(str(end), highlight=False)
-        if run and RunFolder(run[0]).checkpoints.index():
+        if run and RunDir(run[0]).checkpoints.index():
             told = f"interrupted; go on with: ray-dmml train --resume {run[0]}"
             console.print(told, highlight=False, markup=False, soft_wrap=True)
         else:

@@ -37,7 +37,7 @@ class Cohort(Protocol):
         """Trains steps ``start .. stop - 1``; tells ``on_step`` how many steps are finished."""
         ...
 
-    def embeddings(self, split: str, *, averaged: bool = False) -> dict[str, np.ndarray]:
+    def embeddings(self, split: str, *, ema: bool = False) -> dict[str, np.ndarray]:
         """Embeddings of ``validation`` or ``test`` by each peer, (N, D) float32."""
         ...
 

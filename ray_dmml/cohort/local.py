@@ -33,8 +33,8 @@ def build_peer(
         num_classes=splits.train.num_classes,
         decode_size=config.data.decode_size,
         device=device,
-        on_bad_numbers=config.run.on_bad_numbers,
-        max_bad_in_a_row=config.run.max_bad_in_a_row,
+        on_nonfinite=config.failure.on_nonfinite,
+        max_consecutive_nonfinite=config.failure.max_consecutive_nonfinite,
         initial_weights=initial_weights,
     )
 
@@ -91,11 +91,9 @@ class LocalCohort:
             on_step(step + 1)
         return rows
 
-    def embeddings(self, split: str, *, averaged: bool = False) -> dict[str, np.ndarray]:
+    def embeddings(self, split: str, *, ema: bool = False) -> dict[str, np.ndarray]:
         images, size = getattr(self._splits, split), self._config.evaluation.batch_size
-        return {
-            peer.name: peer.embed_images(images, size, averaged=averaged) for peer in self.peers
-        }
+        return {peer.name: peer.embed_images(images, size, ema=ema) for peer in self.peers}
 
     def state(self) -> dict[str, PeerFiles]:
         return {peer.name: encode_peer(peer.state_dict()) for peer in self.peers}

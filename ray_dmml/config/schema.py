@@ -75,7 +75,7 @@ class DataConfig(Section):
     """Folder of the images (or of the data set's unpacked archive). Not used by `characters`."""
 
     source: str | None = None
-    """A folder or URI (as in `checkpoint.storage`) of which every node makes itself a copy, once and
+    """A folder or URI (as in `checkpoint.storage_path`) of which every node makes itself a copy, once and
     verified, before it reads; null: `root` is there already. The copy is in `root`, or with `root` null in
     `cache_dir`."""
 
@@ -116,8 +116,8 @@ class DataConfig(Section):
     """Every image is decoded to a square of this side, in pixels, before any view is taken of
     it."""
 
-    aspect: Literal["squash", "crop"] = "squash"
-    """How an image becomes square: `squash` resizes both sides, `crop` resizes the shorter and
+    resize: Literal["stretch", "center_crop"] = "stretch"
+    """How an image becomes square: `stretch` resizes both sides, `center_crop` resizes the shorter and
     cuts the middle."""
 
     on_bad_image: Literal["fail", "skip"] = "fail"
@@ -160,7 +160,7 @@ class Transform(Section):
     name: str
     """Its class name, such as RandomResizedCrop."""
 
-    settings: dict[str, Any] = Field(default_factory=dict)
+    args: dict[str, Any] = Field(default_factory=dict)
     """Its constructor's arguments. `size` is the peer's input size unless given."""
 
 
@@ -222,13 +222,13 @@ class ScheduleConfig(Section):
         return self
 
 
-class AveragingConfig(Section):
+class EmaConfig(Section):
     """An exponential moving average of a peer's weights."""
 
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """Kept share of the average at each update."""
 
-    publish: bool = False
+    as_teacher: bool = False
     """Teach with the averaged weights instead of the live ones."""
 
 
@@ -249,7 +249,7 @@ class PeerConfig(Section):
     """Any timm model name."""
 
     weights: str = "none"
-    """`none`, `imagenet` (timm downloads them), `wheel` (ImageNet's of tf_efficientnet_lite0, 1 and 2,
+    """`none`, `pretrained` (timm downloads them), `offline` (ImageNet's of tf_efficientnet_lite0, 1 and 2,
     from the extra offline-weights), or a file: backbone weights, or a peer's weights.safetensors of
     another run."""
 
@@ -259,7 +259,7 @@ class PeerConfig(Section):
     pooling: Literal["avg", "avgmax"] = "avg"
     """Average of the feature map, or average plus maximum."""
 
-    batch_norm: Literal["frozen", "live"] = "frozen"
+    batch_norm: Literal["frozen", "train"] = "frozen"
     """`frozen` keeps BatchNorm's statistics as loaded (for fine-tuning); `live` learns them."""
 
     input_size: Annotated[int, BeforeValidator(_no_bool), Field(ge=8)] | None = None
@@ -286,7 +286,7 @@ class PeerConfig(Section):
     frozen: bool = False
     """It teaches and never learns (its weights must come from a file that includes the head)."""
 
-    averaging: AveragingConfig | None = None
+    ema: EmaConfig | None = None
     """Keep an exponential moving average of its weights; null: none."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -343,13 +343,13 @@ class PeerConfig(Section):
 
     @model_validator(mode="after")
     def _frozen_has_weights(self) -> PeerConfig:
-        if self.frozen and self.weights in ("none", "imagenet", "wheel"):
+        if self.frozen and self.weights in ("none", "pretrained", "offline"):
             raise ValueError(
                 "a frozen peer needs weights from a file that includes its head "
                 "(RUN/checkpoints/step-.../PEER/weights.safetensors), "
                 f"not weights: {self.weights}"
             )
-        if self.frozen and self.averaging is not None:
+        if self.frozen and self.ema is not None:
             raise ValueError("a frozen peer never changes, so it has nothing to average")
         return self
 
@@ -381,11 +381,11 @@ class CohortConfig(Section):
     """A peer learns at each step from at most so many others, drawn by seed and step; null: from
     all. Keeps the cost of a peer constant in large cohorts."""
 
-    placement: Literal["pack", "spread"] = "pack"
+    placement_strategy: Literal["pack", "spread"] = "pack"
     """`pack`: peers on as few nodes as can be, so that embeddings stay near; `spread`: on as many, so
     that a lost node takes few of them."""
 
-    place_timeout_s: Positive = 1800.0
+    placement_timeout_s: Positive = 1800.0
     """The longest wait, in seconds, for the cluster to have room for the peers: for nodes that are
     being started, or for the end of others' work."""
 
@@ -458,12 +458,12 @@ class MinerConfig(Section):
     name: str
     """`DistanceWeightedNegativeMiner` (ours) or a class of pytorch_metric_learning.miners."""
 
-    settings: dict[str, Any] = Field(default_factory=dict)
+    args: dict[str, Any] = Field(default_factory=dict)
     """Its constructor's arguments."""
 
 
 TRIPLET_DEFAULTS: dict[str, Any] = {
-    "settings": {"margin": 0.2},
+    "args": {"margin": 0.2},
     "miner": {"name": "DistanceWeightedNegativeMiner"},
     "reducer": "MeanReducer",
 }
@@ -475,7 +475,7 @@ class MetricLossConfig(Section):
     name: str = "TripletMarginLoss"
     """A class of pytorch_metric_learning.losses."""
 
-    settings: dict[str, Any] = Field(default_factory=dict)
+    args: dict[str, Any] = Field(default_factory=dict)
     """Its constructor's arguments; num_classes and embedding_size are filled in where it asks
     for them. TripletMarginLoss: margin 0.2 unless given."""
 
@@ -491,24 +491,24 @@ class MetricLossConfig(Section):
     def _triplet_defaults(cls, raw: Any) -> Any:
         """The defaults belong to the default loss: another loss starts from the library's own."""
         if isinstance(raw, Mapping) and raw.get("name", "TripletMarginLoss") == "TripletMarginLoss":
-            given = {k: v for k, v in raw.items() if k != "settings" or v is not None}
-            settings = _deep_merge(TRIPLET_DEFAULTS["settings"], given.pop("settings", {}))
-            return {**TRIPLET_DEFAULTS, **given, "settings": settings}
+            given = {k: v for k, v in raw.items() if k != "args" or v is not None}
+            args = _deep_merge(TRIPLET_DEFAULTS["args"], given.pop("args", {}))
+            return {**TRIPLET_DEFAULTS, **given, "args": args}
         return raw
 
 
 class RelationalConfig(Section):
     """Relational distillation against the other peers."""
 
-    distance: NonNegative = 1.0
+    distance_weight: NonNegative = 1.0
     """w_d: weight of the distance term."""
 
-    angle: NonNegative = 2.0
+    angle_weight: NonNegative = 2.0
     """w_a: weight of the angle term."""
 
-    embeddings: Literal["unit", "raw"] = "unit"
-    """Which are compared: `unit`, of length 1 as retrieval uses them, or `raw`, as the heads give them,
-    whose lengths are part of the geometry. The metric loss always gets those of length 1."""
+    normalize: bool = True
+    """Compare embeddings of unit length, as retrieval uses them; false compares them as the heads give
+    them, so that their lengths are part of the geometry. The metric loss always gets unit length."""
 
     warmup_steps: Whole = 0
     """Both weights rise linearly from 0 over so many steps."""
@@ -539,7 +539,7 @@ class TrainConfig(Section):
     evaluate_every: Whole = 100
     """Steps between two evaluations on the validation classes; 0: only at the end."""
 
-    select_by: Literal["ensemble", "mean_peer"] = "ensemble"
+    monitor: Literal["ensemble", "mean_peer"] = "ensemble"
     """Whose validation Recall@1 makes a checkpoint the best."""
 
     tensorboard: bool = True
@@ -553,39 +553,39 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints, which is also the most that a lost peer costs; 0: only before
     the first step and after the last."""
 
-    keep: Count = 2
+    num_to_keep: Count = 2
     """The last so many are kept, and besides the best on the validation classes. The one before the
     last is there for a last one that turns out to be damaged."""
 
-    storage: str | None = None
+    storage_path: str | None = None
     """Folder or URI (`s3://bucket/folder`, `gs://`, a mount) that each checkpoint is copied to, with
     what else the run has written; `--resume` takes it, too. null: the run's folder alone."""
 
 
-class RunConfig(Section):
+class FailureConfig(Section):
     """What happens when something fails."""
 
     on_peer_loss: Literal["restart", "drop", "fail"] = "restart"
     """A peer died or fell silent: `restart` starts it anew and all go back to the last checkpoint;
-    `drop` does so, too, and goes on without the peer once `max_restarts` are used up (it comes back
+    `drop` does so, too, and goes on without the peer once `max_failures` are used up (it comes back
     at the next `--resume`); `fail` ends the run."""
 
-    max_restarts: Whole = 5
+    max_failures: Whole = 5
     """Restarts of peers in a run, all together; past that the run ends with its checkpoint intact."""
 
-    detect_s: Positive = 10.0
+    node_timeout_s: Positive = 10.0
     """Seconds within which a lost node is noticed, where the run starts Ray itself; a cluster has
     settings of its own. A lost process is noticed at once."""
 
-    silence_s: Positive = 60.0
+    heartbeat_timeout_s: Positive = 60.0
     """A peer that neither advances nor answers for so long, or for ten median steps if that is
     longer, is stuck: it is named, killed, and treated as lost."""
 
-    on_bad_numbers: Literal["fail", "skip"] = "fail"
+    on_nonfinite: Literal["fail", "skip"] = "fail"
     """A loss, gradient or embedding is NaN or infinite: `fail` ends the run, `skip` leaves out the
     update of that peer, and what it published does not reach the others."""
 
-    max_bad_in_a_row: Count = 10
+    max_consecutive_nonfinite: Count = 10
     """`skip`: so many batches one after the other are left out by a peer before the run ends."""
 
 
@@ -598,13 +598,13 @@ class EvaluationConfig(Section):
     batch_size: Count = 128
     """Images embedded at a time."""
 
-    weights: Literal["last", "best", "averaged"] | None = None
+    weights: Literal["last", "best", "ema"] | None = None
     """Which weights the run's test result uses; null: best where validation classes are held
     out, else last."""
 
-    test: bool = True
-    """Judge on the test classes at the end; false judges on the validation classes instead, for
-    searches, which must not see the test classes."""
+    split: Literal["test", "validation"] = "test"
+    """Classes of the final evaluation. Searches use `validation`, because they must not see the test
+    classes."""
 
     untrained: bool = True
     """Evaluate the untrained peers on the test classes too, as the figure to stand beside."""
@@ -634,15 +634,15 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What is kept of it on the way."""
 
-    run: RunConfig = RunConfig()
+    failure: FailureConfig = FailureConfig()
     """What happens when something fails."""
 
     @model_validator(mode="after")
     def _can_be_judged(self) -> Config:
-        if not self.evaluation.test and not self.data.validation_fraction:
+        if self.evaluation.split == "validation" and not self.data.validation_fraction:
             raise ValueError(
-                "evaluation.test false judges on validation classes, and data.validation_fraction "
-                "is 0: there are none"
+                "evaluation.split is validation, but data.validation_fraction is 0: there are no "
+                "validation classes"
             )
         return self
 
@@ -655,7 +655,7 @@ class Config(Section):
         return self
 
     def weights_to_judge(self, asked: str | None = None) -> str:
-        """``last``, ``best`` or ``averaged``: those asked for, or those the run is judged by (which
+        """``last``, ``best`` or ``ema``: those asked for, or those the run is judged by (which
         are never chosen on the test classes).
 
         Raises:
@@ -664,14 +664,14 @@ class Config(Section):
         allowed = ["last"]
         if self.data.validation_fraction:
             allowed.append("best")
-        if any(peer.averaging for peer in self.cohort.peers):
-            allowed.append("averaged")
+        if any(peer.ema for peer in self.cohort.peers):
+            allowed.append("ema")
         usual = "best" if "best" in allowed else "last"
         which = asked or self.evaluation.weights or usual
         if which not in allowed:
             raise UserError(
                 f"there are no weights {which!r}; there are {' and '.join(allowed)} (best needs "
-                "data.validation_fraction above 0, averaged a peer with averaging)"
+                "data.validation_fraction above 0, ema a peer that keeps one)"
             )
         return which
 
@@ -734,7 +734,7 @@ def read_settings(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
 MOVED = {
     "train.checkpoint_every": "checkpoint.every_steps",
-    "cohort.exchange_timeout_s": "run.silence_s",
+    "cohort.exchange_timeout_s": "failure.heartbeat_timeout_s",
 }
 """Settings of runs that an older version wrote, and what they are now."""
 
@@ -797,7 +797,11 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     if isinstance(cohort, dict):
         peers = cohort.get("peers")
         for peer in [cohort.get("base"), *(peers if isinstance(peers, list) else [])]:
-            if isinstance(peer, dict) and peer.get("weights") not in ("none", "imagenet", "wheel"):
+            if isinstance(peer, dict) and peer.get("weights") not in (
+                "none",
+                "pretrained",
+                "offline",
+            ):
                 absolute(peer, "weights")
 
 

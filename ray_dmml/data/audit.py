@@ -131,7 +131,7 @@ class Report:
         }
 
 
-def look_over(config: DataConfig, log: Log | None = None, watch: Watch | None = None) -> Report:
+def audit(config: DataConfig, log: Log | None = None, watch: Watch | None = None) -> Report:
     """Decodes every image once (into the cache of decoded images, where there is one).
 
     Args:

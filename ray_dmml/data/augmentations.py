@@ -50,20 +50,20 @@ def _presets(size: int) -> dict[str, list[Transform]]:
     flip = Transform(name="RandomHorizontalFlip")
     return {
         "weak": [
-            Transform(name="Resize", settings={"size": [round(size * RESIZE_BEFORE_CROP)] * 2}),
+            Transform(name="Resize", args={"size": [round(size * RESIZE_BEFORE_CROP)] * 2}),
             Transform(name="RandomCrop"),
             flip,
         ],
-        "standard": [Transform(name="RandomResizedCrop", settings={"scale": [0.2, 1.0]}), flip],
+        "standard": [Transform(name="RandomResizedCrop", args={"scale": [0.2, 1.0]}), flip],
         "strong": [
-            Transform(name="RandomResizedCrop", settings={"scale": [0.08, 1.0]}),
+            Transform(name="RandomResizedCrop", args={"scale": [0.08, 1.0]}),
             flip,
             Transform(
                 name="ColorJitter",
-                settings={"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+                args={"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
             ),
-            Transform(name="RandomGrayscale", settings={"p": 0.1}),
-            Transform(name="RandomErasing", settings={"p": 0.25}),
+            Transform(name="RandomGrayscale", args={"p": 0.1}),
+            Transform(name="RandomErasing", args={"p": 0.25}),
         ],
     }
 
@@ -149,7 +149,7 @@ def training_view(
 
 
 def evaluation_view(size: int, crop: float, decode_size: int, device: torch.device = CPU) -> View:
-    """Resize so that the centre crop keeps ``crop`` of the side: no draws."""
+    """Resize so that the centre crop keeps ``center_crop`` of the side: no draws."""
     resized = round(size / crop)
     pipeline = v2.Compose([v2.Resize([resized, resized]), v2.CenterCrop(size)])
     return View(pipeline, size, decode_size, "the evaluation view", draws=False, device=device)
@@ -166,7 +166,7 @@ def _build(transform: Transform, size: int, source: str) -> v2.Transform:
         near = difflib.get_close_matches(transform.name, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "see torchvision.transforms.v2"
         raise UserError(f"{source}: unknown transform {transform.name!r}; {hint}")
-    settings: dict[str, Any] = dict(transform.settings)
+    settings: dict[str, Any] = dict(transform.args)
     takes = inspect.signature(cls).parameters
     if "size" in takes and "size" not in settings:
         settings["size"] = [size, size]

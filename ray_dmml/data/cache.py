@@ -174,7 +174,7 @@ def through_cache(
     """The sets, read through one cache file; as they are where there can be none, which is said.
 
     Args:
-        sets: image files of one root, size and aspect.
+        sets: image files of one root, size and resize.
         folder: of the cache files; None: the usual one.
         limit_bytes: of all cache files in the folder together.
         log: takes a sentence on what does not work as asked; None: the module's logger.
@@ -211,7 +211,7 @@ def open_cache(
     at most half of what is free on the disk.
 
     Args:
-        like: root, size and aspect of the images.
+        like: root, size and resize of the images.
         paths: of all of them, in the order of their slots.
 
     Raises:
@@ -224,7 +224,7 @@ def open_cache(
         "images": len(paths),
         "decoders": {name: _version(name) for name in _DECODERS},
     }
-    key = [str(like.root.resolve()), like.aspect, json.dumps(facts), *paths]
+    key = [str(like.root.resolve()), like.resize, json.dumps(facts), *paths]
     name = hashlib.sha256("\0".join(key).encode(errors="surrogateescape")).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}{SUFFIX}"

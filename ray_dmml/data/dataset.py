@@ -22,7 +22,7 @@ from ray_dmml.data.image_header import claimed_size
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 
-Aspect = Literal["squash", "crop"]
+Resize = Literal["stretch", "center_crop"]
 
 Stamp = tuple[int, int]
 """Size and time of change of an image's file: what tells that it is another one. The time is the
@@ -42,7 +42,7 @@ FORMATS = (
 """What an image's file may be, by Pillow's names."""
 
 _TOO_LARGE = f"at most {MAX_PIXELS} are decoded"
-_MAX_ASPECT = 16
+_MAX_ASPECT_RATIO = 16
 
 
 class BadImageError(UserError):
@@ -80,16 +80,16 @@ class FileImages:
         root: the folder.
         paths: the files, relative to it.
         decode_size: S, in pixels.
-        aspect: ``squash`` resizes both sides to S; ``crop`` the shorter one, and cuts the middle.
+        resize: ``stretch`` resizes both sides to S; ``center_crop`` the shorter one, and cuts the middle.
     """
 
     def __init__(
-        self, root: Path, paths: Sequence[str], decode_size: int, aspect: Aspect = "squash"
+        self, root: Path, paths: Sequence[str], decode_size: int, resize: Resize = "stretch"
     ) -> None:
         self.root = root
         self.paths = tuple(paths)
         self.decode_size = decode_size
-        self.aspect = aspect
+        self.resize = resize
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -111,7 +111,7 @@ class FileImages:
 
     def read(self, index: int) -> Tensor:
         try:
-            return to_square(_decode(self.root / self.paths[index]), self.decode_size, self.aspect)
+            return to_square(_decode(self.root / self.paths[index]), self.decode_size, self.resize)
         except Exception as error:  # a corrupt file makes decoders raise nearly anything
             raise self._bad(index, error) from error
 
@@ -178,16 +178,16 @@ def _refuse_huge(width: int, height: int) -> None:
         raise OSError(f"it claims {width} x {height} pixels, and {_TOO_LARGE}")
 
 
-def to_square(image: Tensor, size: int, aspect: Aspect) -> Tensor:
+def to_square(image: Tensor, size: int, resize: Resize) -> Tensor:
     """Resizes uint8 (3, H, W) to contiguous (3, size, size), bilinear with antialiasing."""
     height, width = image.shape[1:]
-    if aspect == "squash":
+    if resize == "stretch":
         target = (size, size)
     else:
         shorter = min(height, width)
         # Of a thread of pixels only the middle is seen; all of it, enlarged, might be gigabytes.
         for side in (1, 2):
-            longest = min(image.shape[side], _MAX_ASPECT * shorter)
+            longest = min(image.shape[side], _MAX_ASPECT_RATIO * shorter)
             image = image.narrow(side, (image.shape[side] - longest) // 2, longest)
         height, width = image.shape[1:]
         target = (round(height * size / shorter), round(width * size / shorter))
@@ -279,7 +279,7 @@ class ImageSet:
         if not isinstance(source, FileImages):
             raise TypeError(f"{type(source).__name__} reads no files")
         paths = [source.paths[index] for index in indices]
-        return FileImages(source.root, paths, source.decode_size, source.aspect)
+        return FileImages(source.root, paths, source.decode_size, source.resize)
 
     def can_be_judged(self) -> bool:
         """Whether any query has another image of its class to find."""

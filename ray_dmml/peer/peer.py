@@ -1,4 +1,4 @@
-"""One peer of the cohort: net, losses, optimiser, view, update interval, averaging. Plain PyTorch.
+"""One peer of the cohort: net, losses, optimiser, view, update interval, ema. Plain PyTorch.
 
 A step has three calls, so that whoever drives peers can put the exchange between them:
 ``embed(batch)`` gives the embeddings to publish; ``measure()`` computes what needs no other peer
@@ -52,8 +52,8 @@ class Peer:
         num_classes: training classes (for losses with proxies).
         decode_size: side S of the decoded images it is given, in pixels.
         device: where it computes.
-        on_bad_numbers: ``fail`` or ``skip``, see :class:`~ray_dmml.config.schema.RunConfig`.
-        max_bad_in_a_row: with ``skip``, batches that may be left out one after the other.
+        on_nonfinite: ``fail`` or ``skip``, see :class:`~ray_dmml.config.schema.FailureConfig`.
+        max_consecutive_nonfinite: with ``skip``, batches that may be left out one after the other.
         initial_weights: False leaves ``config.weights`` unread, for a state that is loaded next.
 
     Raises:
@@ -69,8 +69,8 @@ class Peer:
         num_classes: int,
         decode_size: int,
         device: torch.device,
-        on_bad_numbers: str = "fail",
-        max_bad_in_a_row: int = 10,
+        on_nonfinite: str = "fail",
+        max_consecutive_nonfinite: int = 10,
         initial_weights: bool = True,
     ) -> None:
         if config.amp == "float16" and device.type == "cpu":
@@ -79,7 +79,7 @@ class Peer:
         self.name = str(config.name)
         self.device = device
         self._relational = loss.relational
-        self._skips_bad, self._max_bad = on_bad_numbers == "skip", max_bad_in_a_row
+        self._skips_bad, self._max_bad = on_nonfinite == "skip", max_consecutive_nonfinite
         self._num_bad_in_a_row = 0
         self._is_bad = False  # something of this step is not finite, and is not learned from
         self._run_seed = run_seed
@@ -91,13 +91,15 @@ class Peer:
         self.eval_view = evaluation_view(self.net.input_size, crop, decode_size, device)
         with self._seeded("loss", "init"):
             self.metric = MetricLoss(loss.metric, num_classes, config.embedding_size).to(device)
-        self.averaged = (
-            AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(config.averaging.decay))
-            if config.averaging is not None
+        self.ema = (
+            AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema.decay))
+            if config.ema is not None
             else None
         )
         self._trained_net = (
-            compiled(self.net, self.name, device) if config.compile else self.net.project
+            compiled(self.net, self.name, device)
+            if config.compile
+            else self.net.forward_unnormalized
         )
         self.optimizer = self._build_optimizer()
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
@@ -132,17 +134,17 @@ class Peer:
 
     def embed(self, batch: Batch) -> Tensor:
         """The peer's own view of the batch -> its embeddings to publish, (B, D) float32, detached: of
-        unit length, or as its head gives them (``loss.relational.embeddings``).
+        unit length, or as its head gives them (``loss.relational.normalize``).
 
         Raises:
-            NonFiniteLossError: an embedding is NaN or infinite. (With ``on_bad_numbers: skip`` it is
+            NonFiniteLossError: an embedding is NaN or infinite. (With ``on_nonfinite: skip`` it is
                 published as it is, and nobody learns from it.)
         """
         self._batch = batch
         self._metric_term = None
         self._is_bad = False
         with self._seeded(batch.step, "view"):
-            images = self._see(self.view, batch.images)
+            images = self._augment(self.view, batch.images)
         if self._learns_from(batch.step):
             self.net.train()
             # BatchNorm would keep what is not finite for ever.
@@ -161,8 +163,8 @@ class Peer:
             # Evaluation mode: a batch that is not learned from moves no BatchNorm statistics.
             self._raw = self._embedding = None
             published = self._to_publish(self._infer(self.net, images))
-        if self.averaged is not None and self.config.averaging and self.config.averaging.publish:
-            published = self._to_publish(self._infer(self._averaged_net, images))
+        if self.ema is not None and self.config.ema and self.config.ema.as_teacher:
+            published = self._to_publish(self._infer(self._ema_net, images))
         self._check_finite("embedding", published, batch.step)
         return published
 
@@ -201,7 +203,7 @@ class Peer:
         if self._num_bad_in_a_row > self._max_bad:
             raise NonFiniteLossError(
                 f"{self.name}: the numbers of {self._num_bad_in_a_row} batches in a row were not "
-                f"finite, the last at step {self._batch.step + 1} (run.max_bad_in_a_row)"
+                f"finite, the last at step {self._batch.step + 1} (failure.max_consecutive_nonfinite)"
             )
         return {"left_out": 1.0}
 
@@ -221,12 +223,12 @@ class Peer:
         ramp = (
             min(1.0, step / self._relational.warmup_steps) if self._relational.warmup_steps else 1.0
         )
-        w_d, w_a = ramp * self._relational.distance, ramp * self._relational.angle
+        w_d, w_a = ramp * self._relational.distance_weight, ramp * self._relational.angle_weight
         if self._skips_bad:  # what a peer published that does not learn from it either
             others = [other for other in others if torch.isfinite(other).all()]
         if others and (w_d or w_a):
             mutual = relational_losses(
-                self._raw if self._relational.embeddings == "raw" else self._embedding,
+                self._raw if not self._relational.normalize else self._embedding,
                 [other.to(self.device, non_blocking=True) for other in others],
                 with_distance=w_d > 0,
                 with_angle=w_a > 0,
@@ -249,22 +251,22 @@ class Peer:
         images: ImageSet,
         batch_size: int,
         *,
-        averaged: bool = False,
+        ema: bool = False,
         after_chunk: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
         """The evaluation view of every image -> (N, D) float32, in the images' order.
 
         Args:
-            averaged: use the averaged weights where the peer keeps them.
+            ema: use the averaged weights where the peer keeps them.
             after_chunk: is called whenever ``batch_size`` images are done.
 
         Raises:
             NonFiniteLossError: an embedding is NaN or infinite.
         """
-        net = self._averaged_net if averaged and self.averaged is not None else self.net
+        net = self._ema_net if ema and self.ema is not None else self.net
         found = []
         for chunk in in_chunks(images, batch_size):
-            found.append(unit_length(self._infer(net, self._see(self.eval_view, chunk))).cpu())
+            found.append(unit_length(self._infer(net, self._augment(self.eval_view, chunk))).cpu())
             after_chunk()
         embeddings = torch.cat(found)
         self._require_finite("embedding of an image", embeddings, "in an evaluation")
@@ -288,9 +290,9 @@ class Peer:
                 if parameter.grad is not None
             },
         }
-        if self.averaged is not None:
-            state["averaged"] = self.averaged.module.state_dict()
-            state["num_averaged"] = self.averaged.n_averaged
+        if self.ema is not None:
+            state["ema"] = self.ema.module.state_dict()
+            state["num_ema_updates"] = self.ema.n_averaged
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -305,9 +307,9 @@ class Peer:
             group.update(settings)
         self._scaler.load_state_dict(state["scaler"])
         self._num_bad_in_a_row = state.get("num_bad_in_a_row", 0)  # older states have none
-        if self.averaged is not None:
-            self.averaged.module.load_state_dict(state["averaged"])
-            self.averaged.n_averaged.copy_(state["num_averaged"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.copy_(state["num_ema_updates"])
         for name, parameter in self._named_parameters():
             gradient = state["gradients"].get(name)
             parameter.grad = (
@@ -322,8 +324,8 @@ class Peer:
             UserError: names or shapes differ.
         """
         load_net_weights(self.net, net, f"for {self.name}")
-        if self.averaged is not None:
-            self.averaged.module.load_state_dict(net)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(net)
 
     # --- inside -----------------------------------------------------------------------------
 
@@ -343,9 +345,9 @@ class Peer:
         """The update, where one is due and any batch of the interval has given gradients."""
         is_due = (step + 1) % self.config.update_interval == 0
         if is_due and any(p.grad is not None for _, p in self._named_parameters()):
-            self._learn(step)
+            self._optimizer_step(step)
 
-    def _learn(self, step: int) -> None:
+    def _optimizer_step(self, step: int) -> None:
         """One optimiser step."""
         factor = learning_rate_factor(self.config.schedule, step)
         for group in self.optimizer.param_groups:
@@ -363,8 +365,8 @@ class Peer:
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.net)
+        if self.ema is not None:
+            self.ema.update_parameters(self.net)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         config = self.config.optimizer
@@ -389,23 +391,23 @@ class Peer:
         return own + [(f"metric.{name}", p) for name, p in self.metric.named_parameters()]
 
     @property
-    def _averaged_net(self) -> EmbeddingNet:
-        assert self.averaged is not None
-        return cast(EmbeddingNet, self.averaged.module)
+    def _ema_net(self) -> EmbeddingNet:
+        assert self.ema is not None
+        return cast(EmbeddingNet, self.ema.module)
 
     def _to_publish(self, raw: Tensor) -> Tensor:
         """What the others take relations of."""
-        return raw if self._relational.embeddings == "raw" else unit_length(raw)
+        return raw if not self._relational.normalize else unit_length(raw)
 
     def _infer(self, net: EmbeddingNet, images: Tensor) -> Tensor:
         """Embeddings before normalisation, in evaluation mode."""
         net.eval()
         with torch.no_grad(), self._autocast():
             if self.replicas is None:
-                return net.project(images)
-            return self.replicas.infer(net, images, averaged=net is not self.net)
+                return net.forward_unnormalized(images)
+            return self.replicas.infer(net, images, ema=net is not self.net)
 
-    def _see(self, view: View, images: Tensor) -> Tensor:
+    def _augment(self, view: View, images: Tensor) -> Tensor:
         """A view of decoded images, on the peer's device."""
         if self.device.type == "cuda":
             images = images.pin_memory()

@@ -49,7 +49,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Sign:
+class PeerStatus:
     """What is known of a peer."""
 
     sent: int
@@ -121,11 +121,11 @@ class Coordinator:
         """A sign of life, which a peer gives about once a second whatever it is at."""
         self._beats[rank] = time.monotonic()
 
-    async def signs(self) -> dict[str, Sign]:
+    async def signs(self) -> dict[str, PeerStatus]:
         """The last of each peer, by name."""
         now = time.monotonic()
         return {
-            name: Sign(sent, chunks, 0.0 if beat is None else now - beat)
+            name: PeerStatus(sent, chunks, 0.0 if beat is None else now - beat)
             for name, (sent, chunks), beat in zip(
                 self._names, self._progress, self._beats, strict=True
             )

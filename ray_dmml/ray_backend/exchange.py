@@ -89,7 +89,7 @@ class Exchange(Protocol):
         ...
 
 
-class Alone:
+class NoExchange:
     """The exchange of a cohort of one."""
 
     def start(self, step: int, embedding: Tensor) -> None:
@@ -301,7 +301,7 @@ def connect(
     """
     leave_group()
     if len(members.names) == 1:
-        return Alone(), "none"
+        return NoExchange(), "none"
     if transport == "coordinator":
         return CoordinatorExchange(coordinator, rank, members, teachers), "coordinator"
     direct: DirectExchange | None = None

@@ -31,8 +31,8 @@ from ray_dmml.data.dataset import Splits
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import BatchLoader, build_sampler
 from ray_dmml.errors import ReplicaLostError, UserError
-from ray_dmml.peer.data_parallel import LOOPBACK, Replica, Replicas, Wire
-from ray_dmml.ray_backend.exchange import Alone, Exchange, Members, connect, store_at
+from ray_dmml.peer.data_parallel import LOOPBACK, Replica, ReplicaChannel, Replicas
+from ray_dmml.ray_backend.exchange import Exchange, Members, NoExchange, connect, store_at
 
 BEAT_S = 1.0
 """From one sign of life to the next."""
@@ -72,7 +72,7 @@ class Member:
         options: Mapping[str, Any],
     ) -> None:
         torch.set_num_threads(threads)
-        keep_freed_memory()
+        tune_malloc()
         self._config = config
         self._splits = load_splits(config.data, skip=frozenset(skipped), check=False)
         _require_same(self._splits, digests, config, position)
@@ -83,7 +83,7 @@ class Member:
         self._replicas = self._start_replicas(threads, options)
         sampler = build_sampler(config, self._splits)
         self._loader = BatchLoader(self._splits.train, sampler, threads)
-        self._exchange: Exchange = Alone()
+        self._exchange: Exchange = NoExchange()
         self._sent = self._chunks = 0
         self._coordinator: Any = None
         Thread(target=self._beat, daemon=True).start()
@@ -146,13 +146,11 @@ class Member:
             rows.append(self._peer.update(others))
         return rows, waited
 
-    def embeddings(self, split: str, averaged: bool) -> np.ndarray:
+    def embeddings(self, split: str, ema: bool) -> np.ndarray:
         images = getattr(self._splits, split)
         size = self._config.evaluation.batch_size
         with self._peer.enough_memory(), self._replicas_told():
-            return self._peer.embed_images(
-                images, size, averaged=averaged, after_chunk=self._finish_chunk
-            )
+            return self._peer.embed_images(images, size, ema=ema, after_chunk=self._finish_chunk)
 
     def _finish_chunk(self) -> None:
         self._chunks += 1
@@ -191,8 +189,8 @@ class Member:
             for rank, actor in enumerate(actors, start=1)
         ]
         with self._replicas_told():
-            wire = Wire(store, 0, size, self._device, self._peer.name, patience)
-        self._peer.replicas = Replicas(wire)
+            channel = ReplicaChannel(store, 0, size, self._device, self._peer.name, patience)
+        self._peer.replicas = Replicas(channel)
         return actors
 
     @contextmanager
@@ -215,7 +213,7 @@ class Member:
                     pass
             raise
 
-    def require_whole(self) -> None:
+    def check_healthy(self) -> None:
         """Raises ReplicaLostError where one of its replicas is gone."""
         if not self._is_whole:
             raise ReplicaLostError(f"{self._peer.name}: one of its replicas was lost")
@@ -241,15 +239,15 @@ class ReplicaActor:
 
     def build(self, config: PeerConfig, run_seed: int, threads: int) -> None:
         torch.set_num_threads(threads)
-        keep_freed_memory()
+        tune_malloc()
         self._config, self._run_seed = config, run_seed
         self._device = _device(config)
 
     def serve(self, port: int, rank: int, size: int, patience: float) -> None:
         """Until the peer is gone."""
         store = TCPStore(LOOPBACK, port, is_master=False)
-        wire = Wire(store, rank, size, self._device, str(self._config.name), patience)
-        Replica(self._config, self._run_seed, wire).serve()
+        channel = ReplicaChannel(store, rank, size, self._device, str(self._config.name), patience)
+        Replica(self._config, self._run_seed, channel).serve()
 
 
 def _require_same(
@@ -296,7 +294,7 @@ def _device(peer: PeerConfig) -> torch.device:
     return torch.device("cpu")
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Has the C library keep what a step frees for the next step, in a process of our own.
 
     As it is, glibc hands blocks of the size of activations back to the system at once, and the

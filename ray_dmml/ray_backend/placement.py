@@ -184,7 +184,7 @@ def _serve(config: Config, nodes: Sequence[Node], gpus: bool) -> bool:
         with_labels(bundle(peer, peer.num_cpus or 1.0, _or(gpu, default)), peer)
         for peer, gpu in asked
     ]
-    return have_places(wanted, nodes, config.cohort.placement)
+    return have_places(wanted, nodes, config.cohort.placement_strategy)
 
 
 def _or(asked: float | None, share: float) -> float:
@@ -215,7 +215,7 @@ def plan_bundles(config: Config, nodes: Sequence[Node]) -> list[dict[str, float]
 
     def fits(cpus: float, gpus: float) -> bool:
         wanted = map(with_labels, bundles(cpus, gpus), peers)
-        return have_places(list(wanted), nodes, config.cohort.placement)
+        return have_places(list(wanted), nodes, config.cohort.placement_strategy)
 
     cpu_shares = list(lowered(most_cpus))
     for gpus in lowered(most_gpus):

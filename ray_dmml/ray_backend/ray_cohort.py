@@ -41,9 +41,9 @@ from ray.util.scheduling_strategies import (
 )
 
 from ray_dmml.cohort.cohort import StepRow
-from ray_dmml.config.schema import Config, DataConfig, RunConfig
+from ray_dmml.config.schema import Config, DataConfig, FailureConfig
 from ray_dmml.errors import ExchangeLostError, PeerLostError, UserError
-from ray_dmml.ray_backend.coordinator import Coordinator, Sign
+from ray_dmml.ray_backend.coordinator import Coordinator, PeerStatus
 from ray_dmml.ray_backend.placement import (
     BOOTSTRAP_FILE,
     HEAD,
@@ -105,7 +105,7 @@ class PeerActor:
         """It lives, is whole, and is through with its last call; False: it was not built yet."""
         member = getattr(self, "_member", None)
         if member is not None:
-            member.require_whole()
+            member.check_healthy()
         return member is not None
 
 
@@ -177,7 +177,7 @@ class RayCohort:
             self._actors[name] = self._start_actor(self._positions[name])
         if again:
             waits = {name: self._actors[name].answer.remote() for name in starting}
-            self._gather(waits, self._config.cohort.place_timeout_s)
+            self._gather(waits, self._config.cohort.placement_timeout_s)
         if self._config.data.source is not None:  # which takes as long as it takes
             data = self._config.data
             self._gather(
@@ -242,17 +242,17 @@ class RayCohort:
         bundles = plan(config, alive, growth)
         self._group = placement_group(
             bundles,
-            strategy=config.cohort.placement.upper(),
+            strategy=config.cohort.placement_strategy.upper(),
             bundle_label_selector=[dict(peer.labels) for peer in config.cohort.peers],
         )
         try:
-            ray.get(self._group.ready(), timeout=config.cohort.place_timeout_s)
+            ray.get(self._group.ready(), timeout=config.cohort.placement_timeout_s)
         except GetTimeoutError:
             left = left_to_grow(alive, growth)
             grown = f" and may grow by {shown(left)}" if left else ""
             raise UserError(
-                f"the cluster did not grant {bundles} within {config.cohort.place_timeout_s:g} s "
-                f"(cohort.place_timeout_s): it has {shown([ray.cluster_resources()])}{grown}; "
+                f"the cluster did not grant {bundles} within {config.cohort.placement_timeout_s:g} s "
+                f"(cohort.placement_timeout_s): it has {shown([ray.cluster_resources()])}{grown}; "
                 f"{shown([ray.available_resources()])} are free"
             ) from None
         return self._group, bundles
@@ -268,9 +268,9 @@ class RayCohort:
         rows = zip(*(rows for rows, _ in found.values()), strict=True)
         return [dict(zip(self.names, terms, strict=True)) for terms in rows]
 
-    def embeddings(self, split: str, *, averaged: bool = False) -> dict[str, np.ndarray]:
+    def embeddings(self, split: str, *, ema: bool = False) -> dict[str, np.ndarray]:
         return self._gather(
-            self._calls("embeddings", split, averaged), self._config.cohort.start_timeout_s
+            self._calls("embeddings", split, ema), self._config.cohort.start_timeout_s
         )
 
     def state(self) -> dict[str, PeerFiles]:
@@ -365,7 +365,7 @@ class RayCohort:
         """
         if self._has_new:
             return self._config.cohort.start_timeout_s
-        return max(self._config.run.silence_s, SILENT_STEPS * self._median_step())
+        return max(self._config.failure.heartbeat_timeout_s, SILENT_STEPS * self._median_step())
 
     def _median_step(self) -> float:
         return sorted(self._step_seconds)[len(self._step_seconds) // 2] if self._step_seconds else 0
@@ -386,7 +386,7 @@ class RayCohort:
             UserError: what a peer raised.
             PeerLostError: who died or fell silent.
         """
-        watch = _Watch(patience, self._config.run, self._nodes)
+        watch = _Watch(patience, self._config.failure, self._nodes)
         waiting, found = dict(refs), {}
         while waiting:
             ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=POLL_S)
@@ -451,7 +451,7 @@ class RayCohort:
                 failures[name] = error
         return failures
 
-    def _signs(self) -> dict[str, Sign] | None:
+    def _signs(self) -> dict[str, PeerStatus] | None:
         """The last sign of each peer; empty where the coordinator is silent, None where it is dead."""
         try:
             return ray.get(self._coordinator.signs.remote(), timeout=GRACE_S)
@@ -470,18 +470,18 @@ class _Watch:
         nodes: name of a peer to the ID of its node.
     """
 
-    def __init__(self, patience: float, run: RunConfig, nodes: Mapping[str, str]) -> None:
+    def __init__(self, patience: float, run: FailureConfig, nodes: Mapping[str, str]) -> None:
         self._patience, self._run, self._nodes = patience, run, nodes
         self._last: dict[str, tuple[tuple[int, int], float]] = {}
         # A clock of its own: while this process is stopped itself, nobody is silent.
         self._now = self._heard_at = self._looked_at = 0.0
         self._before = time.monotonic()
 
-    def look(self, waiting: Mapping[str, Any], signs: Mapping[str, Sign]) -> None:
+    def look(self, waiting: Mapping[str, Any], signs: Mapping[str, PeerStatus]) -> None:
         """Raises PeerLostError."""
         elapsed, self._before = time.monotonic() - self._before, time.monotonic()
         self._now = now = self._now + min(elapsed, LONGEST_LOOK_S)
-        silence = self._run.silence_s
+        silence = self._run.heartbeat_timeout_s
         if not signs:
             if now - self._heard_at > silence:
                 raise PeerLostError(f"the coordinator gave no answer for {silence:.0f} s")
@@ -492,11 +492,13 @@ class _Watch:
             told = f"{', '.join(silent)}: no sign of life for {silence:.0f} s"
             raise PeerLostError(told, stuck=silent)
         self._look_at_progress(waiting, signs)
-        if now - self._looked_at > self._run.detect_s / 3:
+        if now - self._looked_at > self._run.node_timeout_s / 3:
             self._look_at_nodes(waiting)
             self._looked_at = now
 
-    def _look_at_progress(self, waiting: Mapping[str, Any], signs: Mapping[str, Sign]) -> None:
+    def _look_at_progress(
+        self, waiting: Mapping[str, Any], signs: Mapping[str, PeerStatus]
+    ) -> None:
         """Of those that live: one that hangs keeps others waiting."""
         for name in waiting:
             progress = (signs[name].sent, signs[name].chunks)
@@ -518,7 +520,7 @@ class _Watch:
         nodes = {node["NodeID"]: node for node in ray.nodes()}
         for where in {self._nodes[name] for name in waiting if name in self._nodes}:
             node = nodes.get(where)
-            if node is not None and node["Alive"] and _answers(node, self._run.detect_s / 3):
+            if node is not None and node["Alive"] and _answers(node, self._run.node_timeout_s / 3):
                 continue
             lost = tuple(name for name in self._nodes if self._nodes[name] == where)
             address = node["NodeManagerAddress"] if node else where

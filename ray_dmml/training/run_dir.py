@@ -28,7 +28,7 @@ from ray_dmml.errors import CheckpointError, UserError
 _VERSIONS = ("ray-dmml", "torch", "torchvision", "timm", "pytorch-metric-learning", "ray", "numpy")
 
 
-class RunFolder:
+class RunDir:
     """Paths and files of one run."""
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +40,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
 
     @classmethod
-    def open(cls, path: Path | str) -> RunFolder:
+    def open(cls, path: Path | str) -> RunDir:
         """An existing run.
 
         Raises:
@@ -51,7 +51,7 @@ class RunFolder:
             raise UserError(f"{path} is not the folder of a run: it has no config.yaml")
         return run
 
-    def refuse_existing(self, option: str = "--out") -> None:
+    def ensure_empty(self, option: str = "--out") -> None:
         """A new run never writes into an old one's folder.
 
         Args:
@@ -77,7 +77,7 @@ class RunFolder:
             raise UserError(f"the run folder {self.path} cannot be made: {error}") from None
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """For the length of the block no other process trains in this folder.
 
         A file system that knows no locks protects nobody.

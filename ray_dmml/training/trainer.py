@@ -26,7 +26,7 @@ from ray_dmml.errors import CheckpointError, Interrupted, PeerLostError, StartLo
 from ray_dmml.evaluation.ensemble import ensemble_embedding
 from ray_dmml.evaluation.metrics import retrieval_metrics
 from ray_dmml.loggers.tensorboard import Events
-from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.run_dir import RunDir
 
 if TYPE_CHECKING:
     from ray_dmml.checkpoint.remote import RunStorage
@@ -48,7 +48,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.log_every",
     "train.evaluate_every",
     "checkpoint.*",
-    "run.*",
+    "failure.*",
     "train.tensorboard",
     "evaluation.*",
     # Where things are and how bytes travel: neither changes a number.
@@ -58,8 +58,8 @@ MAY_CHANGE_ON_RESUME = (
     "data.cache_gib",
     "data.cache_dir",
     "cohort.transport",
-    "cohort.placement",
-    "cohort.place_timeout_s",
+    "cohort.placement_strategy",
+    "cohort.placement_timeout_s",
     "cohort.start_timeout_s",
     "cohort.peers.*.resources*",
     "cohort.peers.*.labels*",
@@ -116,7 +116,7 @@ def train(
     out: Path | str | None = None,
     *,
     resume: Path | str | None = None,
-    in_process: bool = False,
+    local: bool = False,
     reporter: Reporter | None = None,
     changed: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
@@ -127,7 +127,7 @@ def train(
         config: the experiment; None with ``resume``: the run's own.
         out: the new run's folder. Not with ``resume``.
         resume: a run to continue from its last checkpoint, or to extend by more ``train.steps``.
-        in_process: all peers in this process, without Ray; the same numbers, slower.
+        local: all peers in this process, without Ray; the same numbers, slower.
         reporter: is told how it goes; None: nobody.
         changed: with ``resume``: any setting may differ from the checkpoint's, as in a search that
             changes them in mid-run.
@@ -140,18 +140,18 @@ def train(
 
     Raises:
         UserError: a setting, a file or the cluster does not allow it; peers were lost more often
-            than ``run.max_restarts`` allows; a loss is not finite.
+            than ``failure.max_failures`` allows; a loss is not finite.
         Interrupted: ``should_stop`` said so.
     """
     reporter = reporter or Silent()
     try:
         if resume is None:
-            return _start(config, out, in_process, reporter, should_stop)
+            return _start(config, out, local, reporter, should_stop)
         if out is not None:
             raise UserError("--resume continues a run in its folder: it takes no --out")
-        run = RunFolder.open(resume)
-        with run.alone():
-            return _resume(run, config, in_process, reporter, changed, should_stop)
+        run = RunDir.open(resume)
+        with run.lock():
+            return _resume(run, config, local, reporter, changed, should_stop)
     finally:
         reporter.stopped()
 
@@ -159,15 +159,15 @@ def train(
 def _start(
     config: Config | None,
     out: Path | str | None,
-    in_process: bool,
+    local: bool,
     reporter: Reporter,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """A new run. Nothing is on disk until all that can be known beforehand is known to be right."""
     if config is None or out is None:
         raise UserError("a new run needs a config and a folder (out)")
-    run = RunFolder(Path(out))
-    run.refuse_existing()
+    run = RunDir(Path(out))
+    run.ensure_empty()
     storage = _storage(config, run, reporter, new=True)
     splits = read_images(config, reporter)
     with ExitStack() as held:
@@ -175,14 +175,14 @@ def _start(
         def run_it(cohort: Cohort, attempt: int) -> dict[str, Any]:
             if attempt == 0:
                 run.make()
-                held.enter_context(run.alone())
-                run.refuse_existing()  # another run may have taken it while the peers started
+                held.enter_context(run.lock())
+                run.ensure_empty()  # another run may have taken it while the peers started
                 run.write_config(config)
             state = _State()
             return _Loop(config, run, splits, cohort, reporter, state, should_stop, storage).run()
 
         return _once_started(
-            config, reporter, lambda: _fresh_cohort(config, splits, in_process, reporter), run_it
+            config, reporter, lambda: _fresh_cohort(config, splits, local, reporter), run_it
         )
 
 
@@ -200,16 +200,16 @@ def _once_started(
                 return run_it(cohort, attempt)
             except StartLostError as loss:
                 attempt += 1
-                if attempt > config.run.max_restarts:
+                if attempt > config.failure.max_failures:
                     raise
-                count = f"restart {attempt} of {config.run.max_restarts}"
+                count = f"restart {attempt} of {config.failure.max_failures}"
                 reporter.note(f"{loss}; all start anew, {count}")
 
 
 def _resume(
-    run: RunFolder,
+    run: RunDir,
     config: Config | None,
-    in_process: bool,
+    local: bool,
     reporter: Reporter,
     changed: bool,
     should_stop: Callable[[], bool],
@@ -227,8 +227,8 @@ def _resume(
 
     def build() -> Cohort:
         if checkpoint is None:  # it was killed before its first step
-            return _fresh_cohort(config, splits, in_process, reporter)
-        return _build_cohort(config, splits, in_process, reporter, checkpoint.peers)
+            return _fresh_cohort(config, splits, local, reporter)
+        return _build_cohort(config, splits, local, reporter, checkpoint.peers)
 
     def run_it(cohort: Cohort, _: int) -> dict[str, Any]:
         state = _State()
@@ -257,7 +257,7 @@ def evaluate(
 
     Args:
         run: its folder.
-        weights: ``last``, ``best`` (on validation classes) or ``averaged`` (of the last); None: those
+        weights: ``last``, ``best`` (on validation classes) or ``ema`` (of the last); None: those
             of the run's own result.
 
     Returns:
@@ -269,7 +269,7 @@ def evaluate(
     from ray_dmml.cohort.local import LocalCohort
 
     note = (reporter or Silent()).note
-    folder = RunFolder.open(run)
+    folder = RunDir.open(run)
     config = folder.config()
     environment = folder.environment()
     threads = max(environment.get("threads") or [0]) or None
@@ -315,7 +315,7 @@ class _Loop:
     def __init__(
         self,
         config: Config,
-        run: RunFolder,
+        run: RunDir,
         splits: Splits,
         cohort: Cohort,
         reporter: Reporter,
@@ -323,7 +323,7 @@ class _Loop:
         should_stop: Callable[[], bool],
         storage: RunStorage | None,
     ) -> None:
-        run.checkpoints.keep = config.checkpoint.keep
+        run.checkpoints.num_to_keep = config.checkpoint.num_to_keep
         self._config, self._run, self._splits = config, run, splits
         self._cohort, self._reporter, self._state = cohort, reporter, state
         self._should_stop, self._storage = should_stop, storage
@@ -361,7 +361,7 @@ class _Loop:
                 self._train()
                 return self._finish()
             except PeerLostError as loss:
-                self._go_back(loss)
+                self._roll_back(loss)
 
     def _train(self) -> None:
         """From where the peers are to the last step."""
@@ -375,7 +375,11 @@ class _Loop:
             if state.step == 0:
                 if not self._run.checkpoints.index():
                     self._save(best=False)  # so that a run killed at any time can be resumed
-                if config.evaluation.untrained and config.evaluation.test and not state.untrained:
+                if (
+                    config.evaluation.untrained
+                    and config.evaluation.split == "test"
+                    and not state.untrained
+                ):
                     self._reporter.doing("judging the untrained peers")
                     state.untrained = _figures(config, self._cohort, "test", self._splits.test)
                     self._reporter.evaluated(0, "untrained", state.untrained)
@@ -385,23 +389,23 @@ class _Loop:
             if events is not None:
                 events.close()
 
-    def _go_back(self, loss: PeerLostError) -> None:
+    def _roll_back(self, loss: PeerLostError) -> None:
         """All peers to the last checkpoint, with others in the places of those that are lost, or
         without them. Every number of a run follows from the step, so the same steps give the same
         weights again."""
-        run, reporter = self._config.run, self._reporter
+        failure, reporter = self._config.failure, self._reporter
         untrained = self._state.untrained
         while True:
             self._restarts += 1
-            drop = run.on_peer_loss == "drop" and self._restarts > run.max_restarts
+            drop = failure.on_peer_loss == "drop" and self._restarts > failure.max_failures
             # Each peer can be dropped once: what is lost besides would be lost for ever.
-            allowed = run.max_restarts + (len(self._config.cohort.peers) if drop else 0)
-            if run.on_peer_loss == "fail" or self._restarts > allowed:
+            allowed = failure.max_failures + (len(self._config.cohort.peers) if drop else 0)
+            if failure.on_peer_loss == "fail" or self._restarts > allowed:
                 raise self._given_up(loss)
             if not self._run.checkpoints.index():
                 raise StartLostError(str(loss))
             checkpoint = self._run.checkpoints.load("last", reporter.note)
-            count = "" if drop else f", restart {self._restarts} of {run.max_restarts}"
+            count = "" if drop else f", restart {self._restarts} of {failure.max_failures}"
             reporter.note(
                 f"{loss}; all go back from step {self._reached} to {checkpoint.step}{count}"
             )
@@ -432,11 +436,11 @@ class _Loop:
         reporter.step(state.step)
 
     def _given_up(self, loss: PeerLostError) -> UserError:
-        run = self._config.run
+        failure = self._config.failure
         why = (
-            "run.on_peer_loss is fail"
-            if run.on_peer_loss == "fail"
-            else f"run.max_restarts, {run.max_restarts}, are used up"
+            "failure.on_peer_loss is fail"
+            if failure.on_peer_loss == "fail"
+            else f"failure.max_failures, {failure.max_failures}, are used up"
         )
         if not self._run.checkpoints.index():
             return PeerLostError(f"{loss}; {why}")
@@ -535,7 +539,7 @@ class _Loop:
             self._cohort,
             "validation",
             self._splits.validation,
-            averaged=self._config.weights_to_judge() == "averaged",
+            ema=self._config.weights_to_judge() == "ema",
         )
         self._write([{"step": state.step, "validation": figures}])
         self._reporter.evaluated(state.step, "validation", figures)
@@ -549,7 +553,7 @@ class _Loop:
             events.add(state.step, values)
         value = (
             figures["ensemble"]["recall@1"]
-            if self._config.train.select_by == "ensemble"
+            if self._config.train.monitor == "ensemble"
             else float(np.mean([found["recall@1"] for found in figures["peers"].values()]))
         )
         if value <= state.best:
@@ -585,7 +589,7 @@ class _Loop:
         if state.step == 0:
             write()
         elif state.step == self._config.train.steps:
-            self._insist(write)
+            self._retry_write(write)
         else:
             try:
                 write()
@@ -596,7 +600,7 @@ class _Loop:
         self._reporter.saved(state.step, best=best)
         return True
 
-    def _insist(self, write: Callable[[], object]) -> None:
+    def _retry_write(self, write: Callable[[], object]) -> None:
         """Tries what a full disk forbids until there is room, or nobody has made any."""
         until, told = time.monotonic() + LAST_SAVE_S, ""
         while True:
@@ -622,7 +626,7 @@ class _Loop:
             self._reporter.note(f"{error}; {told}")
 
     def _finish(self) -> dict[str, Any]:
-        self._insist(self._write_the_rest)
+        self._retry_write(self._write_the_rest)
         which = self._config.weights_to_judge()
         step = self._state.step
         if which == "best":
@@ -634,7 +638,7 @@ class _Loop:
             except DamagedError as damage:
                 self._reporter.note(f"{damage}; the last weights are judged instead of the best")
                 which = "last"
-        split = "test" if self._config.evaluation.test else "validation"
+        split = self._config.evaluation.split
         self._reporter.doing(f"judging on the {split} classes")
         results = _judge(
             self._config, self._splits, self._cohort, split, which, step, self._state.untrained
@@ -644,7 +648,7 @@ class _Loop:
         if self._state.dropped:
             results["dropped"] = self._state.dropped
         self._tell_who_waited()
-        self._insist(lambda: self._run.write_results(results))
+        self._retry_write(lambda: self._run.write_results(results))
         self._copy()
         return results
 
@@ -661,17 +665,17 @@ class _Loop:
 
 
 def _storage(
-    config: Config, run: RunFolder, reporter: Reporter, *, new: bool = False
+    config: Config, run: RunDir, reporter: Reporter, *, new: bool = False
 ) -> RunStorage | None:
     """Where the run is copied to; one that goes on while that place does not answer is told so."""
-    if config.checkpoint.storage is None:
+    if config.checkpoint.storage_path is None:
         return None
     from ray_dmml.checkpoint.remote import RunStorage  # pyarrow is loaded by those who ask for it
 
     try:
-        storage = RunStorage(config.checkpoint.storage)
+        storage = RunStorage(config.checkpoint.storage_path)
         if new:
-            storage.refuse_existing()
+            storage.ensure_empty()
     except CheckpointError as error:
         if new:
             raise
@@ -698,7 +702,7 @@ def read_images(config: Config, reporter: Reporter) -> Splits:
         if peer.weights == "none" and peer.batch_norm == "frozen" and not config.train.init_from:
             reporter.note(
                 f"{peer.name} starts from random weights with its BatchNorm statistics frozen; from "
-                "scratch batch_norm: live learns better"
+                "scratch batch_norm: train learns better"
             )
     return splits
 
@@ -706,7 +710,7 @@ def read_images(config: Config, reporter: Reporter) -> Splits:
 def _build_cohort(
     config: Config,
     splits: Splits,
-    in_process: bool,
+    local: bool,
     reporter: Reporter,
     state: Mapping[str, PeerFiles] | None = None,
     weights: Mapping[str, PeerFiles] | None = None,
@@ -717,7 +721,7 @@ def _build_cohort(
         reporter.doing("starting the peers")
         cohort = None
         try:
-            cohort = _new_cohort(config, splits, in_process, state is None and weights is None)
+            cohort = _new_cohort(config, splits, local, state is None and weights is None)
             if state is not None:
                 cohort.load(state)
             elif weights is not None:
@@ -727,18 +731,18 @@ def _build_cohort(
             if cohort is not None:
                 cohort.close()
             attempts += 1
-            if not isinstance(error, PeerLostError) or config.run.on_peer_loss == "fail":
+            if not isinstance(error, PeerLostError) or config.failure.on_peer_loss == "fail":
                 raise
-            if attempts > config.run.max_restarts:
+            if attempts > config.failure.max_failures:
                 raise
             reporter.note(
-                f"{error}; all start anew, restart {attempts} of {config.run.max_restarts}"
+                f"{error}; all start anew, restart {attempts} of {config.failure.max_failures}"
             )
 
 
-def _new_cohort(config: Config, splits: Splits, in_process: bool, initial_weights: bool) -> Cohort:
+def _new_cohort(config: Config, splits: Splits, local: bool, initial_weights: bool) -> Cohort:
     # Each takes seconds to import, and a run needs one of them.
-    if in_process:
+    if local:
         from ray_dmml.cohort.local import LocalCohort
 
         return LocalCohort(config, splits, initial_weights=initial_weights)
@@ -758,7 +762,7 @@ def _judge(
 ) -> dict[str, Any]:
     """The figures of test or validation classes, in the form of results.json."""
     images: ImageSet = getattr(splits, split)
-    figures = _figures(config, cohort, split, images, averaged=which == "averaged")
+    figures = _figures(config, cohort, split, images, ema=which == "ema")
     return {
         "untrained": untrained.get("peers", {}),
         "untrained_ensemble": untrained.get("ensemble", {}),
@@ -775,9 +779,9 @@ def _judge(
 
 
 def _figures(
-    config: Config, cohort: Cohort, split: str, images: ImageSet, *, averaged: bool = False
+    config: Config, cohort: Cohort, split: str, images: ImageSet, *, ema: bool = False
 ) -> Figures:
-    found = cohort.embeddings(split, averaged=averaged)
+    found = cohort.embeddings(split, ema=ema)
 
     def judged(embeddings: np.ndarray) -> dict[str, float]:
         return retrieval_metrics(
@@ -806,9 +810,9 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _fresh_cohort(config: Config, splits: Splits, in_process: bool, reporter: Reporter) -> Cohort:
+def _fresh_cohort(config: Config, splits: Splits, local: bool, reporter: Reporter) -> Cohort:
     """Peers before their first step, from ``train.init_from`` where that is set."""
-    return _build_cohort(config, splits, in_process, reporter, weights=_initial_weights(config))
+    return _build_cohort(config, splits, local, reporter, weights=_initial_weights(config))
 
 
 def _initial_weights(config: Config) -> dict[str, Any] | None:
@@ -816,7 +820,7 @@ def _initial_weights(config: Config) -> dict[str, Any] | None:
     source = config.train.init_from
     if source is None:
         return None
-    store = RunFolder.open(source).checkpoints
+    store = RunDir.open(source).checkpoints
     peers = store.load("best" if "best" in store.index() else "last").peers
     missing = [str(peer.name) for peer in config.cohort.peers if peer.name not in peers]
     if missing:
@@ -826,7 +830,7 @@ def _initial_weights(config: Config) -> dict[str, Any] | None:
     return {str(peer.name): peers[str(peer.name)] for peer in config.cohort.peers}
 
 
-def _refuse_changes(config: Config, checkpoint: Checkpoint, run: RunFolder) -> None:
+def _refuse_changes(config: Config, checkpoint: Checkpoint, run: RunDir) -> None:
     # Read as a config: settings that an older version did not know have their defaults.
     before = dotted(Config.parse(moved(checkpoint.meta["config"])).model_dump(mode="json"))
     now = dotted(config.model_dump(mode="json"))

@@ -3,7 +3,7 @@
 A search file names settings as ``--set`` does and says what each may be::
 
     space:
-      loss.relational.distance: {loguniform: [0.1, 10]}
+      loss.relational.distance_weight: {loguniform: [0.1, 10]}
       cohort.peers.1.update_interval: {choice: [1, 2, 4]}
     trial: {train.steps: 100}      # of the trials only
 """
@@ -43,8 +43,8 @@ _OF_TRIALS = {
     ),
     "trials and final runs are judged alike": ("evaluation.recall_at", "evaluation.weights"),
     "a search sets it itself": (
-        *("data.validation_fold", "evaluation.test", "evaluation.untrained"),
-        *("train.tensorboard", "checkpoint.every_steps", "checkpoint.storage"),
+        *("data.validation_fold", "evaluation.split", "evaluation.untrained"),
+        *("train.tensorboard", "checkpoint.every_steps", "checkpoint.storage_path"),
     ),
 }
 """Why the trials' settings may not change these."""
@@ -59,8 +59,8 @@ _OF_DRAWS = {
 
 _OF_THE_START = (
     *("cohort", "base", "peers", "seed", "init_seed", "backbone", "weights", "embedding_size"),
-    *("pooling", "input_size", "frozen", "averaging", "replicas", "amp", "optimizer"),
-    *("optimizer.name", "loss", "loss.metric", "loss.metric.name", "loss.metric.settings"),
+    *("pooling", "input_size", "frozen", "ema", "replicas", "amp", "optimizer"),
+    *("optimizer.name", "loss", "loss.metric", "loss.metric.name", "loss.metric.args"),
     *("centers_per_class", "train", "train.steps", "train.init_from"),
 )
 """Endings of settings whose change a cohort with trained weights cannot take, or would not notice."""
@@ -275,13 +275,18 @@ class Search:
         # A checkpoint at each report, to go on from there, and between them where the config has more.
         reports, own = config.train.evaluate_every, config.checkpoint.every_steps
         checkpoint = config.checkpoint.model_copy(
-            update={"every_steps": reports if not own or reports % own else own, "storage": None}
+            update={
+                "every_steps": reports if not own or reports % own else own,
+                "storage_path": None,
+            }
         )
         fold += config.data.validation_fold
         data = config.data.model_copy(update={"validation_fold": fold})
         # Not the best: the final runs, which hold out no classes to choose by, will have none.
-        weights = "averaged" if config.evaluation.weights == "averaged" else "last"
-        evaluation = config.evaluation.model_copy(update={"test": False, "weights": weights})
+        weights = "ema" if config.evaluation.weights == "ema" else "last"
+        evaluation = config.evaluation.model_copy(
+            update={"split": "validation", "weights": weights}
+        )
         update = {
             "train": train,
             "data": data,

@@ -64,7 +64,7 @@ from ray_dmml.ray_backend.placement import (
     with_labels,
 )
 from ray_dmml.ray_backend.session import only_at, ray_session
-from ray_dmml.training.run_dir import RunFolder, replace_file
+from ray_dmml.training.run_dir import RunDir, replace_file
 from ray_dmml.training.trainer import Reporter, Silent, read_images, train
 from ray_dmml.tune.report import write_page
 from ray_dmml.tune.search_space import Params, Search, SearchConfig
@@ -142,7 +142,7 @@ class SearchFolder:
 
     def create(self, search: Search) -> None:
         """Raises UserError where the folder is taken or cannot be made."""
-        RunFolder(self.path).refuse_existing("--storage")
+        RunDir(self.path).ensure_empty("--storage")
         # It goes on with what it was begun with, also where Optuna has come or gone since.
         config = search.config.model_copy(update={"search": search.config.proposer})
         asked = {"settings": search.raw, "search": config.model_dump(mode="json")}
@@ -212,7 +212,7 @@ def run_search(
     if search is None:
         search = files.search()
     else:
-        RunFolder(files.path).refuse_existing("--storage")
+        RunDir(files.path).ensure_empty("--storage")
     reporter = reporter or Silent()
     # Here too, as each trial does: what is wrong with the images would be so in all of them.
     read_images(search.trial_config({}), reporter)
@@ -224,7 +224,7 @@ def run_search(
             _require_room(_resources(config, nodes, gpus_per_trial), nodes)
         if not resumed:
             files.create(search)
-        with RunFolder(files.path).alone():
+        with RunDir(files.path).lock():
             _run_trials(files, search, resumed, gpus_per_trial, watch)
             trials = files.trials(over=True)
             write_results(files, search, trials)
@@ -761,7 +761,7 @@ def _train_fold(
 ) -> dict[str, Any]:
     """Trains, from where an earlier attempt or the trial that this one copies stood; the last report."""
     config = search.trial_config(params, fold)
-    run = RunFolder(journal.folder / f"fold{fold}")
+    run = RunDir(journal.folder / f"fold{fold}")
     pbt = search.config.scheduler == "pbt"
     copied = tune.get_checkpoint() if pbt else None
     # Of a trial that failed long ago it may be gone: then from where the trial's own run stood.
@@ -837,7 +837,7 @@ class _Journal:
 class _TrialReporter(Silent):
     """Hands a run's validation figures on, once their checkpoint is on disk."""
 
-    def __init__(self, search: Search, journal: _Journal, run: RunFolder, alone: bool) -> None:
+    def __init__(self, search: Search, journal: _Journal, run: RunDir, alone: bool) -> None:
         self._search, self._journal, self._run, self._alone = search, journal, run, alone
         self._figures: dict[int, Mapping[str, Any]] = {}  # of the step that is not yet saved
 
@@ -918,16 +918,16 @@ def _final_runs(
 
 def _final_run(folder: Path, config: Config, seed: int, reporter: Reporter) -> dict[str, Any]:
     data = config.data.model_copy(update={"validation_fraction": 0.0})
-    weights = "averaged" if config.evaluation.weights == "averaged" else None
+    weights = "ema" if config.evaluation.weights == "ema" else None
     evaluation = config.evaluation.model_copy(
-        update={"test": True, "untrained": False, "weights": weights}
+        update={"split": "test", "untrained": False, "weights": weights}
     )
     # A run each in the search's folder; one storage has room for one run.
-    checkpoint = config.checkpoint.model_copy(update={"storage": None})
+    checkpoint = config.checkpoint.model_copy(update={"storage_path": None})
     config = config.model_copy(
         update={"seed": seed, "data": data, "evaluation": evaluation, "checkpoint": checkpoint}
     )
-    run = RunFolder(folder)
+    run = RunDir(folder)
     if run.results_file.exists():
         results = json.loads(run.results_file.read_text())
     elif run.config_file.exists():

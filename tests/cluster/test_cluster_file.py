@@ -224,7 +224,7 @@ def test_the_kubernetes_job_is_a_training_of_ours() -> None:
     assert program == "ray-dmml"
     command = [sys.executable, "-m", "ray_dmml.cli.main", *arguments]
     command += [
-        "--in-process",
+        "--local",
         "--set",
         "data.download=false",
     ]  # as far as it goes without its images

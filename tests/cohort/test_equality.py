@@ -27,7 +27,7 @@ def outcome(cohort: Cohort, start: int = 0, stop: int = STEPS) -> dict[str, Any]
         "rows": rows,
         "state": {name: decode_peer(files) for name, files in cohort.state().items()},
         "test": cohort.embeddings("test"),
-        "averaged": cohort.embeddings("validation", averaged=True),
+        "ema": cohort.embeddings("validation", ema=True),
     }
 
 
@@ -111,7 +111,7 @@ def test_interrupted_equals_uninterrupted(
 def test_mutual_weights_of_zero_equal_separate_runs(image_folder: Path) -> None:
     """Without the mutual term a cohort is M separate runs of the same peers, to the bit: random
     numbers follow the peer, not its position."""
-    loss = {"relational": {"distance": 0, "angle": 0}}
+    loss = {"relational": {"distance_weight": 0, "angle_weight": 0}}
     together = unlike_peers(image_folder, loss=loss)
     joint = run_locally(together)
     for peer in together.cohort.peers:
@@ -141,7 +141,7 @@ def test_a_mutual_cohort_agrees_on_one_geometry(image_folder: Path) -> None:
     """With a strong mutual term the peers end with the same relative distances; apart they do not."""
 
     def disagreement(weight: float) -> float:
-        loss = {"relational": {"distance": weight, "angle": weight}}
+        loss = {"relational": {"distance_weight": weight, "angle_weight": weight}}
         config = Config.parse(tiny(image_folder, loss=loss))
         with closing(LocalCohort(config, load_splits(config.data))) as cohort:
             cohort.run(0, 40, lambda finished: None)

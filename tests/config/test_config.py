@@ -14,10 +14,10 @@ from pydantic import BaseModel, ValidationError
 
 from ray_dmml.config.document import documented_yaml
 from ray_dmml.config.schema import (
-    AveragingConfig,
     CohortConfig,
     Config,
     DataConfig,
+    EmaConfig,
     EvaluationConfig,
     LossConfig,
     MetricLossConfig,
@@ -38,7 +38,7 @@ ALL_SECTIONS: tuple[type[BaseModel], ...] = (
     Transform,
     OptimizerConfig,
     ScheduleConfig,
-    AveragingConfig,
+    EmaConfig,
     PeerConfig,
     CohortConfig,
     MinerConfig,
@@ -60,7 +60,7 @@ FREE = st.recursive(
     max_leaves=6,
 )
 SETTINGS = st.dictionaries(TEXT, FREE, max_size=3)
-TRANSFORM = st.fixed_dictionaries({"name": TEXT}, optional={"settings": SETTINGS})
+TRANSFORM = st.fixed_dictionaries({"name": TEXT}, optional={"args": SETTINGS})
 RATE = st.floats(0, 1e3) | st.sampled_from([1e-5, 3e-7, 0])
 OPTIMIZER = st.fixed_dictionaries(
     {},
@@ -89,7 +89,7 @@ PEER = st.fixed_dictionaries(
         "view": st.sampled_from(["weak", "strong"]) | st.lists(TRANSFORM, max_size=3),
         "update_interval": st.integers(1, 9),
         "update_mode": st.sampled_from(["accumulate", "skip"]),
-        "averaging": st.none() | st.fixed_dictionaries({"decay": st.floats(0.01, 0.99)}),
+        "ema": st.none() | st.fixed_dictionaries({"decay": st.floats(0.01, 0.99)}),
         "optimizer": OPTIMIZER,
         "schedule": SCHEDULE,
         "amp": st.sampled_from(["off", "bfloat16"]),
@@ -100,7 +100,7 @@ METRIC = st.fixed_dictionaries(
     {},
     optional={
         "name": st.sampled_from(["TripletMarginLoss", "ProxyAnchorLoss"]),
-        "settings": SETTINGS,
+        "args": SETTINGS,
         "miner": st.none() | TRANSFORM,
         "reducer": st.none() | TEXT,
     },
@@ -131,7 +131,7 @@ def test_every_config_survives_yaml(tmp_path_factory: Any, raw: dict[str, Any]) 
         # Weights that are files become absolute: relative ones mean the config's own folder.
         expected = [
             peer.weights
-            if peer.weights in ("", "none", "imagenet", "wheel")
+            if peer.weights in ("", "none", "pretrained", "offline")
             else str(file.parent / Path(peer.weights).expanduser())
             for peer in config.cohort.peers
         ]
@@ -148,7 +148,7 @@ def test_every_config_survives_yaml(tmp_path_factory: Any, raw: dict[str, Any]) 
 def test_every_setting_is_documented(image_folder: Path) -> None:
     """Each field of each section has a docstring, and `ray-dmml config` prints all of them."""
     raw = tiny(image_folder)
-    raw["cohort"]["base"]["averaging"] = {}
+    raw["cohort"]["base"]["ema"] = {}
     raw["cohort"]["peers"][0] = {"view": [{"name": "RandomResizedCrop"}]}
     printed = " ".join(documented_yaml(Config.parse(raw)).replace("#", " ").split())
     printed = printed.replace("- ", "-")  # a wrapped word
@@ -286,7 +286,7 @@ def test_overrides_reach_everything(tmp_path: Path) -> None:
             "cohort.peers.1.optimizer={name: sgd, lr: 1e-2}",
             "cohort.base.embedding_size=16",
             "evaluation.recall_at=[1, 3]",
-            "loss.relational.angle=0.5",
+            "loss.relational.angle_weight=0.5",
             "seed=4",
             "seed=5",
         ],
@@ -295,10 +295,10 @@ def test_overrides_reach_everything(tmp_path: Path) -> None:
     assert [peer.update_interval for peer in config.cohort.peers] == [1, 4]
     assert [peer.embedding_size for peer in config.cohort.peers] == [16, 16]
     assert config.cohort.peers[1].optimizer == OptimizerConfig(name="sgd", lr=0.01)
-    assert config.evaluation.recall_at == (1, 3) and config.loss.relational.angle == 0.5
+    assert config.evaluation.recall_at == (1, 3) and config.loss.relational.angle_weight == 0.5
     file.write_text("cohort:\n  peers:\n    -\n    - {view: [{name: CenterCrop}]}\n")
-    config = Config.load(file, ["cohort.peers.1.view.0.settings.size=8", "cohort.peers.0.seed=9"])
-    assert config.cohort.peers[1].view[0].settings == {"size": 8}
+    config = Config.load(file, ["cohort.peers.1.view.0.args.size=8", "cohort.peers.0.seed=9"])
+    assert config.cohort.peers[1].view[0].args == {"size": 8}
     assert config.cohort.peers[0].seed == 9
 
 
@@ -350,7 +350,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"cohort": {"peers": [{}, FROZEN]}}, "needs weights from a file that includes its head"),
     ({"cohort": {"peers": [FROZEN | {"weights": "w"}]}}, "every peer is frozen"),
     (
-        {"cohort": {"peers": [{}, FROZEN | {"weights": "w", "averaging": {}}]}},
+        {"cohort": {"peers": [{}, FROZEN | {"weights": "w", "ema": {}}]}},
         "nothing to average",
     ),
     ({"cohort": {"base": 3}}, r"cohort\.base must be a mapping"),
@@ -435,18 +435,18 @@ def test_triplet_defaults_belong_to_the_triplet_loss_only() -> None:
     """The default loss has margin 0.2, our miner and the mean reducer, each replaceable; another
     loss has the library's own defaults."""
     default = Config().loss.metric
-    assert (default.name, default.settings) == ("TripletMarginLoss", {"margin": 0.2})
+    assert (default.name, default.args) == ("TripletMarginLoss", {"margin": 0.2})
     assert default.miner == MinerConfig(name="DistanceWeightedNegativeMiner")
     assert default.reducer == "MeanReducer"
 
     def metric(**given: Any) -> MetricLossConfig:
         return Config.parse({"loss": {"metric": given}}).loss.metric
 
-    assert metric(settings={"swap": True}).settings == {"margin": 0.2, "swap": True}
-    assert metric(settings={"margin": 0.1}).settings == {"margin": 0.1}
+    assert metric(args={"swap": True}).args == {"margin": 0.2, "swap": True}
+    assert metric(args={"margin": 0.1}).args == {"margin": 0.1}
     assert metric(miner=None).miner is None and metric(miner=None).reducer == "MeanReducer"
     other = metric(name="ContrastiveLoss")
-    assert (other.settings, other.miner, other.reducer) == ({}, None, None)
+    assert (other.args, other.miner, other.reducer) == ({}, None, None)
 
 
 def test_yaml_out_is_plain(image_folder: Path) -> None:
@@ -471,15 +471,13 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
     """`1e-4` is a number in a file, in an override and inside free settings; a text of that form
     comes back as a text."""
     file = tmp_path / "c.yaml"
-    file.write_text(
-        "loss: {metric: {name: A, settings: {margin: 1e-1, b: '1e5', '2e0': -.5E+2}}}\n"
-    )
-    config = Config.load(file, ["loss.metric.settings.c=3e2"])
+    file.write_text("loss: {metric: {name: A, args: {margin: 1e-1, b: '1e5', '2e0': -.5E+2}}}\n")
+    config = Config.load(file, ["loss.metric.args.c=3e2"])
     expected = {"margin": 0.1, "b": "1e5", "2e0": -50.0, "c": 300.0}
-    assert config.loss.metric.settings == expected
+    assert config.loss.metric.args == expected
     for text in (config.to_yaml(), documented_yaml(config)):
         file.write_text(text)
-        assert Config.load(file).loss.metric.settings == expected
+        assert Config.load(file).loss.metric.args == expected
 
 
 def test_settings_by_the_name_of_a_tag_are_unknown_ones() -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from ray_dmml.cli.main import app
 from ray_dmml.config.schema import DataConfig
-from ray_dmml.data.audit import Group, Report, look_over
+from ray_dmml.data.audit import Group, Report, audit
 from ray_dmml.data.audit_report import histogram
 
 
@@ -52,7 +52,7 @@ def test_a_clean_data_set(root: Path) -> None:
     ended = check(root)
     assert ended.exit_code == 0, ended.output
     assert ended.stdout.count(": none") == 6 and "nothing to mend" in ended.stdout
-    report = look_over(settings(root))
+    report = audit(settings(root))
     assert report.splits == {"train": (16, 4), "test": (16, 4)} and report.groups == ()
     assert report.class_sizes == (4,) * 8
 
@@ -65,7 +65,7 @@ def test_unreadable_images_are_told_with_the_reason(root: Path) -> None:
     assert ended.exit_code == 1 and "unreadable images: 4" in ended.stdout
     flat = " ".join(ended.stdout.split())
     assert "image c1/bad0.png cannot be read: the file is empty" in flat and "and 1 more" in flat
-    assert [name for name, _ in look_over(settings(root)).unreadable] == [
+    assert [name for name, _ in audit(settings(root)).unreadable] == [
         f"c1/bad{number}.png" for number in range(4)
     ]
 
@@ -75,7 +75,7 @@ def test_exact_duplicates(root: Path) -> None:
     (root / "c0" / "copy.png").write_bytes((root / "c0" / "0.png").read_bytes())
     scene(1).save(root / "c1" / "copy.bmp")
     scene(2).save(root / "c5" / "copy.png", compress_level=0)
-    report = look_over(settings(root))
+    report = audit(settings(root))
     found = {tuple(names(group)): group for group in report.exact}
     assert set(found) == {
         ("c0/0.png", "c0/copy.png"), ("c0/1.png", "c1/copy.bmp"), ("c0/2.png", "c5/copy.png"),
@@ -94,7 +94,7 @@ def test_near_duplicates_across_classes(root: Path, how: str) -> None:
     elif how == "brighter":
         copy = ImageEnhance.Brightness(copy).enhance(1.1)
     copy.save(root / "c6" / "copy.jpg", **options)
-    report = look_over(settings(root))
+    report = audit(settings(root))
     (group,) = report.groups
     assert names(group) == ["c0/3.png", "c6/copy.jpg"] and not group.exact
     assert group.in_two_classes and group.in_train_and_test and not report.is_clean()
@@ -112,7 +112,7 @@ def test_many_copies_hide_nothing(root: Path) -> None:
     for number in range(20):
         scene(0).save(root / "c0" / f"copy{number:02d}.png")
     scene(0).save(root / "c7" / "near.jpg")
-    report = look_over(settings(root))
+    report = audit(settings(root))
     assert [len(group.members) for group in report.exact] == [21]
     assert [len(group.members) for group in report.near] == [22]
 
@@ -123,7 +123,7 @@ def test_flat_images_are_not_alike(root: Path) -> None:
         pixels = np.full((64, 64, 3), grey, dtype=np.uint8)
         pixels[0, 0] += 1
         Image.fromarray(pixels).save(root / f"c{number}" / "flat.png")
-    assert look_over(settings(root)).groups == ()
+    assert audit(settings(root)).groups == ()
 
 
 def test_small_classes(root: Path) -> None:
@@ -132,7 +132,7 @@ def test_small_classes(root: Path) -> None:
         (root / name).unlink()
     ended = check(root)
     assert ended.exit_code == 1 and "classes of fewer than 4 images: 1" in ended.stdout
-    assert look_over(settings(root)).small_classes == (("c2", 2),)
+    assert audit(settings(root)).small_classes == (("c2", 2),)
     assert check(root, "--set", "data.images_per_class=2").exit_code == 0
 
 
@@ -169,7 +169,7 @@ def test_the_output_fits_a_screen(root: Path) -> None:
 @pytest.mark.slow
 def test_built_in_data_can_be_checked() -> None:
     """Without a file; every image can be read."""
-    report = look_over(DataConfig(decode_size=32))
+    report = audit(DataConfig(decode_size=32))
     assert isinstance(report, Report) and report.unreadable == ()
     assert set(report.splits) == {"train", "validation", "test"}
 

@@ -74,9 +74,9 @@ def test_the_evaluation_view_draws_nothing(images: Tensor) -> None:
 def test_a_list_of_transforms_is_applied_in_order(images: Tensor) -> None:
     """Names and settings are torchvision's; `size` is the net's unless given."""
     listed = [
-        Transform(name="CenterCrop", settings={"size": 20}),
-        Transform(name="Resize", settings={"interpolation": "nearest"}),
-        Transform(name="RandomInvert", settings={"p": 1.0}),
+        Transform(name="CenterCrop", args={"size": 20}),
+        Transform(name="Resize", args={"interpolation": "nearest"}),
+        Transform(name="RandomInvert", args={"p": 1.0}),
     ]
     found = training_view(listed, 30, 40, "peer0")(images)
     expected = F.resize(
@@ -87,7 +87,7 @@ def test_a_list_of_transforms_is_applied_in_order(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "message"),
+    ("name", "args", "message"),
     [
         ("RandomResizeCrop", {}, r"view of peer0: unknown transform .*did you mean RandomResizedCrop"),
         ("Qwertz", {}, r"unknown transform 'Qwertz'; see torchvision"),
@@ -105,7 +105,7 @@ def test_a_list_of_transforms_is_applied_in_order(images: Tensor) -> None:
         ("ToDtype", {"dtype": "float32"}, "view of peer0"),
     ],
 )  # fmt: skip
-def test_wrong_views_are_told(name: str, settings: dict[str, Any], message: str) -> None:
+def test_wrong_views_are_told(name: str, args: dict[str, Any], message: str) -> None:
     """Unknown names, refused settings and results the net could not take are a user's to mend."""
     with pytest.raises(UserError, match=message):
-        training_view([Transform(name=name, settings=settings)], 24, 40, "peer0")
+        training_view([Transform(name=name, args=args)], 24, 40, "peer0")

@@ -129,11 +129,11 @@ def test_a_rotated_photo_is_used_upright(tmp_path: Path, orientation: int) -> No
 
 
 @pytest.mark.parametrize("form", WRITERS)
-@pytest.mark.parametrize("aspect", ["squash", "crop"])
-def test_an_image_of_one_pixel_is_used(tmp_path: Path, form: str, aspect: Any) -> None:
+@pytest.mark.parametrize("resize", ["stretch", "center_crop"])
+def test_an_image_of_one_pixel_is_used(tmp_path: Path, form: str, resize: Any) -> None:
     """1 x 1, whatever becomes of it."""
     (tmp_path / "x").write_bytes(encoded(Image.new("RGB", (1, 1), "white"), form))
-    image = FileImages(tmp_path, ["x"], 16, aspect).read(0)
+    image = FileImages(tmp_path, ["x"], 16, resize).read(0)
     assert image.shape == (3, 16, 16) and image.min() >= 250
 
 

@@ -239,12 +239,12 @@ def test_the_limit_holds_for_one_data_set_and_for_all(folder: Path) -> None:
     assert len(said) == 1 and said[0].startswith("5 of 12 decoded images are kept")
     said.clear()
     # The same images cut to squares are another data set, and there is no room beside the first.
-    cropped = load_splits(settings(folder, cache_gib=limit, aspect="crop"), said.append)
+    cropped = load_splits(settings(folder, cache_gib=limit, resize="center_crop"), said.append)
     assert len(said) == 1 and "less than one image" in said[0]
     assert same(every_image(cropped), uncached(folder)) and the_file(folder) == first
     del splits, cropped
     gc.collect()
-    every_image(load_splits(settings(folder, cache_gib=limit, aspect="crop")))
+    every_image(load_splits(settings(folder, cache_gib=limit, resize="center_crop")))
     assert the_file(folder) != first
     said.clear()
     tiny_limit = load_splits(settings(folder, cache_gib=1e-9), said.append)
@@ -276,8 +276,8 @@ def test_of_two_the_longest_unused_makes_room(folder: Path) -> None:
     """Three data sets under a limit for two: the one read last but one goes on."""
     limit = 2 * (HEADER_BYTES + 12 * RECORD) / 2**30
     files = []
-    for number, aspect in enumerate(("squash", "crop")):
-        load_splits(settings(folder, cache_gib=limit, aspect=aspect))
+    for number, resize in enumerate(("stretch", "center_crop")):
+        load_splits(settings(folder, cache_gib=limit, resize=resize))
         (new,) = set((folder.parent / "kept").glob("*.images")) - set(files)
         os.utime(new, ns=(number, number))  # the clock may be too coarse to tell them apart
         files.append(new)

@@ -126,11 +126,11 @@ def test_exif_orientation_is_applied(tmp_path, form):
 
 
 def test_squash_and_crop(tmp_path):
-    """`squash` keeps the sides of a wide image, `crop` cuts them and keeps the middle as it is."""
+    """`stretch` keeps the sides of a wide image, `center_crop` cuts them and keeps the middle as it is."""
     wide = Image.new("RGB", (48, 16), "red")
     wide.paste("blue", (16, 0, 32, 16))
     save(tmp_path / "x.png", wide)
-    squashed = FileImages(tmp_path, ["x.png"], 16, "squash").read(0)
+    squashed = FileImages(tmp_path, ["x.png"], 16, "stretch").read(0)
     cropped = FileImages(tmp_path, ["x.png"], 16, "crop").read(0)
     assert squashed[0, 8, 0] > 250 and squashed[2, 8, 8] > 250
     assert torch.equal(cropped[:, 8, 8], torch.tensor([0, 0, 255], dtype=torch.uint8))
@@ -144,8 +144,8 @@ def test_squash_and_crop(tmp_path):
 def test_any_shape_becomes_a_square(height, width, size):
     """Both aspects give (3, S, S) for any height and width."""
     image = torch.full((3, height, width), 77, dtype=torch.uint8)
-    for aspect in ("squash", "crop"):
-        square = to_square(image, size, aspect)
+    for resize in ("stretch", "center_crop"):
+        square = to_square(image, size, resize)
         assert square.shape == (3, size, size) and square.unique().tolist() == [77]
 
 
@@ -577,7 +577,7 @@ def served_cub(tmp_path) -> Iterator[benchmarks.Archive]:
 
 
 def load_cub(root: Path, archive: benchmarks.Archive, download: bool = True):
-    return benchmarks.load("cub200", root, download, 8, "squash", lambda line: None, archive)
+    return benchmarks.load("cub200", root, download, 8, "stretch", lambda line: None, archive)
 
 
 def test_cub_is_fetched_once(tmp_path, served_cub):

@@ -24,18 +24,18 @@ from ray_dmml.checkpoint.peer_state import decode_peer
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError
-from ray_dmml.models.embedding_net import WHEEL_BACKBONES
-from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.models.embedding_net import OFFLINE_BACKBONES
+from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.trainer import train
 
 STEPS = 8
 PARTS: dict[str, Any] = {
     "independent": {"cohort.base.optimizer.lr": 0.002},
-    "mutual": {"loss.relational.distance": 3, "loss.relational.embeddings": "raw"},
+    "mutual": {"loss.relational.distance_weight": 3, "loss.relational.normalize": "raw"},
     "model": [{}, {"init_seed": 1}, {"init_seed": 2}, {"init_seed": 3}],
     "view": [{"view": "weak"}, {"view": "standard"}, {"view": "weak"}, {"view": "strong"}],
     "temporal": [{}, {"update_interval": 2}, {}, {"update_interval": 2}],
-    "averaging": {"cohort.base.averaging": {"decay": 0.5}},
+    "ema": {"cohort.base.ema": {"decay": 0.5}},
 }
 
 
@@ -67,7 +67,7 @@ def test_arms_differ_in_what_they_are_called_and_in_nothing_else(
         config = made.config(arm, seed=3)
         relational, peers = config.loss.relational, config.cohort.peers
         assert config.seed == 3 and config.train.steps == STEPS
-        assert (relational.distance > 0) == (relational.angle > 0) == arm.mutual
+        assert (relational.distance_weight > 0) == (relational.angle_weight > 0) == arm.mutual
         assert len(peers) == arm.num_peers
         same_start = len({peer.init_seed for peer in peers}) == 1
         assert same_start == ("model" not in arm.diversities), name
@@ -77,9 +77,9 @@ def test_arms_differ_in_what_they_are_called_and_in_nothing_else(
             assert [peer.update_interval for peer in peers] == (
                 [1, 2] if "temporal" in arm.diversities else [1, 1]
             )
-        assert all((peer.averaging is not None) == arm.averaging for peer in peers)
+        assert all((peer.ema is not None) == arm.ema for peer in peers)
         if arm.mutual:
-            assert (relational.embeddings == "unit") == name.endswith(", unit length")
+            assert (relational.normalize == "unit") == name.endswith(", unit length")
         else:
             assert peers[0].optimizer.lr == 0.002
     both = arms["mutual + all"]
@@ -90,7 +90,7 @@ def test_arms_differ_in_what_they_are_called_and_in_nothing_else(
 
 @pytest.mark.parametrize(
     ("name", "judged_at"),
-    [("mutual + all", ("last", "best")), ("mutual + all + averaging", ("averaged",))],
+    [("mutual + all", ("last", "best")), ("mutual + all + ema", ("ema",))],
 )
 def test_an_arm_s_figures_are_those_of_a_run_of_its_config(
     ablations: Any, folder: Path, tmp_path: Path, name: str, judged_at: tuple[str, ...]
@@ -100,11 +100,11 @@ def test_an_arm_s_figures_are_those_of_a_run_of_its_config(
     made, arm = plan(ablations, folder), ablations.arms.ARMS[name]
     config = made.config(arm, seed=1)
     row = ablations.measure.measure(made, arm, 1, load_splits(config.data))
-    row["averaged"] = row["last"]
+    row["ema"] = row["last"]
     for at in judged_at:
         evaluation = config.evaluation.model_copy(update={"weights": at, "untrained": False})
         judged = config.model_copy(update={"evaluation": evaluation})
-        results = train(judged, tmp_path / at, in_process=True)
+        results = train(judged, tmp_path / at, local=True)
         assert results["step"] == row[at]["step"]
         for mine, theirs in [
             *zip(row[at]["test"]["peers"], results["peers"].values(), strict=True),
@@ -159,8 +159,8 @@ def test_the_teacher_of_self_distillation_is_the_single_net_at_its_end(
     config = made.config(arms["single net"], measure.TEACHER_SEED)
     splits = load_splits(config.data)
     measure._train_teacher(config, splits, tmp_path / "teacher.safetensors")
-    train(config, tmp_path / "alone", in_process=True)
-    state = RunFolder.open(tmp_path / "alone").checkpoints.load("last").peers
+    train(config, tmp_path / "alone", local=True)
+    state = RunDir.open(tmp_path / "alone").checkpoints.load("last").peers
     (alone,) = (decode_peer(files)["net"] for files in state.values())
     kept = load_file(tmp_path / "teacher.safetensors")
     assert kept.keys() == alone.keys()
@@ -313,7 +313,7 @@ def test_the_arms_of_the_experiments_are_valid(ablations: Any, tmp_path: Path, n
         peer.backbone for peer in made.config(ablations.arms.ARMS["mutual + all"], 0).cohort.peers
     ]
     if name == "grocery":  # whose nets start from ImageNet weights of their own
-        assert len(set(backbones)) == 2 and set(backbones) <= set(WHEEL_BACKBONES)
+        assert len(set(backbones)) == 2 and set(backbones) <= set(OFFLINE_BACKBONES)
     else:
         assert len(set(backbones)) == 1
     for arm in ablations.arms.ARMS.values():
@@ -336,12 +336,12 @@ def test_a_wrong_plan_is_refused(ablations: Any, folder: Path) -> None:
         ({"model": [{}, {"init_seed": 1}]}, "one of each of 4 peers"),
         ({"independent": None, "typo": {}}, "must say"),
         ({"independent": {"train.steps": 16}}, "may say .*not train.steps"),
-        ({"independent": {"loss.relational.angle": 1}}, "angle would change nothing"),
+        ({"independent": {"loss.relational.angle_weight": 1}}, "angle would change nothing"),
         (
-            {"averaging": {"loss.relational.angle": 1}},
-            "averaging may not say loss.relational.angle",
+            {"ema": {"loss.relational.angle_weight": 1}},
+            "ema may not say loss.relational.angle_weight",
         ),
-        ({"averaging": {}}, "yaml: independent . all . averaging: averaging must give all peers"),
+        ({"ema": {}}, "yaml: independent . all . ema: ema must give all peers"),
     ]:
         parts = {key: value for key, value in {**PARTS, **change}.items() if value is not None}
         (folder / "arms.yaml").write_text(yaml.safe_dump(parts))
@@ -351,7 +351,7 @@ def test_a_wrong_plan_is_refused(ablations: Any, folder: Path) -> None:
     for setting, said in [
         ("cohort.peers.1.view=weak", "cohort.peers must be equal"),
         ("train.init_from=runs/a", "train.init_from must be null"),
-        ("run.on_bad_numbers=skip", 'must be "fail" in an ablation, not skip'),
+        ("failure.on_nonfinite=skip", 'must be "fail" in an ablation, not skip'),
     ]:
         with pytest.raises(UserError, match=said):
             ablations.arms.Plan(folder, [setting])
@@ -425,10 +425,10 @@ def test_rows_are_kept_and_finished_ones_are_not_run_again(
 
     # A learning rate that blows up: that arm fails, the other is finished; the old rows stand, and of
     # a line that was cut off by a kill nothing is left.
-    averaging = {"cohort.base.optimizer.lr": 1e30, **PARTS["averaging"]}
-    (folder / "arms.yaml").write_text(yaml.safe_dump({**PARTS, "averaging": averaging}))
+    ema = {"cohort.base.optimizer.lr": 1e30, **PARTS["ema"]}
+    (folder / "arms.yaml").write_text(yaml.safe_dump({**PARTS, "ema": ema}))
     file.write_text(first + first[:40])
-    broken = "mutual + all + averaging"
+    broken = "mutual + all + ema"
     ended = command(folder, "--arm", broken, "--arm", "single net", *arms, "--seeds", "1")
     assert ended.returncode == 1
     assert f"{broken}, seed 0: " in ended.stdout and "not finite" in ended.stdout
@@ -483,7 +483,7 @@ def test_of_arms_with_the_same_settings_one_is_run(
     """Where arms.yaml takes relations of unit length anyway, that arm is the mutual one: its rows are copies
     that say so, in the file and in the table, and cost nothing. Arms that differ stay apart."""
     one, other = "mutual + all", "mutual + all, unit length"
-    alike = {"loss.relational.distance": 3, "loss.relational.embeddings": "unit"}
+    alike = {"loss.relational.distance_weight": 3, "loss.relational.normalize": "unit"}
     (folder / "arms.yaml").write_text(yaml.safe_dump({**PARTS, "mutual": alike}))
     ablation.main(str(folder), arm=["single net", one, other], seeds=2)
     file = folder / "rows.jsonl"
@@ -526,13 +526,13 @@ def test_of_arms_with_the_same_settings_one_is_run(
 def test_averages_of_the_same_settings_are_no_copy(
     ablation: ModuleType, ablations: Any, folder: Path
 ) -> None:
-    """Where the config has all peers average, an arm and the arm "+ averaging" are trained alike, and judged
+    """Where the config has all peers average, an arm and the arm "+ ema" are trained alike, and judged
     with other weights."""
     settings = yaml.safe_load((folder / "config.yaml").read_text())
-    settings["cohort"]["base"]["averaging"] = {"decay": 0.5}
+    settings["cohort"]["base"]["ema"] = {"decay": 0.5}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     made = plan(ablations, folder)
-    names = ["independent + all", "independent + all + averaging"]
+    names = ["independent + all", "independent + all + ema"]
     assert len({made.digest(ablations.arms.ARMS[name]) for name in names}) == 1
     alike = ablation.alike_arms(made)
     wanted = [(name, 0) for name in names]

@@ -134,11 +134,11 @@ def ablation_plan(folder: Path) -> Any:
             "model would change nothing: the arm has view",
         ),
         (
-            {"candidates": {"independent": {"a": {"loss.relational.angle": 1}}}},
-            "loss.relational.angle would change nothing: these peers learn alone",
+            {"candidates": {"independent": {"a": {"loss.relational.angle_weight": 1}}}},
+            "loss.relational.angle_weight would change nothing: these peers learn alone",
         ),
         (
-            {"candidates": {"single net": {"a": {"loss.relational": {"angle": 1}}}}},
+            {"candidates": {"single net": {"a": {"loss.relational": {"angle_weight": 1}}}}},
             "single net: a: loss.relational would change nothing",
         ),
         (
@@ -150,13 +150,13 @@ def ablation_plan(folder: Path) -> Any:
             "schedule.name would change nothing: the arm itself says it",
         ),
         (
-            {"candidates": {"mutual + all + averaging": {"a": {"averaging": {}}}}},
-            "averaging: a: arm [^:]*: averaging must give all peers",
+            {"candidates": {"mutual + all + ema": {"a": {"ema": {}}}}},
+            "ema: a: arm [^:]*: ema must give all peers",
         ),
         (
             {
                 "candidates": {
-                    "mutual + all, unit length": {"a": {"loss.relational.embeddings": "raw"}}
+                    "mutual + all, unit length": {"a": {"loss.relational.normalize": "raw"}}
                 }
             },
             "embeddings would change nothing: the arm itself says it",

@@ -205,7 +205,7 @@ def test_float32_has_the_value_and_gradient_of_float64(spread: float) -> None:
     directions = torch.randn(40, 64, generator=generator, dtype=torch.float64)
     x = F.normalize(F.normalize(directions[:1]) + spread * F.normalize(directions)).float()
     labels = torch.arange(40) // 4
-    loss = build(size=64, settings={"margin": 0.0})
+    loss = build(size=64, args={"margin": 0.0})
     triplets = loss.miner(x, labels)
     results = []
     for dtype in (torch.float64, torch.float32):
@@ -249,8 +249,8 @@ def test_settings_reach_the_classes() -> None:
     """Settings of loss, miner, reducer and distance are what the objects hold."""
     loss = build(
         name="ContrastiveLoss",
-        settings={"pos_margin": 0.9, "neg_margin": 0.3, "distance": {"name": "CosineSimilarity"}},
-        miner={"name": "PairMarginMiner", "settings": {"pos_margin": 0.1, "neg_margin": 0.7}},
+        args={"pos_margin": 0.9, "neg_margin": 0.3, "distance": {"name": "CosineSimilarity"}},
+        miner={"name": "PairMarginMiner", "args": {"pos_margin": 0.1, "neg_margin": 0.7}},
         reducer="SumReducer",
     )
     assert (loss.loss.pos_margin, loss.loss.neg_margin) == (0.9, 0.3)
@@ -269,12 +269,12 @@ def test_settings_reach_the_classes() -> None:
         ({"miner": {"name": "DistanceWeighted"}}, "no miner.*DistanceWeightedMiner"),
         ({"reducer": "Mean"}, "no reducer 'Mean'.*MeanReducer"),
         ({"reducer": "ThresholdReducer"}, "ThresholdReducer refuses"),
-        ({"settings": {"marge": 1}}, "does not take marge; it takes margin"),
-        ({"settings": {"margin": "wide"}}, "does not work with these settings"),
-        ({"settings": {"distance": "cosine"}}, "distance: write"),
+        ({"args": {"marge": 1}}, "does not take marge; it takes margin"),
+        ({"args": {"margin": "wide"}}, "does not work with these settings"),
+        ({"args": {"distance": "cosine"}}, "distance: write"),
         ({"name": "RankedListLoss"}, "RankedListLoss refuses.*margin"),
         (
-            {"miner": {"name": "DistanceWeightedNegativeMiner", "settings": {"cutoff": 1.5}}},
+            {"miner": {"name": "DistanceWeightedNegativeMiner", "args": {"cutoff": 1.5}}},
             "0 < cutoff < nonzero_loss_cutoff <= 2",
         ),
         ({"name": "PNPLoss", "miner": {"name": "HDCMiner"}}, "PNPLoss with HDCMiner"),

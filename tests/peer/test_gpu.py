@@ -79,7 +79,7 @@ def test_a_peer_trains_on_a_gpu(image_folder: Path, amp: str) -> None:
 def test_the_state_moves_between_devices(image_folder: Path) -> None:
     """Half-accumulated gradients, averages and scaler survive from GPU to file to GPU; its net
     embeds alike on a CPU."""
-    settings: dict[str, Any] = {"amp": "float16", "update_interval": 2, "averaging": {"decay": 0.9}}
+    settings: dict[str, Any] = {"amp": "float16", "update_interval": 2, "ema": {"decay": 0.9}}
     config = config_of(image_folder, **settings)
     splits = load_splits(config.data)
     first = build_peer(config, 0, splits, torch.device("cuda"), True)

@@ -1,4 +1,4 @@
-"""One peer against plain PyTorch written out here: updates, averaging, the loss and its gradients."""
+"""One peer against plain PyTorch written out here: updates, ema, the loss and its gradients."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ PROXIES: dict[str, Any] = {"name": "ProxyAnchorLoss"}
 
 
 def settings(**given: Any) -> PeerConfig:
-    small = {"backbone": "test_resnet", "embedding_size": 8, "input_size": 32, "batch_norm": "live"}
+    small = {
+        "backbone": "test_resnet",
+        "embedding_size": 8,
+        "input_size": 32,
+        "batch_norm": "train",
+    }
     return PeerConfig.model_validate({"name": "peer0", "seed": 3, "init_seed": 4, **small, **given})
 
 
@@ -162,7 +167,7 @@ def naive_angle(student: Tensor, teacher: Tensor) -> float:
 @pytest.mark.parametrize("embeddings", ["unit", "raw"])
 def test_the_loss_is_metric_plus_the_mean_over_teachers(embeddings: str) -> None:
     """metric + 1/(M-1) * sum of w_d * distance + w_a * angle, from the published embeddings."""
-    peer = build(relational={"distance": 3.0, "angle": 5.0, "embeddings": embeddings})
+    peer = build(relational={"distance_weight": 3.0, "angle_weight": 5.0, "embeddings": embeddings})
     others = teachers(0, 8, 5, 16)
     published = peer.embed(batch(0))
     metric = float(losses.MultiSimilarityLoss()(F.normalize(published), batch(0).labels))
@@ -186,7 +191,9 @@ def test_raw_embeddings_are_published_before_normalisation(learns: bool) -> None
     head past the normalisation. A peer that skips the batch publishes alike."""
     more = {} if learns else {"update_interval": 2, "update_mode": "skip"}
     config = settings(**{**STILL, "batch_norm": "frozen", **more})
-    peer = build(config, relational={"distance": 3.0, "angle": 5.0, "embeddings": "raw"})
+    peer = build(
+        config, relational={"distance_weight": 3.0, "angle_weight": 5.0, "normalize": False}
+    )
     net, others = copy.deepcopy(peer.net), teachers(0, 8, 5)
     raw = net.train(learns).head(net.backbone((center(batch(0).images) - net.mean) / net.std))
     torch.testing.assert_close(peer.embed(batch(0)), raw)
@@ -257,7 +264,7 @@ def test_a_non_finite_term_stops_before_anything_is_learned(image_folder: Path) 
 # --- updates --------------------------------------------------------------------------------
 
 
-SKIP = {"on_bad_numbers": "skip", "max_bad_in_a_row": 2}
+SKIP = {"on_nonfinite": "skip", "max_consecutive_nonfinite": 2}
 
 
 def step_of(peer: Peer, number: int, others: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -322,7 +329,7 @@ def test_too_many_bad_batches_in_a_row(image_folder: Path) -> None:
     """`skip` gives up on a peer that does not recover, by name; until then the other learned on,
     and is finite."""
     ruin = {"name": "sgd", "lr": 1e30}
-    raw = tiny(image_folder, run={"on_bad_numbers": "skip", "max_bad_in_a_row": 3})
+    raw = tiny(image_folder, failure={"on_nonfinite": "skip", "max_consecutive_nonfinite": 3})
     raw["cohort"]["peers"] = [{}, {"optimizer": ruin}]
     config = Config.parse(raw)
     rows: list[Any] = []
@@ -398,16 +405,16 @@ def test_a_frozen_peer_teaches_and_never_learns(tmp_path: Path) -> None:
     assert_same(peer.state_dict(), before)
 
 
-@pytest.mark.parametrize("publish", [False, True])
-def test_averaging_is_an_exponential_moving_average(publish: bool) -> None:
-    """From the weights after the first update on; at updates only; with `publish` it teaches."""
-    averaging = {"decay": 0.8, "publish": publish}
-    peer = build(settings(**STILL, averaging=averaging, update_interval=2))
+@pytest.mark.parametrize("as_teacher", [False, True])
+def test_averaging_is_an_exponential_moving_average(as_teacher: bool) -> None:
+    """From the weights after the first update on; at updates only; with `as_teacher` it teaches."""
+    ema = {"decay": 0.8, "as_teacher": as_teacher}
+    peer = build(settings(**STILL, ema=ema, update_interval=2))
     naive: dict[str, Tensor] | None = None
     for step in range(8):
         if naive is not None:
-            net = copy.deepcopy(peer.averaged.module if publish else peer.net)
-            if publish:
+            net = copy.deepcopy(peer.ema.module if as_teacher else peer.net)
+            if as_teacher:
                 net.eval()
             else:
                 net.train()
@@ -421,7 +428,7 @@ def test_averaging_is_an_exponential_moving_average(publish: bool) -> None:
         if step % 2 == 1:
             naive = live if naive is None else {k: 0.8 * naive[k] + 0.2 * live[k] for k in live}
         if naive is not None:
-            for name, parameter in peer.averaged.module.named_parameters():
+            for name, parameter in peer.ema.module.named_parameters():
                 assert torch.allclose(parameter, naive[name], atol=1e-6), name
     assert naive is not None and not torch.allclose(naive["head.weight"], live["head.weight"])
 
@@ -528,13 +535,13 @@ def test_gradients_are_clipped_to_their_total_norm(clip_norm: float) -> None:
 
 def test_load_weights_takes_the_net_only() -> None:
     """Optimiser and counts start afresh; the average starts from the weights given."""
-    config = settings(optimizer={"lr": 1e-3}, averaging={"decay": 0.9})
+    config = settings(optimizer={"lr": 1e-3}, ema={"decay": 0.9})
     donor, peer = build(config), build(config)
     train(donor, 0, 3)
     peer.load_weights(weights(donor))
     assert_same(weights(peer), weights(donor))
-    assert_same(peer.averaged.module.state_dict(), donor.net.state_dict())
-    assert peer.optimizer.state_dict()["state"] == {} and int(peer.averaged.n_averaged) == 0
+    assert_same(peer.ema.module.state_dict(), donor.net.state_dict())
+    assert peer.optimizer.state_dict()["state"] == {} and int(peer.ema.n_averaged) == 0
     misfit = build_embedding_net(settings(embedding_size=9), 0).state_dict()
     with pytest.raises(UserError, match=r"weights for peer0 do not fit: head\.weight"):
         peer.load_weights(misfit)

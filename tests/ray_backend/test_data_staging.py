@@ -14,7 +14,7 @@ from conftest import tiny
 
 from ray_dmml.config import yamlio
 from ray_dmml.config.schema import Config
-from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.trainer import train
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def start(cluster: Any, config: Path, out: Path) -> subprocess.Popen[str]:
 
 
 def outcome(run: Path) -> tuple[Any, str]:
-    folder = RunFolder.open(run)
+    folder = RunDir.open(run)
     return folder.checkpoints.load("last").peers, folder.metrics_file.read_text()
 
 
@@ -64,13 +64,13 @@ def test_any_number_of_nodes_gives_the_same_bits(
 ) -> None:
     """As one process does, with the peers spread over all nodes."""
     raw = settings(image_folder)
-    raw["cohort"]["placement"] = "spread"
+    raw["cohort"]["placement_strategy"] = "spread"
     config = tmp_path / "config.yaml"
     config.write_text(yamlio.dump(raw))
     run = start(cluster, config, tmp_path / "run")
     told = run.communicate(timeout=240)[0]
     assert run.returncode == 0, told
-    train(Config.parse(raw), tmp_path / "alone", in_process=True)
+    train(Config.parse(raw), tmp_path / "alone", local=True)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "alone")
 
 
@@ -86,5 +86,5 @@ def test_two_runs_at_once_on_one_cluster(cluster: Any, image_folder: Path, tmp_p
     for seed, (raw, run) in enumerate(zip(raws, runs, strict=True)):
         told = run.communicate(timeout=240)[0]
         assert run.returncode == 0, told
-        train(Config.parse(raw), tmp_path / f"alone{seed}", in_process=True)
+        train(Config.parse(raw), tmp_path / f"alone{seed}", local=True)
         assert outcome(tmp_path / f"run{seed}") == outcome(tmp_path / f"alone{seed}")

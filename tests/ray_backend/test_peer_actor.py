@@ -16,7 +16,7 @@ from ray_dmml.ray_backend.exchange import store_at
 FAULTS = """
 import resource
 import torch
-from ray_dmml.ray_backend.peer_actor import keep_freed_memory
+from ray_dmml.ray_backend.peer_actor import tune_malloc
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -25,7 +25,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 before = faults()
-keep_freed_memory()
+tune_malloc()
 faults()
 print(before, faults())
 """

@@ -16,13 +16,13 @@ import pytest
 import torch
 from conftest import tiny
 
-from ray_dmml.config.schema import Config, RunConfig
+from ray_dmml.config.schema import Config, FailureConfig
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import Interrupted, PeerLostError, UserError
 from ray_dmml.ray_backend import exchange as transports
 from ray_dmml.ray_backend.coordinator import Coordinator
 from ray_dmml.ray_backend.exchange import checksum
-from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.trainer import Silent, evaluate, train
 
 STEPS = 16
@@ -79,19 +79,19 @@ def cohorts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def weights(run: Path) -> dict[str, dict[str, bytes]]:
-    return RunFolder.open(run).checkpoints.load("last").peers
+    return RunDir.open(run).checkpoints.load("last").peers
 
 
 @pytest.fixture(scope="module")
 def undisturbed(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(settings(image_folder), out, in_process=True)
+    train(settings(image_folder), out, local=True)
     return out
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
     assert weights(found) == weights(expected)
-    assert RunFolder(found).metrics_file.read_text() == RunFolder(expected).metrics_file.read_text()
+    assert RunDir(found).metrics_file.read_text() == RunDir(expected).metrics_file.read_text()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_lost_peer_is_replaced(
 ) -> None:
     """Killed or stopped amid training: another takes its place, all go back to the checkpoint, and
     weights, optimisers and metrics are in the end those of a run without it."""
-    config = settings(image_folder, run={"silence_s": 5})
+    config = settings(image_folder, failure={"heartbeat_timeout_s": 5})
     cohort = config.cohort.model_copy(update={"transport": transport})
     config = config.model_copy(update={"cohort": cohort})
     faults = Faults(6, lambda: os.kill(cohorts[0].pids["peer1"], how))
@@ -178,9 +178,9 @@ def test_a_lost_replica_is_replaced(image_folder: Path, tmp_path: Path) -> None:
         peer |= {"batch_norm": "frozen", "optimizer": {"name": "sgd", "lr": 1e-3}}
     raw["cohort"]["peers"][1] |= {"replicas": 2, "num_cpus": 2}
     config = Config.parse(raw)
-    train(config, tmp_path / "alone", in_process=True)
+    train(config, tmp_path / "alone", local=True)
     train(config, tmp_path / "undisturbed")
-    assert RunFolder(tmp_path / "undisturbed").environment()["devices"] == ["cpu", "cpu x 2"]
+    assert RunDir(tmp_path / "undisturbed").environment()["devices"] == ["cpu", "cpu x 2"]
 
     def kill() -> None:
         (pid,) = pids_of_replicas()
@@ -201,7 +201,7 @@ def test_a_lost_replica_is_replaced(image_folder: Path, tmp_path: Path) -> None:
 
 def losses(run: Path) -> list[float]:
     """Of the second peer, in the first 8 steps: roundings grow tenfold every few steps."""
-    rows = [json.loads(line) for line in RunFolder(run).metrics_file.read_text().splitlines()]
+    rows = [json.loads(line) for line in RunDir(run).metrics_file.read_text().splitlines()]
     return [row["peers"]["peer1"]["loss"] for row in rows if "peers" in row and row["step"] <= 8]
 
 
@@ -222,11 +222,11 @@ def test_a_lost_coordinator_is_replaced(
 
 def test_no_more_restarts(image_folder: Path, tmp_path: Path, cohorts: list[Any]) -> None:
     """The run ends by name, and what it has kept can be resumed."""
-    config = settings(image_folder, run={"max_restarts": 0})
+    config = settings(image_folder, failure={"max_failures": 0})
     faults = Faults(6, lambda: os.kill(cohorts[0].pids["peer0"], signal.SIGKILL))
-    with pytest.raises(PeerLostError, match=r"peer0 died.*max_restarts, 0.*step 4 is whole"):
+    with pytest.raises(PeerLostError, match=r"peer0 died.*max_failures, 0.*step 4 is whole"):
         train(config, tmp_path / "run", reporter=faults)
-    assert RunFolder.open(tmp_path / "run").checkpoints.load("last").step == 4
+    assert RunDir.open(tmp_path / "run").checkpoints.load("last").step == 4
 
 
 def test_going_on_without_a_peer(image_folder: Path, tmp_path: Path, cohorts: list[Any]) -> None:
@@ -236,14 +236,14 @@ def test_going_on_without_a_peer(image_folder: Path, tmp_path: Path, cohorts: li
     config = settings(
         image_folder,
         cohort={**raw, "peers": [{}, {"view": "weak"}, {"view": "strong"}]},
-        run={"on_peer_loss": "drop", "max_restarts": 0},
+        failure={"on_peer_loss": "drop", "max_failures": 0},
     )
     out = tmp_path / "run"
     faults = Faults(6, lambda: os.kill(cohorts[0].pids["peer1"], signal.SIGKILL))
     results = train(config, out, reporter=faults)
     assert set(results["peers"]) == {"peer0", "peer2"} and results["dropped"] == {"peer1": 4}
     assert "without peer1 from step 4 on" in faults.notes
-    last = RunFolder.open(out).checkpoints.load("last")
+    last = RunDir.open(out).checkpoints.load("last")
     assert last.meta["dropped"] == {"peer1": 4} and set(last.peers) == {"peer0", "peer1", "peer2"}
     assert set(evaluate(out)["peers"]) == {"peer0", "peer2"}
 
@@ -274,7 +274,7 @@ def test_going_on_without_a_peer(image_folder: Path, tmp_path: Path, cohorts: li
 
 def test_nobody_left(image_folder: Path, tmp_path: Path, cohorts: list[Any]) -> None:
     """`drop` and every peer is dead: the run ends and says so."""
-    config = settings(image_folder, run={"on_peer_loss": "drop", "max_restarts": 0})
+    config = settings(image_folder, failure={"on_peer_loss": "drop", "max_failures": 0})
 
     def fault() -> None:
         for pid in cohorts[0].pids.values():
@@ -282,7 +282,7 @@ def test_nobody_left(image_folder: Path, tmp_path: Path, cohorts: list[Any]) -> 
 
     with pytest.raises(UserError, match="peer0, peer1: lost, and no peer is left"):
         train(config, tmp_path / "run", reporter=Faults(6, fault))
-    assert RunFolder.open(tmp_path / "run").checkpoints.load("last").step == 4
+    assert RunDir.open(tmp_path / "run").checkpoints.load("last").step == 4
 
 
 def test_a_busy_peer_is_not_dropped(
@@ -312,7 +312,7 @@ def test_a_busy_peer_is_not_dropped(
     config = settings(
         image_folder,
         cohort={**raw, "peers": [{}, {"view": "weak"}, {"view": "strong"}]},
-        run={"on_peer_loss": "drop", "max_restarts": 0},
+        failure={"on_peer_loss": "drop", "max_failures": 0},
     )
     faults = Faults(6, lambda: os.kill(cohorts[0].pids["peer1"], signal.SIGKILL))
     results = train(config, tmp_path / "run", reporter=faults)
@@ -354,11 +354,11 @@ def test_one_that_was_never_built_is_started_anew(image_folder: Path) -> None:
 
 def test_a_stopped_driver_finds_nobody_silent() -> None:
     """The time in which this process itself was stopped is nobody's silence."""
-    from ray_dmml.ray_backend.coordinator import Sign
+    from ray_dmml.ray_backend.coordinator import PeerStatus
     from ray_dmml.ray_backend.ray_cohort import LONGEST_LOOK_S, _Watch
 
-    watch = _Watch(1.5 * LONGEST_LOOK_S, RunConfig(detect_s=1e9), {})
-    signs = {"peer0": Sign(sent=1, chunks=0, silent_s=0.5)}
+    watch = _Watch(1.5 * LONGEST_LOOK_S, FailureConfig(node_timeout_s=1e9), {})
+    signs = {"peer0": PeerStatus(sent=1, chunks=0, silent_s=0.5)}
     watch.look(signs, signs)
     watch._before -= 3600.0
     watch.look(signs, signs)
@@ -370,11 +370,11 @@ def test_a_stopped_driver_finds_nobody_silent() -> None:
 def test_who_is_stopped_is_told_from_who_waits() -> None:
     """By the sign that a living process gives whatever it is at; of those that live, who got least far
     is the cause, and all are suspects that got equally far."""
-    from ray_dmml.ray_backend.coordinator import Sign
+    from ray_dmml.ray_backend.coordinator import PeerStatus
     from ray_dmml.ray_backend.ray_cohort import LONGEST_LOOK_S, _Watch
 
-    def look(patience: float, **signs: Sign) -> PeerLostError | None:
-        watch = _Watch(patience, RunConfig(detect_s=1e9, silence_s=60), {})
+    def look(patience: float, **signs: PeerStatus) -> PeerLostError | None:
+        watch = _Watch(patience, FailureConfig(node_timeout_s=1e9, heartbeat_timeout_s=60), {})
         try:
             watch.look(signs, signs)
             watch._before -= LONGEST_LOOK_S
@@ -383,10 +383,10 @@ def test_who_is_stopped_is_told_from_who_waits() -> None:
             return loss
         return None
 
-    waits, ahead = Sign(7, 0, 0.5), Sign(8, 0, 0.5)
-    loss = look(100, a=waits, b=Sign(7, 0, 61.0), c=waits)
+    waits, ahead = PeerStatus(7, 0, 0.5), PeerStatus(8, 0, 0.5)
+    loss = look(100, a=waits, b=PeerStatus(7, 0, 61.0), c=waits)
     assert loss is not None and loss.stuck == ("b",) and loss.suspects == ()
-    assert look(3, a=waits, b=Sign(7, 0, 30.0), c=waits) is None  # in 30 s all will know
+    assert look(3, a=waits, b=PeerStatus(7, 0, 30.0), c=waits) is None  # in 30 s all will know
     loss = look(3, a=ahead, b=waits, c=ahead)
     assert loss is not None and loss.stuck == ("b",)
     loss = look(3, a=waits, b=waits, c=ahead)
@@ -405,7 +405,7 @@ def test_asked_to_stop(image_folder: Path, tmp_path: Path, undisturbed: Path) ->
     config = settings(image_folder)
     with pytest.raises(Interrupted, match=r"stopped at step \d+ of 16"):
         train(config, tmp_path / "run", reporter=Steps(), should_stop=lambda: reached[0] >= 5)
-    assert 5 <= RunFolder.open(tmp_path / "run").checkpoints.load("last").step < STEPS
+    assert 5 <= RunDir.open(tmp_path / "run").checkpoints.load("last").step < STEPS
     train(resume=tmp_path / "run")
     assert_same_run(tmp_path / "run", undisturbed)
 
@@ -516,8 +516,8 @@ def test_a_full_disk_at_times(image_folder: Path, tmp_path: Path) -> None:
         config = settings(image_folder)
         events = config.train.model_copy(update={"tensorboard": True})
         config = config.model_copy(update={"train": events})
-        train(config, disk / "run", reporter=full, in_process=True)
-        train(config, tmp_path / "undisturbed", in_process=True)
+        train(config, disk / "run", reporter=full, local=True)
+        train(config, tmp_path / "undisturbed", local=True)
         assert_same_run(disk / "run", tmp_path / "undisturbed")
         assert any("checkpoint of step 8 cannot be written" in note for note in full.notes)
     finally:

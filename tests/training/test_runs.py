@@ -25,7 +25,7 @@ from ray_dmml.checkpoint.peer_state import decode_peer
 from ray_dmml.checkpoint.store import CheckpointStore
 from ray_dmml.config import yamlio
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.trainer import Silent
 
 EVERY_TWO = {"steps": 6, "evaluate_every": 2, "log_every": 3}
@@ -58,7 +58,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 def settings(image_folder: Path) -> dict[str, Any]:
     """2 peers, one averaged, evaluated and stored at every second of 6 steps."""
     raw = tiny(image_folder, train=EVERY_TWO)
-    raw["cohort"]["peers"][1]["averaging"] = {"decay": 0.5}
+    raw["cohort"]["peers"][1]["ema"] = {"decay": 0.5}
     return raw
 
 
@@ -66,7 +66,7 @@ def settings(image_folder: Path) -> dict[str, Any]:
 def run(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; not to be written into."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    train(Config.parse(settings), out, in_process=True)
+    train(Config.parse(settings), out, local=True)
     return out
 
 
@@ -125,7 +125,7 @@ def test_training_learns(image_folder: Path, tmp_path: Path) -> None:
         image_folder, train={"steps": 40, "evaluate_every": 0}, checkpoint={"every_steps": 0}
     )
     raw["data"]["validation_fraction"] = 0
-    results = train(Config.parse(raw), tmp_path / "run", in_process=True)
+    results = train(Config.parse(raw), tmp_path / "run", local=True)
     rows = metrics(tmp_path / "run")
     for name in ("peer0", "peer1"):
         assert results["peers"][name]["map@r"] > results["untrained"][name]["map@r"] + 0.05
@@ -171,12 +171,12 @@ def noisy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("select_by", ["ensemble", "mean_peer"])
+@pytest.mark.parametrize("monitor", ["ensemble", "mean_peer"])
 def test_the_best_is_kept_when_later_ones_are_worse(
-    noisy_folder: Path, tmp_path: Path, select_by: str
+    noisy_folder: Path, tmp_path: Path, monitor: str
 ) -> None:
     """A run that ends worse than it was: the checkpoint judged is that of the best validation
-    Recall@1 of what `select_by` names."""
+    Recall@1 of what `monitor` names."""
 
     def judged(run: Path) -> dict[int, float]:
         values = {}
@@ -184,7 +184,7 @@ def test_the_best_is_kept_when_later_ones_are_worse(
             if "validation" in row:
                 peers = [found["recall@1"] for found in row["validation"]["peers"].values()]
                 ensemble = row["validation"]["ensemble"]["recall@1"]
-                values[row["step"]] = ensemble if select_by == "ensemble" else float(np.mean(peers))
+                values[row["step"]] = ensemble if monitor == "ensemble" else float(np.mean(peers))
         return values
 
     def settings(steps: int) -> Config:
@@ -193,18 +193,18 @@ def test_the_best_is_kept_when_later_ones_are_worse(
             train={"steps": steps, "evaluate_every": 1},
             checkpoint={"every_steps": 4},
         )
-        raw["train"]["select_by"] = select_by
+        raw["train"]["monitor"] = monitor
         raw["data"]["validation_fraction"] = 0.5
         raw["cohort"]["base"]["optimizer"] = {"lr": 0.003}
         return Config.parse(raw)
 
-    train(settings(9), tmp_path / "look", in_process=True)
+    train(settings(9), tmp_path / "look", local=True)
     values = judged(tmp_path / "look")
     # The first step that is worse than one before it: there the run is to end.
     stop = next(
         step for step in range(2, 10) if values[step] < max(values[i] for i in range(1, step))
     )
-    results = train(settings(stop), tmp_path / "run", in_process=True)
+    results = train(settings(stop), tmp_path / "run", local=True)
     values = judged(tmp_path / "run")
     best = max(values, key=lambda step: (values[step], -step))
     assert best < stop and (results["weights"], results["step"]) == ("best", best)
@@ -219,7 +219,7 @@ def test_without_validation_classes_the_last_weights_count(
     """No `best` is made or chosen on the test classes; untrained figures can be left out."""
     raw = tiny(image_folder, evaluation={"untrained": False}, train={"steps": 2})
     raw["data"]["validation_fraction"] = 0
-    results = train(Config.parse(raw), tmp_path / "run", in_process=True)
+    results = train(Config.parse(raw), tmp_path / "run", local=True)
     assert (results["weights"], results["step"], results["untrained"]) == ("last", 2, {})
     assert figures(evaluate(tmp_path / "run")) == figures(results)
     with pytest.raises(UserError, match="there are no weights 'best'; there are last"):
@@ -231,15 +231,15 @@ def test_without_test_the_test_classes_are_never_read(image_folder: Path, tmp_pa
     root = shutil.copytree(image_folder, tmp_path / "images")
     for file in (f for label in range(8, 16) for f in (root / f"class{label:02d}").iterdir()):
         file.write_bytes(b"no image")
-    raw = tiny(root, data={"check_images": False}, evaluation={"test": False})
-    results = train(Config.parse(raw), tmp_path / "run", in_process=True)
+    raw = tiny(root, data={"check_images": False}, evaluation={"split": "validation"})
+    results = train(Config.parse(raw), tmp_path / "run", local=True)
     assert (results["split"], results["classes"], results["untrained"]) == ("validation", 2, {})
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     judged_at = {row["step"]: row["validation"] for row in rows if "validation" in row}
     at_step = judged_at[results["step"]]
     assert {"peers": results["peers"], "ensemble": results["ensemble"]} == at_step
     raw["data"]["validation_fraction"] = 0
-    with pytest.raises(UserError, match=r"evaluation\.test false judges on validation classes"):
+    with pytest.raises(UserError, match=r"evaluation\.split is validation"):
         Config.parse(raw)
 
 
@@ -251,26 +251,26 @@ def test_evaluate_gives_the_runs_own_figures(run: Path) -> None:
     assert figures(evaluate(run)) == figures(json.loads((run / "results.json").read_text()))
 
 
-@pytest.mark.parametrize("weights", ["last", "averaged"])
+@pytest.mark.parametrize("weights", ["last", "ema"])
 def test_other_weights_can_be_judged(
     run: Path, settings: dict[str, Any], tmp_path: Path, weights: str
 ) -> None:
     """`evaluate RUN --weights W` is what a run with `evaluation.weights: W` reports."""
     config = changed(settings, evaluation={"weights": weights})
-    results = train(config, tmp_path / "run", in_process=True)
+    results = train(config, tmp_path / "run", local=True)
     assert (results["weights"], results["step"]) == (weights, 6)
     assert figures(evaluate(run, weights)) == figures(results)
 
 
 def test_averaged_weights_are_those_of_the_peers_that_keep_them(run: Path) -> None:
     """peer1 is averaged and is judged by that; peer0 is not and stays as it is."""
-    last, averaged = evaluate(run, "last"), evaluate(run, "averaged")
+    last, averaged = evaluate(run, "last"), evaluate(run, "ema")
     assert averaged["peers"]["peer0"] == last["peers"]["peer0"]
     folder = run / "checkpoints" / "step-00000006"
     live = safetensors.torch.load_file(folder / "peer1" / "weights.safetensors")
-    mean = safetensors.torch.load_file(folder / "peer1" / "averaged.safetensors")
+    mean = safetensors.torch.load_file(folder / "peer1" / "ema.safetensors")
     assert not any((live[key] == mean[key]).all() for key in live if key.endswith("head.weight"))
-    assert not (folder / "peer0" / "averaged.safetensors").exists()
+    assert not (folder / "peer0" / "ema.safetensors").exists()
 
 
 # --- again, further, from elsewhere ---------------------------------------------------------
@@ -280,13 +280,13 @@ def test_a_run_can_be_repeated_from_its_own_config(run: Path, tmp_path: Path) ->
     """config.yaml alone gives the same run again, to the bit."""
     config = tmp_path / "config.yaml"
     shutil.copy(run / "config.yaml", config)
-    train(Config.load(config), tmp_path / "again", in_process=True)
+    train(Config.load(config), tmp_path / "again", local=True)
     assert_same_run(tmp_path / "again", run)
 
 
 def test_another_seed_is_another_run(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """The first step's losses differ already."""
-    train(Config.parse({**settings, "seed": 1}), tmp_path / "run", in_process=True)
+    train(Config.parse({**settings, "seed": 1}), tmp_path / "run", local=True)
     assert metrics(tmp_path / "run")[0] != metrics(run)[0]
 
 
@@ -298,7 +298,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     endless = {**settings, "train": {**EVERY_TWO, "steps": 1_000_000}}
     (tmp_path / "endless.yaml").write_text(yaml.safe_dump(endless))
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "ray_dmml.cli.main", "train", "--in-process"]
+    command = [sys.executable, "-m", "ray_dmml.cli.main", "train", "--local"]
     process = subprocess.Popen(
         [*command, "--config", str(tmp_path / "endless.yaml"), "--out", str(killed)],
         stdout=subprocess.DEVNULL,
@@ -312,8 +312,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
 
     last = store.load("last").step
     config = changed(settings, train={"steps": last + 3})
-    train(config, resume=killed, in_process=True)
-    train(config, tmp_path / "undisturbed", in_process=True)
+    train(config, resume=killed, local=True)
+    train(config, tmp_path / "undisturbed", local=True)
     assert_same_run(killed, tmp_path / "undisturbed")
     assert Config.load(killed / "config.yaml") == config
 
@@ -325,17 +325,17 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     (tmp_path / "run").mkdir()
     shutil.copy(run / "config.yaml", tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "peers": {}}\n')
-    train(resume=tmp_path / "run", in_process=True)
+    train(resume=tmp_path / "run", local=True)
     assert_same_run(tmp_path / "run", run)
 
 
 def test_a_run_can_be_extended(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """4 steps and 2 more are 6 steps; rows after the last checkpoint and a line cut short, as a
     crash leaves them, are dropped."""
-    train(changed(settings, train={"steps": 4}), tmp_path / "run", in_process=True)
+    train(changed(settings, train={"steps": 4}), tmp_path / "run", local=True)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "peers": {"peer0": {"loss": 99.0}}}\n{"step": 6, "pee')
-    train(changed(settings, train={"steps": 6}), resume=tmp_path / "run", in_process=True)
+    train(changed(settings, train={"steps": 6}), resume=tmp_path / "run", local=True)
     assert_same_run(tmp_path / "run", run)
 
 
@@ -343,7 +343,7 @@ def test_a_finished_run_can_be_resumed(run: Path, tmp_path: Path) -> None:
     """Nothing is trained; the same results are written again."""
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
-    train(resume=tmp_path / "run", in_process=True)
+    train(resume=tmp_path / "run", local=True)
     assert_same_run(tmp_path / "run", run)
 
 
@@ -377,7 +377,7 @@ def test_a_run_of_an_older_version_is_resumed(run: Path, tmp_path: Path) -> None
     config = tmp_path / "run" / "config.yaml"
     config.write_text(json.dumps(as_then(yamlio.load(config.read_text()))))
     (tmp_path / "run" / "results.json").unlink()
-    train(resume=tmp_path / "run", in_process=True)
+    train(resume=tmp_path / "run", local=True)
     assert_same_run(tmp_path / "run", run)
 
 
@@ -387,13 +387,15 @@ def test_only_the_number_of_steps_and_what_is_written_may_change(
     """Another rate is refused by name, with the way that is open; so are fewer steps."""
     shutil.copytree(run, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    other = Config.parse({**settings, "loss": {"relational": {"angle": 9.0}}})
-    with pytest.raises(UserError, match=r"loss\.relational\.angle was 2.0 and is 9.0.*--init-from"):
-        train(other, resume=tmp_path / "run", in_process=True)
+    other = Config.parse({**settings, "loss": {"relational": {"angle_weight": 9.0}}})
+    with pytest.raises(
+        UserError, match=r"loss\.relational\.angle_weight was 2.0 and is 9.0.*--init-from"
+    ):
+        train(other, resume=tmp_path / "run", local=True)
     with pytest.raises(UserError, match=r"finished 6 steps already, train\.steps is 5"):
-        train(changed(settings, train={"steps": 5}), resume=tmp_path / "run", in_process=True)
+        train(changed(settings, train={"steps": 5}), resume=tmp_path / "run", local=True)
     with pytest.raises(UserError, match="it takes no --out"):
-        train(resume=tmp_path / "run", out=tmp_path / "other", in_process=True)
+        train(resume=tmp_path / "run", out=tmp_path / "other", local=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     moved = shutil.copytree(settings["data"]["root"], tmp_path / "images")
     config = changed(
@@ -402,7 +404,7 @@ def test_only_the_number_of_steps_and_what_is_written_may_change(
         train={"log_every": 1, "tensorboard": False, "steps": 7},
         evaluation={"recall_at": [1, 4]},
     )
-    results = train(config, resume=tmp_path / "run", in_process=True)
+    results = train(config, resume=tmp_path / "run", local=True)
     assert "recall@4" in results["ensemble"]
     assert metrics(tmp_path / "run")[-2]["step"] == 7
 
@@ -412,7 +414,7 @@ def test_init_from_starts_from_the_weights_of_another_run(
 ) -> None:
     """What is `untrained` now is what was trained before; the first loss is another; steps count
     from the beginning."""
-    results = train(changed(settings, train={"init_from": run}), tmp_path / "run", in_process=True)
+    results = train(changed(settings, train={"init_from": run}), tmp_path / "run", local=True)
     before = json.loads((run / "results.json").read_text())
     assert results["untrained"] == before["peers"]
     assert results["untrained_ensemble"] == before["ensemble"]
@@ -429,10 +431,10 @@ def test_init_from_what_does_not_fit_leaves_nothing(
     start = {"init_from": run}
     renamed = changed(settings, train=start, cohort={"peers": [{"name": "x"}, {}]})
     with pytest.raises(UserError, match="it has no peer x; it has peer0, peer1"):
-        train(renamed, tmp_path / "run", in_process=True)
+        train(renamed, tmp_path / "run", local=True)
     larger = changed(settings, train=start, cohort={"peers": [{"embedding_size": 17}, {}]})
     with pytest.raises(UserError, match=r"for peer0 do not fit: head\.weight is"):
-        train(larger, tmp_path / "run", in_process=True)
+        train(larger, tmp_path / "run", local=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -443,7 +445,7 @@ def test_a_run_on_ray_is_the_same_run(
     ray_start_4_cpus: None, run: Path, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """Half in this process, then resumed on Ray actors: the run folder of one in this process."""
-    train(changed(settings, train={"steps": 2}), tmp_path / "run", in_process=True)
+    train(changed(settings, train={"steps": 2}), tmp_path / "run", local=True)
     train(Config.parse(settings), resume=tmp_path / "run")
     assert_same_run(tmp_path / "run", run)
     environment = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -483,7 +485,7 @@ def test_a_reporter_is_told_everything_in_order(settings: dict[str, Any], tmp_pa
     """The start, untrained figures, each step, losses, evaluations, checkpoints, the end."""
     told = Recorder()
     config = changed(settings, train={"steps": 2, "log_every": 1})
-    train(config, tmp_path / "run", in_process=True, reporter=told)
+    train(config, tmp_path / "run", local=True, reporter=told)
     names = ["peer0", "peer1"]
     assert told.events == [
         ("started", 30),
@@ -510,18 +512,18 @@ def test_one_process_a_run_folder(image_folder: Path, tmp_path: Path) -> None:
         def step(self, finished: int) -> None:
             for arguments in ({"resume": out}, {"config": config, "out": out}):
                 with pytest.raises(UserError) as error:
-                    train(**arguments, in_process=True)  # type: ignore[arg-type]
+                    train(**arguments, local=True)  # type: ignore[arg-type]
                 self.refused.append(str(error.value))
 
-    train(config, out, in_process=True, reporter=Second())
+    train(config, out, local=True, reporter=Second())
     assert "another process is training in" in Second.refused[0]
     assert "already exists" in Second.refused[1]
-    train(resume=out, in_process=True)
+    train(resume=out, local=True)
 
 
 def test_metrics_are_cut_where_they_stand(tmp_path: Path) -> None:
     """Rows of later steps and a line cut short go; what is before them stays as it is."""
-    run = RunFolder(tmp_path)
+    run = RunDir(tmp_path)
     lines = [f'{{"step": {step}}}\n' for step in (1, 2, 3, 4)]
     run.metrics_file.write_text("".join(lines) + '{"step": 5')
     run.truncate_metrics(9)

@@ -41,23 +41,23 @@ def test_the_built_in_search_is_of_the_quickstart() -> None:
     built_in = Search(read_settings(QUICKSTART), load_search())
     assert built_in.config_of(built_in.default) == built_in.base
     assert {key.rsplit(".", 1)[-1] for key in built_in.config.space} >= {
-        "distance",
-        "angle",
+        "distance_weight",
+        "angle_weight",
         "init_seed",
         "update_interval",
         "view",
     }
     config = built_in.trial_config(built_in.default)
     assert config.train.steps == config.checkpoint.every_steps * 4 == 100
-    assert not config.evaluation.test
+    assert config.evaluation.split == "validation"
     assert config.cohort.peers[0].schedule.steps == 100
 
 
 @pytest.mark.parametrize(
     ("space", "says"),
     [
-        ({"loss.relational.distnce": {"uniform": [0, 2]}}, r"relational\.distnce: .*did you mean 'distance'"),
-        ({"loss.relational.angle": {"uniform": [-1, 4]}}, r"relational\.angle: -1.0: .*greater than or equal to 0"),
+        ({"loss.relational.distnce": {"uniform": [0, 2]}}, r"relational\.distnce: .*did you mean 'distance_weight'"),
+        ({"loss.relational.angle_weight": {"uniform": [-1, 4]}}, r"relational\.angle_weight: -1.0: .*greater than or equal to 0"),
         ({"cohort.peers.1.backbone": {"choice": ["test_resnet", 7]}}, r"space\.cohort\.peers\.1\.backbone: 7"),
         ({"data.validation_fraction": {"choice": [0.4, 0]}}, r"data\.validation_fraction must stay .* same classes"),
         ({"data.split_seed": {"choice": [None, 3]}}, r"data\.split_seed: 3: .* final runs are tested on"),
@@ -68,7 +68,7 @@ def test_the_built_in_search_is_of_the_quickstart() -> None:
         ({"cohort.peers.1.update_interval": {"uniform": [1, 4]}}, r"update_interval: 1\.95.*: .*valid integer"),
         ({"loss.relational.warmup_steps": {"uniform": [0, 100]}}, r"warmup_steps: 31\.8.*: .*valid integer"),
         ({"cohort.peers.5.seed": {"integer": [0, 3]}}, r"cohort\.peers has entries 0 to 1"),
-        ({"loss.relational.distance": {"uniform": [2, 4]}}, r"own value 1.0 is not from 2 to 4"),
+        ({"loss.relational.distance_weight": {"uniform": [2, 4]}}, r"own value 1.0 is not from 2 to 4"),
         ({"cohort.peers.1.view": {"choice": ["standard", "strong"]}}, "own value is none of standard, strong"),
     ],
 )  # fmt: skip
@@ -107,36 +107,38 @@ def test_a_search_file_that_cannot_be_is_refused(tmp_path: Path, text: str, says
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"trial": {"loss.relational.angle": 3}}, r"trial\.loss\.relational\.angle replaces what is drawn"),
-        ({"trial": {"loss": {}}}, r"trial\.loss replaces what is drawn for space\.loss\.relational\.angle"),
+        ({"trial": {"loss.relational.angle_weight": 3}}, r"trial\.loss\.relational\.angle_weight replaces what is drawn"),
+        ({"trial": {"loss": {}}}, r"trial\.loss replaces what is drawn for space\.loss\.relational\.angle_weight"),
         ({"trial": {"data.validation_fraction": 0}}, "data.validation_fraction above 0"),
         ({"trial": {"data.validation_fraction": 0.5}, "folds": 3, "scheduler": "none"}, "0.5 gives at most 2"),
         ({"trial": {"data.train_fraction": 0.9}}, r"trial: data\.train_fraction must stay .* are tested on"),
         ({"trial": {"evaluation.recall_at": [1]}}, r"trial: evaluation\.recall_at must stay"),
-        ({"trial": {"checkpoint.storage": "there"}}, r"trial: checkpoint\.storage must stay"),
+        ({"trial": {"checkpoint.storage_path": "there"}}, r"trial: checkpoint\.storage_path must stay"),
         ({"space": {"cohort.peers": {"choice": [[{}, {"view": "weak"}], [{}, {}, {}]]},
-                    "loss.relational.angle": {"uniform": [0, 4]}}, "scheduler": "pbt"}, "all need as many"),
+                    "loss.relational.angle_weight": {"uniform": [0, 4]}}, "scheduler": "pbt"}, "all need as many"),
     ],
 )  # fmt: skip
 def test_trials_whose_settings_undo_the_search_are_refused(
     raw: dict[str, Any], settings: dict[str, Any], says: str
 ) -> None:
     """Draws that would change nothing, no classes to judge on, and folds that would overlap."""
-    space = {"loss.relational.angle": {"uniform": [0, 4]}}
-    assert search(raw, space, trial={"train.steps": 2}).default == {"loss.relational.angle": 2.0}
+    space = {"loss.relational.angle_weight": {"uniform": [0, 4]}}
+    assert search(raw, space, trial={"train.steps": 2}).default == {
+        "loss.relational.angle_weight": 2.0
+    }
     with pytest.raises(UserError, match=says):
         search(raw, **{"space": space, **settings})
 
 
 def test_a_population_may_have_another_number_of_peers_than_the_config(raw: dict[str, Any]) -> None:
-    space = {"loss.relational.angle": {"uniform": [0, 4]}}
+    space = {"loss.relational.angle_weight": {"uniform": [0, 4]}}
     found = search(raw, space, trial={"cohort.peers": [{}, {}, {}]}, scheduler="pbt")
     assert len(found.trial_config({}).cohort.peers) == 3
 
 
 def test_trials_hold_out_the_classes_that_the_config_does(raw: dict[str, Any]) -> None:
     """Folds begin at the first."""
-    space = {"loss.relational.angle": {"uniform": [0, 4]}}
+    space = {"loss.relational.angle_weight": {"uniform": [0, 4]}}
     raw["data"]["validation_fold"] = 2
     assert search(raw, space).trial_config({}).data.validation_fold == 2
     with pytest.raises(UserError, match=r"leave out data\.validation_fold"):
@@ -155,7 +157,7 @@ def test_trials_keep_their_state_at_each_report_and_where_the_config_does(
     """A trial that reports at its end alone is not lost with its process."""
     raw["train"] |= {"steps": 12, "evaluate_every": reports}
     raw["checkpoint"]["every_steps"] = own
-    asked = search(raw, {"loss.relational.angle": {"uniform": [0, 4]}})
+    asked = search(raw, {"loss.relational.angle_weight": {"uniform": [0, 4]}})
     assert asked.trial_config({}).checkpoint.every_steps == expected
 
 
@@ -241,10 +243,10 @@ def test_the_page_says_nothing_of_settings_that_few_trials_tried(
     raw: dict[str, Any], tmp_path: Path
 ) -> None:
     """Neither where all trials are equal. Pictures say what they show."""
-    found = search(raw, {"loss.relational.angle": {"uniform": [0, 4]}})
+    found = search(raw, {"loss.relational.angle_weight": {"uniform": [0, 4]}})
     for values, plots in [([0.1, 0.2, 0.3], 3), ([0.5] * 9, 3), (list(np.linspace(0, 1, 9)), 4)]:
         trials = [
-            trial(n, float(value), params={"loss.relational.angle": n / 3})
+            trial(n, float(value), params={"loss.relational.angle_weight": n / 3})
             for n, value in enumerate(values)
         ]
         write_page(tmp_path / "page.html", found, trials, best_trial(trials), None)
@@ -278,7 +280,7 @@ def test_importance_is_the_share_of_variance(raw: dict[str, Any]) -> None:
     found = search(
         raw,
         {
-            "loss.relational.distance": {"uniform": [0, 10]},
+            "loss.relational.distance_weight": {"uniform": [0, 10]},
             "cohort.peers.1.update_interval": {"choice": [1, 2, 3]},
         },
     )
@@ -286,14 +288,14 @@ def test_importance_is_the_share_of_variance(raw: dict[str, Any]) -> None:
     trials = []
     for n in range(300):
         params = {
-            "loss.relational.distance": float(rng.uniform(0, 10)),
+            "loss.relational.distance_weight": float(rng.uniform(0, 10)),
             "cohort.peers.1.update_interval": str(rng.integers(1, 4)),
         }
         objective = 0.1 * int(params["cohort.peers.1.update_interval"])
         trials.append(trial(n, objective, params=params))
     shares = importance(trials, found)
     assert shares["cohort.peers.1.update_interval"] == pytest.approx(1)
-    assert shares["loss.relational.distance"] < 0.05
+    assert shares["loss.relational.distance_weight"] < 0.05
 
 
 def test_trials_are_compared_at_a_step_that_all_reached(raw: dict[str, Any]) -> None:
@@ -305,18 +307,20 @@ def test_trials_are_compared_at_a_step_that_all_reached(raw: dict[str, Any]) -> 
 
     trials = [reported(0, [0.2, 0.5, 0.9]), reported(1, [0.3, 0.4])]
     # Population based training has given it another draw since.
-    trials[0].params = {"loss.relational.angle": 3.0}
-    trials[0].reports[1]["params"] = {"loss.relational.angle": 2.0}
+    trials[0].params = {"loss.relational.angle_weight": 3.0}
+    trials[0].reports[1]["params"] = {"loss.relational.angle_weight": 2.0}
     alike = at_common_step(trials)
     assert [t.objective for t in alike] == [0.5, 0.4]
-    assert alike[0].params == {"loss.relational.angle": 2.0}
-    assert trials[0].objective == 0.9 and trials[0].params == {"loss.relational.angle": 3.0}
+    assert alike[0].params == {"loss.relational.angle_weight": 2.0}
+    assert trials[0].objective == 0.9 and trials[0].params == {"loss.relational.angle_weight": 3.0}
 
 
 def test_the_page_says_of_which_step_it_is(raw: dict[str, Any], tmp_path: Path) -> None:
     """Trials of other lengths may have none in common."""
-    found = search(raw, {"loss.relational.angle": {"uniform": [0, 4]}})
-    one, other = (trial(n, n / 10, params={"loss.relational.angle": 1.0 + n}) for n in (1, 2))
+    found = search(raw, {"loss.relational.angle_weight": {"uniform": [0, 4]}})
+    one, other = (
+        trial(n, n / 10, params={"loss.relational.angle_weight": 1.0 + n}) for n in (1, 2)
+    )
     for step, says in ((5, "step 5, which all trials reached"), (3, "the last report of each")):
         other.reports[-1]["step"] = step
         write_page(tmp_path / "page.html", found, [one, other], other, None)
@@ -325,7 +329,7 @@ def test_the_page_says_of_which_step_it_is(raw: dict[str, Any], tmp_path: Path) 
 
 def test_the_final_table_has_means_and_deviations(raw: dict[str, Any]) -> None:
     """Over the seeds; and one line where the config as it is, is the best."""
-    found = search(raw, {"loss.relational.angle": {"uniform": [0, 4]}}, metric="recall@1")
+    found = search(raw, {"loss.relational.angle_weight": {"uniform": [0, 4]}}, metric="recall@1")
 
     def run(ensemble: float, *peers: float) -> dict[str, Any]:
         each = [{"recall@1": value, "map@r": value / 2} for value in (ensemble, *peers)]
@@ -363,19 +367,19 @@ def test_the_final_table_has_means_and_deviations(raw: dict[str, Any]) -> None:
 def test_perturbed_settings_stay_in_the_space(raw: dict[str, Any]) -> None:
     """Population based training multiplies; names are left alone."""
     space = {
-        "loss.relational.angle": {"loguniform": [0.1, 10]},
+        "loss.relational.angle_weight": {"loguniform": [0.1, 10]},
         "cohort.peers.1.update_interval": {"integer": [1, 4]},
         "loss.relational.warmup_steps": {"choice": [0, 5]},
     }
     found = search(raw, space, scheduler="pbt")
     drawn = {
-        "loss.relational.angle": 12.0,
+        "loss.relational.angle_weight": 12.0,
         "cohort.peers.1.update_interval": 5,
         "loss.relational.warmup_steps": "5",
     }
     assert list(_inside_the_space(found, drawn).values()) == [10, 4, "5"]
-    lower = _inside_the_space(found, {**drawn, "loss.relational.angle": 0.01})
-    assert lower["loss.relational.angle"] == 0.1
+    lower = _inside_the_space(found, {**drawn, "loss.relational.angle_weight": 0.01})
+    assert lower["loss.relational.angle_weight"] == 0.1
 
 
 def test_a_whole_is_drawn_before_its_parts(raw: dict[str, Any]) -> None:
@@ -403,7 +407,7 @@ def test_population_based_training_changes_no_net_in_mid_run(raw: dict[str, Any]
     }
     others = {
         "cohort.base.optimizer.lr": {"loguniform": [1e-5, 1.0]},
-        "loss.relational.angle": {"uniform": [0, 4]},
+        "loss.relational.angle_weight": {"uniform": [0, 4]},
         "cohort.peers.1.schedule.milestones.0": {"choice": [2, 3]},
     }
     found = search(raw, {**of_nets, **others}, scheduler="pbt")

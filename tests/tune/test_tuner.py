@@ -33,7 +33,7 @@ from ray_dmml.cli.main import app
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.ray_backend.session import ray_session
-from ray_dmml.training.run_dir import RunFolder
+from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.trainer import Silent
 from ray_dmml.tune.search_space import Search, SearchConfig, final_rows
 from ray_dmml.tune.tuner import (
@@ -53,7 +53,7 @@ from ray_dmml.tune.tuner import (
     run_search,
 )
 
-ANGLE = "loss.relational.angle"
+ANGLE = "loss.relational.angle_weight"
 
 
 @pytest.fixture
@@ -88,9 +88,9 @@ def test_a_search_from_end_to_end(
     space = {
         ANGLE: {"uniform": [0, 4]},
         # A margin that is no number: the loss fails in the first step.
-        "loss.metric.settings.margin": {"choice": [0.2, "wide"]},
+        "loss.metric.args.margin": {"choice": [0.2, "wide"]},
     }
-    raw["checkpoint"] = {"storage": str(tmp_path / "of one run")}  # and not of six
+    raw["checkpoint"] = {"storage_path": str(tmp_path / "of one run")}  # and not of six
     watched: list[Sequence[Trial]] = []
     found = search(raw, space, num_samples=4, final_seeds=2)
     final = run_search(folder, found, watch=watched.append)
@@ -98,18 +98,18 @@ def test_a_search_from_end_to_end(
     assert [row["trial"] for row in rows] == ["0", "1", "2", "3"]
     assert (rows[0][ANGLE], rows[0]["status"]) == ("2.0", "finished")
     for row in rows:
-        if row["loss.metric.settings.margin"] == "wide":
+        if row["loss.metric.args.margin"] == "wide":
             assert row["status"] == "failed" and row["error"] and "Traceback" not in row["error"]
         else:
             assert row["status"] == "finished" and row["step"] == "4" and not row["error"]
     assert {row["status"] for row in rows} == {"finished", "failed"}
     best = max((r for r in rows if r["objective"]), key=lambda r: float(r["objective"]))
     config = Config.load(folder / "best.yaml")
-    assert config.loss.relational.angle == pytest.approx(float(best[ANGLE]))
-    assert config.train.steps == 4 and config.evaluation.test
+    assert config.loss.relational.angle_weight == pytest.approx(float(best[ANGLE]))
+    assert config.train.steps == 4 and config.evaluation.split == "test"
     assert final["best"]["validation"] == pytest.approx(float(best["objective"]))
     # A number, as in the space.
-    assert final["best"]["params"]["loss.metric.settings.margin"] == 0.2
+    assert final["best"]["params"]["loss.metric.args.margin"] == 0.2
     assert {trial.status for trial in watched[0]} == {"training"}
     assert {trial.status for trial in watched[-1]} == {"finished", "failed"}
     for name in ("best", "default"):
@@ -177,7 +177,7 @@ def test_population_based_training_changes_weights_in_mid_run(
     are made with these."""
     raw["train"] = {"steps": 12, "evaluate_every": 5, "log_every": 5}
     raw["cohort"]["base"]["optimizer"]["lr"] = 1e-2
-    space = {ANGLE: {"uniform": [0, 40]}, "loss.relational.distance": {"uniform": [0, 40]}}
+    space = {ANGLE: {"uniform": [0, 40]}, "loss.relational.distance_weight": {"uniform": [0, 40]}}
     run_search(tmp_path / "search", search(raw, space, num_samples=2, scheduler="pbt"))
     trials = SearchFolder(tmp_path / "search").trials()
     checked = 0
@@ -186,11 +186,11 @@ def test_population_based_training_changes_weights_in_mid_run(
         assert trial.starts[0] == 0 and trial.finished
         run = tmp_path / "search" / "trials" / trial.name / "fold0"
         weights = Config.load(run / "config.yaml").loss.relational
-        assert weights.angle == pytest.approx(trial.params[ANGLE])
+        assert weights.angle_weight == pytest.approx(trial.params[ANGLE])
         rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
         after = [r for r in rows if "peers" in r and r["step"] > trial.starts[-1] > 0]
         for terms in (terms for row in after for terms in row["peers"].values()):
-            mutual = weights.distance * terms["distance"] + weights.angle * terms["angle"]
+            mutual = weights.distance_weight * terms["distance"] + weights.angle_weight * terms["angle"]
             assert terms["loss"] == pytest.approx(terms["metric"] + mutual, rel=1e-4)
             checked += 1
     assert checked, f"no trial was copied in mid-run: {[trial.starts for trial in trials]}"
@@ -517,7 +517,7 @@ def test_a_search_goes_on_in_one_process_at_a_time(
     files = SearchFolder(tmp_path / "search")
     files.create(search(raw))
     with (
-        RunFolder(files.path).alone(),
+        RunDir(files.path).lock(),
         pytest.raises(UserError, match=r"another process is training in .*search"),
     ):
         run_search(files.path)

@@ -63,17 +63,17 @@ def load_splits(
 
 
 def _read(config: DataConfig, log: Log) -> tuple[ImageSet, ImageSet]:
-    size, aspect = config.decode_size, config.aspect
+    size, resize = config.decode_size, config.resize
     if config.name == "characters":
         return characters.load(size)
     root = fetch(config, log)
     if not root.is_dir() and not (config.name == "cub200" and config.download):
         raise UserError(f"data.root {root} is not an existing folder")
     if config.name == "imagefolder":
-        return folder.load(root, config.train_fraction, config.split_seed, size, aspect)
+        return folder.load(root, config.train_fraction, config.split_seed, size, resize)
     if config.name == "manifest":
-        return manifest.load(config.manifest or Path(), root, size, aspect)
-    return benchmarks.load(config.name, root, config.download, size, aspect, log)
+        return manifest.load(config.manifest or Path(), root, size, resize)
+    return benchmarks.load(config.name, root, config.download, size, resize, log)
 
 
 def _without_bad(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_dmml.data.dataset import Aspect, FileImages, ImageSet
+from ray_dmml.data.dataset import FileImages, ImageSet, Resize
 from ray_dmml.errors import UserError
 
 Log = Callable[[str], None]
@@ -102,7 +102,7 @@ def load(
     root: Path,
     download: bool,
     decode_size: int,
-    aspect: Aspect,
+    resize: Resize,
     log: Log,
     cub_archive: Archive = CUB_ARCHIVE,
 ) -> tuple[ImageSet, ImageSet]:
@@ -113,7 +113,7 @@ def load(
         root: its own folder, or the one that holds that.
         download: fetch it into ``root`` where it is missing and can be fetched (``cub200``).
         decode_size: side of the decoded squares, in pixels.
-        aspect: how images become square.
+        resize: how images become square.
         log: takes a line where the numbers of images or classes are not the official ones.
         cub_archive: where ``cub200`` is fetched from.
 
@@ -130,7 +130,7 @@ def load(
         raise UserError(f"{benchmark.title} is not in data.root {root}: {benchmark.by_hand}")
     read = {"cub200": _cub200, "cars196": _cars196, "sop": _sop, "inshop": _inshop}[name]
     try:
-        train, test = read(folder, decode_size, aspect)
+        train, test = read(folder, decode_size, resize)
     except FileNotFoundError as error:
         raise UserError(
             f"{benchmark.title} in {folder} is incomplete, {error.filename} is missing: "
@@ -186,14 +186,14 @@ def _told(counts: tuple[int, int, int, int]) -> str:
     return "{} train images of {} classes and {} test images of {}".format(*counts)
 
 
-def _cub200(folder: Path, decode_size: int, aspect: Aspect) -> tuple[ImageSet, ImageSet]:
+def _cub200(folder: Path, decode_size: int, resize: Resize) -> tuple[ImageSet, ImageSet]:
     classes = {image: int(label) for image, label in _lines(folder / "image_class_labels.txt", 2)}
     names = {int(label): name for label, name in _lines(folder / "classes.txt", 2)}
     rows = [(f"images/{path}", classes[image]) for image, path in _lines(folder / "images.txt", 2)]
-    return _by_class(rows, 100, names, folder, decode_size, aspect)
+    return _by_class(rows, 100, names, folder, decode_size, resize)
 
 
-def _cars196(folder: Path, decode_size: int, aspect: Aspect) -> tuple[ImageSet, ImageSet]:
+def _cars196(folder: Path, decode_size: int, resize: Resize) -> tuple[ImageSet, ImageSet]:
     rows: Rows = []
     if (folder / "cars_annos.mat").is_file():
         annotations, names = _mat(folder / "cars_annos.mat", "annotations", "class_names")
@@ -207,24 +207,24 @@ def _cars196(folder: Path, decode_size: int, aspect: Aspect) -> tuple[ImageSet, 
             (annotations,) = _mat(file, "annotations")
             rows += [(f"{images}/{a['fname']}", int(a["class"])) for a in annotations]
     named = {label: str(name) for label, name in enumerate(names, start=1)}
-    return _by_class(rows, 98, named, folder, decode_size, aspect)
+    return _by_class(rows, 98, named, folder, decode_size, resize)
 
 
-def _sop(folder: Path, decode_size: int, aspect: Aspect) -> tuple[ImageSet, ImageSet]:
+def _sop(folder: Path, decode_size: int, resize: Resize) -> tuple[ImageSet, ImageSet]:
     train, test = (
         _image_set(
             [(path, int(label)) for _, label, _, path in _lines(folder / file, 4)[1:]],
             {},
             folder,
             decode_size,
-            aspect,
+            resize,
         )
         for file in ("Ebay_train.txt", "Ebay_test.txt")
     )
     return train, test
 
 
-def _inshop(folder: Path, decode_size: int, aspect: Aspect) -> tuple[ImageSet, ImageSet]:
+def _inshop(folder: Path, decode_size: int, resize: Resize) -> tuple[ImageSet, ImageSet]:
     partition = folder / "list_eval_partition.txt"
     if not partition.is_file():
         partition = folder / "Eval" / "list_eval_partition.txt"
@@ -234,10 +234,10 @@ def _inshop(folder: Path, decode_size: int, aspect: Aspect) -> tuple[ImageSet, I
     for path, item, status in lines:
         items[status].append((inside + path, int(item.removeprefix("id_"))))
     names = {int(item.removeprefix("id_")): item for _, item, _ in lines}
-    test = _image_set(items["query"] + items["gallery"], names, folder, decode_size, aspect)
+    test = _image_set(items["query"] + items["gallery"], names, folder, decode_size, resize)
     query, gallery = np.split(np.arange(len(test)), [len(items["query"])])
     return (
-        _image_set(items["train"], names, folder, decode_size, aspect),
+        _image_set(items["train"], names, folder, decode_size, resize),
         ImageSet(test.source, test.labels, test.class_names, query, gallery),
     )
 
@@ -248,23 +248,23 @@ def _by_class(
     names: dict[int, str],
     folder: Path,
     decode_size: int,
-    aspect: Aspect,
+    resize: Resize,
 ) -> tuple[ImageSet, ImageSet]:
     """Cuts by class: up to and including number ``last_train`` train, the others test."""
     train = [row for row in rows if row[1] <= last_train]
     test = [row for row in rows if row[1] > last_train]
     return (
-        _image_set(train, names, folder, decode_size, aspect),
-        _image_set(test, names, folder, decode_size, aspect),
+        _image_set(train, names, folder, decode_size, resize),
+        _image_set(test, names, folder, decode_size, resize),
     )
 
 
 def _image_set(
-    rows: Rows, names: dict[int, str], folder: Path, decode_size: int, aspect: Aspect
+    rows: Rows, names: dict[int, str], folder: Path, decode_size: int, resize: Resize
 ) -> ImageSet:
     classes, labels = np.unique([label for _, label in rows], return_inverse=True)
     return ImageSet(
-        FileImages(folder, [path for path, _ in rows], decode_size, aspect),
+        FileImages(folder, [path for path, _ in rows], decode_size, resize),
         labels.astype(np.int64),
         tuple(names.get(label, str(label)) for label in classes.tolist()),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_dmml.data.dataset import Aspect, FileImages, ImageSet, printable
+from ray_dmml.data.dataset import FileImages, ImageSet, Resize, printable
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 
@@ -15,7 +15,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def load(
-    root: Path, train_fraction: float, split_seed: int | None, decode_size: int, aspect: Aspect
+    root: Path, train_fraction: float, split_seed: int | None, decode_size: int, resize: Resize
 ) -> tuple[ImageSet, ImageSet]:
     """Train and test images of ROOT/CLASS/**/IMAGE; what is hidden (.name) is left out.
 
@@ -49,7 +49,7 @@ def load(
         paths += found
         labels += [label] * len(found)
     images = ImageSet(
-        FileImages(root, paths, decode_size, aspect),
+        FileImages(root, paths, decode_size, resize),
         np.array(labels, dtype=np.int64),
         tuple(classes),
     )

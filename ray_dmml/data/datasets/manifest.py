@@ -16,7 +16,7 @@ from typing import TextIO
 
 import numpy as np
 
-from ray_dmml.data.dataset import Aspect, FileImages, ImageSet, printable
+from ray_dmml.data.dataset import FileImages, ImageSet, Resize, printable
 from ray_dmml.errors import UserError
 
 # 1.0 and 0.0 are how pandas writes a column of 0 and 1 that has gaps.
@@ -36,7 +36,7 @@ class _Row:
     is_gallery: bool
 
 
-def load(manifest: Path, root: Path, decode_size: int, aspect: Aspect) -> tuple[ImageSet, ImageSet]:
+def load(manifest: Path, root: Path, decode_size: int, resize: Resize) -> tuple[ImageSet, ImageSet]:
     """Train and test images of a manifest; paths in it are relative to ``root`` (or inside it).
 
     Classes are judged as queries against gallery where their rows say so, else all against all;
@@ -64,12 +64,12 @@ def load(manifest: Path, root: Path, decode_size: int, aspect: Aspect) -> tuple[
             f"({len(missing)} files are missing)"
         )
     return (
-        _image_set(train, root, decode_size, aspect),
-        _image_set(test, root, decode_size, aspect),
+        _image_set(train, root, decode_size, resize),
+        _image_set(test, root, decode_size, resize),
     )
 
 
-def _image_set(rows: list[_Row], root: Path, decode_size: int, aspect: Aspect) -> ImageSet:
+def _image_set(rows: list[_Row], root: Path, decode_size: int, resize: Resize) -> ImageSet:
     names = sorted({row.label for row in rows})
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
@@ -78,7 +78,7 @@ def _image_set(rows: list[_Row], root: Path, decode_size: int, aspect: Aspect) -
     gallery = np.flatnonzero([row.is_gallery for row in rows])
     has_protocol = bool(len(query) or len(gallery))
     return ImageSet(
-        FileImages(root, [row.path for row in rows], decode_size, aspect),
+        FileImages(root, [row.path for row in rows], decode_size, resize),
         np.array([number[row.label] for row in rows], dtype=np.int64),
         tuple(names),
         query if has_protocol else None,
