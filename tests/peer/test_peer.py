@@ -167,7 +167,9 @@ def naive_angle(student: Tensor, teacher: Tensor) -> float:
 @pytest.mark.parametrize("embeddings", ["unit", "raw"])
 def test_the_loss_is_metric_plus_the_mean_over_teachers(embeddings: str) -> None:
     """metric + 1/(M-1) * sum of w_d * distance + w_a * angle, from the published embeddings."""
-    peer = build(relational={"distance_weight": 3.0, "angle_weight": 5.0, "embeddings": embeddings})
+    peer = build(
+        relational={"distance_weight": 3.0, "angle_weight": 5.0, "normalize": embeddings == "unit"}
+    )
     others = teachers(0, 8, 5, 16)
     published = peer.embed(batch(0))
     metric = float(losses.MultiSimilarityLoss()(F.normalize(published), batch(0).labels))
@@ -224,7 +226,7 @@ def test_teachers_get_no_gradient() -> None:
 
 def test_warm_up_of_the_mutual_term() -> None:
     """Its weight rises from 0 at the first step to the full one; the metric loss is not touched."""
-    settings_ = {"distance": 3.0, "angle": 5.0, "warmup_steps": 4}
+    settings_ = {"distance_weight": 3.0, "angle_weight": 5.0, "warmup_steps": 4}
     peer = build(settings(**STILL | {"frozen": False}), relational=settings_)
     rows = train(peer, 0, 7, 8)
     assert rows[0] == {"loss": rows[0]["metric"], "metric": rows[0]["metric"]}

@@ -190,7 +190,9 @@ def test_population_based_training_changes_weights_in_mid_run(
         rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
         after = [r for r in rows if "peers" in r and r["step"] > trial.starts[-1] > 0]
         for terms in (terms for row in after for terms in row["peers"].values()):
-            mutual = weights.distance_weight * terms["distance"] + weights.angle_weight * terms["angle"]
+            mutual = (
+                weights.distance_weight * terms["distance"] + weights.angle_weight * terms["angle"]
+            )
             assert terms["loss"] == pytest.approx(terms["metric"] + mutual, rel=1e-4)
             checked += 1
     assert checked, f"no trial was copied in mid-run: {[trial.starts for trial in trials]}"
