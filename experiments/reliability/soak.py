@@ -1,6 +1,6 @@
 """Trains a tiny cohort for long and watches what its processes hold.
 
-    python experiments/soak.py --steps 20000
+    python experiments/reliability/soak.py --steps 20000
 
 Resident memory and open files of every process of the run, sampled over time: a leak shows as a slope
 after the first quarter. At the end nothing of ours may be left in Ray's object store.
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_dmml.config.schema import Config
-from ray_dmml.training.trainer import Silent, train
+from ray_dmml.training.run import train
 
 MIB = 2**20
 
@@ -84,7 +84,7 @@ def main(
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         began = time.monotonic()
-        train(Config.parse(raw), Path(folder) / "run", reporter=Silent())
+        train(Config.parse(raw), Path(folder) / "run")
         seconds = time.monotonic() - began
         ended.set()
         watcher.join()

@@ -1,16 +1,17 @@
-"""Kills, stops and damages everything that can fail, at random, and compares what the run ends with.
+"""Kills, stops and damages everything that can fail, at random, and compares the end of the run.
 
-    python experiments/chaos.py --runs 60
+    python experiments/reliability/chaos.py --runs 60
 
-Each run trains unlike peers on Ray while faults drawn from its seed strike at drawn moments: amid
-steps, while a checkpoint is written, while the cohort is judged, and while it recovers from the fault
-before. A row says what was done and whether weights, optimisers and metrics are, to the bit, those of
-the undisturbed run. Where lost peers are dropped, that is the run in which they leave at that step.
+Each run trains peers that differ on Ray. Its seed determines which faults strike it and when: during a step,
+while a checkpoint is written, during an evaluation, or during the recovery from an earlier fault. A row records the
+faults, and whether weights, optimizers and metrics equal those of the undisturbed run to the bit. If lost peers are
+dropped, the run must equal one in which they leave at that step.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -27,8 +28,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from PIL import Image
-from provenance import commit
 from rich.console import Console
+
+sys.path.append(str(Path(__file__).parents[1]))
+from provenance import commit
 
 STEPS = 60
 SILENCE_S = 5.0
@@ -55,11 +58,13 @@ sizes, with TensorBoard events; four where a lost peer is dropped."""
 
 MOMENTS = {
     "saving a checkpoint": "save",
-    "judging on validation classes": "evaluation",
-    "starting lost peers anew": "recovery",
+    "evaluating on validation classes": "evaluation",
+    "recovering lost peers": "recovery",
 }
+"""What the package's debug log says when a moment begins."""
+
 LONGEST_DELAY_S = {"save": 1.5, "evaluation": 1.5, "recovery": 6.0}
-"""From the begin of something to the fault amid it."""
+"""Seconds from the beginning of a moment to its fault."""
 
 
 def settings(root: Path, transport: str, variant: str) -> dict[str, Any]:
@@ -120,8 +125,8 @@ def make_images(root: Path) -> None:
 
 
 class Striker:
-    """Does a fault when its moment comes: at a step, or so long after a checkpoint or a recovery has
-    begun."""
+    """Causes each fault at its moment: at a step, or some time after a checkpoint, an evaluation or a recovery
+    has begun."""
 
     def __init__(self, folder: Path, faults: list[dict[str, Any]]) -> None:
         self._folder, self._faults = folder, faults
@@ -130,7 +135,7 @@ class Striker:
         self._ballast: Path | None = None
 
     def _is_new(self, fault: dict[str, Any]) -> bool:
-        """Faults are struck once, also where the driver is started again."""
+        """A fault strikes once, also if the driver is started again."""
         mark = self._folder / f"struck-{fault['number']}"
         if mark.exists():
             return False
@@ -142,7 +147,7 @@ class Striker:
             if fault["moment"] == moment and step >= fault["step"] and self._is_new(fault):
                 if moment == "step":
                     self._strike(fault)
-                else:  # amid what has just begun
+                else:
                     threading.Timer(fault["delay"], self._strike, [fault]).start()
 
     def _strike(self, fault: dict[str, Any]) -> None:
@@ -151,12 +156,12 @@ class Striker:
         if what == "kill driver":
             os.kill(os.getpid(), signal.SIGKILL)
         elif what in ("kill peer", "stop peer"):
-            self._signal(self.cohort.pids.get(peer), what)
+            self._signal(self._pid(peer), what)
         elif what in ("kill coordinator", "stop coordinator"):
             self._signal(_coordinator_pid(), what)
         elif what == "kill node":
-            # The last node that has a peer and is not the head, whose end is that of the session.
-            where = set(self.cohort._nodes.values())
+            # The last node with a peer that is not the head, because the session ends with the head.
+            where = {place.node_id for place in self.cohort.places.values()}
             for node in [node for node in self.cluster_nodes[1:] if node.node_id in where][-1:]:
                 os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
         elif what == "cut checkpoint":
@@ -169,6 +174,10 @@ class Striker:
             pause = f"kill -STOP {os.getpid()}; sleep {SILENCE_S + 3}; kill -CONT {os.getpid()}"
             subprocess.Popen(["sh", "-c", pause])
 
+    def _pid(self, name: str) -> int | None:
+        place = self.cohort.places.get(name)
+        return place.pid if place else None
+
     @staticmethod
     def _signal(pid: int | None, what: str) -> None:
         if pid is None:
@@ -179,14 +188,14 @@ class Striker:
             return  # the fault before was faster
 
     def _cut_the_last_checkpoint(self, fault: dict[str, Any]) -> None:
-        """And kills a peer, as otherwise nobody would read it."""
+        """Also kills a peer, so that the checkpoint is read."""
         checkpoints = self._folder / "disk" / "run" / "checkpoints"
         folders = sorted(checkpoints.glob("step-*"))
         if len(folders) > 1:
             files = sorted(path for path in folders[-1].rglob("*") if path.is_file())
             chosen = files[fault["peer"] % len(files)]
             os.truncate(chosen, chosen.stat().st_size // 2)
-        self._signal(self.cohort.pids.get(f"peer{fault['peer']}"), "kill peer")
+        self._signal(self._pid(f"peer{fault['peer']}"), "kill peer")
 
     def _fill_the_disk(self) -> None:
         """For three seconds."""
@@ -227,9 +236,11 @@ def drive(folder: Path) -> None:
     from ray.cluster_utils import Cluster
 
     from ray_dmml.config.schema import Config
-    from ray_dmml.ray_backend import ray_cohort as remote
+    from ray_dmml.loggers.logger import Logger
     from ray_dmml.ray_backend.coordinator import Coordinator
-    from ray_dmml.training.trainer import Silent, train
+    from ray_dmml.ray_backend.peer_actor import PeerActor
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
+    from ray_dmml.training.run import train
 
     plan = json.loads((folder / "plan.json").read_text())
     striker = Striker(folder, plan["faults"])
@@ -255,7 +266,7 @@ def drive(folder: Path) -> None:
     flag = folder / "damage"
 
     class DamagingCoordinator(Coordinator):
-        """Flips a bit of the next embedding once it is told to."""
+        """Flips a bit of the next embedding once the flag is there."""
 
         async def exchange(
             self, step: int, rank: int, teachers: Any, expected: int, *parts: Any
@@ -266,51 +277,55 @@ def drive(folder: Path) -> None:
                 parts[0].view("u1").reshape(-1)[5] ^= 4
             return await Coordinator.exchange(self, step, rank, teachers, expected, *parts)
 
-    class DamagingPeer(remote.PeerActor):
-        """The same where embeddings go from peer to peer: a bit of what is sent, after its checksum
-        was taken."""
+    class DamagingPeer(PeerActor):
+        """The same if embeddings go from peer to peer: it changes what is sent, after the checksum was taken."""
 
-        def build(self, *arguments: Any) -> None:
-            from ray_dmml.ray_backend.exchange import DirectExchange
+        def join(self, *arguments: Any) -> Any:
+            place = super().join(*arguments)
+            pack = getattr(self.exchange, "pack", None)
+            if pack is not None:
 
-            super().build(*arguments)
-            packed = DirectExchange._packed
+                def damaged(*given: Any) -> Any:
+                    sent = pack(*given)
+                    if flag.exists():
+                        flag.unlink(missing_ok=True)
+                        sent.view(-1)[3] += 1
+                    return sent
 
-            def damaged(self: Any, *given: Any) -> Any:
-                sent = packed(self, *given)
-                if flag.exists():
-                    flag.unlink(missing_ok=True)
-                    sent.view(-1)[3] += 1
-                return sent
+                self.exchange.pack = damaged  # type: ignore[attr-defined]
+            return place
 
-            DirectExchange._packed = damaged  # type: ignore[method-assign]
+    class FaultyCohort(RayCohort):
+        peer_class = DamagingPeer
+        coordinator_class = DamagingCoordinator
 
-    remote.Coordinator = DamagingCoordinator  # type: ignore[misc]
-    remote.PeerActor = DamagingPeer  # type: ignore[misc]
-    made = remote.RayCohort.__init__
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            striker.cohort = self
+            super().__init__(*arguments, **named)
 
-    def kept(cohort: Any, *arguments: Any, **named: Any) -> None:
-        striker.cohort = cohort
-        made(cohort, *arguments, **named)
+    class Steps(Logger):
+        def log(self, metrics: Any, step: int) -> None:
+            if not metrics:
+                striker.at("step", step)
 
-    remote.RayCohort.__init__ = kept  # type: ignore[method-assign]
-
-    class Told(Silent):
-        def note(self, message: str) -> None:
+    class Sentences(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if record.levelno <= logging.DEBUG:
+                striker.at(MOMENTS.get(text, text))
+                return
             with (folder / "notes.jsonl").open("a") as file:
-                file.write(json.dumps([time.time(), message]) + "\n")
+                file.write(json.dumps([time.time(), text]) + "\n")
 
-        def doing(self, what: str) -> None:
-            striker.at(MOMENTS.get(what, what))
-
-        def step(self, finished: int) -> None:
-            striker.at("step", finished)
-
+    package = logging.getLogger("ray_dmml")
+    package.setLevel(logging.DEBUG)
+    package.addHandler(Sentences())
     run = folder / "disk" / "run"
     if (run / "config.yaml").exists():
-        train(resume=run, reporter=Told())
+        train(resume=run, loggers=[Steps()], cohort_factory=FaultyCohort)
     else:
-        train(Config.parse(plan["settings"]), run, reporter=Told())
+        config = Config.parse(plan["settings"])
+        train(config, run, loggers=[Steps()], cohort_factory=FaultyCohort)
     ray.shutdown()
 
 
@@ -385,8 +400,8 @@ class Undisturbed:
 
     def is_equal(self, variant: str, run: Path, faults: list[dict[str, Any]]) -> bool:
         from ray_dmml.config.schema import Config
+        from ray_dmml.training.run import train
         from ray_dmml.training.run_dir import RunDir
-        from ray_dmml.training.trainer import train
 
         config = Config.parse(settings(self._work / "images", "direct", variant))
         if variant == "drop":
@@ -482,7 +497,7 @@ def one_run(seed: int, undisturbed: Undisturbed, work: Path) -> dict[str, Any]:
 
 def _steps_again(note: str) -> int:
     words = note.split("go back from step ")[1].split()
-    return int(words[0]) - int(words[2].rstrip(","))
+    return int(words[0]) - int(words[2])
 
 
 def _end_session(session: int) -> None:

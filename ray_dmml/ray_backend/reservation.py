@@ -1,0 +1,110 @@
+"""Places for the peers of a cohort on the nodes of a Ray session."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ray_dmml.config.schema import Config
+from ray_dmml.errors import UserError
+from ray_dmml.ray_backend.placement import (
+    BOOTSTRAP_FILE,
+    HEAD,
+    growth_of,
+    labelled,
+    labels_of_growth,
+    left_to_grow,
+    plan,
+    require_labels,
+    shown,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Reservation:
+    """A placement group with one bundle a peer.
+
+    A trial of a search runs in a group whose last bundles are the peers'; that group is used. Otherwise a new
+    group is made, and the autoscaler may start nodes for it.
+
+    Args:
+        config: the experiment.
+
+    Raises:
+        UserError: the cluster does not have what the peers ask for, or did not grant it in time.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._peers = config.cohort.peers
+        self._own_group: PlacementGroup | None = None
+        given = get_current_placement_group()
+        if given is not None and len(given.bundle_specs) >= len(self._peers):
+            self._group: PlacementGroup = given
+            self.bundles: list[dict[str, float]] = given.bundle_specs[-len(self._peers) :]
+            """Resources of each peer, in peer order."""
+        else:
+            self._reserve(config)
+
+    def options(self, position: int) -> dict[str, Any]:
+        """Ray's options for the actor of a peer, and for those of its replicas."""
+        bundle = self.bundles[position]
+        num_replicas = self._peers[position].num_replicas
+        first = len(self._group.bundle_specs) - len(self.bundles)
+        return {
+            "num_cpus": bundle["CPU"] / num_replicas,
+            "num_gpus": bundle.get("GPU", 0) / num_replicas,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=first + position
+            ),
+        }
+
+    def release(self) -> None:
+        """Gives a group of its own back. A second call does nothing."""
+        if self._own_group is not None:
+            remove_placement_group(self._own_group)
+            self._own_group = None
+
+    def _reserve(self, config: Config) -> None:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        file = Path.home() / BOOTSTRAP_FILE
+        is_on_head = _is_on_head(nodes)
+        growth = growth_of(file) if is_on_head else []
+        grown_labels = labels_of_growth(file) if is_on_head else []
+        require_labels(config, [*(node.get("Labels") or {} for node in nodes), *grown_labels])
+        alive = [labelled(node["Resources"], node.get("Labels")) for node in nodes]
+        self.bundles = plan(config, alive, growth)
+        self._group = self._own_group = placement_group(
+            self.bundles,
+            strategy=config.cohort.placement_strategy.upper(),
+            bundle_label_selector=[dict(peer.labels) for peer in config.cohort.peers],
+        )
+        try:
+            ray.get(self._group.ready(), timeout=config.cohort.placement_timeout_s)
+        except GetTimeoutError:
+            self.release()
+            left = left_to_grow(alive, growth)
+            may_grow = f" and may grow by {shown(left)}" if left else ""
+            raise UserError(
+                f"the cluster did not grant {self.bundles} within "
+                f"{config.cohort.placement_timeout_s:g} s (cohort.placement_timeout_s): "
+                f"it has {shown([ray.cluster_resources()])}{may_grow}; "
+                f"{shown([ray.available_resources()])} are free"
+            ) from None
+
+
+def _is_on_head(nodes: Sequence[Mapping[str, Any]]) -> bool:
+    here = ray.get_runtime_context().get_node_id()
+    return here in [node["NodeID"] for node in nodes if HEAD in node["Resources"]]
