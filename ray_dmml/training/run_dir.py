@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_dmml.checkpoint.store import CheckpointStore, sync
-from ray_dmml.config.schema import Config, moved, read_settings
+from ray_dmml.config.loading import read_settings, refuse_old
+from ray_dmml.config.schema import Config
 from ray_dmml.errors import CheckpointError, UserError
 
 _VERSIONS = ("ray-dmml", "torch", "torchvision", "timm", "pytorch-metric-learning", "ray", "numpy")
@@ -100,7 +101,9 @@ class RunDir:
         replace_file(self.config_file, config.to_yaml())
 
     def config(self) -> Config:
-        return Config.parse(moved(read_settings(self.config_file)), source=str(self.config_file))
+        raw = read_settings(self.config_file)
+        refuse_old(raw, self.config_file)
+        return Config.parse(raw, source=str(self.config_file))
 
     def write_environment(self, **facts: Any) -> None:
         versions = {}

@@ -18,7 +18,8 @@ import numpy as np
 
 from ray_dmml.checkpoint.store import Checkpoint, DamagedError, PeerFiles
 from ray_dmml.cohort.cohort import Cohort, StepRow
-from ray_dmml.config.schema import Config, dotted, moved
+from ray_dmml.config.loading import dotted, refuse_old
+from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import ImageSet, Splits
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import build_sampler
@@ -280,7 +281,7 @@ def evaluate(
         skip=frozenset(environment.get("skipped_images", ())),
         check=False,
     )
-    which = config.weights_to_judge(weights)
+    which = config.weights_to_evaluate(weights)
     checkpoint = folder.checkpoints.load("best" if which == "best" else "last", note)
     # As the run's own result: of those that were left at its end.
     last = checkpoint if which != "best" else folder.checkpoints.load("last", note)
@@ -539,7 +540,7 @@ class _Loop:
             self._cohort,
             "validation",
             self._splits.validation,
-            ema=self._config.weights_to_judge() == "ema",
+            ema=self._config.weights_to_evaluate() == "ema",
         )
         self._write([{"step": state.step, "validation": figures}])
         self._reporter.evaluated(state.step, "validation", figures)
@@ -627,7 +628,7 @@ class _Loop:
 
     def _finish(self) -> dict[str, Any]:
         self._retry_write(self._write_the_rest)
-        which = self._config.weights_to_judge()
+        which = self._config.weights_to_evaluate()
         step = self._state.step
         if which == "best":
             try:
@@ -831,8 +832,8 @@ def _initial_weights(config: Config) -> dict[str, Any] | None:
 
 
 def _refuse_changes(config: Config, checkpoint: Checkpoint, run: RunDir) -> None:
-    # Read as a config: settings that an older version did not know have their defaults.
-    before = dotted(Config.parse(moved(checkpoint.meta["config"])).model_dump(mode="json"))
+    refuse_old(checkpoint.meta["config"], run.path)
+    before = dotted(Config.parse(checkpoint.meta["config"]).model_dump(mode="json"))
     now = dotted(config.model_dump(mode="json"))
     changed = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
