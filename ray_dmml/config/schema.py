@@ -331,9 +331,9 @@ class PeerConfig(Section):
         gpus, replicas = self.num_gpus or 0, self.num_replicas
         if gpus > replicas or (replicas > 1 and gpus not in (0, replicas)):
             raise ValueError(
-                f"num_gpus {gpus:g} does not fit {replicas} replicas. One replica has one GPU or a part "
-                "of one; several have one GPU each, because NCCL allows no two processes on one. If "
-                "num_gpus is above 1, it must be a whole number, and replicas the same or null"
+                f"num_gpus {gpus:g} does not fit {replicas} replicas. One replica has a GPU or a part of "
+                "one; several have a GPU each, because NCCL allows no two processes on one. If num_gpus "
+                "is above 1, it must be a whole number, and replicas the same or null"
             )
         if self.frozen and self.weights in BUILT_IN_WEIGHTS:
             raise ValueError(

@@ -23,7 +23,6 @@ from PIL import Image
 from ray_dmml import Config, UserError, evaluate, train
 from ray_dmml.checkpoint.peer_state import decode_peer
 from ray_dmml.checkpoint.store import CheckpointStore
-from ray_dmml.config import yamlio
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.trainer import Silent
@@ -342,40 +341,6 @@ def test_a_run_can_be_extended(run: Path, settings: dict[str, Any], tmp_path: Pa
 def test_a_finished_run_can_be_resumed(run: Path, tmp_path: Path) -> None:
     """Nothing is trained; the same results are written again."""
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "results.json").unlink()
-    train(resume=tmp_path / "run", local=True)
-    assert_same_run(tmp_path / "run", run)
-
-
-def test_a_run_of_an_older_version_is_resumed(run: Path, tmp_path: Path) -> None:
-    """Settings that its version did not know are not changes: they have their defaults."""
-    shutil.copytree(run, tmp_path / "run")
-    unknown_then = (
-        "compile",
-        "max_teachers",
-        "cache_gib",
-        "cache_dir",
-        "checkpoint",
-        "run",
-        "dropped",
-        "num_bad_in_a_row",
-        "checksum",
-        "version",
-    )
-
-    def as_then(tree: Any) -> Any:
-        if isinstance(tree, list):
-            return [as_then(each) for each in tree]
-        if isinstance(tree, dict):
-            return {key: as_then(each) for key, each in tree.items() if key not in unknown_then}
-        return tree
-
-    for file in (tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"):
-        before = file.read_text()
-        file.write_text(json.dumps(as_then(json.loads(before)), indent=1))
-        assert len(file.read_text()) < len(before)
-    config = tmp_path / "run" / "config.yaml"
-    config.write_text(json.dumps(as_then(yamlio.load(config.read_text()))))
     (tmp_path / "run" / "results.json").unlink()
     train(resume=tmp_path / "run", local=True)
     assert_same_run(tmp_path / "run", run)
