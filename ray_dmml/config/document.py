@@ -31,7 +31,8 @@ def _lines(section: BaseModel, depth: int, documented: set[str]) -> list[str]:
         key = f"{type(section).__name__}.{name}"
         if key not in documented:
             documented.add(key)
-            comment = textwrap.wrap(field.description or "", _WIDTH - len(indent) - 2)
+            width = _WIDTH - len(indent) - 2
+            comment = textwrap.wrap(field.description or "", width, break_on_hyphens=False)
             lines.extend(f"{indent}# {line}" for line in comment)
         if isinstance(value, BaseModel):
             lines.append(f"{indent}{name}:")

@@ -254,7 +254,7 @@ class PeerConfig(Section):
     """D: number of dimensions of an embedding."""
 
     pooling: Literal["avg", "avgmax"] = "avg"
-    """`avg` averages the feature map. `avgmax` adds the maximum of the feature map to the average."""
+    """`avg` averages the feature map. `avgmax` takes the mean of its average and its maximum."""
 
     batch_norm: Literal["frozen", "train"] = "frozen"
     """`frozen` keeps the loaded statistics of BatchNorm, for fine-tuning. `train` updates them."""
@@ -572,8 +572,8 @@ class FailureConfig(Section):
     (which returns at the next `--resume`). `fail` ends the run."""
 
     max_failures: Whole = 5
-    """Maximum number of restarts in a run, all peers together. After that the run ends, and its last
-    checkpoint is intact."""
+    """Maximum number of restarts in a run, all peers together. After that the run ends with its last
+    checkpoint intact, or continues without the peer (`drop`)."""
 
     node_timeout_s: Positive = 10.0
     """Time, in seconds, within which a lost node is noticed if the run starts Ray itself. A cluster has its
