@@ -82,7 +82,7 @@ def load_cohort(
     """
     folder = RunDir.open(run)
     config = folder.config()
-    which = config.weights_to_judge(weights)
+    which = config.weights_to_evaluate(weights)
     checkpoint = folder.checkpoints.load("best" if which == "best" else "last")
     peers = {}
     for peer in config.cohort.peers:

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_dmml.config.schema import Config, TrainConfig, read_settings, read_yaml, set_setting
+from ray_dmml.config.loading import read_settings, read_yaml, set_setting
+from ray_dmml.config.schema import Config, TrainConfig
 from ray_dmml.errors import UserError
 
 DIVERSITIES = ("model", "view", "temporal")

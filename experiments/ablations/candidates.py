@@ -17,7 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from ray_dmml.config.schema import dotted, explain, read_yaml
+from ray_dmml.config.loading import dotted, read_yaml
+from ray_dmml.config.messages import explain
 from ray_dmml.data.dataset import ImageSet, Splits, hold_out_classes
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from benchmarks.row import Settings
-from ray_dmml.config.schema import Config, read_settings
+from ray_dmml.config.loading import read_settings
+from ray_dmml.config.schema import Config
 from ray_dmml.data.loader import Batch
 from ray_dmml.peer.peer import Peer
 

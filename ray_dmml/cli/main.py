@@ -20,7 +20,8 @@ import typer
 from rich.console import Console
 
 from ray_dmml.config.document import documented_yaml
-from ray_dmml.config.schema import QUICKSTART, Config, moved, read_settings
+from ray_dmml.config.loading import QUICKSTART, read_settings, refuse_old
+from ray_dmml.config.schema import Config
 from ray_dmml.errors import Interrupted, UserError
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.tune.search_space import Search, load_search
@@ -338,9 +339,11 @@ def _local_run(resume: str, out: Path | None, console: Console) -> Path:
 
 
 def _resumed_config(run: Path, config: Path | None, overrides: list[str] | None) -> Config:
-    own = RunDir.open(run).config_file
-    source = str(config or own)
-    return Config.parse(moved(read_settings(config or own, overrides or ())), source=source)
+    stored = RunDir.open(run).config_file
+    path = config or stored
+    raw = read_settings(path, overrides or ())
+    refuse_old(raw, path)
+    return Config.parse(raw, source=str(path))
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray_dmml.checkpoint.store import Checkpoint, PeerFiles
 from ray_dmml.cohort.cohort import CohortFactory
-from ray_dmml.config.schema import Config, dotted
+from ray_dmml.config.loading import dotted
+from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import ImageSet, Splits
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import build_sampler

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_dmml.checkpoint.store import CheckpointStore
-from ray_dmml.config.schema import Config, read_settings
+from ray_dmml.config.loading import read_settings, refuse_old
+from ray_dmml.config.schema import Config
 from ray_dmml.errors import CheckpointError, UserError
 
 _VERSIONS = ("ray-dmml", "torch", "torchvision", "timm", "pytorch-metric-learning", "ray", "numpy")
@@ -109,7 +110,9 @@ class RunDir:
 
     def config(self) -> Config:
         """The run's own config. Raises UserError if config.yaml is not one of this version."""
-        return Config.parse(read_settings(self.config_file), source=str(self.config_file))
+        raw = read_settings(self.config_file)
+        refuse_old(raw, self.config_file)
+        return Config.parse(raw, source=str(self.config_file))
 
     def write_environment(self, **facts: Any) -> None:
         """Writes run.json: the facts given, and versions of what the bits depend on."""

@@ -21,14 +21,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
+from ray_dmml.config.loading import read_yaml, set_setting
+from ray_dmml.config.messages import explain
 from ray_dmml.config.schema import (
     Config,
     Count,
     Section,
     Whole,
-    explain,
-    read_yaml,
-    set_setting,
 )
 from ray_dmml.errors import UserError
 
@@ -194,7 +193,7 @@ class Search:
     """A search over an experiment's settings.
 
     Args:
-        raw: the experiment's settings as :func:`~ray_dmml.config.schema.read_settings` gives them.
+        raw: the experiment's settings as :func:`~ray_dmml.config.loading.read_settings` gives them.
         config: the search.
 
     Raises:

@@ -50,7 +50,9 @@ from ray.tune.schedulers import (
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from ray_dmml.config import yamlio
-from ray_dmml.config.schema import Config, PeerConfig, explain, moved, read_yaml
+from ray_dmml.config.loading import read_yaml, refuse_old
+from ray_dmml.config.messages import explain
+from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.ray_backend.placement import (
     BOOTSTRAP_FILE,
@@ -163,11 +165,12 @@ class SearchFolder:
         asked = read_yaml(self.asked_file, "search")
         if asked.keys() != {"settings", "search"}:
             raise UserError(f"{self.asked_file} is not what a search was asked for in this folder")
+        refuse_old(asked["settings"], self.asked_file)
         try:
             config = SearchConfig.model_validate(asked["search"])
         except ValidationError as error:
             raise UserError(explain(error, str(self.asked_file), SearchConfig)) from None
-        return Search(moved(asked["settings"]), config)
+        return Search(asked["settings"], config)
 
     def trials(self, *, over: bool = False) -> list[Trial]:
         """All that have begun, the config as it is first.

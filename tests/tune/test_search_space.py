@@ -13,7 +13,7 @@ from conftest import tiny
 from ray.tune.schedulers.pbt import _explore
 from rich.console import Console
 
-from ray_dmml.config.schema import QUICKSTART, read_settings
+from ray_dmml.config.loading import QUICKSTART, read_settings
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.console import final_table
 from ray_dmml.tune.report import at_common_step, importance, write_page
