@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ray_dmml.config.schema import LossConfig, PeerConfig, ScheduleConfig
@@ -24,14 +25,8 @@ from ray_dmml.data.loader import Batch, in_chunks
 from ray_dmml.errors import NonFiniteLossError, UserError
 from ray_dmml.losses.metric import MetricLoss
 from ray_dmml.losses.relational import relational_losses
-from ray_dmml.models.embedding_net import (
-    EmbeddingNet,
-    autocast,
-    build_embedding_net,
-    compiled,
-    load_net_weights,
-    unit_length,
-)
+from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embedding_net, compiled
+from ray_dmml.models.pretrained import load_net_weights
 from ray_dmml.peer.data_parallel import Replicas
 from ray_dmml.randomness import seeded
 
@@ -154,7 +149,7 @@ class Peer:
                     self._raw = self._trained_net(images)
                 else:
                     self._raw = self.replicas.embed(self._trained_net, self.net, images)
-            self._embedding = unit_length(self._raw)
+            self._embedding = F.normalize(self._raw)
             published = self._to_publish(self._raw.detach())
             if before and not torch.isfinite(published).all():
                 for buffer, old in zip(self.net.buffers(), before, strict=True):
@@ -266,7 +261,7 @@ class Peer:
         net = self._ema_net if ema and self.ema is not None else self.net
         found = []
         for chunk in in_chunks(images, batch_size):
-            found.append(unit_length(self._infer(net, self._augment(self.eval_view, chunk))).cpu())
+            found.append(F.normalize(self._infer(net, self._augment(self.eval_view, chunk))).cpu())
             after_chunk()
         embeddings = torch.cat(found)
         self._require_finite("embedding of an image", embeddings, "in an evaluation")
@@ -397,7 +392,7 @@ class Peer:
 
     def _to_publish(self, raw: Tensor) -> Tensor:
         """What the others take relations of."""
-        return raw if not self._relational.normalize else unit_length(raw)
+        return raw if not self._relational.normalize else F.normalize(raw)
 
     def _infer(self, net: EmbeddingNet, images: Tensor) -> Tensor:
         """Embeddings before normalisation, in evaluation mode."""
