@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ray_dmml.checkpoint.store import Checkpoint, DamagedError, PeerFiles
+from ray_dmml.checkpoint.manifest import DamagedError
+from ray_dmml.checkpoint.store import Checkpoint, PeerFiles
 from ray_dmml.cohort.cohort import Cohort, StepRow
 from ray_dmml.config.schema import Config, dotted, moved
 from ray_dmml.data.dataset import ImageSet, Splits
@@ -29,7 +30,7 @@ from ray_dmml.loggers.tensorboard import Events
 from ray_dmml.training.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from ray_dmml.checkpoint.remote import RunStorage
+    from ray_dmml.checkpoint.remote import RemoteRun
 
 CHUNK_S = 1.0
 """Seconds of training in one call of the peers: so long a run that is asked to stop may take to."""
@@ -219,7 +220,7 @@ def _resume(
     storage = _storage(config, run, reporter)
     checkpoint: Checkpoint | None = None
     if run.checkpoints.index():
-        checkpoint = run.checkpoints.load("last", reporter.note)
+        checkpoint = run.checkpoints.load("last")
         if not changed:
             _refuse_changes(config, checkpoint, run)
     threads_before = run.environment().get("threads")
@@ -281,9 +282,9 @@ def evaluate(
         check=False,
     )
     which = config.weights_to_judge(weights)
-    checkpoint = folder.checkpoints.load("best" if which == "best" else "last", note)
+    checkpoint = folder.checkpoints.load("best" if which == "best" else "last")
     # As the run's own result: of those that were left at its end.
-    last = checkpoint if which != "best" else folder.checkpoints.load("last", note)
+    last = checkpoint if which != "best" else folder.checkpoints.load("last")
     peers = [p for p in config.cohort.peers if p.name not in last.meta.get("dropped", {})]
     cohort_config = cohort_config.model_copy(update={"peers": tuple(peers)})
     config = config.model_copy(update={"cohort": cohort_config})
@@ -321,7 +322,7 @@ class _Loop:
         reporter: Reporter,
         state: _State,
         should_stop: Callable[[], bool],
-        storage: RunStorage | None,
+        storage: RemoteRun | None,
     ) -> None:
         run.checkpoints.num_to_keep = config.checkpoint.num_to_keep
         self._config, self._run, self._splits = config, run, splits
@@ -404,7 +405,7 @@ class _Loop:
                 raise self._given_up(loss)
             if not self._run.checkpoints.index():
                 raise StartLostError(str(loss))
-            checkpoint = self._run.checkpoints.load("last", reporter.note)
+            checkpoint = self._run.checkpoints.load("last")
             count = "" if drop else f", restart {self._restarts} of {failure.max_failures}"
             reporter.note(
                 f"{loss}; all go back from step {self._reached} to {checkpoint.step}{count}"
@@ -620,7 +621,7 @@ class _Loop:
             return
         self._reporter.doing("copying the run to its storage")
         try:
-            self._storage.push(self._run)
+            self._storage.push(self._run.path)
         except CheckpointError as error:
             told = "training goes on, and the next checkpoint is copied again"
             self._reporter.note(f"{error}; {told}")
@@ -666,14 +667,14 @@ class _Loop:
 
 def _storage(
     config: Config, run: RunDir, reporter: Reporter, *, new: bool = False
-) -> RunStorage | None:
+) -> RemoteRun | None:
     """Where the run is copied to; one that goes on while that place does not answer is told so."""
     if config.checkpoint.storage_path is None:
         return None
-    from ray_dmml.checkpoint.remote import RunStorage  # pyarrow is loaded by those who ask for it
+    from ray_dmml.checkpoint.remote import RemoteRun  # pyarrow is loaded by those who ask for it
 
     try:
-        storage = RunStorage(config.checkpoint.storage_path)
+        storage = RemoteRun(config.checkpoint.storage_path)
         if new:
             storage.ensure_empty()
     except CheckpointError as error:
