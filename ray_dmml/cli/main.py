@@ -116,7 +116,7 @@ def train(
                 )
             if out is not None and "://" not in resume:
                 raise UserError("--resume continues a run in its folder: it takes no --out")
-            old = _local_run(resume, out, console)
+            old = _local_run(resume, out)
             run.append(old)
             out = None
             settings = _resumed_config(old, config, overrides)
@@ -327,14 +327,14 @@ def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Addre
             raise UserError("\n".join(failed))
 
 
-def _local_run(resume: str, out: Path | None, console: Console) -> Path:
+def _local_run(resume: str, out: Path | None) -> Path:
     """The run's folder; one that is in a storage is fetched first."""
     if "://" not in resume:
         return Path(resume)
-    from ray_dmml.checkpoint.remote import RunStorage
+    from ray_dmml.checkpoint.remote import RemoteRun
 
     into = out or Path("runs") / resume.partition("?")[0].rstrip("/").rpartition("/")[2]
-    RunStorage(resume).fetch(into, lambda told: console.print(told, markup=False, soft_wrap=True))
+    RemoteRun(resume).fetch(into)
     return into
 
 

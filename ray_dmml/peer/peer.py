@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ray_dmml.config.schema import Config, LossConfig, PeerConfig
 from ray_dmml.data.augmentations import View, evaluation_view, training_view
@@ -24,14 +25,8 @@ from ray_dmml.data.loader import Batch, in_chunks
 from ray_dmml.errors import NonFiniteLossError, UserError
 from ray_dmml.losses.metric import MetricLoss
 from ray_dmml.losses.mutual import MutualLoss
-from ray_dmml.models.embedding_net import (
-    EmbeddingNet,
-    autocast,
-    build_embedding_net,
-    compiled,
-    load_net_weights,
-    unit_length,
-)
+from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embedding_net, compiled
+from ray_dmml.models.pretrained import load_net_weights
 from ray_dmml.peer.data_parallel import Replicas
 from ray_dmml.peer.optim import build_ema, build_optimizer, set_learning_rates
 from ray_dmml.randomness import seeded
@@ -131,7 +126,7 @@ class Peer:
         raw = embedding = None
         if self._learns_from(batch.step):
             raw = self._forward_with_graph(images, batch.step)
-            embedding = unit_length(raw)
+            embedding = F.normalize(raw)
             published = self._to_publish(raw.detach())
         else:
             # Evaluation mode: a batch that is not learned from moves no BatchNorm statistics.
@@ -215,7 +210,7 @@ class Peer:
         chunks = []
         for chunk in in_chunks(images, batch_size):
             raw = self._infer(net, self._augment(self.eval_view, chunk))
-            chunks.append(unit_length(raw).cpu())
+            chunks.append(F.normalize(raw).cpu())
             after_chunk()
         embeddings = torch.cat(chunks)
         if not torch.isfinite(embeddings).all():
@@ -337,7 +332,7 @@ class Peer:
         return cast(EmbeddingNet, self.ema.module)
 
     def _to_publish(self, raw: Tensor) -> Tensor:
-        return unit_length(raw) if self._publishes_unit_length else raw
+        return F.normalize(raw) if self._publishes_unit_length else raw
 
     def _infer(self, net: EmbeddingNet, images: Tensor) -> Tensor:
         """(B, D) embeddings before normalization, in evaluation mode, without a graph."""

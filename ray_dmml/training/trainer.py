@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ray_dmml.checkpoint.store import Checkpoint, DamagedError, PeerFiles
+from ray_dmml.checkpoint.manifest import DamagedError
+from ray_dmml.checkpoint.store import Checkpoint, PeerFiles
 from ray_dmml.cohort.cohort import Cohort, CohortFactory, StepRow
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import ImageSet, Splits

@@ -28,7 +28,7 @@ from ray_dmml.config.schema import Config, LossConfig, PeerConfig, ScheduleConfi
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import Batch, build_sampler
 from ray_dmml.errors import NonFiniteLossError, UserError
-from ray_dmml.losses.metric import DistanceWeightedNegativeMiner, ExactEuclideanDistance
+from ray_dmml.losses.distance_weighted import DistanceWeightedNegativeMiner, ExactEuclideanDistance
 from ray_dmml.losses.relational import relational_losses
 from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net
 from ray_dmml.peer.optim import learning_rate_factor
