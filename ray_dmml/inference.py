@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.data.augmentations import View, evaluation_view
-from ray_dmml.data.dataset import FileImages, Resize
+from ray_dmml.data.dataset import FileImages
+from ray_dmml.data.decoding import Resize
 from ray_dmml.evaluation.ensemble import ensemble_embedding
 from ray_dmml.models.embedding_net import EmbeddingNet, load_net_weights
 from ray_dmml.training.run_dir import RunDir

@@ -9,13 +9,14 @@ returned are computed again in full.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_dmml.cores import faiss_on_all_cores
+from ray_dmml.cores import num_cores
 from ray_dmml.errors import UserError
 
 Floats = NDArray[np.float32]
@@ -120,11 +121,25 @@ class _Groups:
         return result
 
 
+@contextmanager
+def _faiss_on_all_cores() -> Iterator[None]:
+    """Inside the block faiss uses every core, whatever a training in this process has set.
+
+    The last bit of its similarities depends on the number of threads.
+    """
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(num_cores())
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 def _search(queries: Floats, gallery: Floats, need: int) -> tuple[Floats, Ints]:
     """Similarities and indices of the `need` best rows (all, if fewer), ties by lower index."""
     need = min(need, len(gallery))
     asked = min(need + _SPARE, len(gallery))
-    with faiss_on_all_cores():
+    with _faiss_on_all_cores():
         similarity, found = faiss.knn(queries, gallery, asked, metric=faiss.METRIC_INNER_PRODUCT)
     tied = np.flatnonzero((similarity[:, 1:] == similarity[:, :-1]).any(axis=1))
     order = np.lexsort((found[tied], -similarity[tied]), axis=1)

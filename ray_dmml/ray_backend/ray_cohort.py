@@ -91,7 +91,7 @@ class PeerActor:
         """Its node's copy of the images."""
         from ray_dmml.data.staging import fetch
 
-        fetch(config, lambda line: None)
+        fetch(config)
 
     def build(self, *arguments: Any) -> None:
         from ray_dmml.ray_backend.peer_actor import Member

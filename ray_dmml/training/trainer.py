@@ -276,7 +276,6 @@ def evaluate(
     cohort_config = config.cohort.model_copy(update={"threads_per_peer": threads})
     splits = load_splits(
         config.data,
-        note,
         skip=frozenset(environment.get("skipped_images", ())),
         check=False,
     )
@@ -691,7 +690,7 @@ def read_images(config: Config, reporter: Reporter) -> Splits:
         UserError: as :func:`load_splits`, or batches of data.classes_per_batch cannot be made of them.
     """
     reporter.doing("reading the images")
-    splits = load_splits(config.data, reporter.note)
+    splits = load_splits(config.data)
     sampler = build_sampler(config, splits)
     if sampler.small_classes:
         reporter.note(
