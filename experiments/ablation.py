@@ -175,7 +175,7 @@ def main(
                 names = dict.fromkeys(arm or ARMS)
                 wanted = [(name, seed) for seed in range(seeds) for name in names]
                 if todo := left_to_run(rows, wanted, alike):
-                    splits = load_splits(plan.config(Arm(), 0).data, console.print)
+                    splits = load_splits(plan.config(Arm(), 0).data)
                     require_same_images(rows, splits, file)
                     failed = run(plan, splits, todo, alike, add, gpus_per_arm, console)
                 for row in copies(rows, wanted, alike):

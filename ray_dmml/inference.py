@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ray_dmml.data.augmentations import View, evaluation_view
-from ray_dmml.data.dataset import FileImages, ImageSet, Resize
+from ray_dmml.data.dataset import FileImages, ImageSet
+from ray_dmml.data.decoding import Resize
 from ray_dmml.data.loader import in_chunks
 from ray_dmml.evaluation.ensemble import ensemble_embedding
 from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net

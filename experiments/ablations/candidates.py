@@ -166,6 +166,6 @@ def _with_prefix(images: ImageSet, prefix: str) -> tuple[ImageSet, ImageSet]:
             "and at least 2 must not"
         )
     judged = images.subset(np.flatnonzero(is_held))
-    if not judged.can_be_judged():
+    if not judged.can_be_evaluated():
         raise UserError(f"no image of the classes that begin with {prefix!r} has one to find")
     return images.subset(np.flatnonzero(~is_held)), judged

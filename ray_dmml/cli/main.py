@@ -272,15 +272,13 @@ def check(
         settings = Config.load(config, overrides or ()).data
         from rich.progress import Progress
 
-        from ray_dmml.data.audit import audit
-        from ray_dmml.data.audit_report import print_report
+        from ray_dmml.data.audit import audit, print_report
 
         console, aside = Console(), Console(stderr=True)
         with Progress(console=aside, transient=True, disable=not aside.is_terminal) as progress:
             task = progress.add_task("decoding", total=None)
             report = audit(
                 settings,
-                log=lambda line: aside.print(line, highlight=False, markup=False, soft_wrap=True),
                 watch=lambda done, total: progress.update(task, completed=done, total=total),
             )
         if json_file is not None:
@@ -308,9 +306,9 @@ def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Addre
         settings = Config.load(config, overrides or ()).data
         address = address or os.environ.get("RAY_ADDRESS")
         if address is None:
-            from ray_dmml.data.prepare import prepare
+            from ray_dmml.data.datasets import prepare
 
-            told(prepare(settings, told))
+            told(prepare(settings))
             return
         os.environ["RAY_ADDRESS"] = address
         from ray_dmml.ray_backend.data_staging import prepare_everywhere

@@ -9,7 +9,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_dmml.config.schema import DataConfig
-from ray_dmml.data.prepare import prepare
+from ray_dmml.data.datasets import prepare
 from ray_dmml.errors import UserError
 
 

@@ -60,7 +60,7 @@ class PeerActor:
         """Copies the images to this node if ``data.source`` is set and they are not there."""
         from ray_dmml.data.staging import fetch
 
-        fetch(config, lambda line: None)
+        fetch(config)
 
     def build(
         self,
