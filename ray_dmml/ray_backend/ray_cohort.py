@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,17 +44,7 @@ from ray_dmml.cohort.cohort import StepRow
 from ray_dmml.config.schema import Config, DataConfig, FailureConfig
 from ray_dmml.errors import ExchangeLostError, PeerLostError, UserError
 from ray_dmml.ray_backend.coordinator import Coordinator, PeerStatus
-from ray_dmml.ray_backend.placement import (
-    BOOTSTRAP_FILE,
-    HEAD,
-    growth_of,
-    labelled,
-    labels_of_growth,
-    left_to_grow,
-    plan,
-    require_labels,
-    shown,
-)
+from ray_dmml.ray_backend.placement import cluster_nodes, plan, shown
 from ray_dmml.ray_backend.session import only_at, ray_session
 
 if TYPE_CHECKING:  # which load torch
@@ -232,13 +222,7 @@ class RayCohort:
         given = get_current_placement_group()
         if given is not None and len(given.bundle_specs) >= num_peers:
             return given, given.bundle_specs[-num_peers:]
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        file = Path.home() / BOOTSTRAP_FILE
-        is_on_head = _is_on_head(nodes)
-        growth = growth_of(file) if is_on_head else []
-        grown_labels = labels_of_growth(file) if is_on_head else []
-        require_labels(config, [*(node.get("Labels") or {} for node in nodes), *grown_labels])
-        alive = [labelled(node["Resources"], node.get("Labels")) for node in nodes]
+        alive, growth = cluster_nodes(ray.nodes(), ray.get_runtime_context().get_node_id())
         bundles = plan(config, alive, growth)
         self._group = placement_group(
             bundles,
@@ -248,8 +232,7 @@ class RayCohort:
         try:
             ray.get(self._group.ready(), timeout=config.cohort.placement_timeout_s)
         except GetTimeoutError:
-            left = left_to_grow(alive, growth)
-            grown = f" and may grow by {shown(left)}" if left else ""
+            grown = f" and may grow by {shown(growth)}" if growth else ""
             raise UserError(
                 f"the cluster did not grant {bundles} within {config.cohort.placement_timeout_s:g} s "
                 f"(cohort.placement_timeout_s): it has {shown([ray.cluster_resources()])}{grown}; "
@@ -537,12 +520,6 @@ def _answers(node: Mapping[str, Any], timeout_s: float) -> bool:
         except OSError:
             continue
     return False
-
-
-def _is_on_head(nodes: Sequence[Mapping[str, Any]]) -> bool:
-    here = ray.get_runtime_context().get_node_id()
-    heads = [node["NodeID"] for node in nodes if HEAD in node["Resources"]]
-    return here in heads
 
 
 def _is_of_ray(pid: int) -> bool:
