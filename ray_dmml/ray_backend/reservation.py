@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,19 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
-from ray_dmml.ray_backend.placement import (
-    BOOTSTRAP_FILE,
-    HEAD,
-    growth_of,
-    labelled,
-    labels_of_growth,
-    left_to_grow,
-    plan,
-    require_labels,
-    shown,
-)
-
-logger = logging.getLogger(__name__)
+from ray_dmml.ray_backend.placement import cluster_nodes, plan, shown
 
 
 class Reservation:
@@ -78,13 +63,7 @@ class Reservation:
             self._own_group = None
 
     def _reserve(self, config: Config) -> None:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        file = Path.home() / BOOTSTRAP_FILE
-        is_on_head = _is_on_head(nodes)
-        growth = growth_of(file) if is_on_head else []
-        grown_labels = labels_of_growth(file) if is_on_head else []
-        require_labels(config, [*(node.get("Labels") or {} for node in nodes), *grown_labels])
-        alive = [labelled(node["Resources"], node.get("Labels")) for node in nodes]
+        alive, growth = cluster_nodes(ray.nodes(), ray.get_runtime_context().get_node_id())
         self.bundles = plan(config, alive, growth)
         self._group = self._own_group = placement_group(
             self.bundles,
@@ -95,16 +74,10 @@ class Reservation:
             ray.get(self._group.ready(), timeout=config.cohort.placement_timeout_s)
         except GetTimeoutError:
             self.release()
-            left = left_to_grow(alive, growth)
-            may_grow = f" and may grow by {shown(left)}" if left else ""
+            may_grow = f" and may grow by {shown(growth)}" if growth else ""
             raise UserError(
                 f"the cluster did not grant {self.bundles} within "
                 f"{config.cohort.placement_timeout_s:g} s (cohort.placement_timeout_s): "
                 f"it has {shown([ray.cluster_resources()])}{may_grow}; "
                 f"{shown([ray.available_resources()])} are free"
             ) from None
-
-
-def _is_on_head(nodes: Sequence[Mapping[str, Any]]) -> bool:
-    here = ray.get_runtime_context().get_node_id()
-    return here in [node["NodeID"] for node in nodes if HEAD in node["Resources"]]

@@ -55,11 +55,10 @@ from ray_dmml.config.messages import explain
 from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.ray_backend.placement import (
-    BOOTSTRAP_FILE,
     Node,
     bundle,
+    cluster_nodes,
     have_places,
-    known_nodes,
     lowered,
     require_labels,
     shown,
@@ -223,7 +222,7 @@ def run_search(
         nodes = _nodes()
         for config in _configs_of_each_size(search):
             if not os.environ.get("RAY_ADDRESS"):  # a cluster may grow by what is not known here
-                require_labels(config, [node.get("Labels") or {} for node in ray.nodes()])
+                require_labels(config, nodes)
             _require_room(_resources(config, nodes, gpus_per_trial), nodes)
         if not resumed:
             files.create(search)
@@ -630,8 +629,8 @@ def _inside_the_space(search: Search, params: dict[str, Any]) -> dict[str, Any]:
 
 def _nodes() -> list[Node]:
     """Those of the cluster, and those that it may start besides."""
-    here = ray.get_runtime_context().get_node_id()
-    return known_nodes(ray.nodes(), here, Path.home() / BOOTSTRAP_FILE)
+    alive, growth = cluster_nodes(ray.nodes(), ray.get_runtime_context().get_node_id())
+    return [*alive, *growth]
 
 
 def _resources(
@@ -658,7 +657,7 @@ def _resources(
 
     def fits(cpu: float) -> bool:
         mine, *others = bundles(cpu)
-        return have_places([mine, *map(with_labels, others, peers)], nodes, "pack")
+        return have_places([mine, *map(with_labels, others, peers)], nodes)
 
     # What fits nowhere, as far as is known here, may yet on nodes that are not known.
     cpus = 0.0 if all(peer.num_cpus for peer in peers) else _cpus_of_a_peer(nodes, gpus, len(peers))
@@ -716,7 +715,7 @@ def _require_room(trial: tune.PlacementGroupFactory, nodes: Sequence[Node]) -> N
                 f"a trial needs {needed:g} {kind}s (--gpus-per-trial, cohort.peers.*.num_cpus and "
                 f"num_gpus) and this machine has {there:g}"
             )
-    if not have_places(trial.bundles, nodes, "pack"):
+    if not have_places(trial.bundles, nodes):
         raise UserError(
             f"the peers of a trial find no place on this machine, which has {shown(nodes)}: each of them needs "
             f"{', '.join(sorted({_told(bundle) for bundle in trial.bundles[1:]}))}, and a part of a GPU is "
