@@ -18,6 +18,7 @@ from ray_dmml.cli.signals import interruptible_search
 from ray_dmml.cli.startup import ray_and_torch
 from ray_dmml.config.schema import QUICKSTART, Config, read_settings
 from ray_dmml.errors import UserError
+from ray_dmml.training.run_dir import RunDir
 from ray_dmml.tune.search_space import Search, load_search
 
 if TYPE_CHECKING:
@@ -90,29 +91,27 @@ def tune(
         "final_seeds": final_seeds,
     }
     with user_errors(), interruptible_search(console, folder), show_log(console):
-        new_search = None
         if resume is None:
-            new_search = _new_search(config, overrides, space, changes)
+            RunDir(folder).ensure_empty()  # before anything takes time
+            search = _new_search(config, overrides, space, changes)
         else:
             given = {"config": config, "set": overrides, "space": space, "out": out}
             _require_none(given | changes)
+            search = _search_in(folder)
         with ray_and_torch():
+            from ray_dmml.loggers.console import PlainReporter
             from ray_dmml.tune.progress import TrialsTable, final_table
-            from ray_dmml.tune.results import SearchDir
             from ray_dmml.tune.tuner import run_search
 
-            search = new_search or SearchDir(folder).search()
             with TrialsTable(console, search) as table:
 
                 def run_logger(run_config: Config) -> AbstractContextManager[Reporter]:
-                    from ray_dmml.loggers.console import PlainReporter
-
                     table.stop()  # The trials have ended.
                     return nullcontext(PlainReporter(console))
 
                 final = run_search(
                     folder,
-                    new_search,
+                    None if resume else search,
                     gpus_per_trial=gpus_per_trial,
                     watch=table.show,
                     run_logger=run_logger,
@@ -137,6 +136,12 @@ def _new_search(
         )
     raw = read_settings(config or QUICKSTART, overrides or ())
     return Search(raw, load_search(space, **changes))
+
+
+def _search_in(folder: Path) -> Search:
+    from ray_dmml.tune.results import SearchDir
+
+    return SearchDir(folder).search()
 
 
 def _require_none(options: dict[str, Any]) -> None:

@@ -34,11 +34,17 @@ def final_runs(
     best: Trial,
     trials: Sequence[Trial],
     run_logger: RunLogger = no_logger,
+    *,
+    local: bool = False,
 ) -> dict[str, Any]:
     """Trains the best trial and the baseline with several seeds and evaluates them on the test classes.
 
     A run that is finished is read, and one that was killed is continued. A run that fails does not
     stop the others.
+
+    Args:
+        run_logger: gives the logger of each run.
+        local: train all peers in this process, without Ray.
 
     Returns:
         the content of ``final.json``: ``best`` and ``baseline``, each with ``params`` (setting to
@@ -65,7 +71,7 @@ def final_runs(
             logger.info("final run: %s, seed %d", name, seed)
             folder = files.final_folder / f"{run_name}-seed{seed}"
             try:
-                runs.append(_final_run(folder, config, seed, run_logger))
+                runs.append(_final_run(folder, config, seed, run_logger, local))
             except UserError as error:
                 logger.warning("final run: %s, seed %d failed: %s", name, seed, error)
                 runs.append({"seed": seed, "error": str(error)})
@@ -79,7 +85,9 @@ def final_runs(
     return final
 
 
-def _final_run(folder: Path, config: Config, seed: int, run_logger: RunLogger) -> dict[str, Any]:
+def _final_run(
+    folder: Path, config: Config, seed: int, run_logger: RunLogger, local: bool
+) -> dict[str, Any]:
     run = RunDir(folder)
     if run.results_file.exists():
         results = json.loads(run.results_file.read_text())
@@ -87,10 +95,10 @@ def _final_run(folder: Path, config: Config, seed: int, run_logger: RunLogger) -
         config = _final_config(config, seed)
         with run_logger(config) as reporter:
             if run.config_file.exists():
-                results = train(resume=folder, reporter=reporter)
+                results = train(resume=folder, reporter=reporter, local=local)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-                results = train(config, folder, reporter=reporter)
+                results = train(config, folder, reporter=reporter, local=local)
     return {"seed": seed, "peers": results["peers"], "ensemble": results["ensemble"]}
 
 

@@ -44,13 +44,9 @@ class SearchDir:
         self.final_file = self.path / "final.json"
         self.report_file = self.path / "report.html"
 
-    def ensure_empty(self) -> None:
-        """Raises UserError if the folder has files."""
-        RunDir(self.path).ensure_empty("--out")
-
     def create(self, search: Search) -> None:
         """Makes the folder of a new search. Raises UserError if it has files or cannot be made."""
-        self.ensure_empty()
+        RunDir(self.path).ensure_empty()
         # A resumed search needs the same sampler, even if Optuna was installed or removed meanwhile.
         config = search.config.model_copy(update={"sampler": search.config.sampler_name})
         content = {"settings": search.raw, "search": config.model_dump(mode="json")}

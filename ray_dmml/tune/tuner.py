@@ -74,7 +74,7 @@ def run_search(
     if search is None:
         search = files.search()
     else:
-        files.ensure_empty()
+        RunDir(files.path).ensure_empty()
     # Every trial reads the same images. An error in them is reported once, before any trial.
     read_images(search.trial_config({}), Silent())
     with ray_session():

@@ -13,7 +13,6 @@ from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.ray_backend import placement
 from ray_dmml.ray_backend.placement import plan_bundles
-from ray_dmml.tune.tuner import _nodes, _resources
 
 
 def plan(num_peers: int, *nodes: dict[str, float], **first: Any) -> list[dict[str, float]]:
@@ -360,63 +359,3 @@ def test_workers_of_each_set_of_labels_may_come(tmp_path: Path) -> None:
     assert placement.left_to_grow([HEAD, {"CPU": 8.0, "GPU": 1.0}], growth) == [large, large, small]
     config = Config.parse({"cohort": {"peers": [{"labels": {"gpu": "T4"}, "num_gpus": 1}]}})
     assert placement.plan(config, [HEAD], growth) == [{"CPU": 8, "GPU": 1}]
-
-
-def trial(
-    peers: list[dict[str, Any]], *nodes: dict[str, float], gpus: float | None = None
-) -> list[dict[str, float]]:
-    """The peers' bundles of a trial, on these nodes beside this process's own."""
-    import ray
-
-    here = {kind: 1.0 for kind in ray.nodes()[0]["Resources"] if kind.startswith("node:")}
-    config = Config.parse({"cohort": {"peers": peers}})
-    _, *bundles = _resources(config, [here | {"CPU": 0.0}, *nodes], gpus).bundles
-    return bundles
-
-
-def test_a_trial_is_planned_on_the_nodes_that_may_come(
-    ray_start_4_cpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A search on a cluster that has only its head by now: of `ray up`'s file."""
-    cluster = {
-        "max_workers": 2,
-        "head_node_type": "head",
-        "available_node_types": {"head": {}, "gpu": {"resources": {"CPU": 48, "GPU": 4}}},
-    }
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert [node["CPU"] for node in _nodes()] == [4]
-    (tmp_path / placement.BOOTSTRAP_FILE).write_text(yamlio.dump(cluster))
-    assert _nodes()[1:] == [{"CPU": 48, "GPU": 4}] * 2
-    assert trial([{}, {}], *_nodes()[1:]) == [{"CPU": 6, "GPU": 0.5}] * 2
-
-
-def test_a_trial_on_a_cluster_of_which_nothing_is_known(ray_start_4_cpus: None) -> None:
-    """No CPU is made up where nobody said that there will be GPUs either."""
-    with pytest.raises(UserError, match=r"no CPUs and no GPUs.*--gpus-per-trial"):
-        trial([{}, {}])
-    with pytest.raises(UserError, match="--gpus-per-trial"):
-        trial([{}, {}], gpus=0)
-    assert trial([{}, {}], gpus=2) == [{"CPU": 1, "GPU": 1}] * 2
-    assert trial([{"num_cpus": 2}, {"num_cpus": 3}]) == [{"CPU": 2}, {"CPU": 3}]
-
-
-def test_a_trial_finds_places_on_the_nodes_as_they_are(ray_start_4_cpus: None) -> None:
-    """The CPUs of a node without GPUs are no part of what goes with a GPU, and shares leave no rests."""
-    gpu_node = {"CPU": 8.0, "GPU": 2.0}
-    assert trial([{}, {}], {"CPU": 64.0}, gpu_node) == [{"CPU": 2, "GPU": 0.5}] * 2
-    assert trial([{}] * 3, {"CPU": 1.0}, {"CPU": 1.0}) == [{"CPU": 0.5}] * 3
-    assert (
-        trial([{}, {}], {"CPU": 64.0}, {"CPU": 1.0, "GPU": 8.0}) == [{"CPU": 0.5, "GPU": 0.5}] * 2
-    )
-    assert trial([{}, {}], {"CPU": 4.0}) == [{"CPU": 1}] * 2
-
-
-def test_each_replica_of_a_trial_has_a_gpu(ray_start_4_cpus: None) -> None:
-    """NCCL takes no two processes on one; without GPUs they are processes on CPUs."""
-    node = {"CPU": 48.0, "GPU": 4.0}
-    first, second = trial([{"replicas": 2}, {}], node)
-    assert (first["GPU"], second["GPU"]) == (2, 0.5)
-    first, second = trial([{"replicas": 3}, {}], node, gpus=4)
-    assert (first["GPU"], second["GPU"]) == (3, 1)
-    assert all("GPU" not in each for each in trial([{"replicas": 2}, {}], node, gpus=0))
-    assert all("GPU" not in each for each in trial([{"replicas": 2}, {}], {"CPU": 8.0}))
