@@ -143,7 +143,7 @@ def evaluate(run: Path | str, weights: str | None = None) -> dict[str, Any]:
     threads = max(environment.get("threads") or [0]) or None
     skip = frozenset(environment.get("skipped_images", ()))
     splits = load_splits(config.data, skip=skip, check=False)
-    weights = config.weights_to_judge(weights)
+    weights = config.weights_to_evaluate(weights)
     checkpoint = run_dir.checkpoints.load("best" if weights == "best" else "last")
     # Dropped peers are left out, as in the run's own results.
     last = checkpoint if weights != "best" else run_dir.checkpoints.load("last")

@@ -310,7 +310,7 @@ class Trainer:
             return False
         state = self.state
         logger.debug("evaluating on validation classes")
-        uses_ema = self.config.weights_to_judge() == "ema"
+        uses_ema = self.config.weights_to_evaluate() == "ema"
         figures = self._evaluate("validation", self.splits.validation, ema=uses_ema)
         self._loggers.log({"validation": figures}, state.step)
         self._loggers.flush()
@@ -375,7 +375,7 @@ class Trainer:
 
     def _load_final_weights(self) -> tuple[str, int]:
         """Which weights are evaluated, and of which step."""
-        weights, step = self.config.weights_to_judge(), self.state.step
+        weights, step = self.config.weights_to_evaluate(), self.state.step
         if weights == "best":
             try:
                 checkpoint = self.run_dir.checkpoints.load("best")

@@ -15,7 +15,6 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.ray_backend import placement
-from ray_dmml.tune.tuner import _nodes, _resources
 
 
 def plan_on(nodes: Sequence[placement.Node], peers: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -362,56 +361,3 @@ def test_ray_grants_the_plan(ray_with_gpus: None, num_peers: int, first: dict[st
     group = placement_group(plan_on(nodes, peers), strategy="PACK")
     ray.get(group.ready(), timeout=30)
     remove_placement_group(group)
-
-
-def trial(
-    peers: list[dict[str, Any]], *nodes: dict[str, float], gpus: float | None = None
-) -> list[dict[str, float]]:
-    """The peers' bundles of a trial on these nodes and this process's own."""
-    here = {kind: 1.0 for kind in ray.nodes()[0]["Resources"] if kind.startswith("node:")}
-    config = Config.parse({"cohort": {"peers": peers}})
-    _, *bundles = _resources(config, [here | {"CPU": 0.0}, *nodes], gpus).bundles
-    return bundles
-
-
-def test_a_trial_is_planned_on_the_nodes_that_may_start(
-    ray_with_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A search may begin on a cluster of `ray up` that has only its head."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert [node["CPU"] for node in _nodes()] == [4]
-    write_cluster_file(tmp_path, 2, gpu=GPU_TYPE)
-    assert _nodes()[1:] == [{"CPU": 48, "GPU": 4}] * 2
-    assert trial([{}, {}], *_nodes()[1:]) == [{"CPU": 6, "GPU": 0.5}] * 2
-
-
-def test_a_trial_on_a_cluster_without_known_resources(ray_with_gpus: None) -> None:
-    """CPUs are assumed only if the user says that there will be GPUs."""
-    with pytest.raises(UserError, match=r"no CPUs and no GPUs.*--gpus-per-trial"):
-        trial([{}, {}])
-    with pytest.raises(UserError, match="--gpus-per-trial"):
-        trial([{}, {}], gpus=0)
-    assert trial([{}, {}], gpus=2) == [{"CPU": 1, "GPU": 1}] * 2
-    assert trial([{"num_cpus": 2}, {"num_cpus": 3}]) == [{"CPU": 2}, {"CPU": 3}]
-
-
-def test_a_trial_fits_each_node(ray_with_gpus: None) -> None:
-    """CPUs of a node without GPUs do not count for peers with a GPU."""
-    gpu_node = {"CPU": 8.0, "GPU": 2.0}
-    assert trial([{}, {}], {"CPU": 64.0}, gpu_node) == [{"CPU": 2, "GPU": 0.5}] * 2
-    assert trial([{}] * 3, {"CPU": 1.0}, {"CPU": 1.0}) == [{"CPU": 0.5}] * 3
-    assert (
-        trial([{}, {}], {"CPU": 64.0}, {"CPU": 1.0, "GPU": 8.0}) == [{"CPU": 0.5, "GPU": 0.5}] * 2
-    )
-    assert trial([{}, {}], {"CPU": 4.0}) == [{"CPU": 1}] * 2
-
-
-def test_each_replica_of_a_trial_has_a_gpu(ray_with_gpus: None) -> None:
-    """NCCL needs a GPU for each process. Without GPUs the replicas are processes on CPUs."""
-    node = {"CPU": 48.0, "GPU": 4.0}
-    first, second = trial([{"replicas": 2}, {}], node)
-    assert (first["GPU"], second["GPU"]) == (2, 0.5)
-    first, second = trial([{"replicas": 3}, {}], node, gpus=4)
-    assert (first["GPU"], second["GPU"]) == (3, 1)
-    assert all("GPU" not in each for each in trial([{"replicas": 2}, {}], node, gpus=0))
-    assert all("GPU" not in each for each in trial([{"replicas": 2}, {}], {"CPU": 8.0}))
