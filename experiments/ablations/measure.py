@@ -43,7 +43,7 @@ def measure(plan: Plan, arm: Arm, seed: int, splits: Splits) -> dict[str, Any]:
         teacher = None
         if arm.teacher:
             teacher = Path(folder) / "teacher.safetensors"
-            _train_teacher(plan.config(TEACHER, seed + TEACHER_SEED), splits, teacher)
+            train_teacher(plan.config(TEACHER, seed + TEACHER_SEED), splits, teacher)
         config = plan.config(arm, seed, teacher)
         with closing(LocalCohort(config, splits)) as cohort:
             row = _run(config, arm, cohort, splits)
@@ -170,7 +170,7 @@ def _few_classes(images: ImageSet, num_classes: int) -> ImageSet:
     return images.subset(np.flatnonzero(np.isin(images.labels, kept.astype(int))))
 
 
-def _train_teacher(config: Config, splits: Splits, file: Path) -> None:
+def train_teacher(config: Config, splits: Splits, file: Path) -> None:
     with closing(LocalCohort(config, splits)) as cohort:
         cohort.run(0, config.train.steps, lambda finished: None)
         weights = cohort.peers[0].net.state_dict()

@@ -317,5 +317,6 @@ def _plot_sizes(axes: Axes, arms: Arms) -> None:
     axes.set_xlabel("peers M")
     axes.grid(color="#eee")
     axes.set_title("Recall@1 at the last step against the cohort's size, test classes", fontsize=10)
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12)}
-    axes.legend(fontsize=8, frameon=False, ncols=2, **below)
+    if axes.has_data():
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12)}
+        axes.legend(fontsize=8, frameon=False, ncols=2, **below)
