@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-WIDTH, HEIGHT = 940, 366
+WIDTH, HEIGHT = 960, 366
 LANES = (96, 270)
 """Height of each peer's middle."""
 
@@ -46,7 +46,7 @@ def picture(colors: dict[str, str]) -> str:
     ink, muted, line = colors["ink"], colors["muted"], colors["line"]
     parts: list[str] = []
 
-    def text(x: float, y: float, words: str, size: int = 13, color: str = ink, **more: str) -> None:
+    def text(x: float, y: float, words: str, size: int = 14, color: str = ink, **more: str) -> None:
         style = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in more.items())
         parts.append(
             f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" text-anchor="middle"{style}>'
@@ -86,9 +86,9 @@ def picture(colors: dict[str, str]) -> str:
 
     box(70, MIDDLE, 100, 124)
     tiles(70, MIDDLE + 12, None)
-    text(70, MIDDLE - 38, "batch t", 14, font_weight="600")
-    text(70, MIDDLE + 82, "the same images", 12, muted)
-    text(70, MIDDLE + 98, "for every peer", 12, muted)
+    text(70, MIDDLE - 38, "batch t", 15, font_weight="600")
+    text(70, MIDDLE + 82, "the same images", 13, muted)
+    text(70, MIDDLE + 98, "for every peer", 13, muted)
 
     words = (
         ("own view: weak", "own network: ResNet", "updates at every step"),
@@ -97,18 +97,18 @@ def picture(colors: dict[str, str]) -> str:
     for peer, y in enumerate(LANES):
         color, up = colors["peers"][peer], -1 if peer == 0 else 1
         view, network, update = words[peer]
-        arrow(f"M122 {MIDDLE + up * 22}C146 {MIDDLE + up * 22} 132 {y} 160 {y}")
-        box(208, y, 92, 92, color)
-        tiles(208, y, SEEN_BY[peer])
-        arrow(f"M255 {y}H292")
+        arrow(f"M122 {MIDDLE + up * 22}C146 {MIDDLE + up * 22} 132 {y} 154 {y}")
+        box(202, y, 92, 92, color)
+        tiles(202, y, SEEN_BY[peer])
+        arrow(f"M249 {y}H298")
         parts.append(
-            f'<path d="M296 {y - 46}L400 {y - 24}V{y + 24}L296 {y + 46}z" fill="{colors["box"]}" '
+            f'<path d="M302 {y - 46}L406 {y - 24}V{y + 24}L302 {y + 46}z" fill="{colors["box"]}" '
             f'stroke="{color}" stroke-width="1.5" stroke-linejoin="round"/>'
         )
-        text(345, y + 5, f"peer{peer}", 15, color, font_weight="600")
-        arrow(f"M401 {y}H436")
-        box(490, y, 104, 92, color)
-        points = [(490 + dx, y + dy) for dx, dy in POINTS[peer]]
+        text(351, y + 5, f"peer{peer}", 16, color, font_weight="600")
+        arrow(f"M407 {y}H442")
+        box(496, y, 104, 92, color)
+        points = [(496 + dx, y + dy) for dx, dy in POINTS[peer]]
         for i, (x1, y1) in enumerate(points):
             parts.extend(
                 f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{line}" stroke-width="1"/>'
@@ -120,29 +120,29 @@ def picture(colors: dict[str, str]) -> str:
             for i, (px, py) in enumerate(points)
         )
         outside = y + up * 64 + (0 if up < 0 else 6)
-        text(208, outside, view, 12, muted)
-        text(345, outside, network, 12, muted)
-        text(490, outside, "embeddings", 12, muted)
+        text(202, outside, view, 13, muted)
+        text(351, outside, network, 13, muted)
+        text(496, outside, "embeddings", 13, muted)
         metric, mutual = y + up * 25, y - up * 25
         for loss, name in ((metric, "metric loss: labels"), (mutual, "mutual loss: geometry")):
-            box(714, loss, 160, 40, color)
-            text(714, loss + 5, name)
-            arrow(f"M796 {loss}C816 {loss} 804 {y} 828 {y}")
-        arrow(f"M543 {metric}H630")
-        arrow(f"M586 {metric}C614 {metric} 594 {mutual} 630 {mutual}")
-        box(872, y, 80, 46, color)
-        text(872, y + 5, "backward")
-        text(850, outside, update, 12, muted)
+            box(726, loss, 176, 40, color)
+            text(726, loss + 5, name)
+            arrow(f"M816 {loss}C836 {loss} 824 {y} 846 {y}")
+        arrow(f"M549 {metric}H634")
+        arrow(f"M592 {metric}C620 {metric} 600 {mutual} 634 {mutual}")
+        box(892, y, 84, 46, color)
+        text(892, y + 5, "backward")
+        text(866, outside, update, 13, muted)
     for peer, y in enumerate(LANES):
         up = -1 if peer == 0 else 1
         other = LANES[1 - peer] + up * 47
         arrow(
-            f"M543 {y - up * 30}C640 {y - up * 30} 690 {MIDDLE + up * 6} 690 {other}",
+            f"M549 {y - up * 30}C646 {y - up * 30} 690 {MIDDLE + up * 6} 690 {other}",
             colors["peers"][peer],
             dashed=True,
         )
-    text(812, MIDDLE - 4, "exchange: only embeddings travel,", 12, muted)
-    text(812, MIDDLE + 12, "and no gradient goes back", 12, muted)
+    text(824, MIDDLE - 4, "exchange: only embeddings travel,", 13, muted)
+    text(824, MIDDLE + 13, "and no gradient goes back", 13, muted)
 
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
