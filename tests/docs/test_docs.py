@@ -10,6 +10,7 @@ A fenced block is marked as not runnable by a comment right above it::
 from __future__ import annotations
 
 import functools
+import json
 import re
 import runpy
 import shlex
@@ -159,6 +160,8 @@ def run_bash(block: Block) -> None:
             result = CliRunner().invoke(app, tokens[1:])
             findings = tokens[1] == "data"  # exit code 1: the data set has faults
             assert result.exit_code in ((0, 1) if findings else (0,)), result.output
+            if "--json" in tokens:
+                assert json.loads(result.stdout)
 
 
 def commands_of(text: str) -> Iterator[list[str]]:
@@ -166,16 +169,16 @@ def commands_of(text: str) -> Iterator[list[str]]:
     for line in text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
-        tokens: list[str] = []
-        for token in [*lexer, ";"]:
-            if not set(token) <= set("();<>|&"):
-                tokens.append(token)
-            elif token not in (">", ">>", "<") or not tokens:
-                if tokens:
-                    yield tokens
-                tokens = []
-            else:
-                tokens.append(token)
+        command: list[str] = []
+        tokens = iter([*lexer, ";"])
+        for token in tokens:
+            if set(token) <= set("<>"):
+                next(tokens)  # the file
+            elif not set(token) <= set("();|&"):
+                command.append(token)
+            elif command:
+                yield command
+                command = []
 
 
 def ours_in(tokens: list[str]) -> Iterator[list[str]]:
@@ -189,8 +192,6 @@ def ours_in(tokens: list[str]) -> Iterator[list[str]]:
 
 def parse_command(arguments: list[str]) -> None:
     """Fails where the command line does not know a command or an option."""
-    if ">" in arguments:
-        arguments = arguments[: arguments.index(">")]
     command: Any = typer.main.get_command(app)
     name, parent = "ray-dmml", None
     while True:
