@@ -94,6 +94,7 @@ def _formats_of_pillow() -> tuple[str, ...]:
 
 def _decode_with_pillow(opened: Image.Image) -> Tensor:
     upright = ImageOps.exif_transpose(opened)
+    upright.info.pop("transparency", None)  # alpha is dropped, and convert would warn of it
     if upright.mode.startswith("I;16"):  # convert would clip at 255
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     elif upright.mode in ("I", "F"):

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
+from ray_dmml.data.audit_report import histogram
 from typer.testing import CliRunner
 
 from ray_dmml.cli.main import app
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.data.audit import Group, Report, audit
-from ray_dmml.data.audit_report import histogram
 
 
 def scene(seed: int, side: int = 96) -> Image.Image:
