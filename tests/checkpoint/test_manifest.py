@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import FILES, META, rewrite_manifest
+from checkpoint_samples import FILES, META, rewrite_manifest
 
 from ray_dmml.checkpoint.manifest import (
     FORMAT,
