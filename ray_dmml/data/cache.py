@@ -208,7 +208,7 @@ def open_cache(
     header = (_MAGIC + digest.encode()).ljust(HEADER_BYTES, b"\0")
     path = folder / f"{digest[:24]}{SUFFIX}"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock", timeout=LOCK_S):
+    with FileLock(folder / "lock", timeout=LOCK_S, poll_interval=0.01):
         _make_room(folder, path, num_bytes, limit_bytes)
         if not path.exists():
             _create(path, header, num_bytes)

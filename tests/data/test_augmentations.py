@@ -1,4 +1,4 @@
-"""Views: uint8 squares in, uint8 squares of the net's size out, draws of their own for each image."""
+"""Views: uint8 squares of the net's size, and new random numbers for each image."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def images() -> Tensor:
 @pytest.mark.parametrize("size", [24, 40, 57])
 def test_presets_fit_the_net(images: Tensor, preset: str, size: int) -> None:
     """Every preset gives (3, H, H) uint8, larger than the decoded image or smaller."""
-    found = training_view(preset, size, 40, "peer0")(images)
-    assert found.shape == (6, 3, size, size) and found.dtype == torch.uint8
+    views = training_view(preset, size, 40, "peer0")(images)
+    assert views.shape == (6, 3, size, size) and views.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("preset", ["weak", "standard", "strong"])
 def test_every_image_has_draws_of_its_own(images: Tensor, preset: str) -> None:
     """Six copies of one image look different."""
     with seeded("test"):
-        found = training_view(preset, 24, 40, "peer0")(images)
-    assert len({image.numpy().tobytes() for image in found}) > 2
+        views = training_view(preset, 24, 40, "peer0")(images)
+    assert len({image.numpy().tobytes() for image in views}) > 2
 
 
 @pytest.mark.parametrize("preset", ["weak", "standard", "strong"])
@@ -64,10 +64,10 @@ def test_the_evaluation_view_draws_nothing(images: Tensor) -> None:
     """It is a resize to size / crop and a centre crop, written out here."""
     view = evaluation_view(28, 0.875, 40)
     before = torch.get_rng_state()
-    found = view(images)
+    views = view(images)
     assert torch.equal(torch.get_rng_state(), before)
     expected = F.resize(images, [32, 32], antialias=True)[:, :, 2:30, 2:30]
-    assert torch.equal(found, expected)
+    assert torch.equal(views, expected)
     assert torch.equal(evaluation_view(40, 1.0, 40)(images), images)
 
 
@@ -78,11 +78,11 @@ def test_a_list_of_transforms_is_applied_in_order(images: Tensor) -> None:
         Transform(name="Resize", args={"interpolation": "nearest"}),
         Transform(name="RandomInvert", args={"p": 1.0}),
     ]
-    found = training_view(listed, 30, 40, "peer0")(images)
+    views = training_view(listed, 30, 40, "peer0")(images)
     expected = F.resize(
         images[:, :, 10:30, 10:30], [30, 30], interpolation=v2.InterpolationMode.NEAREST
     )
-    assert torch.equal(found, 255 - expected)
+    assert torch.equal(views, 255 - expected)
     assert torch.equal(training_view([], 40, 40, "peer0")(images), images)
 
 
@@ -105,7 +105,7 @@ def test_a_list_of_transforms_is_applied_in_order(images: Tensor) -> None:
         ("ToDtype", {"dtype": "float32"}, "view of peer0"),
     ],
 )  # fmt: skip
-def test_wrong_views_are_told(name: str, args: dict[str, Any], message: str) -> None:
-    """Unknown names, refused settings and results the net could not take are a user's to mend."""
+def test_wrong_views_are_refused(name: str, args: dict[str, Any], message: str) -> None:
+    """Unknown names, refused arguments, and outputs that the net could not take."""
     with pytest.raises(UserError, match=message):
         training_view([Transform(name=name, args=args)], 24, 40, "peer0")

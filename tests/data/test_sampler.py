@@ -111,7 +111,7 @@ def test_small_classes_are_counted():
 
 
 def test_what_cannot_be_drawn_is_refused():
-    """Too few classes, too few images and no positive pair are told apart."""
+    """Too few classes, too few images and no positive pair have different messages."""
     with pytest.raises(UserError, match="classes_per_batch is 16 but only 12 classes"):
         ClassBalancedSampler(labels_of([5] * 12), 16, 4, 0)
     with pytest.raises(UserError, match="no batch holds a positive pair"):

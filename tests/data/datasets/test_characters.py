@@ -16,7 +16,7 @@ def listed() -> dict[int, int]:
 
 
 def test_the_list_can_be_made_again():
-    """Making the list anew gives the one in the package.
+    """Making the list again gives the one in the package.
 
     Other versions of FreeType move glyphs by fractions of a pixel, so a few of the many pairs of
     accented letters may fall on the other side of the look-alike threshold.

@@ -271,8 +271,10 @@ def test_one_image_a_class_is_refused(tmp_path: Path) -> None:
         ClassBalancedSampler(np.arange(100), 4, 2, seed=0)
 
 
-@pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_a_manifest_of_100_000_classes_is_used(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "seconds"), [(10_000, 10), pytest.param(100_000, 30, marks=pytest.mark.slow)]
+)
+def test_a_manifest_of_100_000_classes_is_used(tmp_path: Path, count: int, seconds: int) -> None:
     """Two rows a class, in seconds."""
     save(tmp_path / "x.png")
     (tmp_path / "all").mkdir()
@@ -285,4 +287,4 @@ def test_a_manifest_of_100_000_classes_is_used(tmp_path: Path, count: int) -> No
     config = config.model_copy(update={"check_images": False, "cache_gib": 0.0})
     began = time.monotonic()
     assert load_splits(config).train.num_classes == count // 2
-    assert time.monotonic() - began < count / 3000
+    assert time.monotonic() - began < seconds
