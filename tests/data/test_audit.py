@@ -17,7 +17,7 @@ from ray_dmml.data.audit import AuditReport, Group, audit, histogram
 
 
 def scene(seed: int, side: int = 96) -> Image.Image:
-    """Smooth and unlike every other seed's, as photos are."""
+    """A smooth image that resembles no other seed's, as photos do."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
 
@@ -47,7 +47,7 @@ def check(root: Path, *more: str) -> Any:
 
 
 def test_a_clean_data_set(root: Path) -> None:
-    """Exit code 0, sizes, no findings."""
+    """The exit code is 0, and the report has sizes and no findings."""
     ended = check(root)
     assert ended.exit_code == 0, ended.output
     assert ended.stdout.count(": none") == 6 and "no problems" in ended.stdout
@@ -57,7 +57,7 @@ def test_a_clean_data_set(root: Path) -> None:
 
 
 def test_unreadable_images_are_listed_with_the_reason(root: Path) -> None:
-    """All of them, whatever data.on_bad_image says."""
+    """All of them are, whatever data.on_bad_image is."""
     for number in range(4):
         (root / "c1" / f"bad{number}.png").write_bytes(b"broken" * number)
     ended = check(root)
@@ -70,7 +70,7 @@ def test_unreadable_images_are_listed_with_the_reason(root: Path) -> None:
 
 
 def test_exact_duplicates(root: Path) -> None:
-    """Equal files, and other files of equal pixels; within a class, across labels, into the test."""
+    """Files are duplicates if their pixels are: within a class, across labels, and across the split."""
     (root / "c0" / "copy.png").write_bytes((root / "c0" / "0.png").read_bytes())
     scene(1).save(root / "c1" / "copy.bmp")
     scene(2).save(root / "c5" / "copy.png", compress_level=0)
@@ -136,7 +136,7 @@ def test_small_classes(root: Path) -> None:
 
 
 def test_the_json_file_has_everything(root: Path, tmp_path: Path) -> None:
-    """Also what is not printed."""
+    """It also has what is not printed."""
     for number in range(5):
         (root / "c1" / f"copy{number}.png").write_bytes((root / "c1" / "0.png").read_bytes())
     (root / "c3" / "bad.png").write_bytes(b"")
@@ -150,7 +150,7 @@ def test_the_json_file_has_everything(root: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_loaded_is_a_users_error(root: Path, tmp_path: Path) -> None:
-    """Exit code 2 and a sentence: no such folder; no place for the JSON."""
+    """The exit code is 2, and a sentence names the folder that is missing."""
     ended = check(tmp_path / "nowhere")
     assert ended.exit_code == 2 and "is not an existing folder" in ended.stderr
     ended = check(root, "--json", str(tmp_path / "no" / "such.json"))
@@ -158,7 +158,7 @@ def test_what_cannot_be_loaded_is_a_users_error(root: Path, tmp_path: Path) -> N
 
 
 def test_the_output_fits_a_screen(root: Path) -> None:
-    """80 columns, with names that are longer."""
+    """No line is longer than 80 columns, though names are."""
     long = "a very long class name, " * 6
     (root / "c0").rename(root / long)
     (root / long / "copy.png").write_bytes((root / long / "0.png").read_bytes())
@@ -167,7 +167,7 @@ def test_the_output_fits_a_screen(root: Path) -> None:
 
 @pytest.mark.slow
 def test_built_in_data_can_be_checked() -> None:
-    """Without a file; every image can be read."""
+    """It needs no file, and every image can be read."""
     report = audit(DataConfig(decode_size=32))
     assert isinstance(report, AuditReport) and report.unreadable == ()
     assert set(report.splits) == {"train", "validation", "test"}

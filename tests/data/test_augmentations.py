@@ -41,7 +41,7 @@ def test_every_image_has_draws_of_its_own(images: Tensor, preset: str) -> None:
 
 @pytest.mark.parametrize("preset", ["weak", "standard", "strong"])
 def test_draws_follow_the_seed_alone(images: Tensor, preset: str) -> None:
-    """One key gives one result whatever was drawn before; another key another one."""
+    """A key gives the same result whatever was drawn before, and another key gives another result."""
     view = training_view(preset, 24, 40, "peer0")
 
     def under(*key: int | str) -> Tensor:
@@ -72,7 +72,7 @@ def test_the_evaluation_view_draws_nothing(images: Tensor) -> None:
 
 
 def test_a_list_of_transforms_is_applied_in_order(images: Tensor) -> None:
-    """Names and settings are torchvision's; `size` is the net's unless given."""
+    """Names and arguments are torchvision's, and `size` defaults to the net's."""
     listed = [
         Transform(name="CenterCrop", args={"size": 20}),
         Transform(name="Resize", args={"interpolation": "nearest"}),
@@ -106,6 +106,6 @@ def test_a_list_of_transforms_is_applied_in_order(images: Tensor) -> None:
     ],
 )  # fmt: skip
 def test_wrong_views_are_refused(name: str, args: dict[str, Any], message: str) -> None:
-    """Unknown names, refused arguments, and outputs that the net could not take."""
+    """Unknown names, wrong arguments and unusable outputs are errors of the user."""
     with pytest.raises(UserError, match=message):
         training_view([Transform(name=name, args=args)], 24, 40, "peer0")

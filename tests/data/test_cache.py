@@ -97,7 +97,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def test_cached_images_are_the_decoded_ones_and_are_decoded_once(folder: Path) -> None:
-    """While it fills, when it is full, for the next run, and for one that splits them otherwise."""
+    """This holds while the cache fills, when it is full, for the next run, and for another split."""
     expected = uncached(folder)
     assert not (folder.parent / "kept").exists()
     first = load_splits(settings(folder))
@@ -140,7 +140,7 @@ def test_a_changed_or_removed_file_is_noticed(folder: Path) -> None:
 
 
 def test_a_record_that_changes_under_a_reader_is_checked_again(folder: Path) -> None:
-    """Half a record of another process is no image, though this one has read the slot before."""
+    """Half a record of another process is not an image, even if this process has read the slot before."""
     splits = load_splits(settings(folder))
     expected = every_image(splits)
     with the_file(folder).open("r+b") as file:
@@ -182,7 +182,7 @@ def test_a_cut_or_foreign_file_is_noticed_and_made_again(
 
 
 def test_damaged_records_are_decoded_again_and_mended(folder: Path) -> None:
-    """Flipped bits, and a record of which only the beginning was written."""
+    """Bits may be flipped, or only the beginning of a record was written."""
     expected = uncached(folder)
     every_image(load_splits(settings(folder)))
     content = bytearray(the_file(folder).read_bytes())
@@ -196,7 +196,7 @@ def test_damaged_records_are_decoded_again_and_mended(folder: Path) -> None:
 
 
 def test_a_file_cut_short_under_a_running_process_does_it_no_harm(folder: Path) -> None:
-    """What is gone is decoded again: no read beyond the end kills the process."""
+    """Missing records are decoded again, and no read beyond the end kills the process."""
     splits = load_splits(settings(folder))
     expected = every_image(splits)
     os.truncate(the_file(folder), HEADER_BYTES + RECORD + 7)
@@ -217,7 +217,7 @@ def _digest(config: DataConfig, together: Any) -> str:
 
 
 def test_processes_that_build_it_at_once_agree(folder: Path) -> None:
-    """Three that start at the same moment on an empty folder, twenty times, read the same images."""
+    """Three processes that start on an empty folder at once, twenty times, read the same images."""
     expected = _digest(settings(folder, cache_gib=0), Barrier(1))
     context = get_context("forkserver")
     context.set_forkserver_preload(["torchvision.io", "ray_dmml.data.datasets"])
@@ -265,7 +265,7 @@ def test_a_file_in_use_is_not_removed(folder: Path, caplog: pytest.LogCaptureFix
 
 
 def test_a_lower_limit_removes_the_file(folder: Path) -> None:
-    """Unless it is in use."""
+    """It stays while it is in use."""
     splits = load_splits(settings(folder, cache_gib=gib(12)))
     file = the_file(folder)
     load_splits(settings(folder, cache_gib=gib(3)))
@@ -293,7 +293,7 @@ def test_of_two_the_longest_unused_makes_room(folder: Path) -> None:
 
 
 def test_a_full_disk_costs_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Writing fails: one sentence, and every image is right."""
+    """Writing fails, and every image is right."""
     expected = uncached(folder)
     with largest_file(HEADER_BYTES + 3 * RECORD):
         splits = load_splits(settings(folder, check_images=True))
@@ -306,7 +306,7 @@ def test_a_full_disk_costs_a_warning(folder: Path, caplog: pytest.LogCaptureFixt
 def test_a_full_file_system_costs_a_warning(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A real file system, which another program fills."""
+    """Another program fills a real file system."""
     expected = uncached(folder)
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -353,7 +353,7 @@ def test_a_folder_that_cannot_be_made_costs_a_warning(
 def test_a_lock_that_is_never_granted_costs_a_warning(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a network file system whose server does not answer."""
+    """A network file system may do so if its server does not answer."""
     monkeypatch.setattr(cache, "LOCK_S", 0.1)
     (folder.parent / "kept").mkdir()
     with FileLock(folder.parent / "kept" / "lock"):

@@ -113,7 +113,7 @@ def _fetch(data: DataConfig, together: Any) -> list[str]:
 
 
 def test_many_at_once_make_one_copy(images: Path, tmp_path: Path) -> None:
-    """As the peers of a node do."""
+    """The peers of a node start like this."""
     data = config(images, root=tmp_path / "copy")
     context = get_context("forkserver")
     context.set_forkserver_preload(["torchvision.io", "ray_dmml.data.datasets"])
@@ -140,7 +140,7 @@ def test_an_interrupted_copy_continues(images: Path, tmp_path: Path, messages: M
 
 
 def test_files_with_a_digest_are_verified(images: Path, tmp_path: Path) -> None:
-    """In the source, and in an existing copy of the same size."""
+    """Both a damaged source and a damaged copy of the same size are noticed."""
     names = sorted(files_of(images))
     digests = subprocess.run(
         ["sha256sum", *(f"./{name}" for name in names)],
@@ -233,7 +233,7 @@ def test_fetching_again_copies_what_is_missing_or_differs_in_size(
 def test_a_copy_of_another_source_is_not_replaced(
     images: Path, tmp_path: Path, messages: Messages
 ) -> None:
-    """Neither by a run nor by `data fetch`, also if it is not finished: the two would be mixed."""
+    """A run and `data fetch` refuse, also if it is not finished: the two would be mixed."""
     other, root = tmp_path / "other", tmp_path / "copy"
     shutil.copytree(images / "class00", other / "class00")
     fetch(config(images, root=root))
@@ -277,7 +277,7 @@ def test_fetching_again_without_success_leaves_no_finished_copy(
 
 
 def test_a_disk_that_is_too_small_is_refused(images: Path, tmp_path: Path) -> None:
-    """Before a file is copied."""
+    """No file is copied."""
     with (images / "class00" / "large.png").open("wb") as file:
         file.truncate(shutil.disk_usage(tmp_path).free + 2**30)  # sparse
     with pytest.raises(UserError, match=r"GiB are to be copied to .* are free: set data\.root"):
@@ -330,7 +330,7 @@ def test_wrong_sources_are_refused(source: str, expected: str, tmp_path: Path) -
 
 
 def test_the_command_prepares_this_machine(images: Path, tmp_path: Path) -> None:
-    """Relative to the config's folder, as every path in it."""
+    """Paths are relative to the config's folder."""
     file = images.parent / "config.yaml"
     raw = tiny(images, data={"root": "../copy", "source": "images"})
     file.write_text(yamlio.dump(raw))

@@ -97,7 +97,7 @@ def test_copies_of_two_times_are_not_trained_on(
 
 
 def test_a_folder_of_two_times_is_not_trained_on(ray_start_4_cpus: None, images: Path) -> None:
-    """As with a mount on which nodes see changes at different times."""
+    """Nodes may see the changes of a mount at different times."""
     from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     config = Config.parse(tiny(images))

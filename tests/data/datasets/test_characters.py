@@ -40,7 +40,7 @@ def test_look_alikes_are_one_class():
 
 
 def test_splits_are_large_disjoint_and_mixed():
-    """Hundreds of classes on each side, 13 to 16 images each, none shared, scripts in both."""
+    """Each side has hundreds of classes of 13 to 16 images and all scripts, and no class is in both."""
     splits = load_splits(DataConfig(decode_size=32, validation_fraction=0.25))
     sets = [splits.train, splits.validation, splits.test]
     names = [name for images in sets for name in images.class_names]
