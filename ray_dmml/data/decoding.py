@@ -44,13 +44,13 @@ def decode(path: Path) -> Tensor:
         OSError: the file is missing, empty, too large, or not an image.
         Exception: the file is corrupt; decoders raise nearly anything.
     """
-    # The import takes more than a second. A driver that reads no files is spared it.
-    from torchvision.io import ImageReadMode, decode_image
-
     array = _read(path)
     with _open(array.tobytes()) as opened:
         if opened.format not in _FORMATS_OF_TORCHVISION:
             return _decode_with_pillow(opened)
+        # The import takes more than a second, and not every process decodes such files.
+        from torchvision.io import ImageReadMode, decode_image
+
         try:
             image: Tensor = decode_image(
                 torch.from_numpy(array), mode=ImageReadMode.RGB, apply_exif_orientation=True

@@ -111,7 +111,7 @@ def test_folds_hold_out_every_class(num_classes: int, fraction: float, seed: int
 
 @pytest.mark.parametrize("sizes", [[2] * 100_000, [1] * 99_000 + [2] * 1000])
 def test_100_000_classes_are_used(sizes: list[int]) -> None:
-    """Sampler and held-out classes take seconds."""
+    """The sampler and the held-out classes take seconds."""
     began = time.monotonic()
     labels = np.repeat(np.arange(len(sizes)), sizes)
     assert len(set(ClassBalancedSampler(labels, 16, 4, seed=0).batch(0).tolist())) == 64
@@ -123,7 +123,7 @@ def test_100_000_classes_are_used(sizes: list[int]) -> None:
 
 
 def test_a_digest_is_of_names_classes_and_their_order(tmp_path: Path) -> None:
-    """And of queries and gallery; not of the folder of the images, or of the object."""
+    """It also covers queries and gallery, and neither the folder of the images nor the object."""
 
     def labelled(labels: list[int], order: tuple[int, ...] = (0, 1, 2, 3), **more) -> ImageSet:
         paths = [f"{index}.png" for index in order]

@@ -77,7 +77,7 @@ def test_every_format_is_decoded(tmp_path, suffix, mode):
 
 @pytest.mark.parametrize("form", ["JPEG", "TIFF"])
 def test_a_cmyk_image_is_used(tmp_path: Path, form: str) -> None:
-    """As RGB."""
+    """It is converted to RGB."""
     colour = Image.new("RGB", (16, 16), (200, 40, 90)).convert("CMYK")
     pixel = read(tmp_path, encoded(colour, form))[:, 8, 8].int()
     assert (pixel - torch.tensor([200, 40, 90])).abs().max() <= 8
@@ -100,7 +100,7 @@ def test_a_transparent_palette_image_is_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
 def test_a_16_bit_image_is_used(tmp_path: Path, form: str) -> None:
-    """By its upper 8 bits: grey stays grey."""
+    """Its upper 8 bits count, so that grey stays grey."""
     grey = Image.fromarray(np.full((16, 16), 0x8000, dtype=np.uint16))
     assert read(tmp_path, encoded(grey, form)).unique().tolist() == [0x80]
 
@@ -113,7 +113,7 @@ def test_a_32_bit_image_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["PNG", "GIF", "BMP", "TIFF"])
 def test_a_palette_image_is_used(tmp_path: Path, form: str) -> None:
-    """By its colours, not by their indices."""
+    """Its pixels are the colours, not their indices."""
     image = Image.new("P", (16, 16), 1)
     image.putpalette([0, 0, 0, 10, 200, 90])
     assert read(tmp_path, encoded(image, form))[:, 8, 8].tolist() == [10, 200, 90]
@@ -227,7 +227,7 @@ def test_bad_images_are_named_with_the_reason(tmp_path):
 
 @pytest.mark.parametrize("form", WRITERS)
 def test_a_truncated_image_is_refused(tmp_path: Path, form: str) -> None:
-    """Half of a file, of any format."""
+    """Half of a file is not an image in any format."""
     content = encoded(photo(), form)
     refusal(tmp_path, content[: len(content) // 2])
 
@@ -295,7 +295,7 @@ def bomb(form: str) -> bytes:
 
 
 def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
-    """From the header, in every format, where the process could not hold the claimed pixels."""
+    """The header suffices, so that a process is safe that could not hold the claimed pixels."""
     for form in WRITERS:
         (tmp_path / form).write_bytes(bomb(form))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -330,7 +330,7 @@ def test_a_misnamed_image_is_used(tmp_path: Path, form: str) -> None:
 
 
 def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
-    """Text; and PostScript, for which Pillow would run a program."""
+    """Text is not an image. For PostScript Pillow would run a program."""
     reason = "it is not an image in a known format"
     assert reason in refusal(tmp_path, b"no image at all")
     eps = encoded(photo(), "EPS")

@@ -176,7 +176,7 @@ def test_a_half_unpacked_benchmark_says_what_is_missing(tmp_path):
 
 @pytest.fixture
 def served_cub(tmp_path) -> Iterator[benchmarks.Archive]:
-    """A tiny CUB archive behind a web server on this machine."""
+    """A tiny CUB archive on a web server of this machine."""
     make_cub(tmp_path / "made")
     served = tmp_path / "served"
     served.mkdir()

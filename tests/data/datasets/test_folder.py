@@ -39,7 +39,7 @@ def folder_config(root: Path, **changes: object) -> DataConfig:
 
 
 def test_imagefolder_splits_by_class_in_name_order(tmp_path):
-    """The first half of the classes trains; nested, upper-case and hidden files are as promised."""
+    """The first half of the classes trains. Nested and upper-case files are used, hidden ones are not."""
     make_folder(tmp_path)
     save(tmp_path / "c0" / "deep" / "er" / "A.JPG")
     save(tmp_path / "c0" / ".hidden.png")
@@ -57,7 +57,7 @@ def test_imagefolder_splits_by_class_in_name_order(tmp_path):
 
 
 def test_imagefolder_split_can_be_drawn(tmp_path):
-    """split_seed draws the training classes; train_fraction says how many."""
+    """split_seed draws the training classes, and train_fraction is their share."""
     make_folder(tmp_path, classes=12, each=2)
     drawn = []
     for seed in (None, 1, 1, 2):
@@ -71,7 +71,7 @@ def test_imagefolder_split_can_be_drawn(tmp_path):
 
 
 def test_imagefolder_mistakes_are_named(tmp_path):
-    """A missing root, too few classes, an empty class and a bad fraction each say so."""
+    """A missing root, too few classes, an empty class and a bad fraction have a message each."""
     with pytest.raises(UserError, match=r"nowhere is not an existing folder"):
         load_splits(folder_config(tmp_path / "nowhere"))
     make_folder(tmp_path, classes=3)
@@ -120,7 +120,7 @@ def all_names(config: DataConfig) -> list[str]:
 
 @contextmanager
 def as_another_user() -> Iterator[None]:
-    """root may read everything, so that a test of permissions gives its rights up meanwhile."""
+    """Runs the block without the rights of root, who may read everything."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)
@@ -142,7 +142,7 @@ def open_root() -> Iterator[Path]:
 def test_an_unreadable_file_is_refused_or_skipped(
     open_root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A file without permission."""
+    """Its permissions forbid reading."""
     config = folder_of(open_root, each=3).model_copy(update={"cache_gib": 0.0})
     (open_root / "c0" / "0.png").chmod(0)
     FileImages(open_root, ["c1/0.png"], 8).read(0)  # imports what the other user may not read
@@ -181,7 +181,7 @@ ODD_NAMES = [
 
 
 def test_odd_names_in_a_folder_are_used(tmp_path: Path) -> None:
-    """Spaces, quotes, non-ASCII and even a line's end, in the names of files and classes."""
+    """Names of files and classes may have spaces, quotes, non-ASCII characters and even line ends."""
     config = folder_of(tmp_path)
     (tmp_path / "c0").rename(tmp_path / "ça, 'c' \"0\"")
     for name in ODD_NAMES:
@@ -218,7 +218,7 @@ def test_links_that_lead_in_a_circle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", [".", ".."])
 def test_a_class_that_links_to_all_classes_is_refused(tmp_path: Path, target: str) -> None:
-    """Its images would be those of the others under another label."""
+    """Its images would be images of the other classes under another label."""
     config = folder_of(tmp_path / "root")
     (tmp_path / "root" / "c4").symlink_to(target)
     with pytest.raises(UserError, match=r"c4 is a link to .* which holds the other classes too"):
@@ -226,7 +226,7 @@ def test_a_class_that_links_to_all_classes_is_refused(tmp_path: Path, target: st
 
 
 def test_links_to_files_and_classes_elsewhere_are_used(tmp_path: Path) -> None:
-    """Whoever made the folder put them there."""
+    """The owner of the folder put them there."""
     config = folder_of(tmp_path / "root")
     save(tmp_path / "far.png")
     (tmp_path / "root" / "c0" / "far.png").symlink_to(tmp_path / "far.png")

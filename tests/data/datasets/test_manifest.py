@@ -1,4 +1,4 @@
-"""Manifests: what they may say, and what is refused with its line."""
+"""Manifests: valid ones, and mistakes that are refused with their line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FULL_HEAD = "path,label,split,is_query,is_gallery\n"
 
 
 def test_manifest_query_and_gallery(tmp_path):
-    """Flags as 0/1, True/False or 1.0/0.0 say what is query and gallery; a byte-order mark is fine."""
+    """Flags may be 0/1, True/False or 1.0/0.0, and the file may have a byte-order mark."""
     rows = "b/1.png,x,validation,1,0\nb/2.png,x,validation,False,True\n"
     rows += "b/3.png,y,validation,1.0,1.0\nb/4.png,y,validation,0.0,1\nb/5.png,y,validation,,\n"
     splits = load_splits(listed(tmp_path, "\ufeff" + FULL_HEAD + TRAIN + rows))
@@ -118,7 +118,7 @@ def test_manifest_mistakes_are_named(tmp_path, text, message):
 
 
 def test_manifest_that_cannot_be_read(tmp_path):
-    """A missing manifest, and one that is not text."""
+    """It is missing, or it is not text."""
     config = listed(tmp_path, FULL_HEAD, manifest=tmp_path / "other.csv")
     with pytest.raises(UserError, match=r"other\.csv cannot be read: No such file"):
         load_splits(config)
@@ -135,7 +135,7 @@ ODD_NAMES = [
 
 
 def test_odd_names_in_a_manifest_are_used(tmp_path: Path) -> None:
-    """Quoted as CSV has it."""
+    """They are quoted as in CSV."""
     with (tmp_path / "m.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["path", "label", "split"])
@@ -180,13 +180,13 @@ def manifest_refusal(folder: Path, content: str | bytes) -> str:
 
 @pytest.mark.parametrize("path", ["../x.png", "a/../../x.png", "/etc/passwd"])
 def test_a_path_that_leaves_the_root_is_refused(tmp_path: Path, path: str) -> None:
-    """With its line."""
+    """The message has the line."""
     message = manifest_refusal(tmp_path, HEAD + rows() + f"{path},a,train\n")
     assert f"line 10: {path} is outside data.root" in message
 
 
 def test_a_link_that_leaves_the_root_is_used(tmp_path: Path) -> None:
-    """The manifest's text may not lead out of the root; a link in it is its owner's own doing."""
+    """A path in the manifest may not leave the root. The owner of the root made the link."""
     root = tmp_path / "root"
     root.mkdir()
     config = manifest_config(root, HEAD + rows())
@@ -197,14 +197,14 @@ def test_a_link_that_leaves_the_root_is_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("again", ["0.png", "./0.png", "x/../0.png"])
 def test_a_duplicate_row_is_refused(tmp_path: Path, again: str) -> None:
-    """However its path is written."""
+    """Its path may be written in another way."""
     message = manifest_refusal(tmp_path, HEAD + rows() + f"{again},a,train\n")
     assert "line 10: 0.png is listed a second time" in message
 
 
 @pytest.mark.parametrize("column", ["path", "label", "split"])
 def test_a_missing_or_double_column_is_refused(tmp_path: Path, column: str) -> None:
-    """By its name."""
+    """The message has its name."""
     message = manifest_refusal(tmp_path, HEAD.replace(column, "other") + rows())
     assert f"has no column '{column}'" in message
     message = manifest_refusal(tmp_path, f"{column}," + HEAD + rows())
@@ -216,20 +216,20 @@ def test_a_missing_or_double_column_is_refused(tmp_path: Path, column: str) -> N
 def test_a_byte_order_mark_and_other_line_ends_are_used(
     tmp_path: Path, mark: str, end: str
 ) -> None:
-    """As spreadsheets write them."""
+    """Spreadsheets write them."""
     config = manifest_config(tmp_path, mark + (HEAD + rows()).replace("\n", end))
     assert all_names(config) == [f"{n}.png" for n in range(8)]
 
 
 def test_another_encoding_is_refused(tmp_path: Path) -> None:
-    """UTF-16, as old spreadsheets write it, and bytes that are no text."""
+    """Old spreadsheets write UTF-16. Bytes that are not text are refused, too."""
     assert "not a CSV file in UTF-8" in manifest_refusal(tmp_path, (HEAD + rows()).encode("utf-16"))
     message = manifest_refusal(tmp_path, HEAD + rows() + "a\0b.png,a,train\n")
     assert "line 10: path has a character 0" in message
 
 
 def test_lines_without_end_are_refused(tmp_path: Path) -> None:
-    """Of a file that is no table; a cell that is too long; a path that no file can have."""
+    """The file may not be a table, a cell may be too long, or no file can have such a path."""
     assert "a line has more than" in manifest_refusal(tmp_path, HEAD + "x," * 2**20)
     assert "field larger than" in manifest_refusal(tmp_path, HEAD + "x" * 200_000)
     assert "files are missing" in manifest_refusal(
@@ -238,7 +238,7 @@ def test_lines_without_end_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_is_no_file_is_refused(tmp_path: Path) -> None:
-    """A folder; a pipe."""
+    """It is a folder or a pipe."""
     (tmp_path / "m.csv").mkdir()
     with pytest.raises(UserError, match="is not a file"):
         load_splits(manifest_config(tmp_path, None))
@@ -250,7 +250,7 @@ def test_a_manifest_that_is_no_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("labels", ["99AA77bb", "99::77;;"])
 def test_labels_are_text(tmp_path: Path, labels: str) -> None:
-    """Numbers too: 07 and 7 are two labels."""
+    """So are numbers: 07 and 7 are two labels."""
     splits = load_splits(manifest_config(tmp_path, HEAD + rows(labels)))
     assert set(splits.train.class_names) == set(labels[:4])
     numbers = HEAD + rows().replace(",a,", ",7,").replace(",b,", ",07,")
@@ -258,7 +258,7 @@ def test_labels_are_text(tmp_path: Path, labels: str) -> None:
 
 
 def test_one_class_is_refused(tmp_path: Path) -> None:
-    """In training or test: there is nothing to tell it from."""
+    """In training and in test there must be another class."""
     message = manifest_refusal(tmp_path, HEAD + rows("aaaaccdd"))
     assert "training images are of 1 classes; at least 2" in message
     assert "test images are of 1 classes" in manifest_refusal(tmp_path, HEAD + rows("aabbcccc"))
@@ -271,9 +271,11 @@ def test_one_image_a_class_is_refused(tmp_path: Path) -> None:
         ClassBalancedSampler(np.arange(100), 4, 2, seed=0)
 
 
-@pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_a_manifest_of_100_000_classes_is_used(tmp_path: Path, count: int) -> None:
-    """Two rows a class, in seconds."""
+@pytest.mark.parametrize(
+    ("count", "seconds"), [(10_000, 10), pytest.param(100_000, 30, marks=pytest.mark.slow)]
+)
+def test_a_manifest_of_100_000_classes_is_used(tmp_path: Path, count: int, seconds: int) -> None:
+    """Its classes of two rows are read in seconds."""
     save(tmp_path / "x.png")
     (tmp_path / "all").mkdir()
     text = HEAD
@@ -285,4 +287,4 @@ def test_a_manifest_of_100_000_classes_is_used(tmp_path: Path, count: int) -> No
     config = config.model_copy(update={"check_images": False, "cache_gib": 0.0})
     began = time.monotonic()
     assert load_splits(config).train.num_classes == count // 2
-    assert time.monotonic() - began < count / 3000
+    assert time.monotonic() - began < seconds
