@@ -45,7 +45,7 @@ from ablations.running import (
 from provenance import commit
 from rich.console import Console
 
-from ray_dmml.cli.main import user_errors
+from ray_dmml.cli.errors import user_errors
 from ray_dmml.data.dataset import Splits
 from ray_dmml.errors import UserError
 from ray_dmml.ray_backend.peer_actor import tune_malloc
