@@ -432,8 +432,8 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
                 nodes = hosts.ssh(1, "grep -o 10.77.0.1. ~/runs/c/run.json")
                 assert len(set(nodes.split())) == 3
             case ["ray", "submit"]:
-                short = "--config /root/photos.yaml --space /root/space.yaml --storage /root/runs/d"
-                short += " --num-samples 2 --scheduler none --search random --final-seeds 0"
+                short = "--config /root/photos.yaml --space /root/space.yaml --out /root/runs/d"
+                short += " --num-samples 2 --scheduler none --sampler random --final-seeds 0"
                 short += " --set train.steps=4 --set train.evaluate_every=2"
                 hosts.ssh(
                     1,
@@ -441,7 +441,7 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
                 )
                 ran(f"{line} {short}")
                 assert "best.yaml" in hosts.ssh(1, "ls ~/runs/d")
-                nodes = hosts.ssh(1, "grep -ho 10.77.0.1. ~/runs/d/trials/*/fold0/run.json")
+                nodes = hosts.ssh(1, "grep -ho 10.77.0.1. ~/runs/d/trials/*/fold*/run.json")
                 assert len(set(nodes.split())) > 1
             case ["ray", "dashboard"]:
                 with hosts.running_beside(line, tmp_path) as end:

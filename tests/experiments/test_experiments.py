@@ -34,7 +34,7 @@ def test_every_search_is_valid(path: Path) -> None:
     """It is of the config of the same name, whose own values are in its space."""
     raw = read_settings(EXPERIMENTS / "configs" / path.name, ["data.root=somewhere"])
     search = Search(raw, load_search(path))
-    assert search.config_of(search.default) == search.base
+    assert search.config_of(search.baseline) == search.base
 
 
 def test_grocery_photos_get_the_names_of_the_manifest(tmp_path: Path) -> None:
