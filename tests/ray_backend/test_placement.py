@@ -353,8 +353,8 @@ def ray_with_gpus() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.parametrize("num_peers", [2, 3, 4, 5])
-@pytest.mark.parametrize("first", [{}, {"num_gpus": 0}, {"num_cpus": 2, "num_gpus": 1}])
+@pytest.mark.parametrize("num_peers", [3, 4])
+@pytest.mark.parametrize("first", [{}, {"num_cpus": 2, "num_gpus": 1}])
 def test_ray_grants_the_plan(ray_with_gpus: None, num_peers: int, first: dict[str, Any]) -> None:
     peers = [first, *({} for _ in range(num_peers - 1))]
     nodes, _ = placement.cluster_nodes(ray.nodes(), "")
