@@ -55,7 +55,9 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 yield name, id(node) in top
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
+FILES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__"
+)
 
 
 def name_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""`scaling`: time of a step and the exchange's share of it, by peers M and batch size N. A table."""
+"""Table `scaling`: time of a step and the exchange's share of it, by peers M and batch size N."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import ray
 import torch
 
-from benchmarks.cluster import private_ray
+from benchmarks.exchange import private_ray
 from benchmarks.jpegs import write_classes
 from benchmarks.row import Settings
 from ray_dmml.config.schema import Config
@@ -25,11 +25,11 @@ PEERS, BATCHES = (1, 2, 4, 8), (32, 128, 512)
 IMAGES_PER_CLASS, EMBEDDING_SIZE = 4, 128
 WARM_UP, STEPS, EXCHANGES = 1, 2, 20
 CELL_S = 12.0
-"""No further round of a line begins after so long: its largest cohort takes half a minute a step."""
+"""After so many seconds a line begins no further round: the largest cohort takes half a minute a step."""
 
 
 class TimedPeer:
-    """A peer's actor that can be built anew, and that times its exchange."""
+    """A peer's actor that can be rebuilt, and that times its steps, its exchange and its mutual term."""
 
     _member: Member | None = None
 
@@ -46,7 +46,7 @@ class TimedPeer:
         return (time.perf_counter() - began) / (stop - start)
 
     def timed_exchange(self, start: int, count: int, rows: int) -> float:
-        """Seconds an exchange, with nothing else to do."""
+        """Seconds an exchange while nothing else happens."""
         sent = torch.randn(rows, EMBEDDING_SIZE)
         began = time.perf_counter()
         for step in range(start, start + count):
@@ -100,7 +100,7 @@ def coordinator_of(names: list[str]) -> Iterator[Any]:
 
 
 def measure(actors: list[Any], folder: Path, batch_size: int, rounds: int) -> dict[str, Any]:
-    """One line of the table: the first M of the actors as a cohort."""
+    """One line of the table: the actors are the peers of a cohort."""
     settings = config(folder, len(actors), batch_size)
     with coordinator_of([str(peer.name) for peer in settings.cohort.peers]) as coordinator:
         ray.get([a.rebuild.remote(settings, i, coordinator) for i, a in enumerate(actors)])
