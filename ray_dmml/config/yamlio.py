@@ -4,9 +4,9 @@ PyYAML follows YAML 1.1, where ``1e-4`` is text, although its author means a num
 a key twice, nests until Python's stack overflows, and lets a few lines of aliases expand to billions of
 values. All of that is an error here.
 
-Why not OmegaConf: it builds paths and bytes from tags, limits no depth, fails on texts that contain
-``${``, and replaces a number by a mapping if a dotted key leads through it. The wrapper that closes
-these gaps and keeps our messages is about as long as this module.
+Why not OmegaConf: it builds paths and bytes from tags, limits no depth, fails on a text with a ``${``
+that is no interpolation, and replaces a number by a mapping if a dotted key leads through it. The wrapper
+that closes these gaps and keeps our messages is about as long as this module.
 """
 
 from __future__ import annotations

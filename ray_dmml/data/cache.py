@@ -208,13 +208,16 @@ def open_cache(
     header = (_MAGIC + digest.encode()).ljust(HEADER_BYTES, b"\0")
     path = folder / f"{digest[:24]}{SUFFIX}"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock", timeout=LOCK_S):
+    with FileLock(folder / "lock", timeout=LOCK_S, poll_interval=0.01):
         _make_room(folder, path, num_bytes, limit_bytes)
-        if not path.exists():
-            _create(path, header, num_bytes)
-        elif not _is_whole(path, header, num_bytes):
-            logger.warning("%s is damaged or cut short: its images are decoded again", path)
-            _create(path, header, num_bytes)  # processes that have the old file open keep it
+        if not _is_whole(path, header, num_bytes):
+            if path.exists():
+                logger.warning("%s is damaged or cut short: its images are decoded again", path)
+            partial = path.with_suffix(".part")
+            with partial.open("wb") as file:
+                file.write(header)
+                file.truncate(num_bytes)  # it takes disk only as images are decoded
+            os.replace(partial, path)  # processes that have the old file open keep it
         os.utime(path)  # the time of its last use
         return ImageCache(path, size)
 
@@ -230,17 +233,10 @@ def _bytes(image: Tensor) -> memoryview:
 
 
 def _is_whole(path: Path, header: bytes, num_bytes: int) -> bool:
+    if not path.exists() or path.stat().st_size < num_bytes:
+        return False
     with path.open("rb") as file:
-        return file.read(HEADER_BYTES) == header and os.fstat(file.fileno()).st_size >= num_bytes
-
-
-def _create(path: Path, header: bytes, num_bytes: int) -> None:
-    """Creates the file under another name first. It takes disk only as images are decoded."""
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as file:
-        file.write(header)
-        file.truncate(num_bytes)
-    os.replace(partial, path)
+        return file.read(HEADER_BYTES) == header
 
 
 def _make_room(folder: Path, path: Path, num_bytes: int, limit: int) -> None:
@@ -251,17 +247,16 @@ def _make_room(folder: Path, path: Path, num_bytes: int, limit: int) -> None:
     """
     for partial in folder.glob("*.part"):  # no other process is making one: we hold the lock
         partial.unlink(missing_ok=True)
-    others = [file for file in folder.glob(f"*{SUFFIX}") if file != path]
-    unused = [file for file in others if not _in_use(file)]
-    size_of = {file: file.stat().st_size for file in others}
+    size_of = {file: file.stat().st_size for file in folder.glob(f"*{SUFFIX}") if file != path}
     total = num_bytes + sum(size_of.values())
+    if total <= limit:
+        return
+    unused = [file for file in size_of if not _in_use(file)]
     if total - sum(size_of[file] for file in unused) > limit:
         if path.exists() and not _in_use(path):
             path.unlink()
-        allowed = (
-            f"data.cache_gib {limit / 2**30:.3g} is too little for {num_bytes / 2**30:.3g} GiB"
-        )
-        raise OSError(errno.ENOSPC, allowed, str(folder))
+        few = f"data.cache_gib {limit / 2**30:.3g} has no room for {num_bytes / 2**30:.3g} GiB"
+        raise OSError(errno.ENOSPC, few, str(folder))
     for file in sorted(unused, key=lambda file: file.stat().st_mtime):
         if total > limit:
             file.unlink(missing_ok=True)

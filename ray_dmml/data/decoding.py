@@ -44,13 +44,13 @@ def decode(path: Path) -> Tensor:
         OSError: the file is missing, empty, too large, or not an image.
         Exception: the file is corrupt; decoders raise nearly anything.
     """
-    # The import takes more than a second. A driver that reads no files is spared it.
-    from torchvision.io import ImageReadMode, decode_image
-
     array = _read(path)
     with _open(array.tobytes()) as opened:
         if opened.format not in _FORMATS_OF_TORCHVISION:
             return _decode_with_pillow(opened)
+        # The import takes more than a second, and not every process decodes such files.
+        from torchvision.io import ImageReadMode, decode_image
+
         try:
             image: Tensor = decode_image(
                 torch.from_numpy(array), mode=ImageReadMode.RGB, apply_exif_orientation=True
@@ -94,6 +94,7 @@ def _formats_of_pillow() -> tuple[str, ...]:
 
 def _decode_with_pillow(opened: Image.Image) -> Tensor:
     upright = ImageOps.exif_transpose(opened)
+    upright.info.pop("transparency", None)  # alpha is dropped, and convert would warn of it
     if upright.mode.startswith("I;16"):  # convert would clip at 255
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     elif upright.mode in ("I", "F"):

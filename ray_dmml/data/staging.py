@@ -222,7 +222,7 @@ def _fault(file: Path, size: int, digest: str | None) -> str | None:
                 if hashlib.file_digest(content, "sha256").hexdigest() != digest:
                     return f"not that of {DIGESTS}"
     except OSError as error:
-        return error.strerror
+        return str(error)
     return None
 
 

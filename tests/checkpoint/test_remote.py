@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from ray_dmml.cli.main import app
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import Interrupted
+from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
-from ray_dmml.training.trainer import train
 
 pytest.importorskip("pyarrow.fs", reason="ray[tune] brings pyarrow, which is not installed")
 
@@ -164,7 +164,7 @@ def test_an_interrupted_push_leaves_a_complete_run(
     remote.push(run)
     remote.files = files = FailingFiles(remote.files)
     step = 4
-    for limit in range(8):
+    for limit in (0, 3, 7) if uri.startswith("s3") else range(8):  # S3 takes long
         store.save(step, content(step), META, best=True)
         before = files_of(run)
         files.written.clear()
@@ -395,7 +395,7 @@ def test_a_server_without_an_answer_ends_the_push(
     """No server listens, or it accepts the connection and stays silent: no run hangs."""
     if scheme == "gs" and silent:
         pytest.skip("it takes two minutes: pyarrow does not pass a timeout to Google's client")
-    monkeypatch.setattr(filesystem, "REQUEST_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(filesystem, "REQUEST_TIMEOUT_S", 0.2)
     make_run(tmp_path / "run", 2)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_samples import FILES, META, Malicious, load_without_warnings
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import FILES, META, Malicious, load_without_warnings
 
 from ray_dmml.checkpoint.manifest import DamagedError, dump_with_checksum
 from ray_dmml.checkpoint.store import CheckpointStore, read_checkpoint
@@ -318,9 +318,9 @@ def test_a_damaged_index_loses_nothing(memory: Path, data: st.DataObject) -> Non
     loaded, [warning] = store.load_with_warnings("last")
     assert loaded.step == 5 and store.load("best").step == 3
     assert str(file) in warning
-    for step in range(6, 12):
+    for step in range(6, 10):
         store.save(step, FILES, META, best=False)
-    assert load_without_warnings(store).step == 11 and store.load("best").step == 3
+    assert load_without_warnings(store).step == 9 and store.load("best").step == 3
 
 
 def test_warnings_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

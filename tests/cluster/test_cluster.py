@@ -20,8 +20,8 @@ from conftest import tiny
 
 from ray_dmml.config import yamlio
 from ray_dmml.config.schema import Config
+from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
-from ray_dmml.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("unshare", "nsenter", "ip", "pgrep", "rsync", "ssh", "curl", "/usr/sbin/sshd")

@@ -14,7 +14,7 @@ from ray_dmml.config.loading import refuse_old, set_setting
 from ray_dmml.config.schema import Config, OptimizerConfig
 from ray_dmml.errors import UserError
 from ray_dmml.training.run_dir import RunDir
-from ray_dmml.tune.tuner import SearchFolder
+from ray_dmml.tune.results import SearchDir
 
 
 def test_overrides_reach_everything(tmp_path: Path) -> None:
@@ -163,4 +163,4 @@ def test_a_run_of_an_older_version_is_refused(tmp_path: Path) -> None:
     assert resumed.exit_code != 0 and "was written by an older version" in resumed.output
     (tmp_path / "search.yaml").write_text("settings: {run: {max_restarts: 5}}\nsearch: {}\n")
     with pytest.raises(UserError, match=r"search\.yaml was written by an older version"):
-        SearchFolder(tmp_path).search()
+        SearchDir(tmp_path).search()

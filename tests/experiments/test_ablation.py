@@ -24,8 +24,8 @@ from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError
 from ray_dmml.models.pretrained import OFFLINE_BACKBONES
+from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
-from ray_dmml.training.trainer import train
 
 STEPS = 8
 PARTS: dict[str, Any] = {

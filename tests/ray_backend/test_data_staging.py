@@ -14,8 +14,8 @@ from conftest import tiny
 
 from ray_dmml.config import yamlio
 from ray_dmml.config.schema import Config
+from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
-from ray_dmml.training.trainer import train
 
 pytestmark = pytest.mark.slow
 

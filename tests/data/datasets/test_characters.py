@@ -16,7 +16,7 @@ def listed() -> dict[int, int]:
 
 
 def test_the_list_can_be_made_again():
-    """Making the list anew gives the one in the package.
+    """Making the list again gives the one in the package.
 
     Other versions of FreeType move glyphs by fractions of a pixel, so a few of the many pairs of
     accented letters may fall on the other side of the look-alike threshold.
@@ -40,7 +40,7 @@ def test_look_alikes_are_one_class():
 
 
 def test_splits_are_large_disjoint_and_mixed():
-    """Hundreds of classes on each side, 13 to 16 images each, none shared, scripts in both."""
+    """Each side has hundreds of classes of 13 to 16 images and all scripts, and no class is in both."""
     splits = load_splits(DataConfig(decode_size=32, validation_fraction=0.25))
     sets = [splits.train, splits.validation, splits.test]
     names = [name for images in sets for name in images.class_names]
