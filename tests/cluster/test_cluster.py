@@ -374,9 +374,8 @@ ASK_DASHBOARD = "curl --silent --max-time 2 http://localhost:8265"
 
 
 def lines_of_outgrowing() -> list[str]:
-    """The commands of docs/training.md's section, without their comments."""
-    page = (ROOT / "docs/training.md").read_text()
-    section = page.split("\n## From one machine to a cluster\n")[1]
+    """The commands of the README's section, without their comments."""
+    section = (ROOT / "README.md").read_text().split("\n## Outgrowing one machine\n")[1]
     block = section.split("```bash\n")[1].split("```")[0]
     return [line.partition("  #")[0].strip() for line in block.splitlines()]
 
