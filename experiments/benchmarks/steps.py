@@ -120,7 +120,7 @@ def memory(settings: Settings) -> list[Row]:
         folder = stack.enter_context(training_folder(settings.data_root))
         trainer = stack.enter_context(Worker("plain", "independent", str(folder), "0", LOADERS))
         timed = stack.enter_context(timed_cohort(folder))
-        actors = [timed.cohort._actors[timed.cohort.names[0]], timed.cohort._coordinator]
+        actors = [timed.cohort.actors[timed.cohort.names[0]], timed.cohort.coordinator]
         # A lambda travels by value, so that the coordinator's process imports nothing for it.
         pids = ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
         samples: dict[str, list[dict[str, float]]] = {"peer": [], "coordinator": [], "plain": []}

@@ -372,15 +372,9 @@ SHOW_JOBS = "tail -n 50 /tmp/ray/session_latest/logs/job-driver-*; ls ~/runs/c"
 ASK_DASHBOARD = "curl --silent --max-time 2 http://localhost:8265"
 
 
-<<<<<<< HEAD
 def lines_of_the_docs() -> list[str]:
     """The commands of the section, without their comments."""
     section = (ROOT / "docs/cluster.md").read_text().split("\n## Step by step\n")[1]
-=======
-def lines_of_outgrowing() -> list[str]:
-    """The commands of the README's section, without their comments."""
-    section = (ROOT / "README.md").read_text().split("\n## Outgrowing one machine\n")[1]
->>>>>>> room-docs
     block = section.split("```bash\n")[1].split("```")[0]
     return [line.partition("  #")[0].strip() for line in block.splitlines()]
 
