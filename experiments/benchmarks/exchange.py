@@ -17,7 +17,8 @@ from benchmarks.row import Goal, Row, Settings, in_turn
 from benchmarks.worker import ask_all, distributed
 from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.ray_backend.coordinator import Coordinator
-from ray_dmml.ray_backend.exchange import Members, connect
+from ray_dmml.ray_backend.exchange import Members
+from ray_dmml.ray_backend.rendezvous import connect
 
 ROWS, SIZE = 128, 512
 DIRECT_COUNT, COORDINATOR_COUNT, WARM_UP = 500, 100, 10

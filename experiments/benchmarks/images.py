@@ -27,7 +27,7 @@ from ray_dmml.data.augmentations import training_view
 from ray_dmml.data.cache import through_cache
 from ray_dmml.data.dataset import FileImages, ImageSet
 from ray_dmml.models.embedding_net import normalised
-from ray_dmml.ray_backend.peer_actor import tune_malloc
+from ray_dmml.ray_backend.process import tune_malloc
 
 NUM_PEERS, NUM_IMAGES, SIDE = 4, 64, 500
 LIMIT_BYTES = 2**30
