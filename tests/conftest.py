@@ -34,6 +34,38 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 NUM_CLASSES, IMAGES_PER_CLASS = 16, 5
 
 
+PROCESS_FIXTURES = {"ray_start_4_cpus", "s3"}
+"""Fixtures that start processes: tests that use one have the marker `ray`."""
+
+_PROCESS_EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"}
+_allows_processes = True
+
+
+def _refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _allows_processes and event in _PROCESS_EVENTS:
+        raise RuntimeError(f"a test without the marker `ray` starts a process: {arguments!r:.200}")
+
+
+sys.addaudithook(_refuse_processes)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.ray)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """`pytest -m "not ray"` starts no process: what does is marked, and this is the guard."""
+    global _allows_processes
+    _allows_processes = item.get_closest_marker("ray") is not None
+    try:
+        return (yield)
+    finally:
+        _allows_processes = True
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Decoded images are kept for the length of the test run, and out of the user's own cache. Not on
     import: actors import this file, too, and nobody would remove theirs."""

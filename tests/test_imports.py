@@ -11,6 +11,9 @@ import pytest
 
 import ray_dmml
 
+pytestmark = pytest.mark.ray
+
+
 RAY_ROOMS = ("ray_dmml.ray_backend", "ray_dmml.tune")
 
 LOADS = """

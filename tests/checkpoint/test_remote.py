@@ -359,6 +359,7 @@ def test_a_missing_bucket_is_an_error(s3: S3Server, tmp_path: Path) -> None:
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.ray
 def test_a_server_that_dies_costs_only_the_copy(tmp_path: Path) -> None:
     """In the middle of a run: the push fails soon, and the run is unchanged. When the server is back,
     without its files, which were in memory, the next push copies everything."""

@@ -112,6 +112,7 @@ def test_a_save_that_fails_half_way_leaves_no_half(tmp_path: Path) -> None:
     assert store.load("last").peers == FILES
 
 
+@pytest.mark.ray
 def test_a_save_can_be_killed_at_any_point(memory: Path) -> None:
     """Before each sync, rename and removal: last and best are complete, of the old step or the new one,
     there is no warning, and the next save removes what the killed one left."""
@@ -172,6 +173,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.ray
 def test_a_full_disk_costs_only_the_new_checkpoint(small_disk: Path) -> None:
     """Wherever in the checkpoint the disk is full: the error gives the reason, nothing of the attempt is
     left, the earlier checkpoints are undamaged, and the next one that fits is saved."""
@@ -189,6 +191,7 @@ def test_a_full_disk_costs_only_the_new_checkpoint(small_disk: Path) -> None:
     assert store.load("last").peers == store.load("best").peers == rest
 
 
+@pytest.mark.ray
 def test_a_disk_too_full_for_the_index(small_disk: Path) -> None:
     """The checkpoint takes the last byte of the disk: it is removed again."""
     store = CheckpointStore(small_disk / "checkpoints")
@@ -211,6 +214,7 @@ def test_a_disk_too_full_for_the_index(small_disk: Path) -> None:
     assert store.load("best").step == 2
 
 
+@pytest.mark.ray
 def test_a_read_only_disk_is_an_error(small_disk: Path) -> None:
     """Loading still works, and saving works again once the disk is writable."""
     store = CheckpointStore(small_disk / "checkpoints")

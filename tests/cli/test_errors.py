@@ -231,6 +231,7 @@ def test_damaged_checkpoints_are_named(run: Path, tmp_path: Path) -> None:
         assert "peer1/weights.safetensors is damaged" in error
 
 
+@pytest.mark.ray
 def test_an_error_is_the_same_from_a_shell(tmp_path: Path) -> None:
     """The command itself: exit code 2, nothing on standard output, no traceback."""
     command = [sys.executable, "-m", "ray_dmml.cli", "train", "--set", "train.stepps=3"]

@@ -18,6 +18,8 @@ from ray_dmml.cli.main import app
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import NonFiniteLossError, PeerLostError
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.mark.parametrize(
     ("setting", "message"),

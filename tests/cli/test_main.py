@@ -21,6 +21,7 @@ def test_the_version() -> None:
     assert ended.stdout == f"ray-dmml {metadata.version('ray-dmml')}\n"
 
 
+@pytest.mark.ray
 def test_the_package_is_the_command() -> None:
     """`python -m ray_dmml.cli` lists the commands."""
     line = [sys.executable, "-m", "ray_dmml.cli", "--help"]

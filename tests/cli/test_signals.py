@@ -17,6 +17,9 @@ from ray_dmml.config import yamlio
 from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
 
+pytestmark = pytest.mark.ray
+
+
 PATIENCE_S = 120.0
 
 

@@ -47,6 +47,7 @@ def test_mistakes_are_reported_before_anything_runs(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.ray
 def test_the_script_is_the_command(tmp_path: Path) -> None:
     """`experiments/tune_diversity.py` reports a mistake in the same way, without a traceback."""
     script = EXPERIMENTS / "tune_diversity.py"

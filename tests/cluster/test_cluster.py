@@ -23,6 +23,9 @@ from ray_dmml.config.schema import Config
 from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
 
+pytestmark = pytest.mark.ray
+
+
 ROOT = Path(__file__).parents[2]
 NEEDED = ("unshare", "nsenter", "ip", "pgrep", "rsync", "ssh", "curl", "/usr/sbin/sshd")
 STEPS = 60

@@ -32,6 +32,8 @@ from ray_dmml.config.schema import Config
 from ray_dmml.ray_backend import placement
 from ray_dmml.ray_backend.autoscaling import spot_first
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parents[2]
 CLUSTER_FILE = ROOT / "cluster.yaml"
 

@@ -216,6 +216,7 @@ def _digest(config: DataConfig, together: Any) -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.ray
 def test_processes_that_build_it_at_once_agree(folder: Path) -> None:
     """Three processes that start on an empty folder at once, twenty times, read the same images."""
     expected = _digest(settings(folder, cache_gib=0), Barrier(1))
@@ -303,6 +304,7 @@ def test_a_full_disk_costs_a_warning(folder: Path, caplog: pytest.LogCaptureFixt
     assert "data.cache_dir" in message
 
 
+@pytest.mark.ray
 def test_a_full_file_system_costs_a_warning(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

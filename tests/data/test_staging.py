@@ -112,6 +112,7 @@ def _fetch(data: DataConfig, together: Any) -> list[str]:
     return messages
 
 
+@pytest.mark.ray
 def test_many_at_once_make_one_copy(images: Path, tmp_path: Path) -> None:
     """The peers of a node start like this."""
     data = config(images, root=tmp_path / "copy")
@@ -139,6 +140,7 @@ def test_an_interrupted_copy_continues(images: Path, tmp_path: Path, messages: M
     assert f"copying 2 of {len(names)} files" in message
 
 
+@pytest.mark.ray
 def test_files_with_a_digest_are_verified(images: Path, tmp_path: Path) -> None:
     """Both a damaged source and a damaged copy of the same size are noticed."""
     names = sorted(files_of(images))

@@ -18,6 +18,8 @@ from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.staging import fetch
 from ray_dmml.errors import UserError
 
+pytestmark = pytest.mark.ray
+
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {

@@ -10,6 +10,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.ray
+
+
 ROOT = Path(__file__).parents[2]
 
 

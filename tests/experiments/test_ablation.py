@@ -27,6 +27,9 @@ from ray_dmml.models.pretrained import OFFLINE_BACKBONES
 from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
 
+pytestmark = pytest.mark.ray
+
+
 STEPS = 8
 PARTS: dict[str, Any] = {
     "independent": {"cohort.base.optimizer.lr": 0.002},

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.ray
+
+
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.ray
+
+
 CHAOS = Path(__file__).parents[2] / "experiments" / "reliability" / "chaos.py"
 
 

@@ -13,6 +13,9 @@ from conftest import write_image
 from ray_dmml.config.schema import Config
 from ray_dmml.training.run import train
 
+pytestmark = pytest.mark.ray
+
+
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 PER_CLASS = 4
 SMALL = [

@@ -16,6 +16,9 @@ from ray_dmml.config.loading import read_settings
 from ray_dmml.config.schema import Config
 from ray_dmml.tune.search_space import Search, load_search
 
+pytestmark = pytest.mark.ray
+
+
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 

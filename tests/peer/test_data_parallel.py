@@ -22,6 +22,9 @@ from ray_dmml.errors import PeerLostError
 from ray_dmml.peer.data_parallel import Replicas
 from ray_dmml.peer.peer import Peer
 
+pytestmark = pytest.mark.ray
+
+
 SLOW = {"name": "sgd", "lr": 5e-3, "momentum": 0.5, "weight_decay": 1e-3}
 """With a learning rate of 0.05 rounding grows to 1 % within six steps."""
 

@@ -522,6 +522,7 @@ def test_proxies_are_part_of_the_state() -> None:
     assert_same(other.state_dict(), one.state_dict())
 
 
+@pytest.mark.parametrize("clip_norm", [0.01, 1e9])
 def test_gradients_are_clipped_to_their_total_norm(clip_norm: float) -> None:
     """With rate 1 the weights move by the gradient, scaled down to the norm where it is longer."""
     optimizer = {**PLAIN_SGD, "lr": 1.0, "clip_norm": clip_norm}
@@ -647,6 +648,7 @@ with closing(LocalCohort(config, load_splits(config.data))) as cohort:
 """
 
 
+@pytest.mark.ray
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit of the address space")
 def test_out_of_memory_is_one_sentence(image_folder: Path) -> None:
     """Who, where, what was asked for, what it was for, and what to lower."""

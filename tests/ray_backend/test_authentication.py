@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.ray
+
+
 TOKEN, OTHER = "a" * 64, "b" * 64
 JOIN = """
 from ray_dmml.ray_backend.session import ray_session

@@ -13,6 +13,8 @@ from ray_dmml.config.schema import DataConfig
 from ray_dmml.errors import UserError
 from ray_dmml.ray_backend.data_staging import prepare_everywhere
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[None]:

@@ -17,7 +17,7 @@ from ray_dmml.config.schema import Config
 from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 def settings(root: Path, **changes: Any) -> dict[str, Any]:

@@ -353,6 +353,7 @@ def ray_with_gpus() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("num_peers", [3, 4])
 @pytest.mark.parametrize("first", [{}, {"num_cpus": 2, "num_gpus": 1}])
 def test_ray_grants_the_plan(ray_with_gpus: None, num_peers: int, first: dict[str, Any]) -> None:

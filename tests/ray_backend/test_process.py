@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.ray
+
+
 FAULTS = """
 import resource
 import torch

@@ -28,6 +28,9 @@ from ray_dmml.ray_backend.ray_cohort import RayCohort
 from ray_dmml.training.run import evaluate, train
 from ray_dmml.training.run_dir import RunDir
 
+pytestmark = pytest.mark.ray
+
+
 STEPS = 16
 
 

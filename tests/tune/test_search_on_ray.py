@@ -27,6 +27,8 @@ from ray_dmml.tune.results import SearchDir
 from ray_dmml.tune.trial import Trial
 from ray_dmml.tune.tuner import run_search
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture
 def raw(image_folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ def listed() -> dict[int, int]:
     return {int(code, 16): int(mask, 16) for code, mask in rows}
 
 
+@pytest.mark.slow
 def test_the_list_can_be_made_again():
     """Making the list again gives the one in the package.
 
