@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_samples import FILES, META, rewrite_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from checkpoint_samples import FILES, META, rewrite_manifest
 
 from ray_dmml.checkpoint.manifest import (
     FORMAT,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same
 from checkpoint_samples import Malicious, peer_state
+from conftest import assert_same
 
 from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 from ray_dmml.errors import UserError

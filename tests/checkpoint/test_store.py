@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_samples import FILES, META, Malicious, load_without_warnings
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from checkpoint_samples import FILES, META, Malicious, load_without_warnings
 
 from ray_dmml.checkpoint.manifest import DamagedError, dump_with_checksum
 from ray_dmml.checkpoint.store import CheckpointStore, read_checkpoint
