@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ray_dmml.data.augmentations import View, evaluation_view
-from ray_dmml.data.dataset import FileImages, ImageSet, Resize
+from ray_dmml.data.dataset import FileImages, ImageSet
+from ray_dmml.data.decoding import Resize
 from ray_dmml.data.loader import in_chunks
 from ray_dmml.evaluation.ensemble import ensemble_embedding
 from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net
@@ -89,7 +90,7 @@ def load_cohort(
     """
     folder = RunDir.open(run)
     config = folder.config()
-    which = config.weights_to_judge(weights)
+    which = config.weights_to_evaluate(weights)
     checkpoint = folder.checkpoints.load("best" if which == "best" else "last")
     peers = {}
     for peer in config.cohort.peers:

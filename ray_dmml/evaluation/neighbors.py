@@ -11,13 +11,14 @@ omit any of them. Three steps make the order reliable:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_dmml.cores import faiss_on_all_cores
+from ray_dmml.cores import num_cores
 from ray_dmml.errors import UserError
 
 Floats = NDArray[np.float32]
@@ -125,11 +126,25 @@ class _Groups:
         return result
 
 
+@contextmanager
+def _faiss_on_all_cores() -> Iterator[None]:
+    """Inside the block faiss uses every core, whatever a training in this process has set.
+
+    The last bit of its similarities depends on the number of threads.
+    """
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(num_cores())
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 def _search(queries: Floats, gallery: Floats, need: int) -> tuple[Floats, Ints]:
     """Similarities and indices of the `need` most similar rows (or of all rows), ties by lower index."""
     need = min(need, len(gallery))
     searched = min(need + _SPARE, len(gallery))
-    with faiss_on_all_cores():
+    with _faiss_on_all_cores():
         similarity, indices = faiss.knn(
             queries, gallery, searched, metric=faiss.METRIC_INNER_PRODUCT
         )

@@ -1,4 +1,4 @@
-"""The page of a search: what was tried, what came of it, and which settings mattered. One HTML file."""
+"""The HTML report of a search: its trials, which parameters mattered, and the final runs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ray_dmml.training.run_dir import replace_file
-from ray_dmml.tune.search_space import Search, final_head, final_rows, is_unbeaten
+from ray_dmml.tune.results import baseline_is_best, final_columns, final_rows, short
+from ray_dmml.tune.search_space import Search
+from ray_dmml.tune.trial import Trial
 
-if TYPE_CHECKING:
-    from ray_dmml.tune.tuner import Trial
-
-FEW = 8
-"""Trials below which nothing is said of what a setting explains."""
+MIN_TRIALS = 8
+"""With fewer trials the report does not say what a setting explains."""
 
 GOOD, BAD, LINE = "#2563a8", "#b8bec6", "#d9822b"
 _STYLE = """
@@ -34,94 +33,91 @@ img { max-width: 100%; height: auto } .scroll { overflow-x: auto } p { max-width
 """
 
 
-def write_page(
+def write_report(
     path: Path,
     search: Search,
     trials: Sequence[Trial],
     best: Trial,
     final: Mapping[str, Any] | None,
-    kept: Sequence[Trial] = (),
+    front: Sequence[Trial] = (),
 ) -> None:
-    """Writes the page.
+    """Writes the report as one HTML file.
 
     Args:
-        best: the one that best.yaml is of.
-        final: the test figures of the final runs; None: there are none yet.
-        kept: the trials that no other beats in objective and cost, where both were searched for.
+        best: the trial whose parameters are in best.yaml.
+        final: the content of final.json; None: the final runs have not ended.
+        front: the Pareto front, if the search minimises the cost as well.
     """
-    judged = [trial for trial in trials if trial.reports]
-    finals = final is not None and bool(final["best"]["test"])
-    what = f"{search.config.metric} of the {search.config.objective.replace('_', ' ')}"
+    reported = [trial for trial in trials if trial.reports]
+    has_final_runs = final is not None and bool(final["best"]["test"])
+    objective = f"{search.config.metric} of the {search.config.objective.replace('_', ' ')}"
     parts = [
-        f"<h1>Search: {html.escape(what)}</h1>",
-        f"<p>{len(trials)} trials on {html.escape(search.base.data.name)}, judged on validation "
-        f"classes; the test classes were seen by {'the final runs only' if finals else 'none'}.</p>",
+        f"<h1>Search: {html.escape(objective)}</h1>",
+        f"<p>{len(trials)} trials on {html.escape(search.base.data.name)}, evaluated on validation classes. "
+        f"The test classes were used by {'the final runs only' if has_final_runs else 'no run'}.</p>",
     ]
-    if final is not None and finals:
+    if final is not None and has_final_runs:
         parts += ["<h2>Test classes</h2>", _final_table(final, search)]
-    alike = at_common_step(judged)
+    alike = at_common_step(reported)
     steps = {trial.step for trial in alike}
     when = (
-        f"step {steps.pop()}, which all trials reached"
+        f"at step {steps.pop()}, which all trials reached"
         if len(steps) == 1
-        else "the last report of each trial, as no step is common to all"
+        else "at the last report of each trial, because no step is common to all"
     )
     parts += [
-        "<h2>Objective, trial by trial</h2>",
-        _image(_history(judged, what), "Objective of each trial, and the best so far"),
-        "<h2>All settings of each trial</h2>",
-        f"<p>This and the plots below are of {when}. A line a trial, the darker the better; orange: the "
-        "best at its end.</p>",
-        _image(_parallel(alike, search, what, best.number), "Settings and figure of each trial"),
+        "<h2>Objective of each trial</h2>",
+        _image(_history(reported, objective), "Objective of each trial, and the best so far"),
+        "<h2>Parameters of each trial</h2>",
+        f"<p>This plot and those below show the objective {when}. Each line is a trial; darker is better. "
+        "Orange is the best trial.</p>",
+        _image(_parallel(alike, search, best.number), "Parameters and objective of each trial"),
         "<h2>What each setting explains</h2>",
         *_explained(alike, search),
-        "<h2>Each setting by itself</h2>",
-        "<p>A point a trial: blue ones trained to their end, grey ones did not.</p>",
-        _image(_marginals(alike, search, what), "Figure of each trial over each setting"),
+        "<h2>Each setting alone</h2>",
+        "<p>Each point is a trial. Blue trials are finished, grey ones are not.</p>",
+        _image(_marginals(alike, search), "Objective of each trial over each setting"),
     ]
-    if kept:
-        parts += ["<h2>Quality against cost of inference</h2>", _pareto_table(kept, search)]
+    if front:
+        parts += ["<h2>Objective and cost of inference</h2>", _pareto_table(front, search)]
     parts += ["<h2>Trials</h2>", _trials_table(trials, search, best.number)]
-    text = "\n".join(parts)
+    body = "\n".join(parts)
     replace_file(
         path,
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Search</title>'
-        f"<style>{_STYLE}</style><body>{text}</body></html>\n",
+        f"<style>{_STYLE}</style><body>{body}</body></html>\n",
     )
 
 
 def _explained(trials: Sequence[Trial], search: Search) -> list[str]:
-    if len(trials) < FEW:
-        return [f"<p>Left out: {len(trials)} trials are too few, it needs {FEW}.</p>"]
+    if len(trials) < MIN_TRIALS:
+        return [f"<p>Left out: it needs {MIN_TRIALS} trials, and there are {len(trials)}.</p>"]
     if len({trial.objective for trial in trials}) == 1:
         return ["<p>Left out: all trials are equal.</p>"]
     return [
-        "<p>Share of the trials' variance that goes with the setting alone (numbers in three "
-        "classes of equal size). With few trials this is a hint and no more.</p>",
+        "<p>The share of the objective's variance that a setting explains alone. Numbers are cut into "
+        "three classes of equal size. With few trials this is only a hint.</p>",
         _image(_importance(trials, search), "Share of variance of each setting"),
     ]
 
 
 def at_common_step(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials as they were at the last step that each of them has reported: ones that were ended
-    early look worse for that alone."""
-    reported = (set(r["step"] for r in trial.reports) for trial in trials)
-    common = set.intersection(*reported)
-    step = max(common) if common else 0
-    then = []
-    for trial in trials:
-        reports = [r for r in trial.reports if r["step"] <= step] or trial.reports
-        params = reports[-1].get("params", trial.params)
-        then.append(replace(trial, reports=reports, params=params))
-    return then
+    """The trials as they were at the last step that all of them have reported. Otherwise trials that were
+    stopped early would look worse for that reason alone."""
+    common = set.intersection(*({r["step"] for r in trial.reports} for trial in trials))
+    step = max(common, default=0)
+    return [
+        replace(trial, reports=[r for r in trial.reports if r["step"] <= step] or trial.reports)
+        for trial in trials
+    ]
 
 
 def importance(trials: Sequence[Trial], search: Search) -> dict[str, float]:
-    """Setting to the share of the objective's variance between its values (eta squared), largest
-    first; numbers are cut into three classes of equal size."""
+    """The share of the objective's variance that lies between the values of each setting (eta squared),
+    the largest first. Numbers are cut into three classes of equal size."""
     objective = np.array([trial.objective for trial in trials], dtype=float)
-    spread = float(((objective - objective.mean()) ** 2).sum())
-    found = {}
+    variance = float(((objective - objective.mean()) ** 2).sum())
+    shares = {}
     for key, distribution in search.config.space.items():
         values = np.array([_position(search, key, trial.params[key]) for trial in trials])
         if distribution.choice is None:
@@ -130,54 +126,49 @@ def importance(trials: Sequence[Trial], search: Search) -> dict[str, float]:
             (values == value).sum() * (objective[values == value].mean() - objective.mean()) ** 2
             for value in np.unique(values)
         )
-        found[key] = float(between) / spread if spread else 0.0
-    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+        shares[key] = float(between) / variance if variance else 0.0
+    return dict(sorted(shares.items(), key=lambda pair: -pair[1]))
 
 
-def _position(search: Search, key: str, drawn: Any) -> float:
-    """Where a draw stands on its axis, 0 to 1."""
+def _position(search: Search, key: str, sample: Any) -> float:
+    """The place of a sample on its axis, 0 to 1."""
     distribution = search.config.space[key]
     if distribution.choice is not None:
         labels = distribution.labels
-        return labels.index(drawn) / max(1, len(labels) - 1)
-    low, high = distribution.ends or (0, 1)
+        return labels.index(sample) / max(1, len(labels) - 1)
+    low, high = distribution.limits or (0, 1)
     if distribution.loguniform is not None:
-        return float(np.log(drawn / low) / np.log(high / low))
-    return float((drawn - low) / (high - low))
-
-
-def _short(text: Any, width: int = 24) -> str:
-    told = f"{text:.3g}" if isinstance(text, float) else str(text)
-    return told if len(told) <= width else told[: width - 1] + "…"
+        return float(np.log(sample / low) / np.log(high / low))
+    return float((sample - low) / (high - low))
 
 
 def _ticks(search: Search, key: str) -> tuple[list[float], list[str]]:
-    """Of a setting's axis."""
+    """Positions and labels of the ticks of a setting's axis."""
     distribution = search.config.space[key]
     if distribution.choice is not None:
         labels = distribution.labels
         positions = [_position(search, key, label) for label in labels]
-        long = max(map(len, labels)) > 12
-        return positions, [f"no. {n + 1}" if long else label for n, label in enumerate(labels)]
-    low, high = distribution.ends or (0, 1)
+        is_long = max(map(len, labels)) > 12
+        return positions, [f"no. {n + 1}" if is_long else label for n, label in enumerate(labels)]
+    low, high = distribution.limits or (0, 1)
     middle = float(np.sqrt(low * high)) if distribution.loguniform is not None else (low + high) / 2
     return [0, 0.5, 1], [f"{value:.3g}" for value in (low, middle, high)]
 
 
 def _last_part(key: str) -> str:
-    """The end of a dotted name, with the peer it is of."""
+    """The end of a dotted key, with the number of its peer."""
     parts = key.split(".")
     peer = f"peer {parts[2]}: " if parts[:2] == ["cohort", "peers"] and len(parts) > 2 else ""
     return peer + parts[-1]
 
 
-def _history(trials: Sequence[Trial], what: str) -> Figure:
+def _history(trials: Sequence[Trial], objective: str) -> Figure:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.add_subplot()
     numbers = [trial.number for trial in trials]
     values = [trial.objective for trial in trials]
     done = [trial.finished for trial in trials]
-    for state, colour, label in ((True, GOOD, "trained to its end"), (False, BAD, "ended early")):
+    for state, colour, label in ((True, GOOD, "finished"), (False, BAD, "not finished")):
         points = [(n, v) for n, v, d in zip(numbers, values, done, strict=True) if d is state]
         if points:
             axes.scatter(*zip(*points, strict=True), color=colour, label=label, zorder=3)
@@ -187,13 +178,13 @@ def _history(trials: Sequence[Trial], what: str) -> Figure:
             best = max(best, trial.objective)
         line.append(best if np.isfinite(best) else np.nan)
     axes.step(numbers, line, where="post", color=LINE, label="best so far")
-    axes.set(xlabel="trial (0: the config as it is)", ylabel=what)
+    axes.set(xlabel="trial (0: baseline)", ylabel=objective)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return _plain(figure)
 
 
-def _parallel(trials: Sequence[Trial], search: Search, what: str, best: int) -> Figure:
+def _parallel(trials: Sequence[Trial], search: Search, best: int) -> Figure:
     keys = list(search.config.space)
     figure = Figure(figsize=(max(9, 1.5 * len(keys)), 4), layout="constrained")
     axes = figure.add_subplot()
@@ -210,13 +201,13 @@ def _parallel(trials: Sequence[Trial], search: Search, what: str, best: int) -> 
     for place, key in enumerate(keys):
         axes.axvline(place, color="#ccc", linewidth=0.8, zorder=0)
         for position, label in zip(*_ticks(search, key), strict=True):
-            # On white: lines go through it.
+            # A white box, because lines cross the label.
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
             axes.text(place + 0.03, position, label, fontsize=8, va="center", bbox=box, zorder=5)
     axes.axvline(len(keys), color="#ccc", linewidth=0.8, zorder=0)
     for position, value in ((0.0, low), (1.0, high)) if low < high else ((0.5, low),):
         axes.text(len(keys) + 0.03, position, f"{value:.3f}", fontsize=8, va="center")
-    names = [*(_last_part(key) for key in keys), what.split(" of ")[0]]
+    names = [*(_last_part(key) for key in keys), search.config.metric]
     axes.set_ylim(-0.05, 1.05)
     axes.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
     axes.set(yticks=[], xlim=(-0.1, len(keys) + 0.35))
@@ -224,17 +215,17 @@ def _parallel(trials: Sequence[Trial], search: Search, what: str, best: int) -> 
 
 
 def _importance(trials: Sequence[Trial], search: Search) -> Figure:
-    found = importance(trials, search)
-    figure = Figure(figsize=(7, 0.6 + 0.35 * len(found)), layout="constrained")
+    shares = importance(trials, search)
+    figure = Figure(figsize=(7, 0.6 + 0.35 * len(shares)), layout="constrained")
     axes = figure.add_subplot()
-    names = [_last_part(key) for key in found][::-1]
-    axes.barh(range(len(found)), list(found.values())[::-1], color=GOOD)
+    names = [_last_part(key) for key in shares][::-1]
+    axes.barh(range(len(shares)), list(shares.values())[::-1], color=GOOD)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlim=(0, 1), xlabel="share of variance")
     return _plain(figure)
 
 
-def _marginals(trials: Sequence[Trial], search: Search, what: str) -> Figure:
+def _marginals(trials: Sequence[Trial], search: Search) -> Figure:
     keys = list(search.config.space)
     columns = min(4, len(keys))
     rows = -(-len(keys) // columns)
@@ -253,7 +244,7 @@ def _marginals(trials: Sequence[Trial], search: Search, what: str) -> Figure:
         axes.set_xlim(-0.08, 1.08)
         axes.tick_params(axis="y", labelsize=8)
         if place % columns == 0:
-            axes.set_ylabel(what.split(" of ")[0], fontsize=9)
+            axes.set_ylabel(search.config.metric, fontsize=9)
     return _plain(figure)
 
 
@@ -263,15 +254,16 @@ def _plain(figure: Figure) -> Figure:
     return figure
 
 
-def _image(figure: Figure, shows: str) -> str:
+def _image(figure: Figure, caption: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<div class="scroll"><img alt="{html.escape(shows)}" src="data:image/png;base64,{data}"></div>'
+    source = f"data:image/png;base64,{data}"
+    return f'<div class="scroll"><img alt="{html.escape(caption)}" src="{source}"></div>'
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Rows are (CSS class, cells)."""
+    """An HTML table; each row is (CSS class, cells)."""
 
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values)
@@ -282,53 +274,34 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
 
 def _final_table(final: Mapping[str, Any], search: Search) -> str:
     seeds = len(final["best"]["test"])
-    of = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    unbeaten = " No trial beat the config as it is." if is_unbeaten(final) else ""
-    note = f"<p>Percent; {of}, trained on all training classes.{unbeaten}</p>"
+    what = f"Mean and standard deviation of {seeds} seeds" if seeds > 1 else "One seed"
+    note = " No trial was better than the baseline." if baseline_is_best(final) else ""
     rows = [("best" if n == 0 else "", row) for n, row in enumerate(final_rows(final, search))]
-    return _table(final_head(search), rows) + note
+    table = _table(final_columns(search), rows)
+    return f"{table}<p>{what} in percent, trained on all training classes.{note}</p>"
 
 
-def _pareto_table(kept: Sequence[Trial], search: Search) -> str:
+def _pareto_table(front: Sequence[Trial], search: Search) -> str:
     head = ["trial", search.config.metric, "million parameters", *search.config.space]
-    rows = [
-        (
-            "",
-            [
-                str(trial.number),
-                f"{trial.objective or 0:.4f}",
-                f"{trial.reports[-1]['cost']:.2f}",
-                *(_short(trial.params[key]) for key in search.config.space),
-            ],
-        )
-        for trial in kept
-    ]
+    rows = []
+    for trial in front:
+        params = [short(trial.params[key]) for key in search.config.space]
+        cost = f"{trial.reports[-1]['cost']:.2f}"
+        rows.append(("", [str(trial.number), f"{trial.objective or 0:.4f}", cost, *params]))
     return _table(head, rows)
 
 
 def _trials_table(trials: Sequence[Trial], search: Search, best: int) -> str:
-    head = [
-        "trial",
-        "status",
-        "step",
-        search.config.metric,
-        "s",
-        *map(_last_part, search.config.space),
-    ]
+    names = map(_last_part, search.config.space)
+    head = ["trial", "status", "step", search.config.metric, "s", *names]
     rows = []
     for trial in trials:
         kind = "best" if trial.number == best else "" if trial.finished else "bad"
         value = "-" if trial.objective is None else f"{trial.objective:.4f}"
-        told = [_short(trial.params[key]) for key in search.config.space]
-        status = (
-            trial.status
-            if trial.error is None or trial.finished
-            else f"failed: {_short(trial.error, 60)}"
-        )
-        rows.append(
-            (
-                kind,
-                [str(trial.number), status, str(trial.step), value, f"{trial.seconds:.0f}", *told],
-            )
-        )
+        params = [short(trial.params[key]) for key in search.config.space]
+        failed = trial.status == "failed"
+        status = f"failed: {short(trial.error, 60)}" if failed else trial.status
+        number = f"{trial.number} (baseline)" if trial.is_baseline else str(trial.number)
+        cells = [number, status, str(trial.step), value, f"{trial.seconds:.0f}", *params]
+        rows.append((kind, cells))
     return _table(head, rows)

@@ -1,325 +1,283 @@
-"""What a search varies, how, and what it is judged by; all of it is checked before a trial runs.
+"""The search space and the other settings of a search. All of them are checked before a trial runs.
 
-A search file names settings as ``--set`` does and says what each may be::
+A search file names settings as ``--set`` does, and gives the values that each of them may take::
 
     space:
       loss.relational.distance_weight: {loguniform: [0.1, 10]}
       cohort.peers.1.update_interval: {choice: [1, 2, 4]}
-    trial: {train.steps: 100}      # of the trials only
+    trial: {train.steps: 100}      # applies to the trials only
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from ray_dmml.config.schema import (
-    Config,
-    Count,
-    Section,
-    Whole,
-    explain,
-    read_yaml,
-    set_setting,
-)
+from ray_dmml.config.loading import read_yaml, set_setting
+from ray_dmml.config.messages import explain
+from ray_dmml.config.schema import Config, Count, Section, Whole
 from ray_dmml.errors import UserError
 
 DEFAULT_SEARCH = Path(__file__).parent / "search.yaml"
 
-_OF_TRIALS = {
-    "trials and final runs are of the same images": (
+_FIXED_IN_TRIALS = {
+    "trials and final runs use the same images": (
         *("data.name", "data.root", "data.source", "data.manifest"),
     ),
-    "trials would learn from classes that the final runs are tested on": (
+    "trials would train on classes that the final runs are tested on": (
         *("data.train_fraction", "data.split_seed"),
     ),
-    "trials and final runs are judged alike": ("evaluation.recall_at", "evaluation.weights"),
-    "a search sets it itself": (
+    "trials and final runs are evaluated alike": ("evaluation.recall_at", "evaluation.weights"),
+    "the search sets it": (
         *("data.validation_fold", "evaluation.split", "evaluation.untrained"),
         *("train.tensorboard", "checkpoint.every_steps", "checkpoint.storage_path"),
     ),
 }
-"""Why the trials' settings may not change these."""
+"""Settings that ``trial`` and ``space`` may not change, by the reason."""
 
-_OF_DRAWS = {
-    **_OF_TRIALS,
-    "all trials are judged on the same classes at the same steps": (
+_FIXED_IN_SPACE = {
+    **_FIXED_IN_TRIALS,
+    "all trials are evaluated on the same classes at the same steps": (
         *("data.validation_fraction", "data.validation_seed", "train.evaluate_every"),
     ),
 }
-"""Why draws may not change these."""
-
-_OF_THE_START = (
-    *("cohort", "base", "peers", "seed", "init_seed", "backbone", "weights", "embedding_size"),
-    *("pooling", "input_size", "frozen", "ema", "replicas", "amp", "optimizer"),
-    *("optimizer.name", "loss", "loss.metric", "loss.metric.name", "loss.metric.args"),
-    *("centers_per_class", "train", "train.steps", "train.init_from"),
-)
-"""Endings of settings whose change a cohort with trained weights cannot take, or would not notice."""
+"""Settings that ``space`` may not change, by the reason."""
 
 Params = Mapping[str, Any]
-"""A trial's draw: setting to value, choices by their label."""
+"""The sampled parameters of a trial: setting to value. A choice is given by its label."""
 
 
 class Distribution(Section):
-    """The values of one setting; exactly one kind."""
+    """The values that one setting may take. Exactly one field is given."""
 
     choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
-    """One of these, whatever they are: numbers, names, whole lists of transforms or peers."""
+    """One of these values: numbers, names, or whole lists of transforms or peers."""
 
     uniform: tuple[float, float] | None = None
-    """A number from the first to the second."""
+    """A number between two limits."""
 
     loguniform: tuple[float, float] | None = None
-    """Likewise, its logarithm being uniform."""
+    """A number between two limits. Its logarithm is uniform."""
 
     integer: tuple[int, int] | None = None
-    """A whole number from the first to the second, both included."""
+    """An integer between two limits, both included."""
 
     @model_validator(mode="after")
-    def _is_one(self) -> Distribution:
+    def _check(self) -> Distribution:
         given = [kind for kind in type(self).model_fields if getattr(self, kind) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of {', '.join(type(self).model_fields)}, not {len(given)}")
-        ends = self.ends
-        if ends is not None and not ends[0] < ends[1]:
-            raise ValueError(f"{given[0]} needs two numbers, the lower one first, not {list(ends)}")
+        limits = self.limits
+        if limits is not None and not limits[0] < limits[1]:
+            raise ValueError(
+                f"{given[0]} needs two numbers, the lower one first, not {list(limits)}"
+            )
         if self.loguniform is not None and self.loguniform[0] <= 0:
             raise ValueError("loguniform needs numbers above 0")
         return self
 
     @property
-    def ends(self) -> tuple[float, float] | None:
-        """Lowest and highest; None of a choice."""
+    def limits(self) -> tuple[float, float] | None:
+        """The lowest and the highest value, or None for a choice."""
         return self.uniform or self.loguniform or self.integer
 
     @property
     def labels(self) -> list[str]:
-        """Of the choices: numbers and names as they are, the rest as JSON."""
+        """Names of the choices: a string stands for itself, every other value is written as JSON."""
         return [
             value if isinstance(value, str) else json.dumps(value) for value in self.choice or ()
         ]
 
-    def value(self, drawn: Any) -> Any:
-        """What a draw stands for."""
-        return self.choice[self.labels.index(drawn)] if self.choice is not None else drawn
+    def value(self, sample: Any) -> Any:
+        """The setting's value for a sampled parameter."""
+        return self.choice[self.labels.index(sample)] if self.choice is not None else sample
 
     def extremes(self) -> list[Any]:
-        """Draws that, if they are all allowed, leave little that is not."""
-        if self.ends is None:
+        """Samples to validate. If the config accepts all of them, it accepts nearly every sample."""
+        if self.limits is None:
             return self.labels
-        low, high = self.ends
-        # Between them, where a whole number is needed and any may be drawn.
-        return (
-            [low, high] if self.integer is not None else [low, high, low + (high - low) / math.pi]
-        )
+        low, high = self.limits
+        if self.integer is not None:
+            return [low, high]
+        # A fraction as well, because a setting that needs an integer accepts both limits.
+        return [low, high, low + (high - low) / math.pi]
 
 
 class SearchConfig(Section):
-    """A search."""
+    """The settings of a search."""
 
     space: Annotated[dict[str, Distribution], Field(min_length=1)]
-    """Setting (as in `--set`) to what it may be."""
+    """The settings to search, named as in `--set`, and the values that each may take."""
 
     trial: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the trials only, such as fewer train.steps; the final runs have the config's."""
+    """Settings that apply to the trials only, such as fewer `train.steps`. The final runs use the
+    config's own."""
 
     objective: Literal["ensemble", "mean_peer", "best_peer"] = "ensemble"
-    """Whose figure on the validation classes is searched for."""
+    """The search maximises the validation metric of the ensemble, of the mean peer or of the best peer."""
 
     metric: str = "recall@1"
-    """Which figure: recall@K of evaluation.recall_at, map@r, r_precision."""
+    """recall@K for a K of evaluation.recall_at, map@r or r_precision."""
 
     cost: bool = False
-    """Search for a low cost of inference, too: parameters of all nets that the objective takes.
-    Gives the trials that no other beats in both."""
+    """Also minimise the cost of inference: the parameters of all networks that the objective uses. The
+    report then lists the Pareto front."""
 
     num_samples: Count = 8
-    """Trials; the first is the config as it is."""
+    """Number of trials. The first one is the baseline: the config without changes."""
 
-    search: Literal["optuna", "random"] | None = None
-    """How settings are proposed; null: optuna (TPE, multivariate) where it is installed (extra
-    `search`), else random."""
+    sampler: Literal["optuna", "random"] | None = None
+    """`optuna` (multivariate TPE, needs the extra `search`) or `random`; null: optuna if it is
+    installed, else random."""
 
-    scheduler: Literal["asha", "pbt", "none"] = "asha"
-    """`asha` ends the worse trials early; `pbt` copies better trials and changes their settings in
-    mid-run; `none` runs all to their end."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """`asha` stops the worse trials early; `none` trains every trial to its end."""
 
     reduction_factor: Annotated[int, Field(ge=2)] = 2
-    """`asha`: one in so many trials goes on at each rung."""
+    """`asha` continues one in this many trials at each rung."""
 
     folds: Count = 1
-    """Validation folds that a trial is judged on, one after the other; more than 1 needs
-    scheduler none."""
+    """Train each trial on this many validation folds and take the mean. More than 1 needs
+    `scheduler: none`."""
+
+    seeds: Count = 1
+    """Train each trial with this many seeds (the config's seed, seed + 1, ...) and take the mean. With
+    `folds`, every fold is trained with every seed. More than 1 needs `scheduler: none`."""
 
     final_seeds: Whole = 3
-    """Runs on all training classes, judged on the test classes, of the best setting and of the
-    config as it is; 0: none, and the test classes are never read."""
+    """Number of final runs of the best trial and of the baseline. A final run trains on all training
+    classes and is evaluated on the test classes. 0: no final runs, the test classes are never read."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the proposals."""
+    """Seed of the sampler."""
 
     @model_validator(mode="after")
-    def _fits(self) -> SearchConfig:
-        if self.folds > 1 and self.scheduler != "none":
-            raise ValueError(
-                f"folds {self.folds} needs scheduler: none, as a trial's figure is known only after "
-                "its last fold"
-            )
-        if self.cost and self.scheduler == "pbt":
-            raise ValueError("scheduler pbt has one objective: set cost: false")
-        if self.scheduler == "pbt" and self.search == "optuna":
-            raise ValueError("scheduler pbt proposes settings itself: set search: random")
+    def _check(self) -> SearchConfig:
+        for name, number in (("folds", self.folds), ("seeds", self.seeds)):
+            if number > 1 and self.scheduler != "none":
+                raise ValueError(
+                    f"{name}: {number} needs scheduler: none, because the objective of a trial is the "
+                    "mean over its runs and is known only after the last one"
+                )
         return self
 
     @property
-    def proposer(self) -> str:
+    def sampler_name(self) -> str:
         """``optuna`` or ``random``."""
-        if self.scheduler == "pbt":
-            return "random"
-        if self.search is not None:
-            return self.search
+        if self.sampler is not None:
+            return self.sampler
         return "optuna" if importlib.util.find_spec("optuna") else "random"
 
 
 class Search:
-    """A search over an experiment's settings.
+    """A search over the settings of an experiment.
 
     Args:
-        raw: the experiment's settings as :func:`~ray_dmml.config.schema.read_settings` gives them.
-        config: the search.
+        raw: the experiment's settings as :func:`~ray_dmml.config.loading.read_settings` returns them.
+        config: the settings of the search.
 
     Raises:
-        UserError: a setting or value of the space is not allowed, the experiment's own value is
-            not in the space, or there are no validation classes to search on.
+        UserError: a setting or value of the space is not allowed, the config's own value is not in
+            the space, or there are no validation classes.
     """
 
     def __init__(self, raw: Mapping[str, Any], config: SearchConfig) -> None:
         self.raw, self.config = copy.deepcopy(dict(raw)), config
         self.base = Config.parse(self.raw)
-        self._require_no_draw_undone()
-        try:
-            self._require_same_question(self._trial_settings({}), _OF_TRIALS)
-        except UserError as error:
-            raise UserError(f"trial: {error}") from None
-        fraction = self.trial_config({}).data.validation_fraction
-        if not fraction:
-            raise UserError(
-                "a search is judged on held-out training classes: set data.validation_fraction above 0"
-            )
-        possible = round(1 / fraction)
-        if config.folds > possible:
-            raise UserError(
-                f"folds {config.folds}: data.validation_fraction {fraction} gives at most {possible}"
-            )
-        if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
-            raise UserError("search: optuna needs the extra: pip install 'ray-dmml[search]'")
         self.metrics = [f"recall@{k}" for k in sorted({1, *self.base.evaluation.recall_at})]
         self.metrics += ["map@r", "r_precision"]
+        self._check_trial_settings()
+        self._check_validation_classes()
+        if config.sampler == "optuna" and importlib.util.find_spec("optuna") is None:
+            raise UserError("sampler: optuna needs the extra: pip install 'ray-dmml[search]'")
         if config.metric not in self.metrics:
             raise UserError(
-                f"metric {config.metric!r} is not taken; there are {', '.join(self.metrics)}"
+                f"metric {config.metric!r} is not available; choose one of {', '.join(self.metrics)}"
             )
-        for key, distribution in config.space.items():
-            for drawn in distribution.extremes():
-                try:
-                    self.trial_config({key: drawn})
-                    self._require_same_question(self._settings({key: drawn}), _OF_DRAWS)
-                except UserError as error:
-                    raise UserError(f"space.{key}: {drawn}: {error}") from None
-        if config.folds > 1 and self.base.data.validation_fold:
+        self._check_space()
+        self.baseline = {key: self._own_sample(key) for key in config.space}
+        """The sampled parameters that leave the config unchanged."""
+        if self.config_of(self.baseline) != self.base:
             raise UserError(
-                f"folds {config.folds} are counted from 0: leave out data.validation_fold"
-            )
-        if config.scheduler == "pbt" and len(set(self._numbers_of_peers())) > 1:
-            raise UserError(
-                "scheduler pbt copies a trial's peers to another trial, so all need as many: search the "
-                "number of peers with scheduler asha or none"
-            )
-        if config.scheduler == "pbt" and not self.changed_in_mid_run:
-            raise UserError(
-                f"scheduler pbt changes settings in mid-run, and {', '.join(config.space)} count only at "
-                "the start: search others, or with scheduler asha or none"
-            )
-        self.default = {key: self._own_value(key) for key in config.space}
-        """The draw that is the experiment as it is."""
-        if self.config_of(self.default) != self.base:
-            raise UserError(
-                "space: its settings undo each other, so that the first trial cannot be the config as it "
-                f"is: {', '.join(config.space)}"
+                "space: its settings overwrite each other, so no sample gives the unchanged config: "
+                f"{', '.join(config.space)}"
             )
 
-    def _numbers_of_peers(self) -> Iterator[int]:
-        """Of the default trial, and of what each setting's extremes make of it."""
-        yield len(self.trial_config({}).cohort.peers)
-        for key, distribution in self.config.space.items():
-            for drawn in distribution.extremes():
-                yield len(self.trial_config({key: drawn}).cohort.peers)
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """The runs of a trial: (fold, number of the seed)."""
+        return [*itertools.product(range(self.config.folds), range(self.config.seeds))]
 
     def config_of(self, params: Params) -> Config:
-        """The experiment with a draw's settings."""
+        """The experiment with sampled parameters."""
         return Config.parse(self._settings(params), source="the trial's settings")
 
-    def trial_config(self, params: Params, fold: int = 0) -> Config:
-        """The same for a trial: with the trials' settings, and without the test classes."""
+    def trial_config(self, params: Params, fold: int = 0, seed: int = 0) -> Config:
+        """The config of one run of a trial. It never reads the test classes.
+
+        Args:
+            fold: counts from the config's ``data.validation_fold``.
+            seed: counts from the config's ``seed``.
+        """
         config = Config.parse(self._trial_settings(params), source="the trial's settings")
-        train = config.train.model_copy(update={"tensorboard": False})  # nobody looks at it
-        # A checkpoint at each report, to go on from there, and between them where the config has more.
+        train = config.train.model_copy(update={"tensorboard": False})
+        # A trial resumes at a checkpoint. It needs one at each report, and the config may have more.
         reports, own = config.train.evaluate_every, config.checkpoint.every_steps
+        every_steps = reports if not own or reports % own else own
         checkpoint = config.checkpoint.model_copy(
-            update={
-                "every_steps": reports if not own or reports % own else own,
-                "storage_path": None,
-            }
+            update={"every_steps": every_steps, "storage_path": None}
         )
         fold += config.data.validation_fold
         data = config.data.model_copy(update={"validation_fold": fold})
-        # Not the best: the final runs, which hold out no classes to choose by, will have none.
+        # Not the best weights: the final runs hold out no classes that could select them.
         weights = "ema" if config.evaluation.weights == "ema" else "last"
         evaluation = config.evaluation.model_copy(
             update={"split": "validation", "weights": weights}
         )
-        update = {
-            "train": train,
-            "data": data,
-            "evaluation": evaluation,
-            "checkpoint": checkpoint,
-        }
-        return config.model_copy(update=update)
+        return config.model_copy(
+            update={
+                "seed": config.seed + seed,
+                "train": train,
+                "data": data,
+                "evaluation": evaluation,
+                "checkpoint": checkpoint,
+            }
+        )
+
+    def config_variants(self) -> list[Config]:
+        """The trials' config and one for each extreme of each setting. They may differ in the
+        number of peers and of steps."""
+        space = self.config.space.items()
+        samples = [{key: sample} for key, values in space for sample in values.extremes()]
+        return [self.trial_config(params) for params in ({}, *samples)]
 
     def objective(self, figures: Mapping[str, Any]) -> float:
-        """Of an evaluation's ``{"peers": ..., "ensemble": ...}``."""
+        """The value to maximise, from the figures ``{"peers": ..., "ensemble": ...}`` of an evaluation."""
         metric = self.config.metric
         if self.config.objective == "ensemble":
             return float(figures["ensemble"][metric])
-        values = [float(found[metric]) for found in figures["peers"].values()]
+        values = [float(peer[metric]) for peer in figures["peers"].values()]
         return max(values) if self.config.objective == "best_peer" else sum(values) / len(values)
-
-    @property
-    def changed_in_mid_run(self) -> list[str]:
-        """The settings of the space that a cohort in training takes; what made its nets is not among them."""
-        return [key for key in self.config.space if not _counts_at_the_start(key)]
 
     def _settings(self, params: Params) -> dict[str, Any]:
         raw = copy.deepcopy(self.raw)
 
-        # A whole, such as cohort.peers, before a part of it; the base last, which is refused where all
-        # peers have drawn their own.
-        def place(key: str) -> tuple[bool, int]:
+        # cohort.peers goes before one of its peers. The base goes last: set_setting refuses it if every
+        # peer has a sampled value of its own.
+        def order(key: str) -> tuple[bool, int]:
             return key.startswith("cohort.base."), key.count(".")
 
-        for key in sorted(params, key=place):
-            value = copy.deepcopy(
-                self.config.space[key].value(params[key])
-            )  # parts of it may be set
+        for key in sorted(params, key=order):
+            # A copy, because later keys may change parts of it.
+            value = copy.deepcopy(self.config.space[key].value(params[key]))
             set_setting(raw, key, value, f"space.{key}")
         return raw
 
@@ -329,94 +287,79 @@ class Search:
             set_setting(raw, key, copy.deepcopy(value), f"trial.{key}")
         return raw
 
-    def _require_same_question(
-        self, raw: dict[str, Any], fixed: Mapping[str, Sequence[str]]
-    ) -> None:
-        """Raises UserError where settings change what all are judged on, or would change nothing."""
-        own, now = (
-            config.model_dump(mode="json")
-            for config in (self.base, Config.parse(raw, source="the trial's settings"))
-        )
-        for why, keys in fixed.items():
+    def _check_trial_settings(self) -> None:
+        """Raises UserError if ``trial`` replaces a searched setting or changes a fixed one."""
+        for key, searched in itertools.product(self.config.trial, self.config.space):
+            if f"{searched}.".startswith(f"{key}.") or f"{key}.".startswith(f"{searched}."):
+                raise UserError(f"trial.{key} replaces the samples of space.{searched}: remove one")
+        try:
+            self._require_fixed(self._trial_settings({}), _FIXED_IN_TRIALS)
+        except UserError as error:
+            raise UserError(f"trial: {error}") from None
+
+    def _check_validation_classes(self) -> None:
+        """Raises UserError if there are none, or too few for the folds."""
+        folds, fraction = self.config.folds, self.trial_config({}).data.validation_fraction
+        if not fraction:
+            raise UserError(
+                "a search compares trials on validation classes: set data.validation_fraction above 0"
+            )
+        if folds > (most := round(1 / fraction)):
+            raise UserError(
+                f"folds {folds}: data.validation_fraction {fraction} gives at most {most}"
+            )
+        if folds > 1 and self.base.data.validation_fold:
+            raise UserError(f"folds {folds} count from 0: leave out data.validation_fold")
+
+    def _check_space(self) -> None:
+        """Raises UserError for a value that the config refuses and for a fixed setting."""
+        for key, distribution in self.config.space.items():
+            for sample in distribution.extremes():
+                try:
+                    self.trial_config({key: sample})
+                    self._require_fixed(self._settings({key: sample}), _FIXED_IN_SPACE)
+                except UserError as error:
+                    raise UserError(f"space.{key}: {sample}: {error}") from None
+
+    def _require_fixed(self, raw: dict[str, Any], fixed: Mapping[str, Sequence[str]]) -> None:
+        """Raises UserError if ``raw`` changes one of the fixed settings."""
+        trial = Config.parse(raw, source="the trial's settings").model_dump(mode="json")
+        own = self.base.model_dump(mode="json")
+        for reason, keys in fixed.items():
             for key in keys:
-                if _at(own, key) != _at(now, key):
-                    raise UserError(f"{key} must stay as the config has it: {why}")
+                if _values_at(own, key) != _values_at(trial, key):
+                    raise UserError(f"{key} must keep the config's value: {reason}")
 
-    def _require_no_draw_undone(self) -> None:
-        """Raises UserError where the trials' settings replace what is drawn."""
-        for key in self.config.trial:
-            for drawn in self.config.space:
-                if f"{drawn}.".startswith(f"{key}.") or f"{key}.".startswith(f"{drawn}."):
-                    raise UserError(
-                        f"trial.{key} replaces what is drawn for space.{drawn}: drop one"
-                    )
-
-    def _own_value(self, key: str) -> Any:
-        """The draw of a setting that changes nothing."""
+    def _own_sample(self, key: str) -> Any:
+        """The sample of a setting that leaves the config unchanged."""
         distribution = self.config.space[key]
-        if distribution.choice is not None:
-            for label in distribution.labels:
-                if self.config_of({key: label}) == self.base:
-                    return label
-            allowed = f"is none of {', '.join(distribution.labels)}"
+        if distribution.limits is None:
+            samples: Sequence[Any] = distribution.labels
+            outside = f"is none of {', '.join(samples)}"
         else:
-            own = _at(self.base.model_dump(mode="json"), key)
-            low, high = distribution.ends or (-math.inf, math.inf)
-            allowed_here = (v for v in own if isinstance(v, (int, float)) and low <= v <= high)
-            for value in allowed_here:
-                if self.config_of({key: value}) == self.base:
-                    return value
+            own = _values_at(self.base.model_dump(mode="json"), key)
+            low, high = distribution.limits
+            samples = [v for v in own if isinstance(v, (int, float)) and low <= v <= high]
             shown = " and ".join(dict.fromkeys(map(str, own)))
-            allowed = f"{shown} is not from {low:g} to {high:g}"
+            outside = f"{shown} is not from {low:g} to {high:g}"
+        for sample in samples:
+            if self.config_of({key: sample}) == self.base:
+                return sample
         raise UserError(
-            f"space.{key}: the config's own value {allowed}; the first trial is the config as it is, "
-            "so widen the space"
+            f"space.{key}: the config's own value {outside}. The first trial is the baseline, the "
+            "config without changes: add its value to the space"
         )
-
-
-def is_unbeaten(final: Mapping[str, Any]) -> bool:
-    """No trial beat the config as it is."""
-    return bool(final["best"]["params"] == final["default"]["params"])
-
-
-def final_rows(final: Mapping[str, Any], search: Search) -> list[list[str]]:
-    """Of the best setting and the config as it is: validation, and mean and deviation over seeds of
-    the test figures, in percent."""
-    rows = []
-    shown_as = {"best": "best setting", "default": "config as it is"}
-    if is_unbeaten(final):
-        shown_as = {"best": "config as it is"}
-    for name, shown in shown_as.items():
-        runs, validation = final[name]["test"], final[name]["validation"]
-        finished = [run for run in runs if "error" not in run]
-        if len(finished) < len(runs):
-            shown += f" ({len(finished)} of {len(runs)} seeds; the others failed)"
-        row = [shown, "-" if validation is None else f"{100 * validation:.1f}"]
-        for who in ("ensemble", "mean peer"):
-            for metric in dict.fromkeys(("recall@1", "map@r", search.config.metric)):
-                values = [_figure(run, who, metric) for run in finished]
-                deviation = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-                row.append(f"{100 * np.mean(values):.1f}{deviation}" if values else "-")
-        rows.append(row)
-    return rows
-
-
-def final_head(search: Search) -> list[str]:
-    metrics = dict.fromkeys(("recall@1", "map@r", search.config.metric))
-    return ["", "validation"] + [f"{who} {m}" for who in ("ensemble", "mean peer") for m in metrics]
-
-
-def _figure(run: Mapping[str, Any], who: str, metric: str) -> float:
-    if who == "ensemble":
-        return float(run["ensemble"][metric])
-    return float(np.mean([found[metric] for found in run["peers"].values()]))
 
 
 def load_search(path: Path | None = None, **changes: Any) -> SearchConfig:
-    """Reads a search file (None: the built-in one); what is in ``changes`` and not None replaces it.
+    """Reads a search file.
+
+    Args:
+        path: the YAML file; None: the built-in search of the quickstart.
+        changes: settings that replace those of the file, unless they are None.
 
     Raises:
-        UserError: the file is missing or no YAML, or says what is not allowed.
+        UserError: the file is missing, is not valid YAML, or has a setting that is not allowed.
     """
     path = path or DEFAULT_SEARCH
     raw = read_yaml(path, "search file")
@@ -427,24 +370,16 @@ def load_search(path: Path | None = None, **changes: Any) -> SearchConfig:
         raise UserError(explain(error, str(path), SearchConfig)) from None
 
 
-def _counts_at_the_start(key: str) -> bool:
-    """Or is of a whole of which a part does."""
-    above, _, last = key.rpartition(".")
-    return (above == "cohort.peers" and last.isdigit()) or f".{key}".endswith(
-        tuple(f".{ending}" for ending in _OF_THE_START)
-    )
-
-
-def _at(tree: Any, key: str) -> list[Any]:
-    """The value at a dotted key of an effective config; of a base's setting those of all peers, as any
-    of them may state it itself."""
+def _values_at(tree: Any, key: str) -> list[Any]:
+    """The value at a dotted key of an effective config. A key of ``cohort.base`` gives the values of all
+    peers, because each of them may have its own."""
     if key.startswith("cohort.base."):
-        own = key.removeprefix("cohort.base.").split(".")
-        return [_below(peer, own) for peer in tree["cohort"]["peers"]]
-    return [_below(tree, key.split("."))]
+        parts = key.removeprefix("cohort.base.").split(".")
+        return [_value_at(peer, parts) for peer in tree["cohort"]["peers"]]
+    return [_value_at(tree, key.split("."))]
 
 
-def _below(tree: Any, parts: Sequence[str]) -> Any:
+def _value_at(tree: Any, parts: Sequence[str]) -> Any:
     for part in parts:
         if isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
             tree = tree[int(part)]

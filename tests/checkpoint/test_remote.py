@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from ray_dmml.cli.main import app
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import Interrupted
+from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
-from ray_dmml.training.trainer import train
 
 pytest.importorskip("pyarrow.fs", reason="ray[tune] brings pyarrow, which is not installed")
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM from outside: a checkpoint, the command to go on with, and no process left."""
+"""Ctrl-C and SIGTERM from outside: a checkpoint, the command that resumes the run, and no process left."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 from conftest import tiny
 
 from ray_dmml.config import yamlio
+from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
-from ray_dmml.training.trainer import train
 
 PATIENCE_S = 120.0
 
 
 def start(image_folder: Path, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
-    """A long run in a session of its own, so that what it leaves behind is found."""
+    """A long run in a session of its own, so that the processes that it leaves are known."""
     config = tmp_path / "config.yaml"
     raw = tiny(
         image_folder,
@@ -30,7 +30,7 @@ def start(image_folder: Path, tmp_path: Path, *options: str) -> subprocess.Popen
         evaluation={"recall_at": [1], "untrained": False},
     )
     config.write_text(yamlio.dump(raw))
-    command = [sys.executable, "-m", "ray_dmml.cli.main", "train", "--config", str(config)]
+    command = [sys.executable, "-m", "ray_dmml.cli", "train", "--config", str(config)]
     return subprocess.Popen(
         [*command, "--out", str(tmp_path / "run"), *options],
         stdout=subprocess.PIPE,
@@ -49,17 +49,17 @@ def wait_for_steps(run: Path) -> None:
 
 def processes_of(session: int) -> list[str]:
     """Command lines of the living processes of a session."""
-    found = []
+    lines = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 if os.getsid(int(entry.name)) == session:
                     state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
                     if state != "Z":
-                        found.append((entry / "cmdline").read_bytes().decode())
+                        lines.append((entry / "cmdline").read_bytes().decode())
             except (OSError, ProcessLookupError):
                 continue
-    return found
+    return lines
 
 
 def assert_nothing_left(session: int) -> None:
@@ -77,16 +77,16 @@ def assert_nothing_left(session: int) -> None:
 def test_once_stops_after_the_step(
     image_folder: Path, tmp_path: Path, number: signal.Signals, options: list[str]
 ) -> None:
-    """It ends with the signal's exit code, a checkpoint of the step it was at, and the command that
-    goes on; weights and metrics are those of a run of as many steps."""
+    """It ends with the signal's exit code, a checkpoint of its step, and the command that resumes it.
+    Weights and metrics are those of a run of as many steps."""
     process = start(image_folder, tmp_path, *options)
     run = tmp_path / "run"
     wait_for_steps(run)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 128 + number, said
-    assert "stopping after this step" in said
-    assert f"go on with: ray-dmml train --resume {run}" in said
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 128 + number, output
+    assert "stopping after this step" in output
+    assert f"resume with: ray-dmml train --resume {run}" in output
     folder = RunDir.open(run)
     last = folder.checkpoints.load("last")
     lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
@@ -102,7 +102,7 @@ def test_once_stops_after_the_step(
 
 
 def test_twice_stops_now(image_folder: Path, tmp_path: Path) -> None:
-    """The second one does not wait for a step that never ends, here that of a stopped peer."""
+    """The second one does not wait for a step that never ends, such as that of a stopped peer."""
     process = start(image_folder, tmp_path)
     wait_for_steps(tmp_path / "run")
     [peer] = [
@@ -117,14 +117,14 @@ def test_twice_stops_now(image_folder: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130 and "--resume" in said
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130 and "--resume" in output
     assert_nothing_left(process.pid)
 
 
 @pytest.mark.slow
 def test_a_killed_driver_leaves_no_process(image_folder: Path, tmp_path: Path) -> None:
-    """SIGKILL gives it no chance to tidy up; peers and Ray end by themselves."""
+    """SIGKILL gives it no time to clean up. Peers and Ray end without it."""
     process = start(image_folder, tmp_path)
     wait_for_steps(tmp_path / "run")
     process.kill()

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_dmml.config.schema import Config, read_settings
+from ray_dmml.config.loading import read_settings
+from ray_dmml.config.schema import Config
 from ray_dmml.tune.search_space import Search, load_search
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -33,7 +34,7 @@ def test_every_search_is_valid(path: Path) -> None:
     """It is of the config of the same name, whose own values are in its space."""
     raw = read_settings(EXPERIMENTS / "configs" / path.name, ["data.root=somewhere"])
     search = Search(raw, load_search(path))
-    assert search.config_of(search.default) == search.base
+    assert search.config_of(search.baseline) == search.base
 
 
 def test_grocery_photos_get_the_names_of_the_manifest(tmp_path: Path) -> None:

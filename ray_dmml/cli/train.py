@@ -1,0 +1,114 @@
+"""``ray-dmml train``"""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ray_dmml.cli.errors import user_errors
+from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_address
+from ray_dmml.cli.output import elapsed, print_json, print_line, show_log
+from ray_dmml.cli.signals import interruptible_run
+from ray_dmml.cli.startup import ray_and_torch
+from ray_dmml.cli.tables import results_table
+from ray_dmml.config.loading import read_settings, refuse_old
+from ray_dmml.config.schema import Config
+from ray_dmml.errors import UserError
+from ray_dmml.training.run_dir import RunDir
+
+
+def train(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the new run. Default: runs/DATA-TIME."),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Continue a run from its last checkpoint, or extend it by more train.steps. RUN is a "
+            "folder, or the URI of a copy, which is first fetched into --out.",
+        ),
+    ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Start from the weights of another run's peers."),
+    ] = None,
+    address: Address = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Train all peers in this process, without Ray.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a cohort of peers and evaluate it on classes that are not in the training set.
+
+    Without arguments it trains the quickstart: built-in data, no download, a few minutes on two cores.
+    """
+    console, began = Console(stderr=as_json), time.monotonic()
+    use_address(address)
+    with user_errors(), interruptible_run(console) as signals:
+        if resume is None:
+            settings = _new_config(config, overrides, init_from)
+            run = out or Path("runs") / f"{settings.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
+            RunDir(run).ensure_empty()  # before anything takes time
+        else:
+            run = _resumed_run(resume, out, init_from, console)
+            settings = _resumed_config(run, config, overrides)
+        signals.run = run
+        with ray_and_torch(local):
+            from ray_dmml.loggers.console import ConsoleLogger
+            from ray_dmml.training.run import train as train_cohort
+
+            signals.listen()
+            with ConsoleLogger(console, settings) as console_logger:
+                results = train_cohort(
+                    settings,
+                    None if resume else run,
+                    resume=run if resume else None,
+                    local=local,
+                    loggers=[console_logger],
+                    should_stop=signals.should_stop,
+                )
+        if as_json:
+            print_json(results)
+        else:
+            results_table(results, console)
+        print_line(console, f"run: {run}  ({elapsed(began)})")
+
+
+def _new_config(config: Path | None, overrides: list[str] | None, init_from: Path | None) -> Config:
+    settings = Config.load(config, overrides or ())
+    if init_from is None:
+        return settings
+    train_config = settings.train.model_copy(update={"init_from": init_from.resolve()})
+    return settings.model_copy(update={"train": train_config})
+
+
+def _resumed_run(resume: str, out: Path | None, init_from: Path | None, console: Console) -> Path:
+    """The folder of the run to resume. The copy at a URI is fetched into a folder first."""
+    if init_from is not None:
+        raise UserError("--resume continues from the run's own checkpoint: it takes no --init-from")
+    if "://" not in resume:
+        if out is not None:
+            raise UserError("--resume continues a run in its folder: it takes no --out")
+        return Path(resume)
+    from ray_dmml.checkpoint.remote import RemoteRun
+
+    into = out or Path("runs") / resume.partition("?")[0].rstrip("/").rpartition("/")[2]
+    with show_log(console):
+        RemoteRun(resume).fetch(into)
+    return into
+
+
+def _resumed_config(run: Path, config: Path | None, overrides: list[str] | None) -> Config:
+    path = config or RunDir.open(run).config_file
+    raw = read_settings(path, overrides or ())
+    refuse_old(raw, path)
+    return Config.parse(raw, source=str(path))

@@ -1,0 +1,157 @@
+"""``ray-dmml tune``"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ray_dmml.cli.errors import user_errors
+from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_address
+from ray_dmml.cli.output import elapsed, print_json, print_line, show_log
+from ray_dmml.cli.signals import interruptible_search
+from ray_dmml.cli.startup import ray_and_torch
+from ray_dmml.config.loading import QUICKSTART, read_settings
+from ray_dmml.config.schema import Config
+from ray_dmml.errors import UserError
+from ray_dmml.training.run_dir import RunDir
+from ray_dmml.tune.search_space import Search, load_search
+
+if TYPE_CHECKING:
+    from ray_dmml.loggers.logger import Logger
+
+
+def tune(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    space: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML of the search: its space, and defaults for the options below. Default: the quickstart's.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the new search. Default: runs/tune-TIME."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Continue the search in this folder."),
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Number of trials. Default: 8.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="optuna|random", help="Default: optuna if it is installed, else random."
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="asha|none", help="asha stops worse trials early. Default: asha."),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            help="Train each trial with this many seeds and take the mean. More than 1 needs "
+            "--scheduler none. Default: 1."
+        ),
+    ] = None,
+    final_seeds: Annotated[
+        int | None,
+        typer.Option(
+            help="Final runs of the best trial and of the baseline, on the test classes. Default: 3."
+        ),
+    ] = None,
+    gpus_per_trial: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="GPUs that the peers of a trial share. Default: 1, if there is any."
+        ),
+    ] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search loss weights and diversities on validation classes, then train the best trial again.
+
+    Without arguments it searches the quickstart's loss weights, update intervals and views.
+    """
+    console, began = Console(stderr=as_json), time.monotonic()
+    use_address(address)
+    folder = resume or out or Path("runs") / f"tune-{datetime.now():%Y%m%d-%H%M%S}"
+    changes = {
+        "num_samples": num_samples,
+        "sampler": sampler,
+        "scheduler": scheduler,
+        "seeds": seeds,
+        "final_seeds": final_seeds,
+    }
+    with user_errors(), interruptible_search(console, folder), show_log(console):
+        if resume is None:
+            RunDir(folder).ensure_empty()  # before anything takes time
+            search = _new_search(config, overrides, space, changes)
+        else:
+            given = {"config": config, "set": overrides, "space": space, "out": out}
+            _require_none(given | changes)
+            search = _search_in(folder)
+        with ray_and_torch():
+            from ray_dmml.loggers.console import ConsoleLogger
+            from ray_dmml.tune.progress import TrialsTable, final_table
+            from ray_dmml.tune.tuner import run_search
+
+            with TrialsTable(console, search) as table:
+
+                def run_logger(run_config: Config) -> AbstractContextManager[Logger]:
+                    table.stop()  # The trials have ended.
+                    return ConsoleLogger(console, run_config)
+
+                final = run_search(
+                    folder,
+                    None if resume else search,
+                    gpus_per_trial=gpus_per_trial,
+                    watch=table.show,
+                    run_logger=run_logger,
+                )
+        if as_json:
+            print_json(final)
+        elif final["best"]["test"]:
+            final_table(final, search, console)
+        print_line(
+            console,
+            f"search: {folder}, best parameters: {folder / 'best.yaml'}  ({elapsed(began)})",
+        )
+
+
+def _new_search(
+    config: Path | None, overrides: list[str] | None, space: Path | None, changes: dict[str, Any]
+) -> Search:
+    if config is not None and space is None:
+        raise UserError(
+            "a search of your own config needs its --space; "
+            "experiments/searches/grocery.yaml is an example"
+        )
+    raw = read_settings(config or QUICKSTART, overrides or ())
+    return Search(raw, load_search(space, **changes))
+
+
+def _search_in(folder: Path) -> Search:
+    from ray_dmml.tune.results import SearchDir
+
+    return SearchDir(folder).search()
+
+
+def _require_none(options: dict[str, Any]) -> None:
+    """Raises UserError if options of a new search are given with --resume."""
+    given = [
+        f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, [])
+    ]
+    if given:
+        raise UserError(
+            "--resume continues a search with its own settings: leave out "
+            f"{', '.join(given)}, or start another search with --out"
+        )

@@ -1,0 +1,117 @@
+"""The final runs of a search: the best trial and the baseline, on all training classes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from ray_dmml.config.schema import Config
+from ray_dmml.errors import UserError
+from ray_dmml.loggers.logger import Logger
+from ray_dmml.training.run import train
+from ray_dmml.training.run_dir import RunDir
+from ray_dmml.tune.results import SearchDir
+from ray_dmml.tune.search_space import Params, Search
+from ray_dmml.tune.trial import Trial
+
+logger = logging.getLogger(__name__)
+
+RunLogger = Callable[[Config], AbstractContextManager[Logger]]
+"""Gives the logger of one final run."""
+
+
+def no_logger(config: Config) -> AbstractContextManager[Logger]:
+    return nullcontext(Logger())
+
+
+def final_runs(
+    files: SearchDir,
+    search: Search,
+    best: Trial,
+    trials: Sequence[Trial],
+    run_logger: RunLogger = no_logger,
+    *,
+    local: bool = False,
+) -> dict[str, Any]:
+    """Trains the best trial and the baseline with several seeds and evaluates them on the test classes.
+
+    A run that is finished is read, and one that was killed is continued. A run that fails does not
+    stop the others.
+
+    Args:
+        run_logger: gives the logger of each run.
+        local: train all peers in this process, without Ray.
+
+    Returns:
+        the content of ``final.json``: ``best`` and ``baseline``, each with ``params`` (setting to
+        value), ``validation`` (the trial's objective, None if it did not finish) and ``test`` (for
+        each seed the metrics of ``peers`` and ``ensemble``, or ``error``).
+
+    Raises:
+        UserError: all runs failed.
+    """
+    baseline = next((trial for trial in trials if trial.is_baseline and trial.finished), None)
+    validation = {"best": best.objective, "baseline": baseline.objective if baseline else None}
+    params: dict[str, Params] = {"best": best.params, "baseline": search.baseline}
+    final: dict[str, Any] = {}
+    errors: list[UserError] = []
+    for name in ("best", "baseline"):
+        if name == "baseline" and best.params == search.baseline:
+            final[name] = final["best"]
+            continue
+        runs = []
+        # Another trial may be the best after a resume, so its runs have the trial's name.
+        run_name = "baseline" if params[name] == search.baseline else best.name
+        config = search.config_of(params[name])
+        for seed in range(config.seed, config.seed + search.config.final_seeds):
+            logger.info("final run: %s, seed %d", name, seed)
+            folder = files.final_folder / f"{run_name}-seed{seed}"
+            try:
+                runs.append(_final_run(folder, config, seed, run_logger, local))
+            except UserError as error:
+                logger.warning("final run: %s, seed %d failed: %s", name, seed, error)
+                runs.append({"seed": seed, "error": str(error)})
+                errors.append(error)
+        values = {
+            key: search.config.space[key].value(sample) for key, sample in params[name].items()
+        }
+        final[name] = {"params": values, "validation": validation[name], "test": runs}
+    if errors and all("error" in run for part in final.values() for run in part["test"]):
+        raise errors[0]
+    return final
+
+
+def _final_run(
+    folder: Path, config: Config, seed: int, run_logger: RunLogger, local: bool
+) -> dict[str, Any]:
+    run = RunDir(folder)
+    if run.results_file.exists():
+        results = json.loads(run.results_file.read_text())
+    else:
+        config = _final_config(config, seed)
+        with run_logger(config) as run_sink:
+            if run.config_file.exists():
+                results = train(resume=folder, loggers=[run_sink], local=local)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+                results = train(config, folder, loggers=[run_sink], local=local)
+    return {"seed": seed, "peers": results["peers"], "ensemble": results["ensemble"]}
+
+
+def _final_config(config: Config, seed: int) -> Config:
+    data = config.data.model_copy(update={"validation_fraction": 0.0})
+    # Without validation classes there are no best weights.
+    weights = "ema" if config.evaluation.weights == "ema" else None
+    evaluation = config.evaluation.model_copy(
+        update={"split": "test", "untrained": False, "weights": weights}
+    )
+    # A storage has room for one run.
+    checkpoint = config.checkpoint.model_copy(update={"storage_path": None})
+    return config.model_copy(
+        update={"seed": seed, "data": data, "evaluation": evaluation, "checkpoint": checkpoint}
+    )
