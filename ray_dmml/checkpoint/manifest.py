@@ -21,7 +21,7 @@ from ray_dmml.errors import UserError
 FORMAT = 2
 """Version of the format of checkpoints. A reader refuses the formats before and after its own."""
 
-_FIRST_FIELDS = {"format", "step", "files", "meta"}
+_EARLIEST_FIELDS = {"format", "step", "files", "meta"}
 """All fields of the earliest manifests, which had no checksum."""
 
 _PEER_FILE = re.compile(r"(?!\.\.?/)[^/\\\0]+/(?!\.\.?$)[^/\\\0]+")
@@ -50,8 +50,7 @@ def load_with_checksum(path: Path) -> dict[str, Any]:
         ValueError: it is not such a file, or its checksum does not match.
         RecursionError: its JSON is nested too deeply.
     """
-    raw, content = _read_json(path)
-    return _verified(raw, content)
+    return _verified(*_read_json(path))
 
 
 def dump_manifest(
@@ -89,12 +88,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / "manifest.json"
     try:
         raw, manifest = _read_json(file)
-        is_first = manifest.keys() == _FIRST_FIELDS
-        if not is_first:
+        is_earliest = manifest.keys() == _EARLIEST_FIELDS
+        if not is_earliest:
             manifest = _verified(raw, manifest)
         if type(manifest["format"]) is not int:
             raise ValueError(f"format is {manifest['format']!r:.100}")
-        if is_first or manifest["format"] < FORMAT:
+        if is_earliest or manifest["format"] < FORMAT:
             raise UserError(
                 f"checkpoint {checkpoint} was written by an older version of ray-dmml, whose checkpoints "
                 "this version cannot read; train it again"

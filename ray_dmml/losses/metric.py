@@ -38,7 +38,7 @@ class MetricLoss(nn.Module):
         UserError: a name is unknown, a class refuses its arguments, or the parts do not work together.
 
     Relations:
-        The mutual terms between peers are in :mod:`~ray_dmml.losses.relational`.
+        A peer adds :class:`~ray_dmml.losses.mutual.MutualLoss`, which learns from the other peers.
     """
 
     def __init__(self, config: MetricLossConfig, num_classes: int, embedding_size: int) -> None:

@@ -80,8 +80,8 @@ def relational_losses(
 
     Relations:
         - :func:`distance_loss` and :func:`angle_loss` are the two terms for one teacher.
-        - :class:`~ray_dmml.losses.metric.MetricLoss` learns from labels. A peer minimises it plus both
-          terms, weighted by ``loss.relational`` in the config.
+        - :class:`~ray_dmml.losses.metric.MetricLoss` learns from labels. A peer minimises it plus the
+          weighted sum of both terms, :class:`~ray_dmml.losses.mutual.MutualLoss`.
         - In *Diversified Mutual Learning for Deep Metric Learning* (https://arxiv.org/abs/2009.04170) the
           teachers of a peer are the other peers, which learn at the same time.
 

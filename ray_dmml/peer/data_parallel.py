@@ -36,7 +36,7 @@ from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embeddin
 from ray_dmml.randomness import seeded
 
 _WEIGHTS, _EMBED, _INFER, _BACKWARD = range(4)
-_HEADER_SIZE = 6  # command, net, rows, height, width, seed
+_HEADER_SIZE = 6  # command, net (0 the trained one, 1 the averaged one), rows, height, width, seed
 
 _COMPUTED = 1
 """Tag of the message that a result is ready. Data has the tag 0."""
@@ -149,8 +149,8 @@ class ReplicaChannel:
             self._control.recv([torch.zeros(1)], rank, _COMPUTED).wait(_NEVER)
 
     def _wait(self, work: Any) -> None:
-        """Waits without a timeout. gloo needs a long one, else it takes that of the connection. With one
-        NCCL would block the CPU, and it needs none."""
+        """Waits for ever. gloo needs a timeout, else it takes that of the connection. NCCL has none, and
+        would block the CPU with one."""
         if self._data is self._control:
             work.wait(_NEVER)
         else:
@@ -255,9 +255,8 @@ class Replicas:
             return
         self._sent_versions.pop(which, None)
         self._channel.header(_WEIGHTS, which)
-        for dtype in sorted({str(tensor.dtype) for tensor in tensors}):
-            same = [tensor.detach().reshape(-1) for tensor in tensors if str(tensor.dtype) == dtype]
-            self._channel.broadcast(torch.cat(same))
+        for _, flat in _flat_by_dtype(tensors):
+            self._channel.broadcast(flat)
         self._sent_versions[which] = versions
 
     def _scatter(
@@ -313,26 +312,20 @@ class Replica:
             ReplicaLostError: the peer or another replica is gone.
         """
         while True:
-            self.serve_one()
-
-    def serve_one(self) -> None:
-        """Executes the next command."""
-        command, which, *rest = self._channel.header()
-        if command == _WEIGHTS:
-            self._receive_weights(which)
-        elif command == _BACKWARD:
-            self._backward()
-        else:
-            self._embed(command == _EMBED, which, *rest)
+            command, which, *rest = self._channel.header()
+            if command == _WEIGHTS:
+                self._receive_weights(which)
+            elif command == _BACKWARD:
+                self._backward()
+            else:
+                self._embed(command == _EMBED, which, *rest)
 
     def _receive_weights(self, which: int) -> None:
-        tensors = _weights(self._nets[which])
-        for dtype in sorted({str(tensor.dtype) for tensor in tensors}):
-            same = [tensor for tensor in tensors if str(tensor.dtype) == dtype]
-            flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
+        for tensors, flat in _flat_by_dtype(_weights(self._nets[which])):
             self._channel.broadcast(flat)
+            pieces = flat.split([tensor.numel() for tensor in tensors])
             with torch.no_grad():
-                for tensor, piece in zip(same, flat.split([t.numel() for t in same]), strict=True):
+                for tensor, piece in zip(tensors, pieces, strict=True):
                     tensor.copy_(piece.view_as(tensor))
 
     def _embed(
@@ -382,6 +375,13 @@ def _parts(rows: Tensor, num_parts: int) -> Sequence[Tensor]:
 
 def _weights(net: torch.nn.Module) -> list[Tensor]:
     return [*net.parameters(), *net.buffers()]
+
+
+def _flat_by_dtype(tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """The tensors of each dtype, and a vector of their values."""
+    for dtype in sorted({str(tensor.dtype) for tensor in tensors}):
+        same = [tensor for tensor in tensors if str(tensor.dtype) == dtype]
+        yield same, torch.cat([tensor.detach().reshape(-1) for tensor in same])
 
 
 def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:

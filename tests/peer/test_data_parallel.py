@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import replica_process
 import torch
-from test_peer import STILL, batch, build, settings, teachers
+from test_peer import STILL, batch, build, finish, settings, teachers, train
 from torch import Tensor
 
 from ray_dmml.config.schema import PeerConfig
@@ -71,17 +71,7 @@ def share(processes: Any, tmp_path: Path) -> Share:
 
 def publish(peer: Peer, step: int) -> Tensor:
     """The embeddings that the peer publishes for a batch."""
-    return peer.embed(batch(step))
-
-
-def train(peer: Peer, start: int, stop: int) -> list[dict[str, float]]:
-    """The terms of the loss of each step."""
-    terms = []
-    for step in range(start, stop):
-        publish(peer, step)
-        peer.measure()
-        terms.append(peer.update(teachers(step, *SIZES)))
-    return terms
+    return peer.forward(batch(step)).published
 
 
 MUTUAL: dict[str, Any] = {"relational": {"distance_weight": 1.0, "angle_weight": 2.0}}
@@ -107,9 +97,9 @@ def test_replicas_learn_what_one_device_learns_from_the_whole_batch(
     config = settings(**{**STILL, "optimizer": SLOW, **more})
     alone = build(config, **loss)
     before = [p.detach().clone() for p in alone.net.parameters()]
-    expected = train(alone, 0, 4)
+    expected = train(alone, 0, 4, *SIZES)
     with share(config, size, **loss) as (peer, _):
-        terms = train(peer, 0, 4)
+        terms = train(peer, 0, 4, *SIZES)
         published = publish(peer, 9), publish(alone, 9)
     for row, wanted in zip(terms, expected, strict=True):
         assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
@@ -138,7 +128,7 @@ def test_loaded_weights_reach_the_replicas(share: Share) -> None:
     """After going back to a state the embeddings have the same bits. In between they differ."""
     config = settings(**STILL, ema={"decay": 0.5})
     with share(config, 2) as (peer, _):
-        train(peer, 0, 2)
+        train(peer, 0, 2, *SIZES)
         state = {
             key: {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()}
             if isinstance(value, dict) and key in ("net", "ema")
@@ -146,21 +136,24 @@ def test_loaded_weights_reach_the_replicas(share: Share) -> None:
             for key, value in peer.state_dict().items()
         }
         before = publish(peer, 5)
-        train(peer, 2, 4)
+        train(peer, 2, 4, *SIZES)
         assert not torch.equal(publish(peer, 5), before)
         peer.load_state_dict(state)
         assert torch.equal(publish(peer, 5), before)
 
 
-@pytest.mark.parametrize("when", ["embed", "update"])
+@pytest.mark.parametrize("when", ["forward", "step"])
 def test_a_dead_replica_is_a_lost_peer(share: Share, when: str) -> None:
     """The error names the peer, whether the replica dies before the embeddings or before the gradients."""
     with share(settings(**STILL), 3) as (peer, replicas):
-        train(peer, 0, 1)
-        if when == "update":
-            publish(peer, 1)
+        out = peer.forward(batch(0))
+        if when == "forward":
+            finish(peer, out, teachers(0, *SIZES))
         assert replicas[1].pid is not None
         os.kill(replicas[1].pid, signal.SIGKILL)
         replicas[1].join()
         with pytest.raises(PeerLostError, match="peer0: one of its replicas was lost"):
-            train(peer, 1, 2) if when == "embed" else peer.update(teachers(1, *SIZES))
+            if when == "forward":
+                peer.forward(batch(1))
+            else:
+                finish(peer, out, teachers(0, *SIZES))

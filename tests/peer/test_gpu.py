@@ -12,12 +12,12 @@ import torch
 from conftest import assert_same, tiny
 
 from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
-from ray_dmml.cohort.local import LocalCohort, build_peer
+from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.augmentations import training_view
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import BatchLoader, build_sampler
-from ray_dmml.peer.peer import Peer
+from ray_dmml.peer.peer import Peer, build_peer
 from ray_dmml.randomness import seeded
 
 pytestmark = [
@@ -32,9 +32,8 @@ def train(peer: Peer, config: Config, start: int, stop: int) -> list[dict[str, f
     rows = []
     with closing(BatchLoader(splits.train, build_sampler(config, splits))) as loader:
         for step in range(start, stop):
-            peer.embed(loader.batch(step))
-            peer.measure()
-            rows.append(peer.update([]))
+            out = peer.forward(loader.batch(step))
+            rows.append(peer.step(out, peer.metric_loss(out), []))
     return rows
 
 
@@ -65,7 +64,7 @@ def test_a_peer_trains_on_a_gpu(image_folder: Path, amp: str) -> None:
     scaler is active."""
     config = config_of(image_folder, amp=amp)
     splits = load_splits(config.data)
-    peer = build_peer(config, 0, splits, torch.device("cuda"), True)
+    peer = build_peer(config, 0, splits.train.num_classes, torch.device("cuda"), True)
     rows = train(peer, config, 0, 60)
     losses = [row["metric"] for row in rows]
     assert all(math.isfinite(loss) for loss in losses)
@@ -82,10 +81,10 @@ def test_the_state_moves_between_devices(image_folder: Path) -> None:
     settings: dict[str, Any] = {"amp": "float16", "update_interval": 2, "ema": {"decay": 0.9}}
     config = config_of(image_folder, **settings)
     splits = load_splits(config.data)
-    first = build_peer(config, 0, splits, torch.device("cuda"), True)
+    first = build_peer(config, 0, splits.train.num_classes, torch.device("cuda"), True)
     train(first, config, 0, 5)
     files = encode_peer(first.state_dict())
-    second = build_peer(config, 0, splits, torch.device("cuda"), True)
+    second = build_peer(config, 0, splits.train.num_classes, torch.device("cuda"), True)
     second.load_state_dict(decode_peer(files))
     assert encode_peer(second.state_dict()).keys() == files.keys()
     assert_same(decode_peer(encode_peer(second.state_dict())), decode_peer(files))
@@ -93,10 +92,14 @@ def test_the_state_moves_between_devices(image_folder: Path) -> None:
     assert all(p.grad is None or p.grad.is_cuda for p in second.net.parameters())
     for one, other in zip(train(first, config, 5, 8), train(second, config, 5, 8), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.05)
-    on_cpu = build_peer(config_of(image_folder), 0, splits, torch.device("cpu"), True)
+    on_cpu = build_peer(
+        config_of(image_folder), 0, splits.train.num_classes, torch.device("cpu"), True
+    )
     on_cpu.load_weights(decode_peer(files)["net"])
     expected = on_cpu.embed_images(splits.test, 16)
-    peer = build_peer(config_of(image_folder), 0, splits, torch.device("cuda"), True)
+    peer = build_peer(
+        config_of(image_folder), 0, splits.train.num_classes, torch.device("cuda"), True
+    )
     peer.load_weights(decode_peer(files)["net"])
     assert peer.embed_images(splits.test, 16) == pytest.approx(expected, abs=5e-3)
 
