@@ -1,4 +1,5 @@
-# ray-dmml with Ray, for one machine or for every node of a cluster.
+# ray-dmml and Ray, for one machine or for every node of a cluster.
+# Not built by us yet.
 #
 #   docker build -t ray-dmml:cpu .
 #   docker build -t ray-dmml:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
@@ -7,7 +8,7 @@
 #   docker run --rm --gpus all --shm-size=8g -v /data:/data -v /runs:/runs ray-dmml:cuda \
 #     ray-dmml train --config experiments/configs/cub200.yaml --set data.root=/data/cub200 --out /runs/cub200
 #
-# PyTorch's wheels bring CUDA with them: the host needs its driver and the NVIDIA container toolkit only.
+# The host needs only the NVIDIA driver and container toolkit, since PyTorch's wheels contain CUDA.
 FROM python:3.12-slim
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -17,12 +18,12 @@ ENV PIP_NO_CACHE_DIR=1 \
     PYTHONUNBUFFERED=1 \
     RAY_USAGE_STATS_ENABLED=0
 
-# wget: by it KubeRay asks whether Ray is well. g++: for `compile: true` on a CPU, and on GPUs.
+# KubeRay's health checks need wget. `compile: true` needs g++.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ wget \
     && rm -rf /var/lib/apt/lists/*
 
-# Apart from the package, so that a change of ours does not fetch PyTorch again.
+# A layer of its own, so that a change of the package does not download PyTorch again.
 RUN pip install --index-url "$TORCH_INDEX" torch torchvision
 
 RUN useradd --create-home --uid 1000 ray
@@ -32,6 +33,6 @@ COPY ray_dmml ray_dmml
 RUN pip install '.[search,aws]'
 COPY experiments experiments
 
-# Not root: a run needs no right but to its own files.
+# A run needs no root.
 USER ray
 CMD ["ray-dmml", "--help"]

@@ -1,18 +1,21 @@
-"""What is each diversity worth? Every arm at one budget, with several seeds; then tables and plots.
+"""What is each diversity worth? Trains every arm with the same budget and several seeds, then writes tables and plots.
 
     python experiments/ablation.py [characters|grocery|FOLDER] [OPTIONS]
 
-FOLDER holds a config.yaml and an arms.yaml, as experiments/ablations/characters does. A finished (arm,
-seed) is a line of its rows.jsonl and is never run again: stop this at any time, and start it again. Of
-arms that arms.yaml gives the same settings only one is run; the others' rows are copies that say so.
-Arms run side by side as tasks of Ray, one a core (or `--gpus-per-arm`), on this machine or on the
-cluster that RAY_ADDRESS names. `--report` makes the tables and the plots anew from what is there.
+FOLDER holds a config.yaml and an arms.yaml, as experiments/ablations/characters does. Each finished
+(arm, seed) becomes a line of FOLDER/rows.jsonl and is never run again, so the command can be stopped
+and started again at any time. Where arms have the same settings, one of them is run and the rows of
+the others are marked copies. Arms run side by side as Ray tasks, one a core (or `--gpus-per-arm`), on
+this machine or on the cluster that RAY_ADDRESS names. `--report` only writes tables and plots of the
+rows that exist.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -21,14 +24,7 @@ import typer
 from ablations.arms import ARMS, Arm, Plan
 from ablations.measure import measure
 from ablations.report import write_report
-from ablations.running import (
-    Row,
-    images_of,
-    require_same_images,
-    resources,
-    rows_of,
-    side_by_side,
-)
+from ablations.rows import Row, images_digest, open_rows, require_same_images
 from provenance import commit
 from rich.console import Console
 
@@ -42,60 +38,59 @@ from ray_dmml.ray_backend.session import ray_session
 EXPERIMENTS = Path(__file__).parent
 DATA = ("characters", "grocery")
 
-Alike = dict[str, tuple[str, bool]]
-"""Of each arm: equal for arms whose rows would be the same."""
+Task = tuple[str, int]
+"""The name of an arm, and a seed."""
+
+Digests = Mapping[str, str]
+"""The digest of each arm's settings. Arms with the same digest have the same rows."""
 
 
-def alike_arms(plan: Plan) -> Alike:
-    """By their settings, and whether averages are judged or the weights themselves."""
-    return {name: (plan.digest(arm), arm.ema) for name, arm in ARMS.items()}
-
-
-def require_same_settings(rows: list[Row], alike: Alike, file: Path) -> None:
-    """Raises UserError where rows are of other settings than the arms have now, or copies of none."""
-    other = {row["arm"] for row in rows if alike.get(row["arm"], ("",))[0] != row["settings"]}
-    if other:
+def require_same_settings(rows: list[Row], digests: Digests, file: Path) -> None:
+    """Raises UserError where a row has other settings than its arm, or is a copy of a missing row."""
+    if changed := {row["arm"] for row in rows if digests.get(row["arm"]) != row["settings"]}:
         raise UserError(
             f"{file} has rows of other settings than config.yaml, arms.yaml and --set give now "
-            f"({'; '.join(sorted(other))}): undo the change, remove those rows to run them anew, or give a "
+            f"({'; '.join(sorted(changed))}): undo the change, remove those rows to run them again, or use a "
             "copy of the folder without them"
         )
-    run = {(row["arm"], row["seed"]) for row in rows if "same_as" not in row}
-    if orphans := {
-        row["arm"] for row in rows if "same_as" in row and (row["same_as"], row["seed"]) not in run
-    }:
+    originals = {(row["arm"], row["seed"]) for row in rows if "same_as" not in row}
+    copied = [row for row in rows if "same_as" in row]
+    if orphans := {row["arm"] for row in copied if (row["same_as"], row["seed"]) not in originals}:
         raise UserError(
-            f"{file} has rows that are copies (same_as) of rows that are gone: remove them, too "
+            f"{file} has copies (same_as) of rows that no longer exist: remove them, too "
             f"({'; '.join(sorted(orphans))})"
         )
 
 
-def left_to_run(
-    rows: list[Row], wanted: list[tuple[str, int]], alike: Alike
-) -> list[tuple[str, int]]:
-    """The arms and seeds without a row, their own or of an arm alike; of those alike the first."""
-    done = {(alike[row["arm"]], row["seed"]) for row in rows}
-    left: dict[tuple[tuple[str, bool], int], tuple[str, int]] = {}
+def left_to_run(rows: list[Row], wanted: list[Task], digests: Digests) -> list[Task]:
+    """The tasks whose settings and seed have no row yet; the first of those with the same settings."""
+    done = {(digests[row["arm"]], row["seed"]) for row in rows}
+    left: dict[tuple[str, int], Task] = {}
     for name, seed in wanted:
-        if (alike[name], seed) not in done:
-            left.setdefault((alike[name], seed), (name, seed))
+        if (digests[name], seed) not in done:
+            left.setdefault((digests[name], seed), (name, seed))
     return list(left.values())
 
 
-def copies(rows: list[Row], wanted: list[tuple[str, int]], alike: Alike) -> list[Row]:
-    """The rows of arms and seeds that have none, and whose settings are those of an arm that has."""
+def copies(rows: list[Row], wanted: list[Task], digests: Digests) -> list[Row]:
+    """Rows for tasks that have none, copied from an arm with the same settings."""
     done = {(row["arm"], row["seed"]) for row in rows}
-    run = {(alike[row["arm"]], row["seed"]): row for row in rows if "same_as" not in row}
+    originals = {(digests[row["arm"]], row["seed"]): row for row in rows if "same_as" not in row}
     return [
         {**row, "arm": name, "same_as": row["arm"], "seconds": 0.0}
         for name, seed in wanted
-        if (name, seed) not in done and (row := run.get((alike[name], seed)))
+        if (name, seed) not in done and (row := originals.get((digests[name], seed)))
     ]
+
+
+def resources(gpus_per_arm: float, cluster: Mapping[str, float]) -> dict[str, float]:
+    """Ray's options for an arm: a core, and a share of a GPU where the cluster has any."""
+    return {"num_cpus": 1, **({"num_gpus": gpus_per_arm} if cluster.get("GPU") else {})}
 
 
 @ray.remote(max_retries=0)
 def run_arm(plan: Plan, arm: Arm, seed: int, skipped: tuple[str, ...]) -> Row:
-    """In a process of Ray's, which is used again for the next."""
+    """Runs in a Ray worker process, which Ray uses again for the next arm."""
     tune_malloc()
     splits = load_splits(plan.config(arm, seed).data, skip=frozenset(skipped), check=False)
     return measure(plan, arm, seed, splits)
@@ -104,32 +99,42 @@ def run_arm(plan: Plan, arm: Arm, seed: int, skipped: tuple[str, ...]) -> Row:
 def run(
     plan: Plan,
     splits: Splits,
-    todo: list[tuple[str, int]],
-    alike: Alike,
+    tasks: list[Task],
+    digests: Digests,
     add: Callable[[Row], None],
     gpus_per_arm: float,
     console: Console,
 ) -> int:
-    """Runs arms and seeds, a row each; how many failed."""
-    made_by = commit()
-
-    def finished(task: tuple[str, int], found: Row) -> str:
-        of = {"arm": task[0], "settings": alike[task[0]][0], "images": images_of(splits)}
-        add({**of, "commit": made_by, **found})
-        tested = found["last"]["test"]
-        peers = [peer["recall@1"] for peer in tested["peers"]]
-        return (
-            f"mean peer {100 * sum(peers) / len(peers):.1f}, ensemble "
-            f"{100 * tested['ensemble']['recall@1']:.1f}"
-        )
-
+    """Runs the tasks side by side and adds a row for each; returns how many failed."""
+    made_by, images, failed, began = commit(), images_digest(splits), 0, time.monotonic()
     with ray_session():
-        run_one, shared = run_arm.options(**resources(gpus_per_arm)), ray.put(plan)
+        remote = run_arm.options(**resources(gpus_per_arm, ray.cluster_resources()))
+        shared = ray.put(plan)
         running = {
-            run_one.remote(shared, ARMS[name], seed, splits.skipped): (name, seed)
-            for name, seed in todo
+            remote.remote(shared, ARMS[name], seed, splits.skipped): (name, seed)
+            for name, seed in tasks
         }
-        return side_by_side(running, lambda task: f"{task[0]}, seed {task[1]}", finished, console)
+        while running:
+            (done, *_), _ = ray.wait(list(running))
+            name, seed = running.pop(done)
+            try:
+                row = ray.get(done)
+            except ray.exceptions.RayError as error:
+                failed += 1
+                reason = str(error).strip().splitlines()[-1]
+                console.print(f"[red]{name}, seed {seed}: {reason}[/red]", highlight=False)
+                continue
+            known = {"arm": name, "settings": digests[name], "images": images, "commit": made_by}
+            add({**known, **row})
+            test = row["last"]["test"]
+            peers = [peer["recall@1"] for peer in test["peers"]]
+            minutes = (time.monotonic() - began) / 60 / (len(tasks) - len(running)) * len(running)
+            console.print(
+                f"{name}, seed {seed}: mean peer {100 * sum(peers) / len(peers):.1f}, ensemble "
+                f"{100 * test['ensemble']['recall@1']:.1f}; {len(running)} left, about {minutes:.0f} min",
+                highlight=False,
+            )
+    return failed
 
 
 def main(
@@ -138,7 +143,7 @@ def main(
     ] = "characters",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Of all arms, such as data.root=FOLDER."),
+        typer.Option("--set", metavar="KEY=VALUE", help="For all arms, such as data.root=FOLDER."),
     ] = None,
     arm: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="An arm to run. Repeatable.")
@@ -149,44 +154,45 @@ def main(
         typer.Option(
             min=0.01,
             max=1,
-            help="Share of a GPU that an arm takes, beside a core; 0.25: four on each.",
+            help="Share of a GPU for each arm, beside a core; 0.25: four share one.",
         ),
     ] = 1,
     report: Annotated[
-        bool, typer.Option("--report", help="Run nothing; tables and plots.")
+        bool, typer.Option("--report", help="Run nothing; only write tables and plots.")
     ] = False,
 ) -> None:
     """Measure what each diversity is worth."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ray_dmml").setLevel(logging.INFO)
     folder = EXPERIMENTS / "ablations" / data if data in DATA else Path(data)
     console, failed = Console(soft_wrap=True), 0
     file = folder / "rows.jsonl"
     with user_errors():
         if not (folder / "arms.yaml").is_file():
             raise UserError(
-                f"{data}: a folder with config.yaml and arms.yaml is needed, or {' or '.join(DATA)}"
+                f"{data}: expected a folder with config.yaml and arms.yaml, or {' or '.join(DATA)}"
             )
         if unknown := [name for name in arm or () if name not in ARMS]:
-            raise UserError(f"no arm {', '.join(unknown)}; there are: {'; '.join(ARMS)}")
-        if not report:
-            plan = Plan(folder, settings or [])
-            with rows_of(file) as (rows, add):
-                alike = alike_arms(plan)
-                require_same_settings(rows, alike, file)
-                names = dict.fromkeys(arm or ARMS)
-                wanted = [(name, seed) for seed in range(seeds) for name in names]
-                if todo := left_to_run(rows, wanted, alike):
-                    splits = load_splits(plan.config(Arm(), 0).data, console.print)
+            raise UserError(f"no arm {', '.join(unknown)}; the arms are: {'; '.join(ARMS)}")
+        if report and not file.exists():
+            raise UserError(f"{file} does not exist: no arm has been run")
+        with open_rows(file) as (rows, add):
+            if not report:
+                plan = Plan(folder, settings or [])
+                digests = {name: plan.digest(each) for name, each in ARMS.items()}
+                require_same_settings(rows, digests, file)
+                wanted = [
+                    (name, seed) for seed in range(seeds) for name in dict.fromkeys(arm or ARMS)
+                ]
+                if tasks := left_to_run(rows, wanted, digests):
+                    splits = load_splits(plan.config(Arm(), 0).data)
                     require_same_images(rows, splits, file)
-                    failed = run(plan, splits, todo, alike, add, gpus_per_arm, console)
-                for row in copies(rows, wanted, alike):
+                    failed = run(plan, splits, tasks, digests, add, gpus_per_arm, console)
+                for row in copies(rows, wanted, digests):
                     add(row)
-        if not file.exists():
-            raise UserError(f"{file} is not there: no arm has been run")
-        with rows_of(file) as (rows, _):
             if rows:
-                page = EXPERIMENTS / "README.md" if data in DATA else folder / "report.md"
-                write_report(rows, folder, page)
-                console.print(f"tables: {page}; plots: {folder}", highlight=False)
+                page = write_report(rows, folder)
+                console.print(f"wrote {page} and its plots", highlight=False)
             else:
                 console.print(f"{file} has no rows yet", highlight=False)
     if failed:

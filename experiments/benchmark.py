@@ -1,9 +1,9 @@
-"""How fast ray-dmml is, against what a competent user would write instead.
+"""How fast ray-dmml is, compared with what a competent user would write instead.
 
     python experiments/benchmark.py [--only NAME]... [--rounds N] [--json FILE]
 
-A and B are measured in turn, in one run, on the same cores with the same number of threads; the
-figures are medians over the rounds. The competitors are the programs in experiments/benchmarks.
+A and B are measured in turn, in one run, on the same cores with the same number of threads. The figures
+are medians over the rounds. The competitors are the programs in experiments/benchmarks/plain.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rich.table import Table
 EXPERIMENTS = Path(__file__).parent
 WIDTH = 200
 
-# Where a row is; imported when it is run, so that a row without Ray loads none.
+# Module and function of each row. They are imported when they run, so that rows without Ray load none.
 ROWS = {
     "exchange": ("exchange", "exchange"),
     "exchange-coordinator": ("exchange", "exchange_coordinator"),
@@ -44,12 +44,13 @@ ROWS = {
     "input": ("images", "input_row"),
     "input-cached": ("images", "input_cached"),
     "start": ("start", "start"),
-    "memory": ("memory", "memory"),
+    "memory": ("steps", "memory"),
     "scaling": ("scaling", "scaling"),
-    "options": ("options", "options"),
     "published": ("published", "published"),
 }
-TABLES = ("scaling", "options", "published")
+TABLES = ("scaling", "published")
+"""These have no goal, and a table of their own."""
+
 PACKAGES = ("torch", "torchvision", "ray", "numpy", "faiss-cpu", "pytorch-metric-learning", "timm")
 
 
@@ -71,7 +72,7 @@ def shown(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def rows_table(rows: list[Row]) -> Table:
+def goals_table(rows: list[Row]) -> Table:
     header = ("name", "what (A / B)", "A", "B", "unit", "ratio", "spread", "goal", "met")
     table = Table(*header, box=box.MARKDOWN)
     for row in rows:
@@ -85,7 +86,6 @@ def rows_table(rows: list[Row]) -> Table:
 
 
 def plain_table(lines: list[dict[str, Any]]) -> Table:
-    """Of what has no goal."""
     table = Table(*lines[0], box=box.MARKDOWN)
     for line in lines:
         cells = (value if isinstance(value, str) else shown(value) for value in line.values())
@@ -99,7 +99,7 @@ def main(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often A and B are measured.")] = 5,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Where the figures are written.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")
     ] = None,
     data_root: Annotated[
         Path | None,
@@ -110,10 +110,10 @@ def main(
     """Measure ray-dmml against its competitors."""
     names = only or list(ROWS)
     if unknown := [name for name in names if name not in ROWS]:
-        raise typer.BadParameter(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    # Before torch or Ray is loaded, which count the cores; processes that are started inherit them.
+        raise typer.BadParameter(f"no row {', '.join(unknown)}; the rows are {', '.join(ROWS)}")
+    # Before torch or Ray is loaded, which count the cores. Child processes inherit the setting.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    # The images of the benchmark are its own, and so is their cache.
+    # The benchmark's images do not belong in the user's cache.
     cache = TemporaryDirectory(prefix="benchmark-cache-")
     os.environ["XDG_CACHE_HOME"] = cache.name
     os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -133,18 +133,18 @@ def main(
     for name in names:
         module, function = ROWS[name]
         began = time.perf_counter()
-        found = getattr(importlib.import_module(f"benchmarks.{module}"), function)(settings)
+        result = getattr(importlib.import_module(f"benchmarks.{module}"), function)(settings)
         seconds = time.perf_counter() - began
         Console(stderr=True).print(f"{name}: measured in {seconds:.0f} s", highlight=False)
         if name in TABLES:
-            report[name] = found
+            report[name] = result
         else:
-            rows += found
-        if json_file is not None:  # after every row, as a later one may fail
+            rows += result
+        if json_file is not None:  # after every row, because a later one may fail
             report["rows"] = [row.as_json() for row in rows]
             json_file.write_text(json.dumps(report, indent=1))
     if rows:
-        console.print(rows_table(rows))
+        console.print(goals_table(rows))
     for name in TABLES:
         if report.get(name):
             console.print(plain_table(report[name]))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ray_dmml.config.schema import Config
     from ray_dmml.errors import UserError
     from ray_dmml.inference import TrainedCohort, load_cohort
-    from ray_dmml.training.trainer import evaluate, train
+    from ray_dmml.training.run import evaluate, train
 
 __all__ = ["Config", "TrainedCohort", "UserError", "evaluate", "load_cohort", "train"]
 
@@ -27,8 +27,8 @@ _HOMES = {
     "UserError": "ray_dmml.errors",
     "TrainedCohort": "ray_dmml.inference",
     "load_cohort": "ray_dmml.inference",
-    "evaluate": "ray_dmml.training.trainer",
-    "train": "ray_dmml.training.trainer",
+    "evaluate": "ray_dmml.training.run",
+    "train": "ray_dmml.training.run",
 }
 
 

@@ -1,27 +1,27 @@
-"""Errors a user can act on.
+"""Errors that a user can act on.
 
-The command line prints the message of a :class:`UserError` on its own, without a traceback, and
-exits with a non-zero code. Everything else is a bug of ours and keeps its traceback.
+The command line prints the message of a :class:`UserError` without a traceback and exits with a non-zero
+code. Any other exception is a bug in this package and keeps its traceback.
 """
 
 
 class UserError(Exception):
-    """A mistake in a setting, a file or the set-up: the message says what, where, and what is allowed."""
+    """A setting, a file or the environment is wrong. The message says what, where, and what is allowed."""
 
 
 class NonFiniteLossError(UserError):
-    """A loss became NaN or infinite; the message names the peer, the step and the term."""
+    """A loss is NaN or infinite. The message names the peer, the step and the term."""
 
 
 class PeerLostError(UserError):
-    """A peer (or the coordinator, or a node) died or fell silent, or what it sent arrived damaged; the
-    message names it. The cohort can recover from it.
+    """A peer, the coordinator or a node has died or hangs, or its data arrived damaged. The message names
+    it. The cohort can recover.
 
     Args:
-        message: for the user.
-        stuck: names of peers whose processes may live and are to be ended.
-        suspects: names of peers that are to be ended, too, of whom one is stuck and the others may only
-            wait for it.
+        message: the message for the user.
+        stuck: names of peers that hang. Their processes may still exist and have to be killed.
+        suspects: names of peers of which one hangs, while the others may only wait for it. They have to be
+            killed too.
     """
 
     def __init__(
@@ -32,20 +32,20 @@ class PeerLostError(UserError):
 
 
 class ExchangeLostError(PeerLostError):
-    """Another peer is gone from the exchange: what a death or a fault elsewhere looks like from here."""
+    """Another peer no longer takes part in the exchange. A peer sees a failure elsewhere as this error."""
 
 
 class ReplicaLostError(PeerLostError):
-    """One of the processes that share a peer's batches is gone, and the peer is to be started anew."""
+    """A process that shares the batches of a peer has died. The peer has to be restarted."""
 
 
 class StartLostError(PeerLostError):
-    """A peer was lost before there was a checkpoint: all must be built anew."""
+    """A peer was lost before the first checkpoint. All peers have to be built again."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and has: its last checkpoint is of the step it stopped at."""
+    """The run was asked to stop and has stopped. Its last checkpoint is of the step at which it stopped."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be written, or copied to the storage; what was there before is whole."""
+    """A checkpoint cannot be written or copied to the storage. Earlier checkpoints are intact."""

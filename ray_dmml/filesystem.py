@@ -1,4 +1,4 @@
-"""Folders of any file system by their URI, through pyarrow as Ray has it."""
+"""Opens folders of any file system by their URI, through pyarrow."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from pyarrow import fs
 
 CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S = 10, 30
-"""Of one try; S3 has three. A Google server that takes a request and falls silent is given up after
-two minutes: pyarrow does not hand on its client's timeout."""
+"""Limits of one attempt; S3 makes three. A Google server that accepts a request and falls silent fails
+after two minutes, because pyarrow does not pass a timeout to its client."""
 
 
 def open_uri(uri: str, *, make: bool = True) -> tuple[fs.FileSystem, str]:
-    """The file system and the folder in it.
+    """Returns the file system and the folder in it.
 
     Args:
-        uri: a folder, ``file://``, ``s3://bucket/folder``, ``gs://bucket/folder``, options as a query.
-        make: a folder of this machine that is not there.
+        uri: a folder, ``file://``, ``s3://bucket/folder`` or ``gs://bucket/folder``, with options as
+            a query.
+        make: create a folder of this machine that does not exist.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: it is not understood.
-        OSError: it cannot be reached.
+        ValueError, TypeError, NotImplementedError: the URI is not understood.
+        OSError: the file system cannot be reached.
     """
     parts = urlsplit(uri)
     if parts.scheme in ("", "file"):
@@ -31,7 +32,7 @@ def open_uri(uri: str, *, make: bool = True) -> tuple[fs.FileSystem, str]:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
         return fs.LocalFileSystem(), str(folder)
-    if parts.scheme == "s3":  # as pyarrow reads the URI, where it knows no timeouts
+    if parts.scheme == "s3":  # pyarrow's own reading of the URI has no timeouts
         if ":" in parts.netloc and "@" not in parts.netloc and "@" in uri:
             raise ValueError("a '/' in its key is written %2F, a '?' %3F and a '#' %23")
         bucket = parts.netloc.rpartition("@")[2]
@@ -42,7 +43,7 @@ def open_uri(uri: str, *, make: bool = True) -> tuple[fs.FileSystem, str]:
         if parts.username:
             options["access_key"] = unquote(parts.username)
             options["secret_key"] = unquote(parts.password or "")
-        # pyarrow reads these from_uri alone. Servers that are not Amazon's are mostly named so.
+        # Servers other than Amazon's are usually set by these, which S3FileSystem does not read.
         for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
             if os.environ.get(name):
                 options.setdefault("endpoint_override", os.environ[name])
@@ -56,28 +57,28 @@ def open_uri(uri: str, *, make: bool = True) -> tuple[fs.FileSystem, str]:
         return fs.S3FileSystem(**options), (bucket + parts.path).rstrip("/")
     if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
         uri += f"{'&' if parts.query else '?'}retry_limit_seconds={REQUEST_TIMEOUT_S}"
-    found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
-    return found
+    opened: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
+    return opened
 
 
 def reason(error: Exception) -> str:
-    """What pyarrow raised, in a line, without secrets."""
+    """The first line of what pyarrow raised, without secrets."""
     lines = str(error).splitlines() or [type(error).__name__]
     return without_secrets(lines[0]).rstrip(".")
 
 
 def without_secrets(text: str) -> str:
-    """URIs without the user's name and password and without their queries.
+    """The text with each URI stripped of user name, password and query.
 
-    AWS's secrets have slashes, and not everybody escapes them: all up to the last @ goes. Where that
-    is behind a question mark nobody can tell a secret from a query, and nothing is shown.
+    Secrets of AWS contain slashes, and not everybody escapes them, so everything up to the last @ is
+    removed. If that is behind a question mark, a secret looks like a query, and nothing is shown.
     """
-    return re.sub(r"(\w*:)?//(\S*)", _shown, text)
+    return re.sub(r"(\w*:)?//(\S*)", _strip, text)
 
 
-def _shown(uri: re.Match[str]) -> str:
+def _strip(uri: re.Match[str]) -> str:
     scheme = uri[1] or ""
     place, _, query = uri[2].partition("?")
-    if scheme.lower() != "file:":  # whose folders may have an @
+    if scheme.lower() != "file:":  # folders may have an @
         place = "..." if "@" in query else place.rpartition("@")[2]
     return f"{scheme}//{place}"

@@ -1,8 +1,8 @@
-"""Trained peers, ready to embed images: what a search service takes from a run."""
+"""Trained peers for use: a search service loads them from a run and embeds images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +10,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ray_dmml.config.schema import PeerConfig
 from ray_dmml.data.augmentations import View, evaluation_view
-from ray_dmml.data.dataset import FileImages, Resize
+from ray_dmml.data.dataset import FileImages, ImageSet
+from ray_dmml.data.decoding import Resize
+from ray_dmml.data.loader import in_chunks
 from ray_dmml.evaluation.ensemble import ensemble_embedding
-from ray_dmml.models.embedding_net import EmbeddingNet, load_net_weights
+from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net
+from ray_dmml.models.pretrained import load_net_weights
 from ray_dmml.training.run_dir import RunDir
 
 
 class TrainedPeer:
-    """One trained net with the view it is to be given.
+    """One trained net with the evaluation view of its images.
 
     Attributes:
         net: :class:`~ray_dmml.models.embedding_net.EmbeddingNet` in evaluation mode.
@@ -30,78 +32,74 @@ class TrainedPeer:
         self.net, self.view = net.eval(), view
 
     def embed(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S), decoded as the run decodes -> (B, D) float32, unit length."""
+        """Embeds decoded images: uint8 (B, 3, S, S) -> (B, D) float32, rows of length 1."""
         with torch.no_grad():
             return self.net(self.view(images).to(next(self.net.parameters()).device))
 
 
 class TrainedCohort:
-    """The peers of a run; together they embed by concatenation.
+    """The trained peers of a run. The cohort's embedding is the concatenation of theirs.
 
     Attributes:
-        peers: name to :class:`TrainedPeer`, in peer order.
-        decode_size: S.
+        peers: :class:`TrainedPeer` by name, in peer order.
+        decode_size: side S of the decoded images, in pixels.
+        resize: how an image becomes a square, ``stretch`` or ``center_crop``.
     """
 
     def __init__(self, peers: dict[str, TrainedPeer], decode_size: int, resize: Resize) -> None:
-        self.peers, self.decode_size, self._aspect = peers, decode_size, resize
+        self.peers, self.decode_size, self.resize = peers, decode_size, resize
 
     def embed(self, images: Tensor) -> np.ndarray:
-        """uint8 (B, 3, S, S) -> the ensemble's (B, sum of D) float32, unit length."""
+        """Embeds decoded images: uint8 (B, 3, S, S) -> (B, sum of D) float32, rows of length 1."""
         return ensemble_embedding([p.embed(images).cpu().numpy() for p in self.peers.values()])
 
     def embed_files(self, paths: Iterable[Path | str], batch_size: int = 64) -> np.ndarray:
-        """Image files -> the ensemble's (N, sum of D) float32.
+        """Embeds image files.
+
+        Args:
+            paths: the files.
+            batch_size: images that are decoded and embedded together.
+
+        Returns:
+            (N, sum of D) float32, rows of length 1, in the order of the files.
 
         Raises:
-            UserError: a file cannot be read; it is named.
+            UserError: a file cannot be read. The message names it.
         """
         files = [str(Path(path).resolve()) for path in paths]
-        source = FileImages(Path(), files, self.decode_size, self._aspect)
-        chunks = [
-            self.embed(torch.stack([source.read(i) for i in chunk]))
-            for chunk in _chunks(range(len(files)), batch_size)
-        ]
+        source = FileImages(Path(), files, self.decode_size, self.resize)
+        images = ImageSet(source, np.zeros(len(files), np.int64), ("unknown",))
         size = sum(peer.net.embedding_size for peer in self.peers.values())
-        return np.concatenate(chunks) if chunks else np.zeros((0, size), np.float32)
+        batches = [self.embed(batch) for batch in in_chunks(images, batch_size)]
+        return np.concatenate([np.empty((0, size), np.float32), *batches])
 
 
 def load_cohort(
     run: Path | str, weights: str | None = None, *, device: str = "cpu"
 ) -> TrainedCohort:
-    """The peers of a run, for inference; neither its images nor Ray are needed.
+    """Loads the trained peers of a run. It needs neither the run's images nor Ray.
 
     Args:
-        run: its folder.
-        weights: ``last``, ``best`` or ``ema`` (of the last, where a peer keeps them); None:
-            those the run was judged by.
-        device: where the nets go.
+        run: the run's folder.
+        weights: ``last``, ``best`` or ``ema`` (averaged weights of the last checkpoint; a peer without
+            them uses its last weights). None takes the weights that the run's results are of.
+        device: where the nets compute.
 
     Raises:
-        UserError: no such run or checkpoint.
+        UserError: there is no such run or checkpoint, or it is damaged.
     """
     folder = RunDir.open(run)
     config = folder.config()
-    which = config.weights_to_judge(weights)
+    which = config.weights_to_evaluate(weights)
     checkpoint = folder.checkpoints.load("best" if which == "best" else "last")
     peers = {}
     for peer in config.cohort.peers:
         files = checkpoint.peers[str(peer.name)]
         averaged = which == "ema" and "ema.safetensors" in files
         content = files["ema.safetensors" if averaged else "weights.safetensors"]
-        net = _plain_net(peer)
+        net = build_embedding_net(peer, config.seed, initial_weights=False)
         load_net_weights(net, safetensors.torch.load(content), f"of {peer.name}")
         crop = peer.eval_crop if peer.eval_crop is not None else net.eval_crop
         view = evaluation_view(net.input_size, crop, config.data.decode_size)
         peers[str(peer.name)] = TrainedPeer(net.to(device), view)
     return TrainedCohort(peers, config.data.decode_size, config.data.resize)
-
-
-def _plain_net(peer: PeerConfig) -> EmbeddingNet:
-    return EmbeddingNet(
-        peer.backbone, peer.embedding_size, peer.pooling, peer.batch_norm, peer.input_size
-    )
-
-
-def _chunks(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [numbers[i : i + size] for i in range(0, len(numbers), size)]

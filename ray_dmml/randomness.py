@@ -1,9 +1,9 @@
-"""Every random number comes from (run seed, the drawer's own key, step, phase).
+"""Random numbers that depend only on a key: (run seed, the peer's own seed, step, phase).
 
-torch, numpy and Python each have one global generator that libraries draw from (torchvision's
-transforms, pytorch-metric-learning's miners, dropout). :func:`seeded` sets all of them for the
-length of a block and puts them back, so what is drawn inside depends on the key alone: not on what
-ran before, in which process, or beside whom.
+torch, numpy and Python each have a global generator that libraries use (torchvision's transforms,
+pytorch-metric-learning's miners, dropout). :func:`seeded` sets all of them inside a block and restores
+them afterwards. Numbers drawn inside the block therefore depend only on the key, and not on what ran
+before, on the process, or on other peers in it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ import torch
 
 
 def derive_seed(*key: int | str) -> int:
-    """A 63-bit seed from a key; the same on every machine and in every process."""
+    """Derives a 63-bit seed from a key. The result is the same on every machine and in every process."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 @contextmanager
 def seeded(*key: int | str) -> Iterator[None]:
-    """Inside the block the global generators of torch, numpy and Python follow from ``key`` alone."""
+    """Seeds the global generators of torch, numpy and Python with ``key`` for the length of the block.
+
+    On a GPU this includes the generator of the current device, if CUDA has been initialised.
+    """
     seed = derive_seed(*key)
     numpy_state, python_state = np.random.get_state(), random.getstate()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []

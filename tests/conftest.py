@@ -219,7 +219,7 @@ def ablations(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         import ablations.arms
         import ablations.measure
         import ablations.report
-        import ablations.running
+        import ablations.rows
 
         yield ablations
     finally:

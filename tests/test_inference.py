@@ -1,4 +1,4 @@
-"""A run's peers without its images and without Ray."""
+"""The trained peers of a run, without its images and without Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ray_dmml.evaluation.ensemble import ensemble_embedding
 
 @pytest.fixture(scope="module")
 def run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 3 unlike peers."""
+    """A run of 3 different peers."""
     out = tmp_path_factory.mktemp("runs") / "run"
     train(unlike_peers(image_folder), out, local=True)
     return out
@@ -31,7 +31,7 @@ def run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_embeddings_are_those_of_the_run(
     run: Path, image_folder: Path, weights: str | None
 ) -> None:
-    """Of files and of decoded images, as the training cohort embeds its test classes."""
+    """Embeddings of files and of decoded images equal those of the training cohort."""
     config = Config.load(run / "config.yaml")
     splits = load_splits(config.data)
     which = "best" if weights in (None, "best") else "last"
@@ -41,41 +41,42 @@ def test_embeddings_are_those_of_the_run(
     trained = load_cohort(run, weights)
     assert tuple(trained.peers) == cohort.names
     files = [image_folder / splits.test.source.name(i) for i in range(len(splits.test))]
-    found = trained.embed_files(files, batch_size=7)
-    assert found.dtype == np.float32 and found.shape == (40, 16 + 23 + 8)
+    embeddings = trained.embed_files(files, batch_size=7)
+    assert embeddings.dtype == np.float32 and embeddings.shape == (40, 16 + 23 + 8)
     ensemble = ensemble_embedding(list(expected.values()))
-    assert np.allclose(found, ensemble, atol=1e-5)
+    assert np.allclose(embeddings, ensemble, atol=1e-5)
     [images] = in_chunks(splits.test, 1000)
     assert np.allclose(trained.embed(images), ensemble, atol=1e-5)
     for name, peer in trained.peers.items():
         assert np.allclose(peer.embed(images).numpy(), expected[name], atol=1e-5)
-    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    assert np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
 
 
-def test_live_and_averaged_weights_are_different_nets(run: Path, image_folder: Path) -> None:
-    """Of the one peer that keeps an average; the two others are the same either way."""
+def test_last_and_averaged_weights_are_different_nets(run: Path, image_folder: Path) -> None:
+    """They differ for the one peer with averaged weights. The other two are the same."""
     files = sorted(image_folder.glob("class15/*.png"))
-    live, averaged = (load_cohort(run, w).embed_files(files) for w in ("last", "ema"))
-    assert not np.allclose(live[:, :16], averaged[:, :16], atol=1e-4)
-    assert np.array_equal(live[:, 16:], averaged[:, 16:])
+    last, averaged = (load_cohort(run, w).embed_files(files) for w in ("last", "ema"))
+    assert not np.allclose(last[:, :16], averaged[:, :16], atol=1e-4)
+    assert np.array_equal(last[:, 16:], averaged[:, 16:])
 
 
 def test_neither_the_images_nor_the_order_of_calls_matter(run: Path, tmp_path: Path) -> None:
-    """A run folder moved to a machine without its data gives the same embeddings."""
+    """A run's folder on a machine without its data gives the same embeddings."""
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     text = (moved / "config.yaml").read_text()
     root = str(Config.load(run / "config.yaml").data.root)
     (moved / "config.yaml").write_text(text.replace(root, "/nowhere"))
     files = sorted(Path(root).glob("class1*/0.png"))
+    assert len(files) == 6
     cohort = load_cohort(moved)
     assert np.array_equal(cohort.embed_files(files), load_cohort(run).embed_files(files))
     assert np.array_equal(cohort.embed_files(files), cohort.embed_files(files))
     assert cohort.embed_files([]).shape == (0, 47)
 
 
-def test_mistakes_are_told(run: Path, tmp_path: Path) -> None:
-    """Unknown weights, no run, a missing image, a run with no checkpoint."""
+def test_mistakes_are_user_errors(run: Path, tmp_path: Path) -> None:
+    """Unknown weights, no run, a missing image, a run without a checkpoint."""
     with pytest.raises(UserError, match="no weights 'bset'; there are last and best"):
         load_cohort(run, "bset")
     with pytest.raises(UserError, match=r"is not the folder of a run: it has no config\.yaml"):

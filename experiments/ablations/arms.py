@@ -1,14 +1,14 @@
-"""The arms of the ablation: images, batches and steps alike, with and without each ingredient.
+"""The arms of an ablation: the same images, batches and steps, with and without each ingredient.
 
-A data set's folder has a `config.yaml` of equal peers, and an `arms.yaml` that says what each
-ingredient is::
+The folder of a data set holds two files. `config.yaml` has the settings of equal peers, and
+`arms.yaml` says what each ingredient is::
 
-    independent: {...}   # settings, as in --set, of the arms that learn alone: found by their own search
-    mutual: {...}        # of those that learn from each other: found by theirs
+    independent: {...}   # settings (as in --set) of arms whose peers learn from labels alone
+    mutual: {...}        # settings of arms whose peers learn from each other as well
     model: [{...}, ...]  # what each diversity gives to peers 0 to 3
     view: [...]
     temporal: [...]
-    ema: {...}     # settings
+    ema: {...}           # settings of arms that are evaluated with averaged weights
 """
 
 from __future__ import annotations
@@ -16,78 +16,87 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_dmml.config.schema import Config, TrainConfig, read_settings, read_yaml, set_setting
+from ray_dmml.config.loading import read_settings, read_yaml, set_setting
+from ray_dmml.config.schema import Config, TrainConfig
 from ray_dmml.errors import UserError
 
 DIVERSITIES = ("model", "view", "temporal")
 NUM_SNAPSHOTS = 2
-OF_AN_INGREDIENT = ("cohort.base.", "loss.")
-"""What arms.yaml may set of all peers: nothing that would change the budget."""
+ALLOWED = ("cohort.base.", "loss.")
+"""Prefixes of the settings that `arms.yaml` may give to all peers. Others would change the budget."""
+
+NO_EFFECT = {
+    "checkpoint": True,
+    "failure": True,
+    "data": {"root", "source", "manifest", "cache_dir", "cache_gib", "check_images"},
+}
+"""Settings that no figure depends on. The images have a digest of their own: `Splits.digests`."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What one arm is made of."""
+    """The ingredients of one arm."""
 
     mutual: bool = False
-    """The peers learn from each other; else each from labels alone."""
+    """Peers learn from each other. Without it each learns from labels alone."""
 
     diversities: tuple[str, ...] = ()
     num_peers: int = 2
     ema: bool = False
-    """All peers average their weights, and are judged with the averages."""
+    """All peers average their weights and are evaluated with the average."""
 
-    unit: bool = False
-    """Relations are of embeddings of unit length, whatever the search chose."""
+    normalize: bool = False
+    """Relations are of embeddings of unit length, whatever `arms.yaml` sets."""
 
     snapshots: int = 1
-    """Above 1: one net, its learning rate falling so many times (Huang et al., *Snapshot Ensembles*,
-    ICLR 2017, https://arxiv.org/abs/1704.00109); what it was at each end is a member."""
+    """Above 1, one net is trained with so many cycles of its learning rate, and its weights at the
+    end of each cycle are a member (Huang et al., *Snapshot Ensembles*, ICLR 2017,
+    https://arxiv.org/abs/1704.00109)."""
 
     teacher: bool = False
-    """The only peer learns from a frozen one: the same net, trained alone to the end before."""
+    """The only peer learns from a frozen copy of its net, which was trained alone beforehand."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes it this arm, whatever arms.yaml and a candidate say."""
-        found: dict[str, Any] = {}
+        """The settings that define this arm. They override those of `arms.yaml`."""
+        settings: dict[str, Any] = {}
         if not self.mutual:
-            found |= {"loss.relational.distance_weight": 0, "loss.relational.angle_weight": 0}
-        if self.unit:
-            found["loss.relational.normalize"] = "unit"
+            settings |= {"loss.relational.distance_weight": 0, "loss.relational.angle_weight": 0}
+        if self.normalize:
+            settings["loss.relational.normalize"] = True
         if self.snapshots > 1:
-            found["cohort.base.schedule.name"] = "cosine"
-            found["cohort.base.schedule.cycles"] = self.snapshots
-        return found
+            settings["cohort.base.schedule.name"] = "cosine"
+            settings["cohort.base.schedule.cycles"] = self.snapshots
+        return settings
 
 
 def _arms() -> dict[str, Arm]:
-    found = {}
-    for name, mutual in (("independent", False), ("mutual", True)):
-        found[name] = Arm(mutual)
+    arms = {}
+    for kind, mutual in (("independent", False), ("mutual", True)):
+        arms[kind] = Arm(mutual)
         for diversity in DIVERSITIES:
-            found[f"{name} + {diversity}"] = Arm(mutual, (diversity,))
-        found[f"{name} + all"] = Arm(mutual, DIVERSITIES)
-        found[f"{name} + all + ema"] = Arm(mutual, DIVERSITIES, ema=True)
-    found["mutual + all, unit length"] = Arm(True, DIVERSITIES, unit=True)
-    found["single net"] = Arm(num_peers=1)
-    found["snapshots"] = Arm(num_peers=1, snapshots=NUM_SNAPSHOTS)
-    found["self-distillation"] = Arm(True, num_peers=1, teacher=True)
+            arms[f"{kind} + {diversity}"] = Arm(mutual, (diversity,))
+        arms[f"{kind} + all"] = Arm(mutual, DIVERSITIES)
+        arms[f"{kind} + all + ema"] = Arm(mutual, DIVERSITIES, ema=True)
+    arms["mutual + all, unit length"] = Arm(True, DIVERSITIES, normalize=True)
+    arms["single net"] = Arm(num_peers=1)
+    arms["snapshots"] = Arm(num_peers=1, snapshots=NUM_SNAPSHOTS)
+    arms["self-distillation"] = Arm(True, num_peers=1, teacher=True)
     for num_peers in (3, 4):
-        found[f"independent + all, M = {num_peers}"] = Arm(False, DIVERSITIES, num_peers)
-        found[f"mutual + all, M = {num_peers}"] = Arm(True, DIVERSITIES, num_peers)
-    return found
+        arms[f"independent + all, M = {num_peers}"] = Arm(False, DIVERSITIES, num_peers)
+        arms[f"mutual + all, M = {num_peers}"] = Arm(True, DIVERSITIES, num_peers)
+    return arms
 
 
 ARMS = _arms()
+MAX_PEERS = max(arm.num_peers for arm in ARMS.values())
 
 TEACHER = Arm(num_peers=1)
-"""What the frozen net of self-distillation was."""
+"""How the frozen net of self-distillation is trained."""
 
 
 class Plan:
@@ -95,41 +104,41 @@ class Plan:
 
     Args:
         folder: with `config.yaml` and `arms.yaml`.
-        overrides: `KEY=VALUE` of all arms, such as where the images are.
-        candidate: what is other than in `arms.yaml`: settings of both `independent` and `mutual`, and
-            any other of its parts whole.
+        overrides: `KEY=VALUE` for all arms, such as the folder of the images.
 
     Raises:
-        UserError: a file or setting is not as it must be.
+        UserError: a file or a setting is invalid.
     """
 
-    def __init__(
-        self, folder: Path, overrides: list[str], candidate: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, overrides: list[str]) -> None:
+        file = folder / "arms.yaml"
         self._raw = read_settings(folder / "config.yaml", overrides)
-        _require_heeded(self._raw)
-        self._parts = _changed(_read_arms(folder / "arms.yaml"), candidate or {})
+        _require_comparable(self._raw)
+        self._parts = read_yaml(file, "arms file")
+        try:
+            _require_parts(self._parts)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
         for name, arm in ARMS.items():
             try:
                 config = self.config(arm, 0)
                 if arm.ema and any(peer.ema is None for peer in config.cohort.peers):
                     raise UserError("ema must give all peers cohort.base.ema")
             except UserError as error:
-                of = f"arm {name}" if candidate else f"{folder / 'arms.yaml'}: {name}"
-                raise UserError(f"{of}: {error}") from None
+                raise UserError(f"{file}: {name}: {error}") from None
         steps, every = config.train.steps, config.train.evaluate_every
-        if not every or steps % (every * NUM_SNAPSHOTS):  # measure() counts in whole `every`, too
+        if not every or steps % (every * NUM_SNAPSHOTS):  # measure() evaluates every `every` steps
             raise UserError(
                 f"train.steps {steps} must be a multiple of {NUM_SNAPSHOTS} x train.evaluate_every "
                 f"{every}, so that snapshots are taken at the ends of cycles"
             )
         if not config.data.validation_fraction:
             raise UserError(
-                "data.validation_fraction must be above 0: steps are chosen on those classes"
+                "data.validation_fraction must be above 0: the best step is chosen on those classes"
             )
 
     def config(self, arm: Arm, seed: int, teacher: Path | None = None) -> Config:
-        """Of an arm and seed; with a teacher's weights, its frozen peer comes last."""
+        """The config of an arm and seed. With a teacher's weights, its frozen peer comes last."""
         raw = copy.deepcopy(self._raw)
         raw["seed"] = seed
         peers = [dict[str, Any]() for _ in range(arm.num_peers)]
@@ -137,100 +146,72 @@ class Plan:
             peers.append({"name": "teacher", "frozen": True, "weights": str(teacher)})
         raw.setdefault("cohort", {})["peers"] = peers
         steps = raw.get("train", {}).get("steps", TrainConfig().steps)
-        # One thread an arm: arms run side by side, and the bits of all are of the same threads.
+        # Arms run side by side, so each has one thread, which also makes figures repeat to the bit.
         settings = {"cohort.threads_per_peer": 1, "cohort.base.schedule.steps": steps}
         settings |= self._parts["mutual" if arm.mutual else "independent"]
         if arm.ema:
             settings |= self._parts["ema"]
         for key, value in (settings | arm.settings).items():
             set_setting(raw, key, value, key)
-        # After the base's settings: what all peers state, such as a view each, is no mistake here.
+        # The peers' own settings come last: set_setting refuses a base that all peers override.
         for diversity in arm.diversities:
             for peer, own in zip(peers, self._parts[diversity], strict=False):
                 peer.update(own)
         return Config.parse(raw, source="the arm's settings")
 
     def digest(self, arm: Arm) -> str:
-        """Of all settings that an arm's figures depend on, the seed apart."""
-        teacher = arm.teacher and self._figures_of(TEACHER)
-        told = [self._figures_of(arm), arm.snapshots, teacher]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        """Digest of everything that an arm's figures depend on, except seed, images and code.
 
-    def _figures_of(self, arm: Arm) -> dict[str, Any]:
-        """The settings that figures depend on; of the images see `Splits.digests`."""
-        settings = self.config(arm, 0).model_dump(mode="json")
-        for place in ("root", "manifest", "cache_dir", "cache_gib", "check_images"):
-            del settings["data"][place]
-        for part in ("checkpoint", "run"):
-            del settings[part]
-        return settings
+        Settings that have their default are left out, so that rows stay valid when the package
+        gains or loses a setting that they do not use.
+        """
+        teacher = arm.teacher and self._settings(TEACHER)
+        content = [self._settings(arm), arm.snapshots, arm.ema, teacher]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
-
-def _changed(parts: dict[str, Any], candidate: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of an arms.yaml with a candidate's in their place."""
-    if both := sorted({"independent", "mutual"} & candidate.keys()):
-        raise UserError(f"{both[0]} is no setting: a candidate's settings are of its arm already")
-    whole = {key: part for key, part in candidate.items() if key in parts}
-    settings = {key: value for key, value in candidate.items() if key not in parts}
-    kinds = {kind: {**parts[kind], **settings} for kind in ("independent", "mutual")}
-    changed = {**parts, **whole, **kinds}
-    _require_parts(changed, "what it gives")
-    return changed
+    def _settings(self, arm: Arm) -> dict[str, Any]:
+        config = self.config(arm, 0)
+        return config.model_dump(mode="json", exclude_defaults=True, exclude=NO_EFFECT)
 
 
-def mutual_only(settings: Mapping[str, Any]) -> list[str]:
-    """Those that change nothing for peers that learn alone."""
-    return [key for key in settings if f"{key}.".startswith("loss.relational.")]
-
-
-def _require_heeded(raw: dict[str, Any]) -> None:
-    """Raises UserError where a setting of the experiment's would change nothing here."""
+def _require_comparable(raw: dict[str, Any]) -> None:
+    """Raises UserError for a setting of config.yaml that an ablation would ignore."""
     config = Config.parse(raw)
     if any(raw.get("cohort", {}).get("peers", [])):
         raise UserError("cohort.peers must be equal ({}): arms.yaml says how peers differ")
-    heeded = {
+    fixed = {
         "train.init_from": (config.train.init_from, None),
         "train.monitor": (config.train.monitor, "ensemble"),
         "failure.on_nonfinite": (config.failure.on_nonfinite, "fail"),
     }
-    for key, (value, only) in heeded.items():
+    for key, (value, only) in fixed.items():
         if value != only:
             raise UserError(f"{key} must be {json.dumps(only)} in an ablation, not {value}")
 
 
-def _read_arms(file: Path) -> dict[str, Any]:
-    """Raises UserError where something is missing or of another form."""
-    parts = read_yaml(file, "arms file")
-    _require_parts(parts, str(file))
-    if unheeded := mutual_only(parts["independent"]):
-        raise UserError(
-            f"{file}: independent: {', '.join(unheeded)} would change nothing: these peers learn alone"
-        )
-    return parts
-
-
-def _require_parts(parts: dict[str, Any], file: str) -> None:
-    """Raises UserError where something is missing or of another form."""
+def _require_parts(parts: dict[str, Any]) -> None:
+    """Raises UserError where arms.yaml lacks a part, or a part has another form or no effect."""
     known = {"independent", "mutual", "ema", *DIVERSITIES}
     if set(parts) != known:
-        raise UserError(f"{file} must say {', '.join(sorted(known))}, and nothing else")
-    most = max(arm.num_peers for arm in ARMS.values())
+        raise UserError(f"the file must have {', '.join(sorted(known))}, and nothing else")
     for name, part in parts.items():
         if name in DIVERSITIES:
-            if not isinstance(part, list) or len(part) < most:
+            if not isinstance(part, list) or len(part) < MAX_PEERS:
                 raise UserError(
-                    f"{file}: {name} must be a list of settings, one of each of {most} peers"
+                    f"{name} must be a list of settings, one entry for each of {MAX_PEERS} peers"
                 )
             if not all(isinstance(own, dict) for own in part):
-                raise UserError(f"{file}: {name} must have settings (key: value) for each peer")
-        elif not isinstance(part, dict):
-            raise UserError(f"{file}: {name} must be settings")
-        elif others := [key for key in part if not str(key).startswith(OF_AN_INGREDIENT)]:
+                raise UserError(f"{name} must have settings (key: value) for each peer")
+            continue
+        if not isinstance(part, dict):
+            raise UserError(f"{name} must be settings (key: value)")
+        if others := [str(key) for key in part if not str(key).startswith(ALLOWED)]:
             raise UserError(
-                f"{file}: {name} may say {' and '.join(f'{each}*' for each in OF_AN_INGREDIENT)}, not "
-                f"{', '.join(map(str, others))}: all else is alike in all arms, and in config.yaml"
+                f"{name} may set {' and '.join(f'{each}*' for each in ALLOWED)}, not "
+                f"{', '.join(others)}: all other settings are the same in all arms, in config.yaml"
             )
-    if unheeded := mutual_only(parts["ema"]):
-        raise UserError(
-            f"{file}: ema may not say {', '.join(unheeded)}: it is of independent arms, too"
-        )
+        mutual_only = [key for key in part if f"{key}.".startswith("loss.relational.")]
+        if name != "mutual" and mutual_only:
+            raise UserError(
+                f"{name} may not set {', '.join(mutual_only)}: it applies to arms whose peers learn alone"
+            )

@@ -1,1 +1,1 @@
-"""The rows of the benchmark, and the programs of others that they are measured against."""
+"""The rows of the benchmark, and the programs that they compare with."""

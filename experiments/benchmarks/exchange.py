@@ -1,9 +1,9 @@
-"""Rows `exchange` and `exchange-coordinator`: what it costs two actors to swap their embeddings."""
+"""Rows `exchange` and `exchange-coordinator`: two actors exchange their embeddings."""
 
 from __future__ import annotations
 
+import logging
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,16 +13,34 @@ import numpy as np
 import ray
 import torch
 
-from benchmarks.cluster import private_ray
-from benchmarks.plain_exchange import ROWS, SIZE
 from benchmarks.row import Goal, Row, Settings, in_turn
-from benchmarks.worker import Worker, ask_all
+from benchmarks.worker import ask_all, distributed
 from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.ray_backend.coordinator import Coordinator
-from ray_dmml.ray_backend.exchange import Members, connect
+from ray_dmml.ray_backend.exchange import Members
+from ray_dmml.ray_backend.rendezvous import connect
 
+ROWS, SIZE = 128, 512
 DIRECT_COUNT, COORDINATOR_COUNT, WARM_UP = 500, 100, 10
 TIMEOUT_S = 60.0
+
+
+@contextmanager
+def private_ray(num_cpus: int = 2) -> Iterator[None]:
+    """Ray on this machine for the length of the block. Actors find this package by PYTHONPATH."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(
+        "local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 class Exchanger:
@@ -31,7 +49,7 @@ class Exchanger:
     def connect(self, transport: str, coordinator: Any, position: int, threads: int = 1) -> str:
         torch.set_num_threads(threads)
         self._step = 0
-        self._exchange, how = connect(
+        self._exchange, connected = connect(
             transport,
             coordinator,
             position,
@@ -40,10 +58,10 @@ class Exchanger:
             torch.device("cpu"),
             TIMEOUT_S,
         )
-        return how
+        return connected
 
     def run(self, count: int) -> float:
-        """Seconds an exchange; the first ones make the peers start together and are not counted."""
+        """Seconds an exchange. The first ones let the actors start together and are not counted."""
         sent = torch.randn(ROWS, SIZE)
         began = 0.0
         for i in range(WARM_UP + count):
@@ -56,7 +74,7 @@ class Exchanger:
 
 
 class Echo:
-    """An actor that hands back what it is given."""
+    """An actor that returns a copy of its argument."""
 
     def echo(self, array: np.ndarray) -> np.ndarray:
         return array.copy()
@@ -66,7 +84,7 @@ class Caller:
     """An actor that calls another."""
 
     def run(self, echo: Any, count: int) -> float:
-        """Seconds a call with an array of 256 KiB and one back."""
+        """Seconds a call with an array of 256 KiB, which returns one of the same size."""
         sent = np.random.default_rng(0).normal(size=(ROWS, SIZE)).astype(np.float32)
         began = 0.0
         for i in range(WARM_UP + count):
@@ -78,12 +96,12 @@ class Caller:
 
 @contextmanager
 def exchangers(transport: str) -> Iterator[list[Any]]:
-    """Two actors that are connected; Ray is up."""
+    """Two connected actors; Ray must be running."""
     coordinator = ray.remote(Coordinator).options(num_cpus=0).remote(("peer0", "peer1"))
     actors = [ray.remote(Exchanger).options(num_cpus=1).remote() for _ in range(2)]
-    how = ray.get([a.connect.remote(transport, coordinator, i) for i, a in enumerate(actors)])
-    if set(how) != {transport}:
-        raise RuntimeError(f"asked for transport {transport}, got {how}")
+    used = ray.get([a.connect.remote(transport, coordinator, i) for i, a in enumerate(actors)])
+    if set(used) != {transport}:
+        raise RuntimeError(f"asked for transport {transport}, got {used}")
     yield actors
     for actor in [*actors, coordinator]:
         ray.kill(actor)
@@ -92,7 +110,8 @@ def exchangers(transport: str) -> Iterator[list[Any]]:
 def exchange(settings: Settings) -> list[Row]:
     """The direct transport against gloo between plain processes."""
     with ExitStack() as stack:
-        plain = [stack.enter_context(worker) for worker in distributed("plain_exchange")]
+        programs = distributed("plain", "exchange", str(ROWS), str(SIZE))
+        plain = [stack.enter_context(program) for program in programs]
         stack.enter_context(private_ray())
         actors = stack.enter_context(exchangers("direct"))
         a, b = in_turn(
@@ -115,28 +134,3 @@ def exchange_coordinator(settings: Settings) -> list[Row]:
         )
     what = "the same through the coordinator / one actor call, 256 KiB each way"
     return [Row("exchange-coordinator", what, "ms", a, b, Goal("A/B", "<=", 2))]
-
-
-def distributed(module: str, *arguments: str, size: int = 2) -> list[Worker]:
-    """Workers that are the ranks of one torch.distributed group on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workers = [
-        Worker(
-            module,
-            *arguments,
-            environment={
-                "RANK": str(rank),
-                "WORLD_SIZE": str(size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-            },
-            wait=False,
-        )
-        for rank in range(size)
-    ]
-    for worker in workers:
-        worker.answer()
-    return workers

@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def photograph_like(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Smooth colour noise of several scales and a little grain: about the entropy of a photo."""
+    """Smooth colour noise of several scales and a little grain, with about the entropy of a photo."""
     picture = np.zeros((height, width, 3), np.float32)
     for cells, strength in ((3, 70), (9, 40), (30, 18), (90, 8)):
         noise = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
@@ -28,7 +28,7 @@ def photograph_like(rng: np.random.Generator, width: int, height: int) -> Image.
 def write_classes(
     root: Path, num_classes: int, images_per_class: int, width: int, height: int
 ) -> None:
-    """``root/class000/0.jpg`` and so on, quality 90."""
+    """Writes ``root/class000/0.jpg`` and so on, quality 90."""
     rng = np.random.default_rng(0)
     for number in range(num_classes):
         folder = root / f"class{number:03d}"
@@ -39,7 +39,7 @@ def write_classes(
 
 @contextmanager
 def training_folder(given: Path | None) -> Iterator[Path]:
-    """The folder that was given, or a temporary one: 40 classes of 16 JPEGs, 128 px."""
+    """The given folder, or else a temporary one with 40 classes of 16 JPEGs, 128 px."""
     if given is not None:
         yield given
         return

@@ -1,47 +1,33 @@
-"""Row `memory`: what a peer's actor and the coordinator hold, against a plain trainer."""
+"""Memory of processes, from Linux's /proc."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from pathlib import Path
 
-import ray
-
-from benchmarks.jpegs import training_folder
-from benchmarks.resident import process_id, resident
-from benchmarks.row import Goal, Row, Settings
-from benchmarks.steps import LOADERS, timed_cohort
-from benchmarks.worker import Worker
-
-STEPS = 2
+MIB = 1024
 
 
-def memory(settings: Settings) -> list[Row]:
-    """Resident memory between steps; shared libraries count in full on both sides."""
-    with ExitStack() as stack:
-        folder = stack.enter_context(training_folder(settings.data_root))
-        plain = stack.enter_context(Worker("independent", str(folder), "0", LOADERS))
-        timed = stack.enter_context(timed_cohort(folder))
-        actors = [timed.cohort._actors[timed.cohort.names[0]], timed.cohort._coordinator]
-        pids = ray.get([actor.__ray_call__.remote(process_id) for actor in actors])
-        found: dict[str, list[dict[str, float]]] = {"peer": [], "coordinator": [], "plain": []}
-        for _ in range(settings.rounds):
-            timed.run(STEPS)
-            plain.ask(STEPS)
-            plain.answer()
-            for name, pid in zip(found, [*pids, plain.pid], strict=True):
-                found[name].append(resident(pid))
-    rss = {name: [sample["rss"] for sample in samples] for name, samples in found.items()}
-    what = "resident memory of a peer's actor in training / plain PyTorch trainer"
-    return [
-        Row(
-            "memory", what, "MiB", rss["peer"], rss["plain"], Goal("A/B", "<=", 1.15), details=found
-        ),
-        Row(
-            "memory",
-            "resident memory of the coordinator",
-            "MiB",
-            rss["coordinator"],
-            [],
-            Goal("A", "<=", 180),
-        ),
-    ]
+def resident(pid: int) -> dict[str, float]:
+    """MiB of a process: ``rss``, ``pss`` (shared pages in equal parts), ``uss`` (its own pages)."""
+    fields = {}
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+        name, value, *_ = line.split()
+        fields[name.rstrip(":")] = float(value) / MIB
+    own = fields["Private_Clean"] + fields["Private_Dirty"]
+    return {"rss": fields["Rss"], "pss": fields["Pss"], "uss": own}
+
+
+def peak_beyond(work: Callable[[], object]) -> float:
+    """MiB by which this process's resident memory rises at most while ``work`` runs."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status("VmHWM")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return float(line.split()[1]) / MIB
+    raise RuntimeError(f"/proc/self/status has no {name}")

@@ -1,4 +1,4 @@
-"""`published`: a peer's step in the published setting, on a GPU: ResNet-50, 125 images of 224 px. A table."""
+"""Table `published`: a peer's step in the published setting on a GPU: ResNet-50, 125 images of 224 px."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from benchmarks.row import Settings
-from ray_dmml.config.schema import Config, read_settings
+from ray_dmml.config.loading import read_settings
+from ray_dmml.config.schema import Config
 from ray_dmml.data.loader import Batch
 from ray_dmml.peer.peer import Peer
 
@@ -25,34 +26,36 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "view: strong": {"view": "strong"},
 }
 STEPS = 4
-"""Of each option in a round."""
+"""Steps of each option in a round."""
 
 
 def published(settings: Settings) -> list[dict[str, Any]]:
-    """One peer with one teacher and random pixels; the options in turn, round by round. Of a run it leaves
-    out the exchange, reading images, evaluations and checkpoints. Without a GPU no lines."""
+    """One peer with one teacher and random pixels; the options take turns, round by round.
+
+    The exchange, reading images, evaluations and checkpoints are left out. The table has no lines
+    without a GPU.
+    """
     if not torch.cuda.is_available():
-        print("published: left out, as there is no GPU", file=sys.stderr)
+        print("published: skipped, because there is no GPU", file=sys.stderr)
         return []
     device = torch.device("cuda", 0)
     raw = read_settings(CONFIG, ["data.root=."])
-    raw["cohort"]["base"]["weights"] = "none"  # the time is the same
+    raw["cohort"]["base"]["weights"] = "none"  # takes the same time
     size, decode = raw["data"]["classes_per_batch"], raw["data"]["decode_size"]
     labels = torch.arange(size).repeat_interleave(raw["data"]["images_per_class"])
     images = torch.randint(0, 256, (len(labels), 3, decode, decode), dtype=torch.uint8)
     teacher = torch.nn.functional.normalize(torch.randn(len(labels), 512, device=device), dim=1)
 
-    def step(peer: Peer, number: int) -> float:
-        """Its seconds."""
+    def seconds(peer: Peer, number: int) -> float:
+        """Time of one step."""
         torch.cuda.synchronize()
         began = time.perf_counter()
-        peer.embed(Batch(number, images, labels))
-        peer.measure()
-        peer.update([teacher])
+        out = peer.forward(Batch(number, images, labels))
+        peer.step(out, peer.metric_loss(out), [teacher])
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    peers, peak, whole, view = {}, {}, {}, {}
+    peers, peak, step, view = {}, {}, {}, {}
     for option, own in OPTIONS.items():
         changed = copy.deepcopy(raw)
         changed["cohort"]["peers"][0] |= own
@@ -67,27 +70,27 @@ def published(settings: Settings) -> list[dict[str, Any]]:
             decode_size=decode,
             device=device,
         )
-        for number in range(STEPS):  # kernels are chosen, and the optimiser's state is made
-            step(peers[option], number)
+        for number in range(STEPS):  # warm-up: cuDNN chooses kernels, the optimiser makes its state
+            seconds(peers[option], number)
         peak[option] = torch.cuda.max_memory_allocated() - before
-        whole[option], view[option] = [], []
+        step[option], view[option] = [], []
     for turn in range(settings.rounds):
         for option, peer in peers.items():
             for number in range(STEPS):
-                whole[option].append(step(peer, STEPS * (1 + turn) + number))
+                step[option].append(seconds(peer, STEPS * (1 + turn) + number))
                 began = time.perf_counter()
-                peer._augment(peer.view, images)  # once more, by itself
+                peer._augment(peer.view, images)  # the view alone, once more
                 torch.cuda.synchronize()
                 view[option].append(time.perf_counter() - began)
     return [
         {
             "option": option,
-            "step_ms": 1e3 * float(np.median(whole[option])),
+            "step_ms": 1e3 * float(np.median(step[option])),
             "quartiles": " - ".join(
-                f"{1e3 * q:.0f}" for q in np.quantile(whole[option], [0.25, 0.75])
+                f"{1e3 * q:.0f}" for q in np.quantile(step[option], [0.25, 0.75])
             ),
             "its_view_alone_ms": 1e3 * float(np.median(view[option])),
-            "images_a_s": len(labels) / float(np.median(whole[option])),
+            "images_a_s": len(labels) / float(np.median(step[option])),
             "peak_gib": peak[option] / 2**30,
             "device": torch.cuda.get_device_name(device),
         }

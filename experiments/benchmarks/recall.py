@@ -1,4 +1,4 @@
-"""Rows `recall` and `recall-pml`: judging embeddings, against bare faiss and against the library."""
+"""Rows `recall` and `recall-pml`: retrieval metrics against a bare faiss search and pytorch-metric-learning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-from benchmarks.resident import peak_beyond
+from benchmarks.memory import peak_beyond
 from benchmarks.row import Goal, Row, Settings, in_turn, require
 from ray_dmml.cores import num_cores
 from ray_dmml.evaluation.metrics import retrieval_metrics
@@ -21,7 +21,7 @@ RECALL_AT = (1, 10, 100, 1000)
 
 
 def embeddings(num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 512) float32 of unit length around the centres of classes of 5, and their labels."""
+    """(N, 512) float32 of unit length, around the centres of classes of 5, and (N,) labels."""
     rng = np.random.default_rng(0)
     labels = np.arange(num_images) // IMAGES_PER_CLASS
     points = rng.standard_normal((labels[-1] + 1, SIZE), dtype=np.float32)[labels]
@@ -31,7 +31,7 @@ def embeddings(num_images: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def recall(settings: Settings) -> list[Row]:
-    """Of all the images of SOP's test classes."""
+    """As many embeddings as Stanford Online Products has test images."""
     faiss.omp_set_num_threads(num_cores())
     points, labels = embeddings(SOP_TEST_IMAGES)
     peaks = []
@@ -60,7 +60,7 @@ def recall(settings: Settings) -> list[Row]:
 
 
 def recall_pml(settings: Settings) -> list[Row]:
-    """The same values as the library's, sooner."""
+    """The same values as the library's, in less time."""
     faiss.omp_set_num_threads(num_cores())
     torch.set_num_threads(num_cores())
     points, labels = embeddings(PML_IMAGES)
@@ -69,16 +69,16 @@ def recall_pml(settings: Settings) -> list[Row]:
         include=("precision_at_1", "r_precision", "mean_average_precision_at_r"),
         k="max_bin_count",
     )
-    found: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
 
     def ours() -> float:
         began = time.perf_counter()
-        found["ours"] = retrieval_metrics(points, labels, recall_at=(1,))
+        metrics["ours"] = retrieval_metrics(points, labels, recall_at=(1,))
         return time.perf_counter() - began
 
     def library() -> float:
         began = time.perf_counter()
-        found["library"] = calculator.get_accuracy(*as_tensors)
+        metrics["library"] = calculator.get_accuracy(*as_tensors)
         return time.perf_counter() - began
 
     a, b = in_turn(settings.rounds, ours, library)
@@ -88,7 +88,7 @@ def recall_pml(settings: Settings) -> list[Row]:
         ("map@r", "mean_average_precision_at_r"),
     )
     for mine, theirs in pairs:
-        same = abs(found["ours"][mine] - found["library"][theirs]) < 1e-6
-        require(same, f"{mine} is the library's {theirs}: {found}")
+        same = abs(metrics["ours"][mine] - metrics["library"][theirs]) < 1e-6
+        require(same, f"{mine} is the library's {theirs}: {metrics}")
     what = "Recall@1, R-precision, MAP@R of 10,000 x 512 / pytorch-metric-learning"
-    return [Row("recall-pml", what, "s", a, b, Goal("B/A", ">=", 1.2), details=found["ours"])]
+    return [Row("recall-pml", what, "s", a, b, Goal("B/A", ">=", 1.2), details=metrics["ours"])]

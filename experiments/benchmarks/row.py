@@ -1,4 +1,4 @@
-"""What every row of the benchmark is made of: A and B measured in turn, and what comes of it."""
+"""A row of the benchmark: A and B are measured in turn, and compared with a goal."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says to every row."""
+    """The settings of the command line that rows need."""
 
     rounds: int
     """How often A and B are measured, in turn."""
 
     data_root: Path | None = None
-    """A folder of images, one folder a class, for the rows that train; None: they make their own."""
+    """Images to train on, one folder a class. None: the rows that train make their own."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Goal:
     """What a row has to reach."""
 
     of: Literal["A/B", "B/A", "A"]
-    """The quantity; ``A`` is an absolute figure, and B stands beside it."""
+    """``A`` is an absolute figure; B then only stands beside it."""
 
     sense: Literal["<=", ">="]
     bound: float
@@ -50,22 +50,21 @@ class Row:
     """One figure a round."""
 
     b: list[float]
-    """Likewise; empty where A stands alone."""
+    """One figure a round; empty where A has no competitor."""
 
     goal: Goal
-    notes: tuple[str, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
-    """Further figures, for the JSON."""
+    """Further figures, for the JSON file."""
 
     @property
     def ratios(self) -> list[float]:
-        """Of each round: A/B, or B/A where the goal is of that."""
+        """One ratio a round: B/A where the goal is of B/A, else A/B."""
         pairs = zip(self.a, self.b, strict=True) if self.b else ()
         return [b / a if self.goal.of == "B/A" else a / b for a, b in pairs]
 
     @property
     def spread(self) -> tuple[float, float] | None:
-        """First and third quartile of the rounds' ratios."""
+        """First and third quartile of the ratios."""
         return tuple(np.percentile(self.ratios, [25, 75]).tolist()) if self.ratios else None
 
     @property
@@ -83,7 +82,6 @@ class Row:
             "spread": self.spread,
             "goal": str(self.goal),
             "met": self.met,
-            "notes": self.notes,
             "details": self.details,
             "rounds": {"a": self.a, "b": self.b},
         }
@@ -92,20 +90,20 @@ class Row:
 def in_turn(
     rounds: int, a: Callable[[], float], b: Callable[[], float]
 ) -> tuple[list[float], list[float]]:
-    """Measures A and B in every round; which goes first changes, so that drift favours neither."""
-    found_a, found_b = [], []
+    """Measures A and B in every round. They take turns at going first, so that drift favours neither."""
+    figures_a, figures_b = [], []
     for number in range(rounds):
         if number % 2 == 0:
-            found_a.append(a())
-            found_b.append(b())
+            figures_a.append(a())
+            figures_b.append(b())
         else:
-            found_b.append(b())
-            found_a.append(a())
-    return found_a, found_b
+            figures_b.append(b())
+            figures_a.append(a())
+    return figures_a, figures_b
 
 
 def require(holds: bool, claim: str) -> None:
-    """A comparison means nothing unless both sides give the same answer.
+    """A comparison of speed means nothing unless both sides give the same answer.
 
     Raises:
         RuntimeError: the claim does not hold.

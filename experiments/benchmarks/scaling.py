@@ -1,4 +1,4 @@
-"""`scaling`: time of a step and the exchange's share of it, by peers M and batch size N. A table."""
+"""Table `scaling`: time of a step and the exchange's share of it, by peers M and batch size N."""
 
 from __future__ import annotations
 
@@ -13,45 +13,37 @@ from typing import Any
 import ray
 import torch
 
-from benchmarks.cluster import private_ray
+from benchmarks.exchange import private_ray
 from benchmarks.jpegs import write_classes
 from benchmarks.row import Settings
 from ray_dmml.config.schema import Config
 from ray_dmml.losses.relational import relational_losses
 from ray_dmml.ray_backend.coordinator import Coordinator
-from ray_dmml.ray_backend.peer_actor import Member
+from ray_dmml.ray_backend.peer_actor import PeerActor
 
 PEERS, BATCHES = (1, 2, 4, 8), (32, 128, 512)
 IMAGES_PER_CLASS, EMBEDDING_SIZE = 4, 128
 WARM_UP, STEPS, EXCHANGES = 1, 2, 20
 CELL_S = 12.0
-"""No further round of a line begins after so long: its largest cohort takes half a minute a step."""
+"""After so many seconds a line begins no further round: the largest cohort takes half a minute a step."""
 
 
-class TimedPeer:
-    """A peer's actor that can be built anew, and that times its exchange."""
-
-    _member: Member | None = None
-
-    def rebuild(self, config: Config, position: int, coordinator: Any) -> dict[str, Any]:
-        if self._member is not None:
-            self._member.close()
-        self._member = Member(config, position, (), {}, 1, initial_weights=True, options={})
-        return self._member.join(coordinator, [str(peer.name) for peer in config.cohort.peers])
+class TimedPeer(PeerActor):
+    """A peer's actor that times its steps, its exchange and its mutual term."""
 
     def timed_run(self, start: int, stop: int) -> float:
         """Seconds a step."""
         began = time.perf_counter()
-        self._member.run(start, stop)
+        self.run(start, stop)
         return (time.perf_counter() - began) / (stop - start)
 
     def timed_exchange(self, start: int, count: int, rows: int) -> float:
-        """Seconds an exchange, with nothing else to do."""
+        """Seconds an exchange while nothing else happens."""
         sent = torch.randn(rows, EMBEDDING_SIZE)
         began = time.perf_counter()
         for step in range(start, start + count):
-            self._member._exchange.start(step, sent)
-            self._member._exchange.finish()
+            self.exchange.start(step, sent)
+            self.exchange.finish()
         return (time.perf_counter() - began) / count
 
     def timed_relational(self, rows: int, num_teachers: int) -> float:
@@ -93,21 +85,25 @@ def config(folder: Path, num_peers: int, batch_size: int) -> Config:
 
 
 @contextmanager
-def coordinator_of(names: list[str]) -> Iterator[Any]:
-    actor = ray.remote(Coordinator).options(num_cpus=0).remote(names)
-    yield actor
-    ray.kill(actor)
+def timed_peers(config: Config) -> Iterator[list[Any]]:
+    """The actors of a cohort, joined by a coordinator."""
+    names = [str(peer.name) for peer in config.cohort.peers]
+    coordinator = ray.remote(Coordinator).options(num_cpus=0).remote(names)
+    actors = [ray.remote(TimedPeer).options(num_cpus=0.2).remote() for _ in names]
+    ray.get([a.build.remote(config, i, (), {}, 1, True, {}) for i, a in enumerate(actors)])
+    ray.get([a.join.remote(coordinator, names) for a in actors])
+    yield actors
+    for actor in [*actors, coordinator]:
+        ray.kill(actor)
 
 
-def measure(actors: list[Any], folder: Path, batch_size: int, rounds: int) -> dict[str, Any]:
-    """One line of the table: the first M of the actors as a cohort."""
-    settings = config(folder, len(actors), batch_size)
-    with coordinator_of([str(peer.name) for peer in settings.cohort.peers]) as coordinator:
-        ray.get([a.rebuild.remote(settings, i, coordinator) for i, a in enumerate(actors)])
+def measure(num_peers: int, folder: Path, batch_size: int, rounds: int) -> dict[str, Any]:
+    """One line of the table."""
+    steps: list[float] = []
+    exchanges: list[float] = []
+    relational: list[float] = []
+    with timed_peers(config(folder, num_peers, batch_size)) as actors:
         ray.get([a.timed_run.remote(0, WARM_UP) for a in actors])
-        steps: list[float] = []
-        exchanges: list[float] = []
-        relational: list[float] = []
         began = time.perf_counter()
         for number in range(rounds):
             if steps and time.perf_counter() - began > CELL_S:
@@ -117,16 +113,14 @@ def measure(actors: list[Any], folder: Path, batch_size: int, rounds: int) -> di
             exchanges.append(
                 max(ray.get([a.timed_exchange.remote(0, EXCHANGES, batch_size) for a in actors]))
             )
-            relational.append(
-                ray.get(actors[0].timed_relational.remote(batch_size, len(actors) - 1))
-            )
+            relational.append(ray.get(actors[0].timed_relational.remote(batch_size, num_peers - 1)))
     step, exchange = median(steps), median(exchanges)
     return {
-        "peers": len(actors),
+        "peers": num_peers,
         "batch": batch_size,
         "rounds": len(steps),
         "step_ms": 1e3 * step,
-        "step_ms_per_peer_and_core": 1e3 * step / max(1.0, len(actors) / 2),
+        "step_ms_per_peer_and_core": 1e3 * step / max(1.0, num_peers / 2),
         "exchange_ms": 1e3 * exchange,
         "exchange_share": exchange / step,
         "relational_ms": 1e3 * median(relational),
@@ -139,10 +133,8 @@ def scaling(settings: Settings) -> list[dict[str, Any]]:
     with TemporaryDirectory(prefix="benchmark-") as name, private_ray():
         folder = Path(name)
         write_classes(folder, 2 * max(BATCHES) // IMAGES_PER_CLASS, IMAGES_PER_CLASS, 40, 40)
-        timed = ray.remote(TimedPeer).options(num_cpus=0.2)
-        actors = [timed.remote() for _ in range(max(PEERS))]
         return [
-            measure(actors[:num_peers], folder, batch_size, settings.rounds)
+            measure(num_peers, folder, batch_size, settings.rounds)
             for num_peers in PEERS
             for batch_size in BATCHES
         ]

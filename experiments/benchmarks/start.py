@@ -22,7 +22,7 @@ print("up", flush=True)
 
 
 def first_step() -> float:
-    """Seconds from the command until its first step is in metrics.jsonl."""
+    """Seconds from the start of the command until metrics.jsonl has its first step."""
     with TemporaryDirectory(prefix="benchmark-") as name:
         metrics = Path(name) / "run" / "metrics.jsonl"
         settings = ["evaluation.untrained=false", "train.log_every=1"]
@@ -43,7 +43,7 @@ def first_step() -> float:
 
 
 def imports_and_ray() -> float:
-    """Seconds to import torch and ray and to start Ray, which no run can do without."""
+    """Seconds to import torch and ray and to start Ray, which every run has to do."""
     began = time.perf_counter()
     command = [sys.executable, "-c", IMPORTS_AND_RAY]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:

@@ -1,13 +1,14 @@
-"""A program in a process of its own that works when told, and sleeps in between.
+"""Programs in processes of their own that work on request and sleep in between.
 
-The protocol is lines of text: a count in, a JSON object out. So a competitor needs nothing of the
-benchmark to run, and the side whose turn it is not takes no time from the other.
+The protocol is lines of text: a count goes in, a JSON object comes out. So a competitor needs nothing
+of the benchmark, and the side whose turn it is not takes no time from the other.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -20,21 +21,22 @@ MARK = "answer "
 
 
 def serve(work: Callable[[int], Mapping[str, Any]]) -> None:
-    """Inside the program: calls ``work`` with each count that comes, until there are no more."""
+    """Inside the program: calls ``work`` with each count that arrives, until the input ends."""
     print(f"{MARK}{{}}", flush=True)
     for line in sys.stdin:
         print(MARK + json.dumps(dict(work(int(line)))), flush=True)
 
 
 class Worker(AbstractContextManager["Worker"]):
-    """A module of this package that calls :func:`serve`, as a process; it is ready when built.
+    """A process that runs a module of this package which calls :func:`serve`.
 
     Args:
-        module: such as ``plain_dm2``.
-        arguments: its command line.
+        module: such as ``plain``.
+        arguments: of its command line.
         threads: of OpenMP and torch.
         environment: further variables.
-        wait: False: the caller calls :meth:`answer` when all that wait for one another are started.
+        wait: returns when the program is ready. False for programs that wait for one another at the
+            start: the caller calls :meth:`answer` on each when all of them run.
     """
 
     def __init__(
@@ -63,22 +65,22 @@ class Worker(AbstractContextManager["Worker"]):
             self.answer()
 
     def ask(self, count: int) -> None:
-        """Sets it to work and returns at once."""
+        """Sends a count and returns at once."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{count}\n")
         self._process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
-        """What it says when it is done.
+        """Waits for the program's answer.
 
         Raises:
-            RuntimeError: it ended instead.
+            RuntimeError: the program ended instead.
         """
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith(MARK):
-                found: dict[str, Any] = json.loads(line.removeprefix(MARK))
-                return found
+                answer: dict[str, Any] = json.loads(line.removeprefix(MARK))
+                return answer
         raise RuntimeError(f"{self._process.args!r} ended with {self._process.wait()}")
 
     def __exit__(self, *error: object) -> None:
@@ -92,7 +94,32 @@ class Worker(AbstractContextManager["Worker"]):
 
 
 def ask_all(workers: list[Worker], count: int) -> list[dict[str, Any]]:
-    """Sets all to work at the same time and waits for all."""
+    """Lets all of them work at the same time, and waits for all."""
     for worker in workers:
         worker.ask(count)
     return [worker.answer() for worker in workers]
+
+
+def distributed(module: str, *arguments: str, size: int = 2) -> list[Worker]:
+    """Workers that are the ranks of one torch.distributed group on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = [
+        Worker(
+            module,
+            *arguments,
+            environment={
+                "RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+            },
+            wait=False,
+        )
+        for rank in range(size)
+    ]
+    for worker in workers:
+        worker.answer()
+    return workers

@@ -1,4 +1,4 @@
-"""A peer's state as files and back: what :mod:`~ray_dmml.checkpoint.store` stores and what actors send."""
+"""Converts the state of a peer to files and back, for checkpoints and for messages between actors."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ray_dmml.errors import UserError
 
 
 def encode_peer(state: Mapping[str, Any]) -> PeerFiles:
-    """The state of a :class:`~ray_dmml.peer.peer.Peer` as files."""
-    training = dict(state)
-    files = {"weights.safetensors": _to_safetensors(training.pop("net"))}
-    if "ema" in training:
-        files["ema.safetensors"] = _to_safetensors(training.pop("ema"))
+    """Encodes the ``state_dict()`` of a :class:`~ray_dmml.peer.peer.Peer` as files."""
+    rest = dict(state)
+    files = {"weights.safetensors": _to_safetensors(rest.pop("net"))}
+    if "ema" in rest:
+        files["ema.safetensors"] = _to_safetensors(rest.pop("ema"))
     buffer = io.BytesIO()
-    torch.save(training, buffer)
+    torch.save(rest, buffer)
     files["training.pt"] = buffer.getvalue()
     return files
 
 
 def decode_peer(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """The inverse of :func:`encode_peer`, on the CPU. Nothing in the files can run code.
+    """Decodes what :func:`encode_peer` encoded, with tensors on the CPU. No file can run code.
 
     Raises:
-        UserError: training.pt holds other things than tensors and plain values, or a file is missing
-            or is not of its format.
+        UserError: a file is missing or is not of its format, or training.pt contains other objects than
+            tensors and plain values.
     """
     missing = {"training.pt", "weights.safetensors"} - files.keys()
     if missing:
@@ -39,8 +39,7 @@ def decode_peer(files: Mapping[str, bytes]) -> dict[str, Any]:
     state = _from_torch("training.pt", files["training.pt"])
     state["net"] = _from_safetensors("weights.safetensors", files["weights.safetensors"])
     if "ema.safetensors" in files:
-        ema = files["ema.safetensors"]
-        state["ema"] = _from_safetensors("ema.safetensors", ema)
+        state["ema"] = _from_safetensors("ema.safetensors", files["ema.safetensors"])
     return state
 
 
@@ -50,10 +49,10 @@ def _from_torch(name: str, content: bytes) -> dict[str, Any]:
     except UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{name} holds more than tensors and is refused: {reason}") from None
-    except Exception as error:  # whatever torch's reader stumbles over in a stranger's bytes
+    except Exception as error:  # untrusted bytes make torch's reader raise nearly anything
         raise UserError(f"{name} cannot be read: {error!r:.200}") from None
     if not isinstance(state, dict):
-        raise UserError(f"{name} holds a {type(state).__name__} and not a peer's state")
+        raise UserError(f"{name} holds a {type(state).__name__} instead of a peer's state")
     return state
 
 
@@ -65,6 +64,6 @@ def _from_safetensors(name: str, content: bytes) -> dict[str, torch.Tensor]:
 
 
 def _to_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    # The format knows one memory layout; loading copies into whichever the net has.
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(plain, metadata={"format": "pt"})
+    # The format has one memory layout. Loading copies into that of the net.
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(contiguous, metadata={"format": "pt"})

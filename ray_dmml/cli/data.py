@@ -27,15 +27,13 @@ def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJso
         settings = Config.load(config, overrides or ()).data
         from rich.progress import Progress
 
-        from ray_dmml.data.audit import audit
-        from ray_dmml.data.audit_report import print_report
+        from ray_dmml.data.audit import audit, print_report
 
         is_hidden = not progress_console.is_terminal
         with Progress(console=progress_console, transient=True, disable=is_hidden) as progress:
             task = progress.add_task("decoding", total=None)
             report = audit(
                 settings,
-                log=lambda line: print_line(progress_console, line),
                 watch=lambda done, total: progress.update(task, completed=done, total=total),
             )
         if as_json:
@@ -59,9 +57,9 @@ def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Addre
         if "RAY_ADDRESS" in os.environ:
             _fetch_everywhere(settings, console)
         else:
-            from ray_dmml.data.prepare import prepare
+            from ray_dmml.data.datasets import prepare
 
-            print_line(console, prepare(settings, lambda line: print_line(console, line)))
+            print_line(console, prepare(settings))
 
 
 def _fetch_everywhere(settings: DataConfig, console: Console) -> None:

@@ -33,7 +33,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint of a run on its test classes again."""
     with user_errors(), show_log(Console(stderr=True)):
-        from ray_dmml.training.trainer import evaluate as evaluate_run
+        from ray_dmml.training.run import evaluate as evaluate_run
 
         results = evaluate_run(run, weights.value if weights else None)
         if as_json:

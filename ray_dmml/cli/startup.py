@@ -23,7 +23,7 @@ def ray_and_torch(local: bool = False) -> Iterator[None]:
         return
     from ray_dmml.ray_backend.session import ray_session
 
-    loading = Thread(target=import_module, args=("ray_dmml.training.trainer",))
+    loading = Thread(target=import_module, args=("ray_dmml.training.run",))
     loading.start()
     try:
         with ray_session():

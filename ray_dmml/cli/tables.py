@@ -16,7 +16,7 @@ def results_table(results: Mapping[str, Any], console: Console) -> None:
     training."""
     metrics = list(results["ensemble"])
     table = Table(
-        title=f"{_searched(results)} of {results['classes']} {_CLASSES[results['split']]} classes, "
+        title=f"{_searched(results)} of {results['num_classes']} {_CLASSES[results['split']]} classes, "
         f"weights: {results['weights']} (step {results['step']}), %",
         title_justify="left",
         title_style="",
@@ -38,9 +38,9 @@ def results_table(results: Mapping[str, Any], console: Console) -> None:
 
 
 def _searched(results: Mapping[str, Any]) -> str:
-    if results["queries"] is None:
-        return f"{results['images']:,} images"
-    return f"{results['queries']:,} queries in {results['gallery']:,} images"
+    if results["num_queries"] is None:
+        return f"{results['num_images']:,} images"
+    return f"{results['num_queries']:,} queries in {results['num_gallery']:,} images"
 
 
 def _percent(figures: Mapping[str, float], metric: str) -> str:

@@ -16,7 +16,8 @@ from ray_dmml.cli.output import elapsed, print_json, print_line, show_log
 from ray_dmml.cli.signals import interruptible_run
 from ray_dmml.cli.startup import ray_and_torch
 from ray_dmml.cli.tables import results_table
-from ray_dmml.config.schema import Config, read_settings
+from ray_dmml.config.loading import read_settings, refuse_old
+from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.training.run_dir import RunDir
 
@@ -62,18 +63,19 @@ def train(
             settings = _resumed_config(run, config, overrides)
         signals.run = run
         with ray_and_torch(local):
-            from ray_dmml.loggers.console import LiveReporter, PlainReporter
-            from ray_dmml.training.trainer import train as train_cohort
+            from ray_dmml.loggers.console import ConsoleLogger
+            from ray_dmml.training.run import train as train_cohort
 
             signals.listen()
-            results = train_cohort(
-                settings,
-                None if resume else run,
-                resume=run if resume else None,
-                local=local,
-                reporter=LiveReporter(console) if console.is_terminal else PlainReporter(console),
-                should_stop=signals.should_stop,
-            )
+            with ConsoleLogger(console, settings) as console_logger:
+                results = train_cohort(
+                    settings,
+                    None if resume else run,
+                    resume=run if resume else None,
+                    local=local,
+                    loggers=[console_logger],
+                    should_stop=signals.should_stop,
+                )
         if as_json:
             print_json(results)
         else:
@@ -97,14 +99,16 @@ def _resumed_run(resume: str, out: Path | None, init_from: Path | None, console:
         if out is not None:
             raise UserError("--resume continues a run in its folder: it takes no --out")
         return Path(resume)
-    from ray_dmml.checkpoint.remote import RunStorage
+    from ray_dmml.checkpoint.remote import RemoteRun
 
     into = out or Path("runs") / resume.partition("?")[0].rstrip("/").rpartition("/")[2]
     with show_log(console):
-        RunStorage(resume).fetch(into, lambda line: print_line(console, line))
+        RemoteRun(resume).fetch(into)
     return into
 
 
 def _resumed_config(run: Path, config: Path | None, overrides: list[str] | None) -> Config:
     path = config or RunDir.open(run).config_file
-    return Config.parse(read_settings(path, overrides or ()), source=str(path))
+    raw = read_settings(path, overrides or ())
+    refuse_old(raw, path)
+    return Config.parse(raw, source=str(path))

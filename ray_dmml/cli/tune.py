@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,13 +16,14 @@ from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_add
 from ray_dmml.cli.output import elapsed, print_json, print_line, show_log
 from ray_dmml.cli.signals import interruptible_search
 from ray_dmml.cli.startup import ray_and_torch
-from ray_dmml.config.schema import QUICKSTART, Config, read_settings
+from ray_dmml.config.loading import QUICKSTART, read_settings
+from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.tune.search_space import Search, load_search
 
 if TYPE_CHECKING:
-    from ray_dmml.training.trainer import Reporter
+    from ray_dmml.loggers.logger import Logger
 
 
 def tune(
@@ -99,15 +100,15 @@ def tune(
             _require_none(given | changes)
             search = _search_in(folder)
         with ray_and_torch():
-            from ray_dmml.loggers.console import PlainReporter
+            from ray_dmml.loggers.console import ConsoleLogger
             from ray_dmml.tune.progress import TrialsTable, final_table
             from ray_dmml.tune.tuner import run_search
 
             with TrialsTable(console, search) as table:
 
-                def run_logger(run_config: Config) -> AbstractContextManager[Reporter]:
+                def run_logger(run_config: Config) -> AbstractContextManager[Logger]:
                     table.stop()  # The trials have ended.
-                    return nullcontext(PlainReporter(console))
+                    return ConsoleLogger(console, run_config)
 
                 final = run_search(
                     folder,

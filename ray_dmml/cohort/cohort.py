@@ -1,44 +1,65 @@
-"""Peers that learn together: in this process (`local`) or each in its own Ray actor (`remote`)."""
+"""What the training loop needs of a cohort: peers in this process (:mod:`~ray_dmml.cohort.local`), or each
+peer in a Ray actor (:mod:`~ray_dmml.ray_backend.ray_cohort`). Every implementation gives the same bits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-if TYPE_CHECKING:  # the coordinator's process imports this package and has no need of numpy's kin
+if TYPE_CHECKING:
     import numpy as np
 
     from ray_dmml.checkpoint.store import PeerFiles
+    from ray_dmml.config.schema import Config
+    from ray_dmml.data.dataset import Splits
+    from ray_dmml.errors import PeerLostError
 
 StepRow = dict[str, dict[str, float]]
-"""Of one step: peer name to the terms of its loss."""
+"""One step: the name of each peer, and the terms of its loss by name."""
 
 
 class Cohort(Protocol):
-    """What the training loop needs; every implementation gives the same numbers."""
+    """Peers that learn together."""
 
     names: tuple[str, ...]
-    threads: tuple[int, ...]
-    """torch threads of each peer: with the seed, what the bits of a result on a CPU depend on."""
+    """The peers in peer order, without those that were dropped."""
 
-    devices: tuple[str, ...]
-    """Where each peer computes."""
+    @property
+    def threads(self) -> tuple[int, ...]:
+        """torch threads of each peer. On a CPU the bits of a result depend on them and on the seed."""
+        ...
 
-    nodes: tuple[str, ...]
-    """Address of the node of each peer; empty in this process."""
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The device of each peer."""
+        ...
 
-    transport: str
-    """How embeddings travel: ``in-process``, ``direct``, ``coordinator``, or ``none`` for one peer."""
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Address of each peer's node; empty in this process."""
+        ...
+
+    @property
+    def transport(self) -> str:
+        """How embeddings travel: ``in-process``, ``direct``, ``coordinator``, or ``none`` for one peer."""
+        ...
 
     waited: dict[str, float]
-    """Seconds that each peer has waited for embeddings of others."""
+    """Seconds that each peer has waited for embeddings of the others."""
 
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
-        """Trains steps ``start .. stop - 1``; tells ``on_step`` how many steps are finished."""
+        """Trains steps ``start .. stop - 1``.
+
+        Args:
+            on_step: called with the number of steps that every peer has finished.
+
+        Raises:
+            PeerLostError: a peer is gone; :meth:`recover` comes next.
+        """
         ...
 
     def embeddings(self, split: str, *, ema: bool = False) -> dict[str, np.ndarray]:
-        """Embeddings of ``validation`` or ``test`` by each peer, (N, D) float32."""
+        """(N, D) float32 embeddings of ``train``, ``validation`` or ``test`` by each peer."""
         ...
 
     def state(self) -> dict[str, PeerFiles]:
@@ -46,18 +67,37 @@ class Cohort(Protocol):
         ...
 
     def load(self, state: Mapping[str, PeerFiles]) -> None:
-        """Puts every peer where :meth:`state` found it."""
+        """Restores what :meth:`state` returned."""
         ...
 
     def load_weights(self, state: Mapping[str, PeerFiles]) -> None:
-        """Takes the nets' weights only; optimisers and averages start afresh."""
+        """Loads the weights of the nets only; optimizers and counters stay as they were built."""
         ...
 
-    def recover(self, *, drop: bool = False) -> None:
-        """After a PeerLostError: puts new peers in the places of the lost ones, or goes on without
-        them. All must be given a state next."""
+    def recover(self, failure: PeerLostError, *, drop: bool = False) -> None:
+        """Starts new peers in the places of the lost ones, or goes on without them. All peers must be given
+        a state next.
+
+        Args:
+            failure: what :meth:`run`, or another method, raised.
+            drop: go on without the lost peers.
+        """
         ...
 
     def close(self) -> None:
-        """Frees processes and threads; twice is once."""
+        """Frees processes and threads. A second call does nothing."""
+        ...
+
+
+class CohortFactory(Protocol):
+    """Builds a cohort; both cohort classes are one."""
+
+    def __call__(self, config: Config, splits: Splits, *, initial_weights: bool = True) -> Cohort:
+        """Builds the peers.
+
+        Args:
+            config: the experiment.
+            splits: its images.
+            initial_weights: False leaves the initial weights unread, because a state is loaded next.
+        """
         ...

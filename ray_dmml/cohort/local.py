@@ -1,7 +1,7 @@
-"""All peers in this process, in turn: the reference that every other cohort equals to the bit.
+"""All peers in this process, one after the other: the reference that every other cohort equals to the bit.
 
-draw batch t -> each peer: own view -> embed -> publish -> metric loss -> the others' embeddings
--> relational loss -> backward -> step every k-th batch
+``draw batch t -> each peer: own view -> embed -> publish -> metric loss -> receive the others ->
+mutual loss -> backward -> step every k-th batch``
 """
 
 from __future__ import annotations
@@ -19,24 +19,9 @@ from ray_dmml.config.schema import Config
 from ray_dmml.cores import num_cores
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import BatchLoader, build_sampler
-from ray_dmml.peer.peer import Peer
-
-
-def build_peer(
-    config: Config, position: int, splits: Splits, device: torch.device, initial_weights: bool
-) -> Peer:
-    """The peer at a position of ``cohort.peers``."""
-    return Peer(
-        config.cohort.peers[position],
-        config.loss,
-        run_seed=config.seed,
-        num_classes=splits.train.num_classes,
-        decode_size=config.data.decode_size,
-        device=device,
-        on_nonfinite=config.failure.on_nonfinite,
-        max_consecutive_nonfinite=config.failure.max_consecutive_nonfinite,
-        initial_weights=initial_weights,
-    )
+from ray_dmml.errors import PeerLostError
+from ray_dmml.peer.memory import explain_out_of_memory
+from ray_dmml.peer.peer import build_peer
 
 
 class LocalCohort:
@@ -45,8 +30,8 @@ class LocalCohort:
     Args:
         config: the experiment.
         splits: its images.
-        device: where all peers compute; None: the first GPU, else the CPU.
-        initial_weights: False where a checkpoint replaces them at once.
+        device: device of all peers; None: the first GPU, or the CPU where there is none.
+        initial_weights: False leaves the initial weights unread, because a state is loaded next.
     """
 
     def __init__(
@@ -62,7 +47,8 @@ class LocalCohort:
         num_peers = len(config.cohort.peers)
         self._config, self._splits = config, splits
         self.peers = [
-            build_peer(config, i, splits, device, initial_weights) for i in range(num_peers)
+            build_peer(config, i, splits.train.num_classes, device, initial_weights)
+            for i in range(num_peers)
         ]
         self.names = tuple(peer.name for peer in self.peers)
         self._teachers = Teachers.of(config)
@@ -78,22 +64,31 @@ class LocalCohort:
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
         rows = []
         for step in range(start, stop):
-            batch = self._loader.batch(step)
-            # Teachers are the embeddings from before any update: embed all, exchange, update all.
-            published, row = [], {}
-            for peer in self.peers:
-                with peer.enough_memory():
-                    published.append(peer.embed(batch))
-            for peer, teachers in zip(self.peers, self._teachers.at(step), strict=True):
-                with peer.enough_memory():
-                    row[peer.name] = peer.update([published[teacher] for teacher in teachers])
-            rows.append(row)
+            rows.append(self._step(step))
             on_step(step + 1)
         return rows
 
+    def _step(self, step: int) -> StepRow:
+        batch = self._loader.batch(step)
+        # Teachers are the embeddings before any update of this step: all peers embed, then all update.
+        outputs = []
+        for peer in self.peers:
+            with explain_out_of_memory(peer, batch):
+                outputs.append(peer.forward(batch))
+        row = {}
+        for peer, out, teachers in zip(self.peers, outputs, self._teachers.at(step), strict=True):
+            with explain_out_of_memory(peer, batch):
+                loss = peer.metric_loss(out)
+                row[peer.name] = peer.step(out, loss, [outputs[t].published for t in teachers])
+        return row
+
     def embeddings(self, split: str, *, ema: bool = False) -> dict[str, np.ndarray]:
-        images, size = getattr(self._splits, split), self._config.evaluation.batch_size
-        return {peer.name: peer.embed_images(images, size, ema=ema) for peer in self.peers}
+        images, batch_size = getattr(self._splits, split), self._config.evaluation.batch_size
+        embeddings = {}
+        for peer in self.peers:
+            with explain_out_of_memory(peer):
+                embeddings[peer.name] = peer.embed_images(images, batch_size, ema=ema)
+        return embeddings
 
     def state(self) -> dict[str, PeerFiles]:
         return {peer.name: encode_peer(peer.state_dict()) for peer in self.peers}
@@ -106,8 +101,8 @@ class LocalCohort:
         for peer in self.peers:
             peer.load_weights(decode_peer(state[peer.name])["net"])
 
-    def recover(self, *, drop: bool = False) -> None:
-        raise RuntimeError("peers in one process are lost with it")
+    def recover(self, failure: PeerLostError, *, drop: bool = False) -> None:
+        raise RuntimeError("peers in one process are lost with it") from failure
 
     def close(self) -> None:
         self._loader.close()

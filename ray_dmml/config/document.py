@@ -1,9 +1,8 @@
-"""The effective config with every field's documentation, as YAML that can be loaded again."""
+"""Writes the effective config with the meaning of every setting, as YAML that can be loaded again."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,58 +14,42 @@ _WIDTH = 78
 
 
 def documented_yaml(config: Config) -> str:
-    """``config`` with each field's docstring as a comment above it."""
-    return "\n".join(_section(config, 0)).lstrip("\n") + "\n"
+    """The config as YAML, with each field's docstring as a comment above it."""
+    return "\n".join(_lines(config, 0, set())).lstrip("\n") + "\n"
 
 
-def _section(section: BaseModel, depth: int, seen: set[str] | None = None) -> list[str]:
+def _lines(section: BaseModel, depth: int, documented: set[str]) -> list[str]:
+    """The lines of a section. ``documented`` collects the fields that have had their comment: the first
+    peer has it, the others do not repeat it."""
     indent = "  " * depth
+    plain = section.model_dump(mode="json")
     lines: list[str] = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if depth == 0:
             lines.append("")
-        if seen is None or name not in seen:  # documented once, not once a peer
-            comment = textwrap.wrap(field.description or "", _WIDTH - len(indent) - 2)
+        key = f"{type(section).__name__}.{name}"
+        if key not in documented:
+            documented.add(key)
+            width = _WIDTH - len(indent) - 2
+            comment = textwrap.wrap(field.description or "", width, break_on_hyphens=False)
             lines.extend(f"{indent}# {line}" for line in comment)
         if isinstance(value, BaseModel):
             lines.append(f"{indent}{name}:")
-            lines.extend(_section(value, depth + 1, seen))
+            lines.extend(_lines(value, depth + 1, documented))
         elif value and isinstance(value, tuple) and isinstance(value[0], BaseModel):
             lines.append(f"{indent}{name}:")
-            documented: set[str] = set()
             for entry in value:
-                entry_lines = _section(entry, depth + 2, documented)
-                documented = set(_all_names(type(entry)))
+                entry_lines = _lines(entry, depth + 2, documented)
                 # The dash takes the place of the first key's indentation.
                 first = next(i for i, x in enumerate(entry_lines) if not x.lstrip().startswith("#"))
                 entry_lines[first] = f"{indent}  - {entry_lines[first].lstrip(' ')}"
                 lines.extend(entry_lines)
         else:
-            lines.append(f"{indent}{_plain(name, value)}")
+            lines.append(f"{indent}{_assignment(name, plain[name])}")
     return lines
 
 
-def _all_names(model: type[BaseModel]) -> list[str]:
-    names = []
-    for name, field in model.model_fields.items():
-        names.append(name)
-        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                names.extend(_all_names(part))
-    return names
-
-
-def _plain(name: str, value: Any) -> str:
-    text = yamlio.dump(_jsonable(value), default_flow_style=True, width=10_000)
+def _assignment(name: str, value: Any) -> str:
+    text = yamlio.dump(value, default_flow_style=True, width=10_000)
     return f"{name}: {text.removesuffix(chr(10)).removesuffix('...').rstrip(chr(10))}"
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return _jsonable(value.model_dump())
-    if isinstance(value, Mapping):
-        return {key: _jsonable(inner) for key, inner in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_jsonable(inner) for inner in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,8 +1,12 @@
-"""YAML in and out: safe, bounded, and with YAML 1.2's numbers.
+"""Reads and writes YAML: plain values only, of bounded size, with the numbers and dates of YAML 1.2.
 
-PyYAML follows YAML 1.1, where ``1e-4`` is text; whoever writes it means a number. It also takes a
-key twice, nests until Python's stack ends, and lets a few lines of anchors and aliases stand for
-billions of values; all of that is an error here.
+PyYAML follows YAML 1.1, where ``1e-4`` is text, although its author means a number. PyYAML also accepts
+a key twice, nests until Python's stack overflows, and lets a few lines of aliases expand to billions of
+values. All of that is an error here.
+
+Why not OmegaConf: it builds paths and bytes from tags, limits no depth, fails on a text with a ``${``
+that is no interpolation, and replaces a number by a mapping if a dotted key leads through it. The wrapper
+that closes these gaps and keeps our messages is about as long as this module.
 """
 
 from __future__ import annotations
@@ -16,57 +20,55 @@ import yaml
 YAMLError = yaml.YAMLError
 
 MAX_DEPTH = 50
-"""Levels of lists and mappings in each other."""
+"""Maximum nesting of lists and mappings."""
 
 MAX_VALUES = 1_000_000
-"""Keys and values of a text, an alias counted as all that it stands for."""
+"""Maximum number of keys and values. An alias counts as everything it stands for."""
 
 MAX_INT_BITS = 4096
-"""Of a whole number. Python refuses to print far longer ones."""
+"""Maximum size of an integer. Python refuses to print far longer ones."""
 
 _KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_FORBIDDEN = re.compile("[\0\ud800-\udfff]")  # NUL ends a file name; surrogates are not text
+_TOO_DEEP = f"more than {MAX_DEPTH} levels in each other"
 
 
 class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._open = 0
-        self._extents: dict[yaml.Node, tuple[int, int]] = {}  # (values, levels) of finished nodes
+        self._depth = 0
+        self._sizes: dict[yaml.Node, tuple[int, int] | None] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            alias: yaml.Node | None = super().compose_node(parent, index)
-            if alias not in self._extents:
-                raise _refused("an alias to what it is itself a part of", event.start_mark)
-            return alias
-        self._open += 1
-        if self._open > MAX_DEPTH:  # before the parser itself runs out of stack
-            raise _refused(f"more than {MAX_DEPTH} levels in each other", event.start_mark)
-        node = super().compose_node(parent, index)
-        self._open -= 1
-        if node is not None:
-            self._extents[node] = self._extent(node)
+        self._depth += 1
+        if self._depth > MAX_DEPTH:  # The parser recurses, so a later check would be too late.
+            raise _refused(_TOO_DEEP, self.peek_event())
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
         return node
 
-    def _extent(self, node: yaml.Node) -> tuple[int, int]:
-        inner: list[yaml.Node] = []
-        if isinstance(node, yaml.ScalarNode):
-            _refuse_unprintable(node)
-        elif isinstance(node, yaml.MappingNode):
-            inner = [part for pair in node.value for part in pair]
-            _refuse_twice(node)
-        elif isinstance(node, yaml.SequenceNode):
-            inner = node.value
+    def construct_document(self, node: yaml.Node) -> Any:
+        self._check(node)
+        return super().construct_document(node)
+
+    def _check(self, node: yaml.Node) -> tuple[int, int]:
+        """Number of values and of levels in the node. Raises YAMLError if something is not allowed."""
+        if node in self._sizes:
+            size = self._sizes[node]
+            if size is None:
+                raise _refused("an alias to what it is itself a part of", node)
+            return size
+        self._sizes[node] = None  # until everything inside is counted
         values, levels = 1, 1
-        for part in inner:
-            values += self._extents[part][0]
-            levels = max(levels, 1 + self._extents[part][1])
+        for part in _parts(node):
+            inner = self._check(part)
+            values, levels = values + inner[0], max(levels, 1 + inner[1])
         if values > MAX_VALUES:
-            raise _refused(f"aliases that stand for more than {MAX_VALUES} values", node.start_mark)
+            raise _refused(f"aliases that stand for more than {MAX_VALUES} values", node)
         if levels > MAX_DEPTH:
-            raise _refused(f"more than {MAX_DEPTH} levels in each other", node.start_mark)
+            raise _refused(_TOO_DEEP, node)
+        self._sizes[node] = values, levels
         return values, levels
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Hashable:
@@ -75,38 +77,37 @@ class _Loader(yaml.SafeLoader):
         except YAMLError:
             raise
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError):
-            # What PyYAML's converters raise on !!int x and the like.
-            kind = node.tag.rsplit(":", 1)[-1]
-            raise _refused(f"what is no {kind}", node.start_mark) from None
+            # PyYAML's converters raise these for `!!int x` and the like.
+            raise _refused(f"what is no {node.tag.rsplit(':', 1)[-1]}", node) from None
         if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
-            raise _refused(f"a number of more than {MAX_INT_BITS} bits", node.start_mark)
+            raise _refused(f"a number of more than {MAX_INT_BITS} bits", node)
         return value
 
 
-def _refuse_unprintable(node: yaml.ScalarNode) -> None:
-    """Such as the escapes of half a character, or of the character 0 that ends names of files."""
-    if not node.value.isascii() or "\0" in node.value:
-        for char in node.value:
-            if char == "\0" or "\ud800" <= char <= "\udfff":
-                raise _refused(f"the character {char!r}", node.start_mark)
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    """The nodes inside of a node. Raises YAMLError for a forbidden character or a duplicate key."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise _refused(f"the key {key.value[:80]!r} a second time", key)
+                seen.add((key.tag, key.value))
+        return [part for pair in node.value for part in pair]
+    if isinstance(node, yaml.SequenceNode):
+        return list(node.value)
+    if character := _FORBIDDEN.search(node.value):
+        raise _refused(f"the character {character[0]!r}", node)
+    return []
 
 
-def _refuse_twice(node: yaml.MappingNode) -> None:
-    """The second would silently win."""
-    seen = set()
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode):
-            if (key.tag, key.value) in seen:
-                raise _refused(f"the key {key.value[:80]!r} a second time", key.start_mark)
-            seen.add((key.tag, key.value))
-
-
-def _refused(what: str, mark: Any) -> YAMLError:
-    return yaml.constructor.ConstructorError(None, None, f"found {what}", mark)
+def _refused(what: str, where: Any) -> YAMLError:
+    """``where`` is a node or an event."""
+    return yaml.constructor.ConstructorError(None, None, f"found {what}", where.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that the loader would take for numbers."""
+    """Quotes the texts that the loader would read as numbers."""
 
 
 for _side in (_Loader, _Dumper):
@@ -115,8 +116,7 @@ for _side in (_Loader, _Dumper):
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in _side.yaml_implicit_resolvers.items()
     }
-# What is left is what a config can be written with, too.
-_Loader.yaml_constructors = {
+_Loader.yaml_constructors = {  # no sets, bytes or dates, which a config cannot be written with
     tag: constructor
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
     if tag is None or tag.rsplit(":", 1)[-1] in _KINDS
@@ -124,14 +124,14 @@ _Loader.yaml_constructors = {
 
 
 def load(text: str) -> Any:
-    """Plain values only: nothing in the text can run code, or be far larger than it looks.
+    """Parses YAML. The result holds plain values only.
 
     Raises:
-        YAMLError: it is no YAML, or beyond the bounds above.
+        YAMLError: the text is not valid YAML, or exceeds the limits above.
     """
     return yaml.load(text, _Loader)
 
 
 def dump(value: Any, **style: Any) -> str:
-    """What :func:`load` reads back; ``style`` as of ``yaml.dump``."""
+    """Writes YAML that :func:`load` reads back. ``style`` is passed to ``yaml.dump``."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)

@@ -1,8 +1,8 @@
-"""A view is what one net sees of an image: a peer's own augmentation, or the evaluation view.
+"""Views of images: the augmentation of a peer, or the resize and crop of evaluation.
 
-Decoded uint8 images (3, S, S) in, uint8 images (3, H, H) out; scaling to the backbone's mean and
-standard deviation belongs to the net. All draws come from torch's global generator, which the peer
-seeds for the batch.
+A view takes decoded uint8 images (3, S, S) and gives uint8 images (3, H, H). The net normalises them
+by the mean and standard deviation of its backbone. All random numbers come from torch's global
+generator, which the peer seeds for each batch.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _ON_ANY_DEVICE = frozenset(
         "Resize",
     }
 )
-"""Tensors in and out, and parameters drawn on the CPU: the same draws wherever they are computed
-(but for RandomErasing with random pixels). Others may need images of Pillow's, or on the CPU."""
+"""Transforms that take tensors and draw their parameters on the CPU, so that they draw the same on any
+device (except RandomErasing with random pixels). Others may need Pillow's images, or the CPU."""
 
 
 def _presets(size: int) -> dict[str, list[Transform]]:
@@ -73,13 +73,14 @@ class View:
 
     Args:
         pipeline: takes and gives uint8 (..., 3, H, W).
-        size: H = W of what it must give.
-        source: how to name it in an error.
-        draws: it is random, so every image goes through it on its own and gets its own draws.
-        device: where it is computed.
+        size: H = W of its output.
+        decode_size: S of its input.
+        source: its name in an error.
+        draws: it is random: it is applied to each image separately, with new random numbers.
+        device: the device that computes it.
 
     Raises:
-        UserError: tried on one image of ``decode_size``, it fails or gives another shape or type.
+        UserError: it fails on a black image, or gives another shape or type.
     """
 
     def __init__(
@@ -103,18 +104,18 @@ class View:
             ) from None
         finally:
             torch.set_rng_state(generator_state)
-        given = type(result).__name__
+        output = type(result).__name__
         if isinstance(result, Tensor):
-            given = f"{result.dtype} {tuple(result.shape)}"
-        if given != f"torch.uint8 {(3, size, size)}":
+            output = f"{result.dtype} {tuple(result.shape)}"
+        if output != f"torch.uint8 {(3, size, size)}":
             raise UserError(
-                f"{source} gives {given}, but the net takes uint8 "
+                f"{source} gives {output}, but the net takes uint8 "
                 f"{(3, size, size)}: end it with a crop or a Resize, and leave scaling and "
                 "normalising to the net"
             )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) anywhere -> uint8 (B, 3, H, H) on the view's device."""
+        """uint8 (B, 3, S, S) on any device -> uint8 (B, 3, H, H) on the view's device."""
         images = images.to(self._device, non_blocking=True)
         if not self._draws:
             return self._pipeline(images)
@@ -128,11 +129,11 @@ def training_view(
     owner: str,
     device: torch.device = CPU,
 ) -> View:
-    """The augmentation named or listed in the config, computed on ``device`` where all of its
+    """The augmentation named or listed in the config, computed on ``device`` if all of its
     transforms can be, else on the CPU.
 
     Raises:
-        UserError: an unknown transform (with the nearest right name), or settings it refuses.
+        UserError: a transform is unknown (with the nearest known name) or refuses its arguments.
     """
     transforms = _presets(size)[config] if isinstance(config, str) else config
     source = f"view of {owner}"
@@ -149,7 +150,7 @@ def training_view(
 
 
 def evaluation_view(size: int, crop: float, decode_size: int, device: torch.device = CPU) -> View:
-    """Resize so that the centre crop keeps ``center_crop`` of the side: no draws."""
+    """A resize, and a centre crop that keeps the fraction ``crop`` of the side; nothing random."""
     resized = round(size / crop)
     pipeline = v2.Compose([v2.Resize([resized, resized]), v2.CenterCrop(size)])
     return View(pipeline, size, decode_size, "the evaluation view", draws=False, device=device)
@@ -166,20 +167,20 @@ def _build(transform: Transform, size: int, source: str) -> v2.Transform:
         near = difflib.get_close_matches(transform.name, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "see torchvision.transforms.v2"
         raise UserError(f"{source}: unknown transform {transform.name!r}; {hint}")
-    settings: dict[str, Any] = dict(transform.args)
+    args: dict[str, Any] = dict(transform.args)
     takes = inspect.signature(cls).parameters
-    if "size" in takes and "size" not in settings:
-        settings["size"] = [size, size]
-    if isinstance(settings.get("interpolation"), str):
+    if "size" in takes and "size" not in args:
+        args["size"] = [size, size]
+    if isinstance(args.get("interpolation"), str):
         try:
-            settings["interpolation"] = InterpolationMode(settings["interpolation"])
+            args["interpolation"] = InterpolationMode(args["interpolation"])
         except ValueError:
             allowed = ", ".join(mode.value for mode in InterpolationMode)
             raise UserError(
-                f"{source}: {transform.name} has no interpolation {settings['interpolation']!r}; "
+                f"{source}: {transform.name} has no interpolation {args['interpolation']!r}; "
                 f"allowed: {allowed}"
             ) from None
     try:
-        return cls(**settings)
+        return cls(**args)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: {transform.name} refuses its settings: {error}") from None
+        raise UserError(f"{source}: {transform.name} refuses its arguments: {error}") from None

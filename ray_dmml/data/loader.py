@@ -1,6 +1,6 @@
-"""Batches of decoded images: the indices of step t from the sampler, the bytes from the source.
+"""Batches of decoded images: the sampler gives the indices of a step, the source decodes them.
 
-Nothing here is random but the sampler, so a batch may be decoded ahead in a thread.
+Only the sampler is random, so a thread may decode a batch ahead of its step.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from ray_dmml.data.sampler import ClassBalancedSampler
 
 @dataclass(frozen=True)
 class Batch:
-    """What every peer gets at a step."""
+    """The images of a step, the same for every peer."""
 
     step: int
-    """0 for the first."""
+    """The first is 0."""
 
     images: Tensor
-    """(B, 3, S, S) uint8, as decoded."""
+    """(B, 3, S, S) uint8, before any augmentation."""
 
     labels: Tensor
     """(B,) int64."""
 
 
 def build_sampler(config: Config, splits: Splits) -> ClassBalancedSampler:
-    """The batches of a run; the same in every process."""
+    """The sampler of a run; it draws the same batches in every process."""
     return ClassBalancedSampler(
         splits.train.labels,
         config.data.classes_per_batch,
@@ -42,24 +42,24 @@ def build_sampler(config: Config, splits: Splits) -> ClassBalancedSampler:
 
 
 class BatchLoader:
-    """Decodes the batch of a step, and the next one while that is being trained on.
+    """Decodes the batch of a step, and the next batch while the peer trains on it.
 
     Args:
         images: the training images.
-        sampler: gives the indices of a step.
-        threads: decoding threads; they run beside training and share its cores.
+        sampler: draws the indices of a step.
+        threads: decoding threads. They run beside training and share its cores.
     """
 
     def __init__(self, images: ImageSet, sampler: ClassBalancedSampler, threads: int = 1) -> None:
         self._images = images
         self._sampler = sampler
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        # One more thread that waits for the decoders, so that preparing a batch blocks nobody.
+        # One more thread waits for the decoders, so that the caller need not.
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._next: tuple[int, Future[Batch]] | None = None
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step; any order of steps is right, ascending is fast."""
+        """The batch of a step. Steps may come in any order; ascending order is fast."""
         is_ahead = self._next is not None and self._next[0] == step
         batch = self._next[1].result() if self._next and is_ahead else self._load(step)
         self._next = (step + 1, self._ahead.submit(self._load, step + 1))
@@ -77,7 +77,7 @@ class BatchLoader:
 
 
 def in_chunks(images: ImageSet, size: int) -> Iterator[Tensor]:
-    """All images in order, decoded, ``size`` at a time: uint8 (<= size, 3, S, S)."""
+    """Decodes all images in order, ``size`` at a time: uint8 (<= size, 3, S, S)."""
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as ahead:
 
         def load(start: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""P classes x K images a batch, as a pure function of (seed, step)."""
+"""Batches of P classes x K images, a pure function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ import numpy as np
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 
-Images = list[np.ndarray]  # of each class, the numbers of its images
-Batch = dict[int, np.ndarray]  # class: the numbers of its images in the batch
+Images = list[np.ndarray]  # the indices of each class's images
+Batch = dict[int, np.ndarray]  # class: the indices of its images in the batch
 
 
 class ClassBalancedSampler:
     """Batches of P classes x K images in which every image of an epoch appears at least once.
 
-    Of each class the images are shuffled and cut into groups of K (the last one topped up with
-    images of the same class); a class with fewer than K images is one short group of all it has.
-    The groups are dealt to the batches of the epoch so that no batch gets two of one class, and
-    batches that are then not full are filled with further images. So every batch has exactly
-    P x K different images of at least P classes, those of a class side by side.
+    The images of each class are shuffled and cut into groups of K. Further images of the class
+    complete the last group. A class with fewer than K images is one short group. The groups are
+    dealt to the batches of the epoch so that no batch gets two of one class, and further images
+    fill the batches that are not full. So every batch has exactly P x K different images of at
+    least P classes, and the images of a class are side by side.
 
-    The price is that top-ups and fillers appear twice in an epoch. An epoch has at least as many
-    batches as the largest class has groups: in a very imbalanced set that class is in every batch,
-    and images of the small ones are drawn again and again beside it.
+    The images that complete groups and batches appear twice in an epoch. An epoch has at least as
+    many batches as the largest class has groups. In a very imbalanced set that class is therefore
+    in every batch, and the images of small classes appear many times.
 
     Args:
         labels: (N,) integer class of each image.
         classes_per_batch: P.
         images_per_class: K.
-        seed: draws the epochs' permutations.
+        seed: determines the permutations of the epochs.
 
     Raises:
-        UserError: fewer classes than P, fewer images than P x K, or no class with two images.
+        UserError: there are fewer classes than P, fewer images than P x K, or no class has two
+            images.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class ClassBalancedSampler:
         self._plans: dict[int, np.ndarray] = {}
 
     def batch(self, step: int) -> np.ndarray:
-        """(P*K,) int64 numbers of the images of a step, read-only; whatever was asked before."""
+        """(P*K,) int64 indices of the images of a step, read-only. Steps may come in any order."""
         epoch, position = divmod(step, self.steps_per_epoch)
         plan = self._plans.get(epoch)
         if plan is None:
@@ -84,7 +85,7 @@ class ClassBalancedSampler:
         groups = [-(-size // per_class) for size in self._sizes if size >= per_class]
         steps = max([-(-sum(groups) // classes_per_batch), *groups])
         if self.small_classes:
-            # Short groups go to the emptiest batch; with this much room it always has place.
+            # Short groups go to the emptiest batch. With this many batches it always has room.
             images = sum(groups) * per_class + sum(s for s in self._sizes if s < per_class)
             steps = max(steps, -(-images // (self.batch_size - per_class + 1)))
         return steps
@@ -105,13 +106,13 @@ class ClassBalancedSampler:
     def _deal_full_groups(
         self, batches: list[Batch], images: Images, rng: np.random.Generator
     ) -> None:
-        """Deals each class's groups like cards: all batches get one before any gets another."""
+        """Deals the groups of each class like cards: every batch gets one before any gets another."""
         deck: list[int] = []
         for label in rng.permutation(len(images)).tolist():
             if self._sizes[label] < self._per_class:
                 continue
             num_groups = -(-self._sizes[label] // self._per_class)
-            groups = np.resize(images[label], (num_groups, self._per_class))  # wraps: the top-up
+            groups = np.resize(images[label], (num_groups, self._per_class))  # wraps around
             hand, deck = deck[:num_groups], deck[num_groups:]
             if len(hand) < num_groups:
                 fresh = rng.permutation(len(batches)).tolist()
@@ -126,7 +127,7 @@ class ClassBalancedSampler:
     def _deal_short_groups(
         self, batches: list[Batch], images: Images, rng: np.random.Generator
     ) -> None:
-        """Gives each class of fewer than K images whole to the emptiest batch."""
+        """Puts each class of fewer than K images into the emptiest batch."""
         order = rng.permutation(len(batches)).tolist()
         heap = [(_num_images(batches[batch]), tie, batch) for tie, batch in enumerate(order)]
         heapq.heapify(heap)
@@ -137,10 +138,10 @@ class ClassBalancedSampler:
                 heapq.heapreplace(heap, (load + self._sizes[label], tie, batch))
 
     def _fill(self, batches: list[Batch], images: Images, rng: np.random.Generator) -> None:
-        """Fills every batch to P x K images: with classes it has not, then with more of its own.
+        """Fills every batch to P x K images: with further classes, then with more of its own.
 
-        Classes are taken in turn, those with a positive pair first; a single missing image is one
-        more of a class that is there, where it has positives.
+        Classes are taken in turn, those with a positive pair first. If one image is missing, it is
+        of a class in the batch, so that it has positives.
         """
         order = rng.permutation(len(images)).tolist()
         turns = [
@@ -159,7 +160,7 @@ class ClassBalancedSampler:
                     count = min(self._per_class, self._sizes[label], missing)
                     batch[label] = rng.permutation(images[label])[:count]
                     missing -= count
-                # Those passed over keep their place in the queue, those used go to its end.
+                # Classes that were passed over keep their place in the queue; the others go to its end.
                 turn.extendleft(label for had, label in reversed(passed) if had)
                 turn.extend(label for had, label in passed if not had)
             if missing:
@@ -168,7 +169,7 @@ class ClassBalancedSampler:
     def _add_own(
         self, batch: Batch, images: Images, missing: int, rng: np.random.Generator
     ) -> None:
-        """Adds further images of the batch's own classes; of others where its own have no more."""
+        """Adds further images of the batch's classes, or of others if those have no more."""
         had = np.concatenate(list(batch.values()))
         own = np.concatenate([images[label] for label in batch])
         spare = rng.permutation(np.setdiff1d(own, had))[:missing]

@@ -1,4 +1,4 @@
-"""The cohort as one model: the embeddings of its peers side by side."""
+"""The ensemble of a cohort: the concatenated embeddings of its peers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from ray_dmml.errors import UserError
 
 
 def ensemble_embedding(per_peer: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
-    """Concatenates the peers' L2-normalised embeddings, in peer order, to unit length.
+    """Concatenates the L2-normalised embeddings of M peers and scales the rows to length 1.
 
-    The inner product of two of them is the mean of the peers' cosines.
+    The inner product of two rows is the mean of the peers' cosine similarities.
 
     Args:
-        per_peer: (N, D_m) float each, normalised or not; a row of zeros stays zero.
+        per_peer: (N, D_m) float of each peer, in peer order. They need not be normalised. A row of zeros
+            stays zero.
 
     Returns:
-        (N, D_1 + ... + D_M) float32, each row's M parts scaled by 1 / sqrt(M).
+        (N, D_1 + ... + D_M) float32. Each part of a row is scaled by 1 / sqrt(M).
 
     Raises:
-        UserError: there is no peer, or they embedded different numbers of images.
+        UserError: there is no peer, or the peers embedded different numbers of images.
     """
     shapes = [np.shape(embeddings) for embeddings in per_peer]
     if not shapes or any(len(shape) != 2 or shape[0] != shapes[0][0] for shape in shapes):

@@ -1,8 +1,4 @@
-"""Recall@K, MAP@R and R-precision of a set of embeddings, from one search for neighbours.
-
-MAP@R and R-precision: Musgrave, Belongie, Lim, *A Metric Learning Reality Check*, ECCV 2020,
-https://arxiv.org/abs/2003.08505
-"""
+"""Recall@K, MAP@R and R-precision of a set of embeddings, from one nearest-neighbour search."""
 
 from __future__ import annotations
 
@@ -25,79 +21,83 @@ def retrieval_metrics(
     gallery: NDArray[Any] | None = None,
     chunk: int | None = None,
 ) -> dict[str, float]:
-    """How well the nearest images (by inner product) are of a query's own class.
+    """Computes retrieval metrics: do the nearest images of a query belong to its class?
 
-    A query never retrieves itself. With R the gallery's other images of the query's class:
+    Neighbours are ranked by inner product, and a query never retrieves itself. Its R relevant images are
+    the other images of its class in the gallery:
 
-    - ``recall@K``: share of queries with at least one of them among the K nearest;
-    - ``r_precision``: share of them among the R nearest;
-    - ``map@r``: 1/R times the sum, over the ranks i <= R that hold one of them, of the share of
-      them among the i nearest.
+    - ``recall@K``: share of queries with at least one relevant image among the K nearest.
+    - ``r_precision``: share of relevant images among the R nearest.
+    - ``map@r``: the precisions among the i nearest, summed over the ranks i <= R with a relevant image
+      and divided by R.
 
-    Each is the mean over the queries with R > 0: a query without another image of its class could
-    only fail and is left out. Where K exceeds the gallery, the whole gallery counts.
+    Each metric is the mean over the queries with R > 0. The other queries could only fail and are left
+    out. A K above the size of the gallery means the whole gallery.
 
     Args:
         embeddings: (N, D) float, L2-normalised.
         labels: (N,) int64 classes.
-        recall_at: the K.
-        query: (Q,) int64 indices of the images that search; None: all.
-        gallery: (G,) int64 indices, each once, of the images that are searched; None: all.
-        chunk: queries at a time, see :func:`~ray_dmml.evaluation.neighbors.nearest`.
+        recall_at: the values of K.
+        query: (Q,) int64 indices of the query images; None means all images.
+        gallery: (G,) int64 indices of the gallery images, without duplicates; None means all images.
+        chunk: queries per search, see :func:`~ray_dmml.evaluation.neighbors.nearest`.
 
     Returns:
-        Fractions in [0, 1], keys as above, such as ``recall@1``.
+        Fractions in [0, 1] by the names above, such as ``recall@1``.
 
     Raises:
-        UserError: NaN or infinite embeddings, sizes that do not fit, a K below 1, an image twice in
-            the gallery, or no query with another image of its class.
+        UserError: embeddings are NaN or infinite, sizes do not fit, a K is below 1, the gallery holds an
+            image twice, or no query has another image of its class.
+
+    References:
+        Musgrave, Belongie, Lim, *A Metric Learning Reality Check*, ECCV 2020,
+        https://arxiv.org/abs/2003.08505 (MAP@R and R-precision)
     """
     embeddings, labels = np.asarray(embeddings), np.asarray(labels)
     if labels.shape != embeddings.shape[:1]:
         raise UserError(f"{len(embeddings)} embeddings have labels of shape {labels.shape}")
     if not recall_at or min(recall_at) < 1:
         raise UserError(f"recall_at must hold one or more K of at least 1, not {list(recall_at)}")
-    searching = _indices(query, len(labels), "query")
+    queries = _indices(query, len(labels), "query")
     searched = _indices(gallery, len(labels), "gallery")
-    place = np.full(len(labels), -1)
-    place[searched] = np.arange(len(searched))
-    if (place >= 0).sum() != len(searched):
+    position = np.full(len(labels), -1)  # of each image in the gallery
+    position[searched] = np.arange(len(searched))
+    if (position >= 0).sum() != len(searched):
         raise UserError("the gallery holds an image more than once")
 
-    num_of_class = _class_sizes(labels, searched)
-    relevant = num_of_class[searching] - (place[searching] >= 0)
-    searching, relevant = searching[relevant > 0], relevant[relevant > 0]
-    if len(searching) == 0:
+    num_relevant = _class_sizes(labels, searched)[queries] - (position[queries] >= 0)
+    queries, num_relevant = queries[num_relevant > 0], num_relevant[num_relevant > 0]
+    if len(queries) == 0:
         raise UserError("no query has another image of its class in the gallery")
-    # The largest R of all queries: one search serves every metric.
-    k = max(*recall_at, int(relevant.max()))
-    everything = len(searched) == len(searching) == len(labels)
+    all_against_all = len(searched) == len(queries) == len(labels)
     search = nearest(
-        embeddings if everything else embeddings[searching],
-        embeddings if everything else embeddings[searched],
-        k,
-        exclude_self=place[searching],
+        embeddings if all_against_all else embeddings[queries],
+        embeddings if all_against_all else embeddings[searched],
+        max(*recall_at, int(num_relevant.max())),  # one search for all metrics
+        exclude_self=position[queries],
         chunk=chunk,
     )
-    first = np.empty(len(searching), np.int64)
-    precision, average = np.empty(len(searching)), np.empty(len(searching))
-    for rows, found in search:
-        hits = (labels[searched[found]] == labels[searching[rows], None]) & (found >= 0)
-        first[rows] = np.where(hits.any(axis=1), hits.argmax(axis=1), np.iinfo(np.int64).max)
-        at_r = hits[:, : int(relevant[rows].max())]
-        ranks = np.arange(1, at_r.shape[1] + 1)
-        at_r &= ranks <= relevant[rows, None]
-        precision[rows] = at_r.sum(axis=1) / relevant[rows]
-        shares = np.cumsum(at_r, axis=1, dtype=np.int32) / ranks
-        average[rows] = np.where(at_r, shares, 0).sum(axis=1) / relevant[rows]
-    metrics = {f"recall@{k}": float((first < k).mean()) for k in recall_at}
-    return {**metrics, "map@r": float(average.mean()), "r_precision": float(precision.mean())}
+    first_hit = np.empty(len(queries), np.int64)
+    r_precision, map_at_r = np.empty(len(queries)), np.empty(len(queries))
+    for rows, neighbors in search:
+        hits = (labels[searched[neighbors]] == labels[queries[rows], None]) & (neighbors >= 0)
+        first_hit[rows] = np.where(hits.any(axis=1), hits.argmax(axis=1), np.iinfo(np.int64).max)
+        r = num_relevant[rows]
+        hits_at_r = hits[:, : int(r.max())]
+        ranks = np.arange(1, hits_at_r.shape[1] + 1)
+        hits_at_r &= ranks <= r[:, None]
+        r_precision[rows] = hits_at_r.sum(axis=1) / r
+        precisions = np.cumsum(hits_at_r, axis=1, dtype=np.int32) / ranks
+        map_at_r[rows] = np.where(hits_at_r, precisions, 0).sum(axis=1) / r
+    metrics = {f"recall@{k}": float((first_hit < k).mean()) for k in recall_at}
+    return {**metrics, "map@r": float(map_at_r.mean()), "r_precision": float(r_precision.mean())}
 
 
 def _class_sizes(labels: NDArray[Any], searched: Ints) -> Ints:
-    """(N,) how many images of each image's class the gallery holds."""
-    _, of_image = np.unique(labels, return_inverse=True)
-    return np.bincount(of_image[searched], minlength=int(of_image.max()) + 1)[of_image]
+    """(N,) how many gallery images have the class of each image."""
+    _, class_numbers = np.unique(labels, return_inverse=True)
+    sizes = np.bincount(class_numbers[searched], minlength=int(class_numbers.max()) + 1)
+    return sizes[class_numbers]
 
 
 def _indices(given: NDArray[Any] | None, num_images: int, name: str) -> Ints:

@@ -1,29 +1,32 @@
-"""Exact nearest neighbours by inner product, with an order among ties that one can rely on.
+"""Exact nearest neighbours by inner product, with ties in the order of their indices.
 
-faiss searches; it promises no order among equal similarities and may leave any of them out at the
-end of its list. So equal gallery rows are searched for once and listed by index afterwards, rows of
-the answer with other ties are sorted by index, and those where a tie reaches beyond what faiss
-returned are computed again in full.
+faiss searches, but it guarantees no order among equal similarities, and at the end of its list it may
+omit any of them. Three steps make the order reliable:
+
+1. Equal gallery rows are searched for once. Afterwards they are listed by index.
+2. Other ties within a result are sorted by index.
+3. Where a tie continues beyond the end of a result, the query is computed again against the whole gallery.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_dmml.cores import faiss_on_all_cores
+from ray_dmml.cores import num_cores
 from ray_dmml.errors import UserError
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-# Neighbours beyond k that are asked for, so that few ties reach the end of the list.
+# Neighbours beyond k in each search, so that few ties reach the end of a result.
 _SPARE = 16
-# Entries of the largest buffers of a chunk (4 to 8 bytes each, a few buffers).
+# Entries of the largest buffers of a chunk: a few buffers of 4 to 8 bytes an entry.
 _CHUNK_ENTRIES = 2**22
 
 
@@ -35,23 +38,24 @@ def nearest(
     exclude_self: bool | Ints,
     chunk: int | None = None,
 ) -> Iterator[tuple[slice, Ints]]:
-    """The k nearest gallery rows of every query, best first, equally similar ones by lower index.
+    """Finds the k nearest gallery rows of every query, the most similar first, ties by lower index.
 
-    Similarity is the inner product of the float32 rows as given, computed in float32: two gallery
-    rows of equal bits are equally similar to any query; for different rows a tie is a tie of the
-    rounded results, whose last bit may vary with ``chunk`` and the machine.
+    Similarity is the inner product of the rows, computed in float32. Two equal gallery rows are equally
+    similar to any query. Two different rows are tied when their rounded similarities are equal; the last
+    bit of these may vary with ``chunk`` and the machine.
 
     Args:
         queries: (Q, D) float.
         gallery: (G, D) float.
-        k: neighbours a query; clipped to what there is.
-        exclude_self: True: query i is gallery row i and is left out, by index. An array (Q,) int64:
-            the gallery row that each query is, -1 for none. False: nothing is left out.
-        chunk: queries searched at a time; None: as memory suggests (about 100 MiB).
+        k: neighbours per query. A k above the size of the gallery gives the whole gallery.
+        exclude_self: True means that query i is gallery row i and is not its own neighbour. An array,
+            (Q,) int64, gives the gallery row of each query, or -1 for a query outside the gallery. False
+            excludes nothing.
+        chunk: queries per search; None chooses as many as need about 100 MiB.
 
     Yields:
-        A slice of the queries, in order, and their neighbours: (q, k) int64 gallery indices; -1
-        ends the row of a query that is left out itself where others get the whole gallery.
+        A slice of the queries, in order, and their neighbours as gallery indices, (q, k) int64. Where k
+        is the whole gallery, the row of a query that is excluded from it ends with -1.
 
     Raises:
         UserError: shapes do not fit, or embeddings are NaN or infinite.
@@ -59,7 +63,8 @@ def nearest(
     queries, gallery = _checked(queries, "queries"), _checked(gallery, "gallery")
     if queries.shape[1] != gallery.shape[1]:
         raise UserError(
-            f"queries have {queries.shape[1]} numbers an embedding, the gallery {gallery.shape[1]}"
+            f"the embeddings of the queries have {queries.shape[1]} dimensions, those of the gallery "
+            f"{gallery.shape[1]}"
         )
     own = _own_rows(exclude_self, len(queries), len(gallery))
     excluding = bool((own >= 0).any())
@@ -73,18 +78,18 @@ def nearest(
         if k == 0:
             yield rows, np.empty((rows.stop - start, 0), np.int64)
             continue
-        found = groups.expand(*_search(queries[rows], distinct, need))
+        neighbors = groups.expand(*_search(queries[rows], distinct, need))
         if excluding:
             if need == k:
-                found = np.pad(found, ((0, 0), (0, 1)), constant_values=-1)
-            found = _without(found, own[rows])
-        yield rows, found
+                neighbors = np.pad(neighbors, ((0, 0), (0, 1)), constant_values=-1)
+            neighbors = _without(neighbors, own[rows])
+        yield rows, neighbors
 
 
 class _Groups:
-    """Gallery rows of equal bits, as one distinct row each, in order of first appearance.
+    """Groups of equal gallery rows, in the order of their first rows.
 
-    faiss's own results for equal rows may differ in the last bit, by their place in a block.
+    faiss needs one row of each group: its similarities of equal rows may differ in the last bit.
     """
 
     def __init__(self, gallery: Floats, need: int) -> None:
@@ -96,67 +101,86 @@ class _Groups:
         sizes = np.bincount(of_row, minlength=len(keys))
         self.starts = np.cumsum(sizes) - sizes
         self.first = self.members[self.starts]
-        # Nobody asks for more than the first `need` of a group.
+        # No result contains more than the first `need` rows of a group.
         self.sizes = np.minimum(sizes, need)
         self.need = need
 
-    def expand(self, similarity: Floats, found: Ints) -> Ints:
-        """(q, n) distinct rows, best first, to (q, need) gallery rows."""
+    def expand(self, similarity: Floats, distinct: Ints) -> Ints:
+        """(q, n) numbers of groups, the most similar first -> (q, need) gallery rows."""
         if self.trivial:
-            return found
-        sizes = self.sizes[found]
-        result = np.empty((len(found), self.need), np.int64)
-        plain = (sizes == 1).all(axis=1) & (found.shape[1] >= self.need)
-        result[plain, : found.shape[1]] = self.first[found[plain]]
+            return distinct
+        sizes = self.sizes[distinct]
+        num_distinct = distinct.shape[1]
+        result = np.empty((len(distinct), self.need), np.int64)
+        plain = (sizes == 1).all(axis=1) & (num_distinct >= self.need)
+        result[plain, :num_distinct] = self.first[distinct[plain]]
         for row in np.flatnonzero(~plain):
-            # The groups before the list is full, and all that tie with the last of them.
-            last = min(int(np.searchsorted(sizes[row].cumsum(), self.need)), found.shape[1] - 1)
+            # As many groups as fill the result, and all that tie with the last of them.
+            last = min(int(np.searchsorted(sizes[row].cumsum(), self.need)), num_distinct - 1)
             stop = np.searchsorted(-similarity[row], -similarity[row, last], side="right")
             count = sizes[row, :stop]
             inside = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
-            index = self.members[np.repeat(self.starts[found[row, :stop]], count) + inside]
+            index = self.members[np.repeat(self.starts[distinct[row, :stop]], count) + inside]
             order = np.lexsort((index, -np.repeat(similarity[row, :stop], count)))
             result[row] = index[order[: self.need]]
         return result
 
 
+@contextmanager
+def _faiss_on_all_cores() -> Iterator[None]:
+    """Inside the block faiss uses every core, whatever a training in this process has set.
+
+    The last bit of its similarities depends on the number of threads.
+    """
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(num_cores())
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 def _search(queries: Floats, gallery: Floats, need: int) -> tuple[Floats, Ints]:
-    """Similarities and indices of the `need` best rows (all, if fewer), ties by lower index."""
+    """Similarities and indices of the `need` most similar rows (or of all rows), ties by lower index."""
     need = min(need, len(gallery))
-    asked = min(need + _SPARE, len(gallery))
-    with faiss_on_all_cores():
-        similarity, found = faiss.knn(queries, gallery, asked, metric=faiss.METRIC_INNER_PRODUCT)
+    searched = min(need + _SPARE, len(gallery))
+    with _faiss_on_all_cores():
+        similarity, indices = faiss.knn(
+            queries, gallery, searched, metric=faiss.METRIC_INNER_PRODUCT
+        )
     tied = np.flatnonzero((similarity[:, 1:] == similarity[:, :-1]).any(axis=1))
-    order = np.lexsort((found[tied], -similarity[tied]), axis=1)
-    found[tied] = np.take_along_axis(found[tied], order, axis=1)
-    if asked < len(gallery):
+    order = np.lexsort((indices[tied], -similarity[tied]), axis=1)
+    indices[tied] = np.take_along_axis(indices[tied], order, axis=1)
+    if searched < len(gallery):
         cut = np.flatnonzero(similarity[:, need - 1] == similarity[:, -1])
         block = max(1, _CHUNK_ENTRIES // len(gallery))
         for start in range(0, len(cut), block):
             rows = cut[start : start + block]
-            similarity[rows, :need], found[rows, :need] = _in_full(queries[rows], gallery, need)
-    return similarity[:, :need], found[:, :need]
+            similarity[rows, :need], indices[rows, :need] = _search_all(
+                queries[rows], gallery, need
+            )
+    return similarity[:, :need], indices[:, :need]
 
 
-def _in_full(queries: Floats, gallery: Floats, need: int) -> tuple[Floats, Ints]:
-    """As :func:`_search`, from all similarities."""
+def _search_all(queries: Floats, gallery: Floats, need: int) -> tuple[Floats, Ints]:
+    """The result of :func:`_search` from the similarities to the whole gallery."""
     similarity = queries @ gallery.T
-    place = len(gallery) - need
-    threshold = np.partition(similarity, place, axis=1)[:, place]
-    found = np.empty((len(queries), need), np.int64)
+    position = len(gallery) - need
+    threshold = np.partition(similarity, position, axis=1)[:, position]
+    indices = np.empty((len(queries), need), np.int64)
     for row, (values, limit) in enumerate(zip(similarity, threshold, strict=True)):
         above = np.flatnonzero(values > limit)
-        level = np.flatnonzero(values == limit)[: need - len(above)]
+        tied = np.flatnonzero(values == limit)[: need - len(above)]
         above = above[np.argsort(-values[above], kind="stable")]
-        found[row] = np.concatenate([above, level])
-    return np.take_along_axis(similarity, found, axis=1), found
+        indices[row] = np.concatenate([above, tied])
+    return np.take_along_axis(similarity, indices, axis=1), indices
 
 
-def _without(found: Ints, own: Ints) -> Ints:
-    """(q, n) to (q, n - 1): drops each row's own index, or its last entry where it is not there."""
-    drop = found == own[:, None]
+def _without(neighbors: Ints, own: Ints) -> Ints:
+    """(q, n) -> (q, n - 1): drops each query's own index, or the last entry of a row without it."""
+    drop = neighbors == own[:, None]
     drop[~drop.any(axis=1), -1] = True
-    kept: Ints = found[~drop].reshape(len(found), found.shape[1] - 1)
+    kept: Ints = neighbors[~drop].reshape(len(neighbors), neighbors.shape[1] - 1)
     return kept
 
 
@@ -175,14 +199,14 @@ def _checked(embeddings: NDArray[Any], name: str) -> Floats:
 
 
 def _own_rows(exclude_self: bool | Ints, num_queries: int, num_gallery: int) -> Ints:
-    """(Q,) the gallery row that each query is, -1 for none."""
+    """(Q,) the gallery row of each query, -1 for a query outside the gallery."""
     if exclude_self is False:
         return np.full(num_queries, -1)
     if exclude_self is True:
         if num_queries != num_gallery:
             raise UserError(
-                f"to leave out query i as gallery row i both must be as many: "
-                f"{num_queries} queries, {num_gallery} in the gallery"
+                "exclude_self needs as many queries as gallery rows, not "
+                f"{num_queries} queries and {num_gallery} gallery rows"
             )
         return np.arange(num_queries)
     return np.asarray(exclude_self, dtype=np.int64)

@@ -1,9 +1,10 @@
-"""What a person sees of a run: one live bar on a terminal, plain lines where there is none."""
+"""What a person sees of a run: a live bar and a table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,75 +18,137 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ray_dmml.cohort.cohort import StepRow
 from ray_dmml.config.schema import Config
-from ray_dmml.data.dataset import Splits
-from ray_dmml.training.trainer import Figures
+from ray_dmml.loggers.logger import LatestTerms, Logger
 
-_TERMS = ("loss", "metric", "distance", "angle")
+PACKAGE = "ray_dmml"
+TERMS = ("loss", "metric", "distance", "angle")
 
 
-class PlainReporter:
-    """A line an event, for logs and pipes."""
+class ConsoleLogger(Logger):
+    """Shows a run on a console. As a context manager it also shows what the package says through Python's
+    :mod:`logging` inside the block.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._total = 0
+    Args:
+        console: where to print. A terminal gets a live display, anything else gets lines.
+        config: the experiment.
+    """
 
-    def note(self, message: str) -> None:
-        self.console.print(f"note: {message}", highlight=False, markup=False, soft_wrap=True)
+    def __init__(self, console: Console, config: Config) -> None:
+        self._display: _Display = (
+            _Live(console, config) if console.is_terminal else _Lines(console, config)
+        )
+        self._latest = LatestTerms()
+        self._handler = _Handler(self._display)
+        self._level_before = logging.NOTSET
 
-    def doing(self, what: str) -> None:
+    def __enter__(self) -> ConsoleLogger:
+        package = logging.getLogger(PACKAGE)
+        self._level_before = package.level
+        package.setLevel(logging.DEBUG)
+        package.addHandler(self._handler)
+        package.propagate = False
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        package = logging.getLogger(PACKAGE)
+        package.removeHandler(self._handler)
+        package.setLevel(self._level_before)
+        package.propagate = True
+        self.close()
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        if not metrics:
+            self._display.progress(step)
+        if "peers" in metrics:
+            self._latest.update(metrics["peers"])
+        if "images_per_second" in metrics:
+            self._display.terms(step, self._latest.by_peer, metrics["images_per_second"])
+        for split in ("untrained", "validation"):
+            if split in metrics:
+                self._display.figures(step, split, metrics[split])
+        if "checkpoint" in metrics:
+            self._display.checkpoint(step, metrics["checkpoint"] == "best")
+
+    def rewind(self, step: int) -> None:
+        self._display.progress(step)
+
+    def close(self) -> None:
+        self._display.close()
+
+
+class _Display(Protocol):
+    def activity(self, text: str) -> None: ...
+    def sentence(self, text: str) -> None: ...
+    def progress(self, step: int) -> None: ...
+    def terms(self, step: int, by_peer: Mapping[str, Mapping[str, float]], rate: float) -> None: ...
+    def figures(self, step: int, split: str, figures: Mapping[str, Any]) -> None: ...
+    def checkpoint(self, step: int, is_best: bool) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Handler(logging.Handler):
+    """DEBUG names the current activity; the levels above it are sentences."""
+
+    def __init__(self, display: _Display) -> None:
+        super().__init__()
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno <= logging.DEBUG:
+            self._display.activity(text)
+        elif record.levelno < logging.WARNING:
+            self._display.sentence(text)
+        else:
+            self._display.sentence(f"{record.levelname.lower()}: {text}")
+
+
+class _Lines:
+    """One line an event, for logs and pipes."""
+
+    def __init__(self, console: Console, config: Config) -> None:
+        self._console, self._num_steps = console, config.train.steps
+
+    def activity(self, text: str) -> None:
         pass
 
-    def started(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None:
-        self._total = config.train.steps
-        for line in describe(config, splits, facts):
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def sentence(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def step(self, finished: int) -> None:
+    def progress(self, step: int) -> None:
         pass
 
-    def losses(self, step: int, row: StepRow, images_per_s: float) -> None:
-        told = "  ".join(
-            f"{peer} " + " ".join(f"{term} {terms[term]:.4f}" for term in _TERMS if term in terms)
-            for peer, terms in row.items()
-            if terms
+    def terms(self, step: int, by_peer: Mapping[str, Mapping[str, float]], rate: float) -> None:
+        line = "  ".join(
+            f"{peer} " + " ".join(f"{term} {terms[term]:.4f}" for term in TERMS if term in terms)
+            for peer, terms in by_peer.items()
         )
-        self.console.print(
-            f"step {step}/{self._total}  {told}  {images_per_s:.1f} images/s",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self.sentence(f"step {step}/{self._num_steps}  {line}  {rate:.1f} images/s")
 
-    def evaluated(self, step: int, split: str, figures: Figures) -> None:
-        told = "  ".join(
-            f"{name} {found['recall@1']:.3f}"
-            for name, found in [*figures["peers"].items(), ("ensemble", figures["ensemble"])]
-        )
-        what = "test classes, untrained" if split == "untrained" else f"{split} classes"
-        self.console.print(
-            f"step {step}  Recall@1 on {what}: {told}", highlight=False, soft_wrap=True
-        )
+    def figures(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
+        rows = {**figures["peers"], "ensemble": figures["ensemble"]}
+        line = "  ".join(f"{name} {row['recall@1']:.3f}" for name, row in rows.items())
+        classes = "test classes, untrained" if split == "untrained" else f"{split} classes"
+        self.sentence(f"step {step}  Recall@1 on {classes}: {line}")
 
-    def saved(self, step: int, *, best: bool) -> None:
-        self.console.print(
-            f"step {step}  checkpoint saved{', the best so far' if best else ''}", highlight=False
-        )
+    def checkpoint(self, step: int, is_best: bool) -> None:
+        self.sentence(f"step {step}  checkpoint saved{', the best so far' if is_best else ''}")
 
-    def stopped(self) -> None:
+    def close(self) -> None:
         pass
 
 
-class LiveReporter:
-    """A terminal: a bar for the run, a row of loss terms for each peer, the last evaluation."""
+class _Live:
+    """A terminal: a row of loss terms for each peer, the last evaluation, and a bar for the run."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._rate = ""
-        self._losses: StepRow = {}
+    def __init__(self, console: Console, config: Config) -> None:
+        self._console = console
+        self._names = [str(peer.name) for peer in config.cohort.peers]
+        self._num_steps = config.train.steps
+        self._terms: dict[str, dict[str, float]] = {}
         self._recall: dict[str, float] = {}
-        self._judged = ""
+        self._evaluated = ""
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -97,101 +160,59 @@ class LiveReporter:
             expand=True,
         )
         self._task = self._bar.add_task("", total=None, rate="")
-        self._names: list[str] = []
+        self._has_started = False  # before that there is no table
         self._live = Live(self._render(), console=console, refresh_per_second=8)
         self._live.start()
 
-    def note(self, message: str) -> None:
-        self.console.print(f"note: {message}", highlight=False, markup=False)
-
-    def doing(self, what: str) -> None:
-        self._bar.update(self._task, description=what)
+    def activity(self, text: str) -> None:
+        self._bar.update(self._task, description=text)
         self._refresh()
 
-    def started(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None:
-        for line in describe(config, splits, facts):
-            self.console.print(line, highlight=False, markup=False)
-        self._names = [str(peer.name) for peer in config.cohort.peers]
-        self._bar.update(self._task, total=config.train.steps)
+    def sentence(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
 
-    def step(self, finished: int) -> None:
-        self._bar.update(self._task, completed=finished)
+    def progress(self, step: int) -> None:
+        self._has_started = True
+        self._bar.update(self._task, total=self._num_steps, completed=step)
         self._refresh()
 
-    def losses(self, step: int, row: StepRow, images_per_s: float) -> None:
-        self._losses = row
-        self._bar.update(self._task, rate=f"{images_per_s:.0f} images/s")
+    def terms(self, step: int, by_peer: Mapping[str, Mapping[str, float]], rate: float) -> None:
+        self._terms = {name: dict(terms) for name, terms in by_peer.items()}
+        self._bar.update(self._task, rate=f"{rate:.0f} images/s")
         self._refresh()
 
-    def evaluated(self, step: int, split: str, figures: Figures) -> None:
-        self._recall = {name: found["recall@1"] for name, found in figures["peers"].items()}
-        self._recall["ensemble"] = figures["ensemble"]["recall@1"]
-        self._judged = "untrained" if split == "untrained" else f"{split}, step {step}"
+    def figures(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
+        rows = {**figures["peers"], "ensemble": figures["ensemble"]}
+        self._recall = {name: row["recall@1"] for name, row in rows.items()}
+        self._evaluated = "untrained" if split == "untrained" else f"{split}, step {step}"
         self._refresh()
 
-    def saved(self, step: int, *, best: bool) -> None:
+    def checkpoint(self, step: int, is_best: bool) -> None:
         pass
 
-    def stopped(self) -> None:
-        self._live.transient = not self._names  # nothing was shown yet that is worth keeping
+    def close(self) -> None:
+        self._live.transient = not self._has_started  # there is nothing worth keeping on the screen
         self._live.stop()
 
     def _refresh(self) -> None:
         self._live.update(self._render())
 
     def _render(self) -> Group:
-        if not self._names:
+        if not self._has_started:
             return Group(self._bar)
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("peer", no_wrap=True)
-        for term in _TERMS:
+        for term in TERMS:
             table.add_column(term, justify="right")
-        table.add_column(
-            f"Recall@1 ({self._judged})" if self._judged else "Recall@1", justify="right"
-        )
+        evaluated = f"Recall@1 ({self._evaluated})" if self._evaluated else "Recall@1"
+        table.add_column(evaluated, justify="right")
         for name in self._names:
-            terms = self._losses.get(name, {})
-            told = [f"{terms[term]:.4f}" if term in terms else "-" for term in _TERMS]
-            table.add_row(name, *told, self._percent(name))
+            terms = self._terms.get(name, {})
+            cells = [f"{terms[term]:.4f}" if term in terms else "-" for term in TERMS]
+            table.add_row(name, *cells, self._percent(name))
         if len(self._names) > 1:
-            table.add_row("ensemble", *([""] * len(_TERMS)), self._percent("ensemble"))
+            table.add_row("ensemble", *([""] * len(TERMS)), self._percent("ensemble"))
         return Group(table, self._bar)
 
     def _percent(self, name: str) -> str:
         return f"{100 * self._recall[name]:.1f} %" if name in self._recall else "-"
-
-
-def describe(config: Config, splits: Splits, facts: Mapping[str, Any]) -> list[str]:
-    """What is about to run, in a few lines."""
-
-    def told(name: str) -> str:
-        images = getattr(splits, name)
-        return f"{len(images):,} images of {images.num_classes} classes"
-
-    lines = [f"data      {config.data.name}: train {told('train')}"]
-    if splits.validation is not None:
-        lines.append(f"          validation {told('validation')}, held out of training")
-    lines.append(f"          test {told('test')}")
-    batch = config.data.classes_per_batch * config.data.images_per_class
-    lines.append(
-        f"          batches of {batch}: {config.data.classes_per_batch} classes x "
-        f"{config.data.images_per_class} images, an epoch is {facts['steps_per_epoch']} steps"
-    )
-    for peer in config.cohort.peers:
-        listed = () if isinstance(peer.view, str) else [each.name for each in peer.view]
-        view = peer.view if isinstance(peer.view, str) else "+".join(listed) or "as decoded"
-        every = "step" if peer.update_interval == 1 else f"{peer.update_interval} steps"
-        role = "frozen" if peer.frozen else f"update every {every}"
-        if peer.update_mode == "skip" and peer.update_interval > 1:
-            role += " (skip)"
-        lines.append(
-            f"{peer.name:<9} {peer.backbone}, {peer.embedding_size}-d, seed {peer.seed}, "
-            f"view {view}, {role}"
-        )
-    devices = ", ".join(dict.fromkeys(facts["devices"]))
-    threads = ", ".join(map(str, dict.fromkeys(facts["threads"])))
-    lines.append(
-        f"cohort    {len(config.cohort.peers)} peers on {devices}, torch threads each: {threads}, "
-        f"exchange: {facts['transport']}"
-    )
-    return lines

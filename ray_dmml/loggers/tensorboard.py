@@ -2,56 +2,64 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from ray_dmml.loggers.logger import LatestTerms, Logger
 
-class Events:
-    """Scalars over the steps, in a file of their own since this run began or went on.
+logger = logging.getLogger(__name__)
 
-    They are written by the caller's thread. A ``SummaryWriter`` has one of its own, which dies where
-    the disk is full, and then blocks whoever adds to its queue. Here that is told once, and what
-    could not be written is missing in the plots.
+
+class TensorBoardLogger(Logger):
+    """Writes scalars over the steps; each start and each recovery of a run begins a new file.
+
+    The caller's thread writes them. A ``SummaryWriter`` has a thread of its own, which dies when the disk is
+    full and then blocks the caller. Here a full disk costs a warning and the scalars of that time.
 
     Args:
         folder: RUN/tensorboard.
-        first_step: what earlier files have from this step on is not shown any more.
-        note: is told what cannot be written.
     """
 
-    def __init__(self, folder: Path, first_step: int, note: Callable[[str], None]) -> None:
-        self._folder, self._note = folder, note
-        self._first_step: int | None = first_step
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._first_step: int | None = 1
         self._writer: EventsWriter | None = None
         self._num_files = 0
-        self._is_told = False
+        self._has_warned = False
+        self._latest = LatestTerms()
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """So many scalars of a step, by tag."""
-        is_new, first_step = self._writer is None, self._first_step
-        try:
-            writer = self._writer or self._open()
-            for tag, value in values.items():
-                writer.write_event(_event(step, summary=scalar(tag, value)))
-            writer.flush()
-        except OSError as error:
-            if not self._is_told:
-                self._note(f"{self._folder} cannot be written: {error}; training goes on")
-            self._is_told = True
-            # A record may be cut short, after which nothing of the file can be read: the next one
-            # goes to another file.
-            self.close()
-            if is_new:  # one that would be made at every try
-                with suppress(OSError):
-                    for path in self._folder.glob(f"*.{self._num_files}"):
-                        path.unlink()
-                self._first_step = first_step
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        if "peers" in metrics:
+            self._latest.update(metrics["peers"])
+        if "images_per_second" in metrics:
+            scalars = {
+                f"{term}/{peer}": value
+                for peer, terms in self._latest.by_peer.items()
+                for term, value in terms.items()
+            }
+            self._write(step, {**scalars, "images_per_second": metrics["images_per_second"]})
+        if "validation" in metrics:
+            figures = metrics["validation"]
+            rows = {**figures["peers"], "ensemble": figures["ensemble"]}
+            scalars = {
+                f"validation_{metric.replace('@', '_at_')}/{name}": value
+                for name, row in rows.items()
+                for metric, value in row.items()
+            }
+            self._write(step, scalars)
+
+    def rewind(self, step: int) -> None:
+        """Begins a new file; TensorBoard shows nothing of earlier files after ``step``."""
+        self.close()
+        self._first_step = step + 1
 
     def close(self) -> None:
         writer, self._writer = self._writer, None
@@ -59,10 +67,30 @@ class Events:
             with suppress(OSError):
                 writer.close()
 
+    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
+        is_new, first_step = self._writer is None, self._first_step
+        try:
+            writer = self._writer or self._open()
+            for tag, value in scalars.items():
+                writer.write_event(_event(step, summary=scalar(tag, value)))
+            writer.flush()
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning("%s cannot be written: %s; training goes on", self._folder, error)
+            self._has_warned = True
+            # A record may be cut short, after which nothing in the file can be read. So the next record
+            # goes to another file.
+            self.close()
+            if is_new:  # otherwise every attempt would leave a file
+                with suppress(OSError):
+                    for path in self._folder.glob(f"*.{self._num_files}"):
+                        path.unlink()
+                self._first_step = first_step
+
     def _open(self) -> EventsWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._num_files += 1
-        # Named by the second, which two may share.
+        # Files are named by the second, which two may share.
         suffix = f".{self._num_files}"
         writer = self._writer = EventsWriter(str(self._folder / "events"), suffix)
         if self._first_step is not None:

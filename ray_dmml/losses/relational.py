@@ -1,12 +1,12 @@
-"""Relational distillation: a student learns the distances and angles between its teachers' points.
+"""Relational distillation: a student learns the distances and angles between its teachers' embeddings.
 
-Park, Kim, Lu, Cho, *Relational Knowledge Distillation*, CVPR 2019, https://arxiv.org/abs/1904.05068
+Both terms are computed from the Gram matrix G = X Xᵀ of a batch, (N, N):
 
-Both terms need nothing of a batch but its Gram matrix G = X Xᵀ, (N, N):
     ||x_i - x_j||²          = G_ii + G_jj - 2 G_ij
     (x_j - x_i)·(x_k - x_i) = G_jk - G_ij - G_ik + G_ii
-so the (N, N, D) tensor of differences is never made, and teachers may have sizes of their own. The
-price is cancellation, paid by centring the batch and by float64.
+
+So no (N, N, D) tensor of differences is needed, and every teacher may have its own embedding size. The
+subtractions would cancel digits. To prevent it, the batch is centred and G is float64.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Squared distances come out of G with an error of a few roundings of G_ii + G_jj. Below so many of
-# them two points are one and have no direction between them. In float64: nearer than 2.4e-7 of
-# their distance from the batch's centre, which is the rounding of a float32 embedding.
+# A squared distance from G has an error of a few roundings of G_ii + G_jj. Points whose squared distance
+# is below this many roundings coincide: no direction between them can be computed. In float64 they are
+# closer than 2.4e-7 of their distance from the batch's centre, the rounding of a float32 embedding.
 _COINCIDENT = 256
 
-# Triples of a block: on a CPU its buffers stay in the core's cache, elsewhere few launches count.
+# Triples (i, j, k) of one block. On a CPU its buffers fit into the core's cache; a GPU is faster with few
+# kernel launches.
 _BLOCK_CPU = 2**17
 _BLOCK_OTHER = 2**23
 
 
 class RelationalTerms(NamedTuple):
-    """The two terms of relational distillation, each a scalar, neither weighted."""
+    """The two terms of relational distillation, scalars without weights."""
 
     distance: Tensor
     """Mean over the teachers of :func:`distance_loss`."""
@@ -46,20 +47,64 @@ def relational_losses(
     with_distance: bool = True,
     with_angle: bool = True,
 ) -> RelationalTerms:
-    """Both terms against every teacher, averaged over the teachers in the order given.
+    """Relational Knowledge Distillation from several teachers: their mean distance and angle terms.
+
+    Given the embeddings of one batch by a student and by its teachers, the terms make the relations
+    between the student's embeddings similar to those between a teacher's embeddings of the same images:
+
+    1. ``distance``: each pair of images should be as far apart as for the teacher. All distances of a
+       network are divided by their mean first.
+    2. ``angle``: each triple of images should form the same angles as for the teacher.
+
+    Student and teachers may have different embedding sizes, because only relations between images are
+    compared. Neither term changes when all embeddings of a network are scaled, rotated or shifted.
 
     Args:
-        student: (N, D) of any float dtype. Gradients flow to it, once differentiable.
-        teachers: (N, D_n) each; D_n may differ from D. No gradient flows to them.
-        with_distance: False leaves the distance term out (a constant zero).
-        with_angle: False leaves the angle term out (a constant zero).
+        student: (N, D) of any float dtype. It gets gradients, which cannot be differentiated again.
+        teachers: (N, D_n) each, of any float dtype; D_n may differ from D. They get no gradients.
+        with_distance: False skips the distance term, which is then a constant zero.
+        with_angle: False skips the angle term, which is then a constant zero.
 
     Returns:
-        Two scalars, float64 for a float64 student and float32 for any other, zero where there is
-        nothing to compare: no teacher, or fewer than two distinct points.
+        Two scalars, float64 for a float64 student and float32 otherwise. Each is the mean over the
+        teachers, summed in the given order. They are zero without a teacher, and for fewer than two
+        distinct points.
 
     Raises:
         ValueError: an argument is not (N, D), or a teacher has another N.
+
+    Requirements:
+        - Row i of every argument is the embedding of the same image.
+        - Labels are not needed, nor is unit length.
+        - Time grows with N³, and memory with N².
+
+    Relations:
+        - :func:`distance_loss` and :func:`angle_loss` are the two terms for one teacher.
+        - :class:`~ray_dmml.losses.metric.MetricLoss` learns from labels. A peer minimises it plus both
+          terms, weighted by ``loss.relational`` in the config.
+        - In *Diversified Mutual Learning for Deep Metric Learning* (https://arxiv.org/abs/2009.04170) the
+          teachers of a peer are the other peers, which learn at the same time.
+
+    References:
+        Park, Kim, Lu, Cho, *Relational Knowledge Distillation*, CVPR 2019,
+        https://arxiv.org/abs/1904.05068
+
+    Example:
+        Two networks with 16 and 32 dimensions have embedded the same 8 images. The first one learns
+        from the second:
+
+        >>> import torch
+        >>> from ray_dmml.losses.relational import relational_losses
+        >>> student = torch.randn(8, 16, requires_grad=True)
+        >>> teacher = torch.randn(8, 32)
+        >>> terms = relational_losses(student, [teacher])
+        >>> loss = 1.0 * terms.distance + 2.0 * terms.angle
+        >>> loss.backward()
+        >>> student.grad.shape
+        torch.Size([8, 16])
+        >>> same_relations = relational_losses(student, [3 * student + 1])
+        >>> [round(term.item(), 6) for term in same_relations]
+        [0.0, 0.0]
     """
     _check_shapes(student, teachers)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -69,37 +114,37 @@ def relational_losses(
     with torch.autocast(student.device.type, enabled=False):
         own = _Relations.of(student)
         with torch.no_grad():
-            others = [_Relations.of(teacher.to(student.device)) for teacher in teachers]
+            targets = [_Relations.of(teacher.to(student.device)) for teacher in teachers]
         if with_distance:
-            mine = own.normalised_distances()
-            terms = [F.smooth_l1_loss(mine, other.normalised_distances()) for other in others]
+            distances = own.normalized_distances()
+            terms = [F.smooth_l1_loss(distances, t.normalized_distances()) for t in targets]
             distance = torch.stack(terms).sum().div(len(terms)).to(dtype)
         if with_angle:
-            pairs = [(other.gram, other.inverse) for other in others]
+            pairs = [(target.gram, target.inverse) for target in targets]
             angle = _AngleTerm.apply(own.gram, own.inverse, pairs).to(dtype)
     return RelationalTerms(distance, angle)
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Smooth-L1 (beta 1) between the two matrices of distances, mean over all N² entries.
+    """Smooth-L1 (beta 1) between the distance matrices of student and teacher, mean over N² entries.
 
-    Each matrix is divided by the mean of its own positive entries; the student's mean keeps its
-    gradient. Arguments and result as in :func:`relational_losses`.
+    Each matrix is divided by the mean of its positive entries. The gradient includes that of the
+    student's mean. For shapes, dtypes and errors see :func:`relational_losses`.
     """
     return relational_losses(student, [teacher], with_angle=False).distance
 
 
 def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Smooth-L1 (beta 1) between the cosines at every vertex i of all pairs j, k; mean over N³.
+    """Smooth-L1 (beta 1) between the cosines of the angles j-i-k of student and teacher, mean over N³.
 
-    A cosine is zero where j or k coincides with i. Arguments and result as in
+    A cosine is zero where j or k coincides with i. For shapes, dtypes and errors see
     :func:`relational_losses`.
     """
     return relational_losses(student, [teacher], with_distance=False).angle
 
 
 class _Relations(NamedTuple):
-    """What the terms need to know of one batch of embeddings; each (N, N), float64."""
+    """The relations between the embeddings of one batch; each (N, N), float64."""
 
     gram: Tensor
     distances: Tensor
@@ -117,13 +162,13 @@ class _Relations(NamedTuple):
         squared = scale - 2 * gram
         coincident = squared <= _COINCIDENT * torch.finfo(precise).eps * scale
         coincident.fill_diagonal_(True)
-        # A coincident pair's root is not taken at all: its gradient would be infinite.
+        # The root of a coincident pair is never computed: its gradient would be infinite.
         safe = squared.masked_fill(coincident, 1)
         return cls(
             gram, safe.sqrt().masked_fill(coincident, 0), safe.rsqrt().masked_fill(coincident, 0)
         )
 
-    def normalised_distances(self) -> Tensor:
+    def normalized_distances(self) -> Tensor:
         num_positive = self.distances.count_nonzero().clamp(min=1)
         mean = self.distances.sum() / num_positive
         return self.distances / torch.where(mean == 0, 1, mean)
@@ -132,10 +177,13 @@ class _Relations(NamedTuple):
 class _AngleTerm(torch.autograd.Function):
     """Mean over teachers and triples of smooth-L1 between cosines; value and gradient in one pass.
 
-    With c the student's cosines, t a teacher's, u the inverse distances:
-        c_ijk = A_ijk u_ij u_ik,   A_ijk = G_jk - G_ij - G_ik + G_ii,   i the vertex
+    c are the student's cosines, t a teacher's, u the inverse distances, z = c - t, and i is the vertex:
+
+        c_ijk = A_ijk u_ij u_ik,   A_ijk = G_jk - G_ij - G_ik + G_ii
         rho'(z) = clamp(z, -1, 1),   rho(z) = rho' (z - rho' / 2)
-    All are symmetric in j and k. The triples go by in blocks of vertices; only (N, N) sums remain.
+
+    All are symmetric in j and k. The triples are computed in blocks of vertices, and only (N, N) sums
+    are kept.
     """
 
     @staticmethod
@@ -160,10 +208,10 @@ class _AngleTerm(torch.autograd.Function):
                 total += torch.dot(r.view(-1), z.view(-1)) - 0.5 * torch.dot(r.view(-1), r.view(-1))
             if ctx.needs_input_grad[0]:
                 u = inverse[i]
-                # dL/du_ij = 2 sum_k g A u_ik, and A u_ij u_ik is at hand
+                # dL/du_ij = 2 sum_k g A u_ik, and c already contains A u_ij u_ik.
                 by_pair = torch.mul(g, c, out=c).sum(dim=2)
                 grad_inverse[i] = 2 * by_pair * torch.where(u == 0, 0, 1 / u)
-                # dL/dA, shared out to the four entries of G that A is made of
+                # dL/dA, distributed to the four entries of G in A.
                 g.mul_(u[:, :, None]).mul_(u[:, None, :])
                 grad_gram += g.sum(dim=0)
                 by_pair = g.sum(dim=2)
@@ -181,11 +229,11 @@ class _AngleTerm(torch.autograd.Function):
 
 
 def _cosines(gram: Tensor, inverse: Tensor, i: slice, out: Tensor) -> Tensor:
-    """Writes the cosines at the vertices i, (block, N, N), into ``out`` and returns it."""
+    """Writes the cosines at the vertices i into ``out``, (block, N, N), and returns it."""
     from_vertex, u = gram[i], inverse[i]
-    to_itself = gram.diagonal()[i, None]
+    squared_norm = gram.diagonal()[i, None]
     torch.sub(gram, from_vertex[:, :, None], out=out)
-    out.sub_((from_vertex - to_itself)[:, None, :])
+    out.sub_((from_vertex - squared_norm)[:, None, :])
     return out.mul_(u[:, :, None]).mul_(u[:, None, :])
 
 

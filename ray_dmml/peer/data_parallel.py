@@ -1,14 +1,15 @@
-"""One peer over several devices of a node: each holds the net and takes an even part of every batch.
+"""One peer on several devices of a node: each holds the net and takes an even part of every batch.
 
-The first is the peer itself. It alone has losses, optimiser and state, and sees the embeddings of the
-whole batch, so that the losses are those of one big batch. The others are sent the weights whenever
-they have changed, and keep nothing that could be lost:
+The first device is the peer itself. Only the peer has losses, an optimiser and state. It gets the
+embeddings of the whole batch, so the losses are those of one large batch. The others are replicas. They
+receive the weights whenever these have changed, and have no state that could be lost:
 
     peer  --weights, images-->  replicas  --embeddings-->  peer: losses
     peer  --gradient of their embeddings-->  replicas: backward  --sum of gradients-->  peer: update
 
-With live BatchNorm each takes the statistics of its own part, and the peer's are kept; dropout draws
-anew on each. All else equals the whole batch on one device, to rounding.
+With ``batch_norm: train`` each replica normalises with the statistics of its own part, and the peer keeps
+its own statistics. Dropout differs between replicas. Everything else equals the whole batch on one device
+up to rounding.
 """
 
 from __future__ import annotations
@@ -35,31 +36,33 @@ from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embeddin
 from ray_dmml.randomness import seeded
 
 _WEIGHTS, _EMBED, _INFER, _BACKWARD = range(4)
-_HEADER = 6  # what, which net, rows, height, width, seed
+_HEADER_SIZE = 6  # command, net, rows, height, width, seed
 
 _COMPUTED = 1
-"""Tag of the word that a result is there; data has 0."""
+"""Tag of the message that a result is ready. Data has the tag 0."""
 
 _NEVER = timedelta(days=7)
-"""A replica waits as long as its peer does: Ray ends it with the peer."""
+"""A replica waits as long as its peer lives. Ray ends both together."""
 
 LOOPBACK = "127.0.0.1"
-"""All are on one node, and nobody else's: neither the store nor gloo asks who is there."""
+"""All processes are on one node. Other hosts must not reach them, as neither the store nor gloo
+authenticates anybody."""
 
 
 class ReplicaChannel:
-    """What the replicas of a peer send each other.
+    """Connects a peer and its replicas.
 
     Args:
-        store: where they find each other.
-        rank: 0 for the peer.
-        size: how many they are, with it.
-        device: of this one; tensors travel by NCCL where it is a GPU, else by gloo.
-        name: of the peer, for errors.
-        timeout_s: until all are there.
+        store: the rendezvous of all processes.
+        rank: 0 for the peer, 1 and more for its replicas.
+        size: number of processes with the peer.
+        device: device of this process. Tensors are sent by NCCL if it is a GPU, else by gloo.
+        name: the peer's name, for errors.
+        timeout_s: seconds in which all processes must connect.
 
     Raises:
-        ReplicaLostError: not all came; later, in every call: one of them is gone.
+        ReplicaLostError: not all processes connected in time. Every method raises it when one of them is
+            gone.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class ReplicaChannel:
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self._name = name
-        with self._told():
+        with self._errors():
             self._connect(store, timeout_s)
 
     def _connect(self, store: Store, timeout_s: float) -> None:
@@ -75,7 +78,7 @@ class ReplicaChannel:
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=LOOPBACK)]
         options._timeout = timedelta(seconds=timeout_s)
-        # Headers are read on the CPU, and a wait of a GPU for the next one would be a busy one.
+        # Headers are sent between CPUs: a GPU that waits for the next header would be busy.
         self._control: Any = ProcessGroupGloo(
             PrefixStore("control", store), self.rank, self.size, options
         )
@@ -89,67 +92,72 @@ class ReplicaChannel:
             self._data = ProcessGroupNCCL(PrefixStore("data", store), self.rank, self.size, nccl)
 
     def header(self, *values: int) -> list[int]:
-        """From the peer to all; the others give none and receive it."""
-        sent = torch.zeros(_HEADER, dtype=torch.int64)
-        sent[: len(values)] = torch.tensor(values, dtype=torch.int64)
-        with self._told():
-            self._control.broadcast(sent, 0).wait()
-        return [int(value) for value in sent]
+        """Sends the peer's values to all replicas. A replica passes no values and receives them."""
+        header = torch.zeros(_HEADER_SIZE, dtype=torch.int64)
+        header[: len(values)] = torch.tensor(values, dtype=torch.int64)
+        with self._errors():
+            self._control.broadcast(header, 0).wait()
+        return [int(value) for value in header]
 
     def broadcast(self, tensor: Tensor) -> None:
-        with self._told():
+        """Copies the peer's tensor into those of all replicas."""
+        with self._errors():
             self._data.broadcast(tensor, 0).wait()
 
     def send(self, parts: Iterable[tuple[int, Tensor]]) -> Callable[[], None]:
-        """To each rank its part, where it has one; the result waits until all are sent."""
-        kept = [(rank, part.contiguous()) for rank, part in parts if len(part)]
-        with self._told():
-            works = [self._data.send([part], rank, 0) for rank, part in kept]
+        """Starts to send a part to each rank, except empty ones. Call the result to wait until all are sent."""
+        in_flight = [(rank, part.contiguous()) for rank, part in parts if len(part)]
+        with self._errors():
+            works = [self._data.send([part], rank, 0) for rank, part in in_flight]
 
         def wait() -> None:
-            with self._told():
+            with self._errors():
                 for work in works:
                     self._wait(work)
-            kept.clear()  # until then what is sent must stay
+            in_flight.clear()  # the tensors must live until they are sent
 
         return wait
 
     def receive(self, tensor: Tensor, rank: int) -> Tensor:
+        """Fills a tensor with what a rank sends, unless it is empty, and returns it."""
         if len(tensor):
-            with self._told():
+            with self._errors():
                 self._wait(self._data.recv([tensor], rank, 0))
         return tensor
 
     def sum_up(self, tensor: Tensor) -> None:
-        """The sum over all, in the peer's tensor."""
+        """Writes the sum over all processes into the peer's tensor."""
         options = ReduceOptions()
         options.reduceOp, options.rootRank = ReduceOp.SUM, 0
-        with self._told():
+        with self._errors():
             self._data.reduce([tensor], options).wait()
 
     def computed(self) -> None:
-        """A replica has its next result. NCCL does not hear of a process that is gone or out of memory:
-        who waits for it in a kernel waits for ever, so the peer starts none before it is told."""
+        """Reports that the next result of this replica is ready.
+
+        NCCL does not notice that a process is gone or out of memory, and a kernel that waits for it never
+        ends. So the peer starts no kernel before this message.
+        """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        with self._told():
+        with self._errors():
             self._control.send([torch.zeros(1)], 0, _COMPUTED).wait(_NEVER)
 
     def until_computed(self, rank: int) -> None:
-        """The peer's end of :meth:`computed`."""
-        with self._told():
+        """Waits in the peer for the :meth:`computed` of a replica."""
+        with self._errors():
             self._control.recv([torch.zeros(1)], rank, _COMPUTED).wait(_NEVER)
 
     def _wait(self, work: Any) -> None:
-        """gloo's sends and receives have the group's first patience unless they are given another;
-        NCCL's would block the CPU, and have none of their own."""
+        """Waits without a timeout. gloo needs a long one, else it takes that of the connection. With one
+        NCCL would block the CPU, and it needs none."""
         if self._data is self._control:
             work.wait(_NEVER)
         else:
             work.wait()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _errors(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -158,118 +166,131 @@ class ReplicaChannel:
 
 
 class Replicas:
-    """The peer's end.
+    """The replicas of a peer, as the peer uses them.
 
     Args:
-        channel: rank 0 of it.
+        channel: rank 0 of the channel.
     """
 
     def __init__(self, channel: ReplicaChannel) -> None:
         self._channel = channel
-        self._sent: dict[int, tuple[int, ...]] = {}  # versions of the weights they have
-        self._own: Tensor | None = None
-        self._whole: Tensor | None = None
+        self._sent_versions: dict[int, tuple[int, ...]] = {}
+        self._own: Tensor | None = None  # embeddings of the peer's own part, with their graph
+        self._all: Tensor | None = None  # embeddings of the whole batch, a leaf
 
     def embed(self, forward: Any, net: torch.nn.Module, images: Tensor) -> Tensor:
-        """The embeddings of a batch that is learned from: (B, 3, H, W) uint8 -> (B, D) float32 before
-        normalisation, which ask for a gradient.
+        """Embeds a training batch: (B, 3, H, W) uint8 -> (B, D) float32 before normalisation.
+
+        The result is a leaf that requires a gradient. :meth:`backward` continues from that gradient.
 
         Args:
-            forward: the net's pass, which may be compiled.
-            net: whose weights they get.
+            forward: the forward pass of the net, which may be compiled.
+            net: the net whose weights the replicas get.
+            images: the batch.
 
         Raises:
             ReplicaLostError: a replica is gone.
         """
         self._send_weights(net, 0)
-        own, sent = self._hand_out(_EMBED, 0, images)
-        self._own = forward(own)
-        parts = [self._own.detach(), *self._collect(len(images), self._own)]
-        sent()
-        self._whole = torch.cat(parts).requires_grad_()
-        return self._whole
+        own_images, wait_sent = self._scatter(_EMBED, 0, images)
+        self._own = forward(own_images)
+        parts = [self._own.detach(), *self._gather(len(images), self._own)]
+        wait_sent()
+        self._all = torch.cat(parts).requires_grad_()
+        return self._all
 
     def infer(self, net: EmbeddingNet, images: Tensor, *, ema: bool) -> Tensor:
-        """The same without gradients, in evaluation mode.
+        """Embeds images without gradients in evaluation mode; shapes as in :meth:`embed`.
 
         Args:
-            ema: the net is the average of the one that learns.
+            net: the net whose weights the replicas use.
+            images: the images.
+            ema: the net holds the averaged weights.
 
         Raises:
             ReplicaLostError: a replica is gone.
         """
         self._send_weights(net, int(ema))
-        own_images, sent = self._hand_out(_INFER, int(ema), images)
+        own_images, wait_sent = self._scatter(_INFER, int(ema), images)
         own = net.forward_unnormalized(own_images)
-        parts = [own, *self._collect(len(images), own)]
-        sent()
+        parts = [own, *self._gather(len(images), own)]
+        wait_sent()
         return torch.cat(parts)
 
     def backward(self, net: torch.nn.Module) -> None:
-        """From the gradient of what :meth:`embed` gave to those of the weights, which are added up.
+        """Continues the backward pass from the gradient of the embeddings of :meth:`embed`.
+
+        It adds the sum of all processes' gradients to ``.grad`` of the net's parameters.
 
         Raises:
             ReplicaLostError: a replica is gone.
         """
-        assert self._own is not None and self._whole is not None and self._whole.grad is not None
-        gradient, own = self._whole.grad, self._own
-        self._whole = self._own = None
+        assert self._own is not None and self._all is not None and self._all.grad is not None
+        gradient, own = self._all.grad, self._own
+        self._all = self._own = None
         self._channel.header(_BACKWARD)
-        mine, *others = _parts(gradient, self._channel.size)
-        sent = self._channel.send(enumerate(others, start=1))
-        learned = [p for p in net.parameters() if p.requires_grad]
-        found = torch.autograd.grad(own, learned, mine, allow_unused=True)
-        sent()
-        total = _flat(found, learned)
+        own_gradient, *others = _parts(gradient, self._channel.size)
+        wait_sent = self._channel.send(enumerate(others, start=1))
+        trainable = [p for p in net.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(own, trainable, own_gradient, allow_unused=True)
+        wait_sent()
+        total = _flat(gradients, trainable)
         for rank in range(1, self._channel.size):
             self._channel.until_computed(rank)
         self._channel.sum_up(total)
-        pieces = total.split([p.numel() for p in learned])
-        for parameter, is_used, piece in zip(learned, found, pieces, strict=True):
-            if is_used is None:
+        pieces = total.split([p.numel() for p in trainable])
+        for parameter, own_part, piece in zip(trainable, gradients, pieces, strict=True):
+            if own_part is None:  # the loss does not depend on this parameter
                 continue
-            if parameter.grad is None:  # in the parameter's own layout
+            if parameter.grad is None:  # with the memory layout of the parameter
                 parameter.grad = torch.empty_like(parameter).copy_(piece.view_as(parameter))
             else:
                 parameter.grad += piece.view_as(parameter)
 
     def _send_weights(self, net: torch.nn.Module, which: int) -> None:
-        """Where they have changed: torch counts the changes of every tensor."""
+        """Sends the weights if they have changed. torch counts the changes of every tensor."""
         tensors = _weights(net)
         versions = tuple(tensor._version for tensor in tensors)
-        if self._sent.get(which) == versions:
+        if self._sent_versions.get(which) == versions:
             return
-        self._sent.pop(which, None)
+        self._sent_versions.pop(which, None)
         self._channel.header(_WEIGHTS, which)
         for dtype in sorted({str(tensor.dtype) for tensor in tensors}):
             same = [tensor.detach().reshape(-1) for tensor in tensors if str(tensor.dtype) == dtype]
             self._channel.broadcast(torch.cat(same))
-        self._sent[which] = versions
+        self._sent_versions[which] = versions
 
-    def _hand_out(self, what: int, which: int, images: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """Their parts of a batch to the others; the own part, and the wait until all are sent."""
+    def _scatter(
+        self, command: int, which: int, images: Tensor
+    ) -> tuple[Tensor, Callable[[], None]]:
+        """Starts to send the replicas their parts of a batch.
+
+        Returns:
+            the peer's own part, and a function that waits until all are sent.
+        """
         height, width = images.shape[2:]
         seed = torch.initial_seed() & (2**63 - 1)  # an int64
-        self._channel.header(what, which, len(images), height, width, seed)
+        self._channel.header(command, which, len(images), height, width, seed)
         own, *others = _parts(images, self._channel.size)
         return own, self._channel.send(enumerate(others, start=1))
 
-    def _collect(self, num_rows: int, like: Tensor) -> list[Tensor]:
-        found = []
+    def _gather(self, num_rows: int, like: Tensor) -> list[Tensor]:
+        """The embeddings of the replicas' parts, with the dtype and D of ``like``."""
+        embeddings = []
         for rank, size in enumerate(_sizes(num_rows, self._channel.size)[1:], start=1):
             if size:
                 self._channel.until_computed(rank)
-            found.append(self._channel.receive(like.new_empty(size, like.shape[1]), rank))
-        return found
+            embeddings.append(self._channel.receive(like.new_empty(size, like.shape[1]), rank))
+        return embeddings
 
 
 class Replica:
-    """One of the others: a copy of the net that does as it is told.
+    """A copy of a peer's net in another process, which executes the commands of the peer.
 
     Args:
-        config: the peer's.
-        run_seed: the run's.
-        channel: its end.
+        config: config of the peer.
+        run_seed: seed of the run.
+        channel: channel of this rank.
     """
 
     def __init__(self, config: PeerConfig, run_seed: int, channel: ReplicaChannel) -> None:
@@ -283,28 +304,28 @@ class Replica:
         self._forward = (
             compiled(net, name, channel.device) if config.compile else net.forward_unnormalized
         )
-        self._embedding: Tensor | None = None
+        self._embedding: Tensor | None = None  # of the last training batch, with its graph
 
     def serve(self) -> None:
-        """Without end: its process ends with the peer's.
+        """Executes commands for ever. The process ends with that of the peer.
 
         Raises:
-            ReplicaLostError: the peer, or another of its replicas, is gone.
+            ReplicaLostError: the peer or another replica is gone.
         """
         while True:
             self.serve_one()
 
     def serve_one(self) -> None:
-        """What it is asked for next."""
-        what, which, *rest = self._channel.header()
-        if what == _WEIGHTS:
-            self._take_weights(which)
-        elif what == _BACKWARD:
+        """Executes the next command."""
+        command, which, *rest = self._channel.header()
+        if command == _WEIGHTS:
+            self._receive_weights(which)
+        elif command == _BACKWARD:
             self._backward()
         else:
-            self._embed(what, which, *rest)
+            self._embed(command == _EMBED, which, *rest)
 
-    def _take_weights(self, which: int) -> None:
+    def _receive_weights(self, which: int) -> None:
         tensors = _weights(self._nets[which])
         for dtype in sorted({str(tensor.dtype) for tensor in tensors}):
             same = [tensor for tensor in tensors if str(tensor.dtype) == dtype]
@@ -314,9 +335,10 @@ class Replica:
                 for tensor, piece in zip(same, flat.split([t.numel() for t in same]), strict=True):
                     tensor.copy_(piece.view_as(tensor))
 
-    def _embed(self, what: int, which: int, rows: int, height: int, width: int, seed: int) -> None:
-        learns = what == _EMBED
-        if learns:  # else what was embedded last may still be waiting for its gradient
+    def _embed(
+        self, trains: bool, which: int, rows: int, height: int, width: int, seed: int
+    ) -> None:
+        if trains:  # else the last training batch may still wait for its gradient
             self._embedding = None
         size = _sizes(rows, self._channel.size)[self._channel.rank]
         if not size:
@@ -325,32 +347,32 @@ class Replica:
         images = torch.empty(shape, dtype=torch.uint8, device=self._channel.device)
         self._channel.receive(images, 0)
         net = self._nets[which]
-        net.train(learns)
+        net.train(trains)
         with (
             seeded(seed, self._channel.rank),
             autocast(self._config.amp, self._channel.device),
-            nullcontext() if learns else torch.no_grad(),
+            nullcontext() if trains else torch.no_grad(),
         ):
-            found = self._forward(images) if learns else net.forward_unnormalized(images)
-        if learns:
-            self._embedding = found
+            embedding = self._forward(images) if trains else net.forward_unnormalized(images)
+        if trains:
+            self._embedding = embedding
         self._channel.computed()
-        self._channel.send([(0, found.detach())])()
+        self._channel.send([(0, embedding.detach())])()
 
     def _backward(self) -> None:
-        learned = [p for p in self._nets[0].parameters() if p.requires_grad]
-        found: Sequence[Tensor | None] = [None] * len(learned)
+        trainable = [p for p in self._nets[0].parameters() if p.requires_grad]
+        gradients: Sequence[Tensor | None] = [None] * len(trainable)
         if self._embedding is not None:
             gradient = self._channel.receive(torch.empty_like(self._embedding), 0)
-            found = torch.autograd.grad(self._embedding, learned, gradient, allow_unused=True)
+            gradients = torch.autograd.grad(self._embedding, trainable, gradient, allow_unused=True)
         self._embedding = None
-        total = _flat(found, learned)
+        total = _flat(gradients, trainable)
         self._channel.computed()
         self._channel.sum_up(total)
 
 
 def _sizes(num_rows: int, num_parts: int) -> list[int]:
-    """As even as can be; the first are the larger."""
+    """Sizes of the parts, which differ by one at most; the first ones are larger."""
     return [num_rows // num_parts + (n < num_rows % num_parts) for n in range(num_parts)]
 
 
@@ -363,10 +385,6 @@ def _weights(net: torch.nn.Module) -> list[Tensor]:
 
 
 def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-    """All in a row; zeros for what was not used."""
-    return torch.cat(
-        [
-            torch.zeros_like(parameter).reshape(-1) if found is None else found.reshape(-1)
-            for found, parameter in zip(gradients, parameters, strict=True)
-        ]
-    )
+    """All gradients in one vector, with zeros for parameters that were not used."""
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs])

@@ -1,7 +1,7 @@
-"""Spot nodes first, others where there are none: what Ray's autoscaler asks us on a cluster of `ray up`.
+"""Spot nodes first, on-demand nodes where there are none: a hook for Ray's autoscaler.
 
-Ray 2.60 asks for the type of node that failed to start again and again. It has a hook for the choice
-(``RAY_AUTOSCALER_UTILIZATION_SCORER``, which cluster.yaml sets), and knows which types it could not get.
+Ray 2.60 asks again and again for a type of node that failed to start. Its hook for the choice of a type
+(``RAY_AUTOSCALER_UTILIZATION_SCORER``, set in cluster.yaml) receives the types that failed of late.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ def spot_first(
     *,
     node_availability_summary: NodeAvailabilitySummary,
 ) -> Score | None:
-    """How well a type of node serves a demand: as Ray has it, and among equals one whose name ends in
-    ``spot`` is the best.
+    """Ray's own score of a type of node for a demand. Of equal ones, a type named ``...spot`` wins.
 
     Args:
-        node_resources: what a node of this type has.
-        resources: the demand, resources of each bundle.
+        node_resources: the resources of a node of this type.
+        resources: the demand, the resources of each bundle.
         node_type: its name in the cluster file.
-        node_availability_summary: which types could be had at the last try.
+        node_availability_summary: the types that could be started or not at the last try.
 
     Returns:
-        larger is better; None: not this one, as it serves nothing or could not be had of late.
+        The score, where larger is better. None: the type is of no use, or failed to start of late.
     """
-    tried = node_availability_summary.node_availabilities.get(node_type)
-    if tried is not None and not tried.is_available:
+    last_try = node_availability_summary.node_availabilities.get(node_type)
+    if last_try is not None and not last_try.is_available:
         return None
     score = _resource_based_utilization_scorer(
         node_resources, resources, node_availability_summary=node_availability_summary

@@ -1,4 +1,4 @@
-"""The images on every node of a cluster, before a run asks for them."""
+"""Images on every node of a cluster, before a run needs them."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_dmml.config.schema import DataConfig
-from ray_dmml.data.prepare import prepare
+from ray_dmml.data.datasets import prepare
 from ray_dmml.errors import UserError
 
 
 def prepare_everywhere(config: DataConfig) -> Iterator[tuple[str, str | UserError]]:
-    """What :func:`prepare` says on each node of the session's cluster, as they end; all work at once.
+    """Runs :func:`prepare` on each node of the session's cluster, one task a node, all at once.
 
     Yields:
-        the node's address, and what it said or why it failed.
+        The address of each node that is done, and the result or the reason why it failed.
     """
-    refs = {}
+    addresses = {}
     for node in ray.nodes():
         if node["Alive"]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(prepare).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
-            refs[task.remote(config)] = str(node["NodeManagerAddress"])
-    waiting = list(refs)
+            addresses[task.remote(config)] = str(node["NodeManagerAddress"])
+    waiting = list(addresses)
     while waiting:
-        (ended,), waiting = ray.wait(waiting)
+        (done,), waiting = ray.wait(waiting)
         try:
-            yield refs[ended], ray.get(ended)
+            yield addresses[done], ray.get(done)
         except RayError as error:
             cause = getattr(error, "cause", None)
-            if isinstance(error, RayTaskError) and not isinstance(cause, UserError):
+            if isinstance(cause, UserError):
+                yield addresses[done], cause
+            elif isinstance(error, RayTaskError):
                 raise
-            yield refs[ended], cause if isinstance(cause, UserError) else UserError("it was lost")
+            else:
+                yield addresses[done], UserError("the node was lost")

@@ -1,17 +1,12 @@
-"""How a peer actor's embeddings reach the others: straight from peer to peer, or by the coordinator.
+"""How the embeddings of a peer actor reach the other peers: from peer to peer, or through the coordinator.
 
-Both give the same bits. ``start`` returns at once and ``finish`` waits, so that the metric loss is
-computed while the bytes travel.
+Both ways give the same bits. ``start`` returns at once and ``finish`` waits, so that the peer computes its metric
+loss while the bytes travel. :mod:`~ray_dmml.ray_backend.rendezvous` decides which way a generation takes.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
-import struct
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -20,60 +15,58 @@ import ray
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from ray_dmml.cohort.teachers import Teachers, students
 from ray_dmml.errors import ExchangeLostError, PeerLostError
-from ray_dmml.ray_backend.coordinator import Group, Offer
+from ray_dmml.ray_backend.coordinator import Group
 
 INLINE_PART_BYTES = 96 * 1024
-"""Just below Ray's limit for what travels inside a call (100 KiB with its header)."""
+"""Just below Ray's limit of 100 KiB, header included, for an argument that travels inside a call."""
 
 CHECKSUM_FLOATS = 2
-"""An int64 in the place of so many float32."""
+"""Number of float32 values that hold the int64 checksum."""
 
 INLINE_EMBEDDING_BYTES = 2**20
-"""Larger embeddings go through the object store in one piece."""
+"""Larger embeddings go through Ray's object store in one piece."""
 
-_DIST_ERRORS = (RuntimeError, ValueError, OSError)
-
-_SIOCGIFADDR = 0x8915
-"""Linux: the IPv4 address of an interface."""
+DIST_ERRORS = (RuntimeError, ValueError, OSError)
+"""What torch.distributed raises."""
 
 _NEVER = timedelta(days=7)
-"""Waits inside a group have no deadline of their own: the driver ends those who keep others waiting."""
+"""Waits inside a group have no deadline of their own: the driver ends peers that keep others waiting."""
 
 
 def checksum(rows: Tensor) -> Tensor:
-    """Of (N, D) float32, an int64 scalar on the same device: any changed or moved bit changes it."""
+    """int64 scalar of (N, D) float32 rows, on their device. Any changed or moved bit changes it."""
     bits = rows.contiguous().view(torch.int32).flatten().to(torch.int64)
-    weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # odd, so that none hides a bit
-    return (bits * weights).sum()  # wraps around, the same everywhere
+    weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # odd weights hide no bit
+    return (bits * weights).sum()  # wraps around in the same way everywhere
 
 
-def _verified(rows: Tensor, expected: int, teacher: str, step: int) -> Tensor:
-    """Raises PeerLostError where the rows are not those that were sent."""
+def verify(rows: Tensor, expected: int, teacher: str, step: int) -> Tensor:
+    """Returns the rows. Raises PeerLostError if they are not the ones that were sent."""
     if int(checksum(rows)) != expected:
         raise PeerLostError(
-            f"the embeddings of {teacher} of step {step + 1} were damaged on their way"
+            f"the embeddings of {teacher} at step {step + 1} were damaged on their way"
         )
     return rows
 
 
 @dataclass(frozen=True)
 class Members:
-    """The peers of a generation, in peer order; the place of one is its rank."""
+    """The peers of a generation in peer order. A peer's rank is its position."""
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
-    """Their embedding sizes."""
+    """Their embedding sizes D."""
 
 
 class Exchange(Protocol):
     """One peer's end of the exchange."""
 
     def start(self, step: int, embedding: Tensor) -> None:
-        """Sends (B, D) float32 embeddings of a step on their way."""
+        """Sends (B, D) float32 embeddings of a step without waiting."""
         ...
 
     def close(self) -> None:
@@ -81,10 +74,10 @@ class Exchange(Protocol):
         ...
 
     def finish(self) -> list[Tensor]:
-        """The (B, D_n) float32 embeddings of this peer's teachers of that step, in peer order.
+        """Waits for the (B, D_n) float32 embeddings of this peer's teachers, in peer order.
 
         Raises:
-            PeerLostError: they did not come, or not as they were sent.
+            PeerLostError: they did not arrive, or are not the ones that were sent.
         """
         ...
 
@@ -103,7 +96,7 @@ class NoExchange:
 
 
 class CoordinatorExchange:
-    """The coordinator carries the data, as numpy arrays (a torch tensor costs Ray three times that)."""
+    """The coordinator carries the embeddings, as numpy arrays; torch tensors take Ray three times as long."""
 
     def __init__(self, coordinator: Any, rank: int, members: Members, teachers: Teachers) -> None:
         self._coordinator, self._rank = coordinator, rank
@@ -125,33 +118,33 @@ class CoordinatorExchange:
             int(checksum(embedding)),
             *(array[rows] for rows in _parts(*array.shape)),
         )
-        if count == 1:  # nobody teaches it at this step
+        if count == 1:  # this peer has no teacher at this step
             self._pending = [self._pending]
 
     def finish(self) -> list[Tensor]:
         checksums, *rest = ray.get(self._pending)
         parts = iter(rest)
-        found = []
+        embeddings = []
         for teacher, expected in zip(self._expected, checksums, strict=True):
             shape = (self._num_rows, self._members.sizes[teacher])
-            # Ray's arrays are read-only views at any address; a tensor of torch's own is writable
-            # and aligned, and matrix products give the same bits only for the same alignment.
+            # Ray's arrays are read-only views at any address. A tensor of torch's own is writable and
+            # aligned, and matrix products give the same bits only for the same alignment.
             embedding = torch.empty(shape)
             for rows in _parts(*shape):
                 embedding.numpy()[rows] = next(parts)
             name = self._members.names[teacher]
-            found.append(_verified(embedding, expected, name, self._step))
-        return found
+            embeddings.append(verify(embedding, expected, name, self._step))
+        return embeddings
 
     def close(self) -> None:
         pass
 
 
 def _parts(num_rows: int, size: int) -> list[slice]:
-    """The rows of (N, D) float32 in blocks that travel inside a call of an actor.
+    """Blocks of rows of (N, D) float32 embeddings that travel inside a call of an actor.
 
-    Ray sends an argument or result beyond its limit through the object store, which takes longer
-    than to copy it; very large embeddings are better off there, in one piece.
+    Ray sends a larger argument or result through the object store, which takes longer than copying it.
+    Very large embeddings go there all the same, in one piece.
     """
     if num_rows * size * 4 > INLINE_EMBEDDING_BYTES:
         return [slice(0, num_rows)]
@@ -162,16 +155,16 @@ def _parts(num_rows: int, size: int) -> list[slice]:
 class DirectExchange:
     """A torch.distributed group of the peer actors, formed by the coordinator.
 
-    One collective where everybody learns from everybody, else a message from each teacher. What is
-    sent has one more row, which holds the checksum of the others.
+    It uses one collective if every peer learns from all others, and messages between pairs of peers
+    otherwise. What is sent has one more row, which holds the checksum of the rows before it.
 
     Args:
         store: where the group meets.
-        rank: this peer's.
-        members: the group.
+        rank: rank of this peer.
+        members: the peers of the group.
         teachers: who learns from whom.
-        device: where this peer computes.
-        timeout: until the group is complete.
+        device: device of this peer.
+        timeout: the longest wait for the group to be complete.
     """
 
     def __init__(
@@ -185,7 +178,7 @@ class DirectExchange:
         timeout: timedelta,
     ) -> None:
         self._rank, self._members, self._teachers = rank, members, teachers
-        # gloo wants equal shapes: narrower embeddings are padded to the widest.
+        # gloo needs equal shapes, so narrower embeddings are padded to the widest.
         self._width = max(CHECKSUM_FLOATS, *members.sizes)
         self._device = device if group.backend == "nccl" else torch.device("cpu")
         dist.init_process_group(
@@ -193,7 +186,7 @@ class DirectExchange:
             store=store,
             rank=rank,
             world_size=len(members.sizes),
-            # NCCL's would end the process of whoever waits, amid others' compiling: the driver ends it.
+            # A timeout of NCCL's ends the waiting process, also while another peer compiles its net.
             timeout=timeout if group.backend == "gloo" else _NEVER,
             device_id=device if group.backend == "nccl" else None,
         )
@@ -207,37 +200,37 @@ class DirectExchange:
         self._step = step
         all_to_all = self._teachers.all_others
         own = self._width if all_to_all else self._width_of(self._rank)
-        sent = self._packed(embedding, own)  # what fails here has nothing to do with others
+        sent = self.pack(embedding, own)  # outside the try: its errors are not those of other peers
         try:
             if all_to_all:
                 self._gather(sent)
             else:
                 self._send(sent, self._teachers.at(step))
-        except _DIST_ERRORS as error:
+        except DIST_ERRORS as error:
             raise self._lost(error) from None
 
     def finish(self) -> list[Tensor]:
         try:
-            # No variable of this frame holds it: a traceback would, and with it the group's sockets.
+            # No local variable holds the work: a traceback would keep it, and with it the group's sockets.
             while self._pending:
-                # A send or receive has the patience of the group's start, unless told otherwise.
+                # Without an argument a send or receive has the timeout of the group's start.
                 self._pending[0].wait(_NEVER)
                 self._pending.pop(0)
-        except _DIST_ERRORS as error:
+        except DIST_ERRORS as error:
             raise self._lost(error) from None
-        found = []
+        embeddings = []
         for teacher, received in self._received.items():
             rows = received[:-1, : self._members.sizes[teacher]].contiguous()
-            # A copy, as what is viewed as int64 must start at a multiple of 8 bytes.
+            # A copy, because a view as int64 must start at a multiple of 8 bytes.
             expected = int(received[-1, :CHECKSUM_FLOATS].clone().view(torch.int64))
-            found.append(_verified(rows, expected, self._members.names[teacher], self._step))
-        return found
+            embeddings.append(verify(rows, expected, self._members.names[teacher], self._step))
+        return embeddings
 
     def _lost(self, error: Exception) -> PeerLostError:
-        return ExchangeLostError(f"exchange of step {self._step + 1} failed: {_first_line(error)}")
+        return ExchangeLostError(f"exchange of step {self._step + 1} failed: {first_line(error)}")
 
-    def _packed(self, embedding: Tensor, width: int) -> Tensor:
-        """(B, D) -> (B + 1, width) with the checksum in the last row."""
+    def pack(self, embedding: Tensor, width: int) -> Tensor:
+        """(B, D) -> (B + 1, width) with the checksum in the last row: what is sent."""
         num_rows, size = embedding.shape
         packed = torch.zeros(num_rows + 1, width, device=self._device)
         packed[:-1, :size] = embedding
@@ -248,13 +241,13 @@ class DirectExchange:
         return max(CHECKSUM_FLOATS, self._members.sizes[rank])
 
     def _gather(self, sent: Tensor) -> None:
-        """From all to all."""
+        """Sends to all peers and receives from all."""
         received = [torch.empty_like(sent) for _ in self._members.sizes]
         self._pending = [dist.all_gather(received, sent, async_op=True)]
         self._received = {n: rows for n, rows in enumerate(received) if n != self._rank}
 
     def _send(self, sent: Tensor, teachers: Sequence[Sequence[int]]) -> None:
-        """To this peer's students, from its teachers."""
+        """Sends to this peer's students and receives from its teachers."""
         self._received = {
             teacher: torch.empty(len(sent), self._width_of(teacher), device=self._device)
             for teacher in teachers[self._rank]
@@ -273,118 +266,19 @@ class DirectExchange:
         )
 
     def close(self) -> None:
-        self._pending.clear()  # sockets close when nothing refers to the group any more
+        self._pending.clear()  # the sockets close when nothing refers to the group any more
         leave_group()
 
 
 def leave_group() -> None:
-    """Out of the group of an old generation, also of one that was never complete."""
+    """Leaves the group of an old generation, also one that was never complete."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    # torch counts groups, also those that could not be formed, and names places in the store by the
-    # count: a peer that lives on must count like one that was started anew.
+    # torch counts groups, also those that could not be formed, and the count is part of their keys in the
+    # store. A peer that lives on must count like one that has just started.
     dist.distributed_c10d._world.group_count = 0
 
 
-def connect(
-    transport: str,
-    coordinator: Any,
-    rank: int,
-    members: Members,
-    teachers: Teachers,
-    device: torch.device,
-    start_timeout_s: float,
-) -> tuple[Exchange, str]:
-    """A peer's end of the exchange, and the way that was taken, with the reason if not the asked.
-
-    ``direct`` falls back to the coordinator, for all peers alike, where no group can be formed.
-    """
-    leave_group()
-    if len(members.names) == 1:
-        return NoExchange(), "none"
-    if transport == "coordinator":
-        return CoordinatorExchange(coordinator, rank, members, teachers), "coordinator"
-    direct: DirectExchange | None = None
-    reason = "another peer could not join"
-    try:
-        direct = _join_group(coordinator, rank, members, teachers, device, start_timeout_s)
-    except _DIST_ERRORS as error:
-        reason = _first_line(error)
-    try:
-        do_all = ray.get(coordinator.all_agree.remote(rank, direct is not None))
-    except BaseException:
-        leave_group()
-        raise
-    if do_all:
-        assert direct is not None
-        return direct, "direct"
-    leave_group()
-    how = f"coordinator, as no direct group could be formed ({reason})"
-    return CoordinatorExchange(coordinator, rank, members, teachers), how
-
-
-def store_at(host: str, timeout: timedelta) -> TCPStore:
-    """A store that listens at this address and no other: it does not ask who comes. (TCPStore by itself
-    listens at all of them.)"""
-    # Port 0: the system picks a free one, and no other process can take it in between.
-    listener = socket.create_server((host, 0))
-    port = listener.getsockname()[1]
-    return TCPStore(
-        host,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timeout,
-        master_listen_fd=listener.detach(),
-    )
-
-
-def _join_group(
-    coordinator: Any,
-    rank: int,
-    members: Members,
-    teachers: Teachers,
-    device: torch.device,
-    start_timeout_s: float,
-) -> DirectExchange:
-    # The driver waits for so long, and there is to be time to fall back.
-    timeout = timedelta(seconds=start_timeout_s / 3)
-    _use_interface_of(ray.util.get_node_ip_address())
-    name = "cpu"
-    if device.type == "cuda":
-        name = str(torch.cuda.get_device_properties(device).uuid)
-    own_store: Store | None = None
-    address: tuple[str, int] | None = None
-    reason = "the first peer could open no store"
-    if rank == 0:
-        host = ray.util.get_node_ip_address()
-        try:
-            own_store = store_at(host, timeout)
-            address = (host, own_store.port)
-        except _DIST_ERRORS as error:
-            reason = f"no store on {host}: {error}"  # said below: the others wait for our offer
-    group: Group | None = ray.get(coordinator.form_group.remote(rank, Offer(name, address)))
-    if group is None:
-        raise RuntimeError(reason)
-    store = own_store or TCPStore(*group.store, is_master=False, timeout=timeout)
-    return DirectExchange(group, store, rank, members, teachers, device, timeout)
-
-
-def _use_interface_of(address: str) -> None:
-    """Has gloo and NCCL listen where Ray does, unless the environment says where.
-
-    By itself gloo takes the address that the host's name stands for, which on many machines is one
-    that no other machine can reach (127.0.1.1).
-    """
-    for _, interface in socket.if_nameindex():
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket, suppress(OSError):
-            asked = struct.pack("256s", interface[:15].encode())
-            found = fcntl.ioctl(any_socket.fileno(), _SIOCGIFADDR, asked)
-            if socket.inet_ntoa(found[20:24]) == address:
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-                os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-                return
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,67 +1,68 @@
-"""What runs inside a peer's actor: the peer, its batches, and its end of the exchange.
+"""The actor of one peer: its batches, its steps and its end of the exchange.
 
-draw batch t -> own view -> embed -> publish -> metric loss -> the others' embeddings
--> relational loss -> backward -> step every k-th batch
+``draw batch t -> own view -> embed -> publish -> metric loss -> receive the others -> mutual loss -> backward ->
+step every k-th batch``
+
+The driver imports this module, too. So everything that takes seconds to import is imported in :meth:`PeerActor.build`,
+which only the actor's process runs.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
-import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
-from ray_dmml.checkpoint.store import PeerFiles
-from ray_dmml.cohort.local import build_peer
-from ray_dmml.cohort.teachers import Teachers
-from ray_dmml.config.schema import Config, PeerConfig
-from ray_dmml.data.dataset import Splits
-from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.loader import BatchLoader, build_sampler
+from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.errors import ReplicaLostError, UserError
-from ray_dmml.peer.data_parallel import LOOPBACK, Replica, ReplicaChannel, Replicas
-from ray_dmml.ray_backend.exchange import Exchange, Members, NoExchange, connect, store_at
 
-BEAT_S = 1.0
-"""From one sign of life to the next."""
+if TYPE_CHECKING:
+    import numpy as np
 
-REPLICA_GRACE_S = 2.0
-"""Until one that failed has said why."""
+    from ray_dmml.checkpoint.store import PeerFiles
+    from ray_dmml.data.dataset import Splits
+    from ray_dmml.ray_backend.exchange import Exchange
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+HEARTBEAT_S = 1.0
+"""Seconds between two heartbeats."""
 
 
-class Member:
-    """One peer of a cohort on Ray; it delegates to :class:`~ray_dmml.peer.peer.Peer`.
+@dataclass(frozen=True)
+class PeerPlace:
+    """Where a peer of a generation is."""
 
-    Args:
-        config: the experiment.
-        position: of the peer in it.
-        skipped: names of images to leave out.
-        digests: of the driver's images, by split.
-        threads: of torch.
-        initial_weights: False where a checkpoint replaces them at once.
-        options: Ray's for the actors of its replicas.
+    device: str
+    transport: str
+    """The way its embeddings take, see :func:`~ray_dmml.ray_backend.rendezvous.connect`."""
 
-    Raises:
-        UserError: the peer cannot be built as configured, or cannot have the device, or its images are
-            not the driver's.
-        PeerLostError: a replica of it died on the way.
+    node_id: str
+    address: str
+    pid: int
+
+
+class PeerActor:
+    """The process of one peer.
+
+    It is built by a call and not by its constructor, because Ray hides the type of an error that a
+    constructor raises.
     """
 
-    def __init__(
+    def __init__(self) -> None:
+        self._is_built = False
+
+    def fetch(self, config: DataConfig) -> None:
+        """Copies the images to this node if ``data.source`` is set and they are not there."""
+        from ray_dmml.data.staging import fetch
+
+        fetch(config)
+
+    def build(
         self,
         config: Config,
         position: int,
@@ -71,195 +72,177 @@ class Member:
         initial_weights: bool,
         options: Mapping[str, Any],
     ) -> None:
-        torch.set_num_threads(threads)
-        tune_malloc()
-        self._config = config
-        self._splits = load_splits(config.data, skip=frozenset(skipped), check=False)
-        _require_same(self._splits, digests, config, position)
-        self._device = _device(config.cohort.peers[position])
-        self._peer = build_peer(config, position, self._splits, self._device, initial_weights)
-        self._is_whole = True
-        self._serving: list[Any] = []
-        self._replicas = self._start_replicas(threads, options)
-        sampler = build_sampler(config, self._splits)
-        self._loader = BatchLoader(self._splits.train, sampler, threads)
-        self._exchange: Exchange = NoExchange()
-        self._sent = self._chunks = 0
-        self._coordinator: Any = None
-        Thread(target=self._beat, daemon=True).start()
-
-    def join(self, coordinator: Any, names: Sequence[str]) -> dict[str, Any]:
-        """Enters a generation, out of the one before.
+        """Builds the peer.
 
         Args:
-            coordinator: the generation's own.
-            names: its peers, in peer order.
+            config: the experiment.
+            position: position of the peer in ``cohort.peers``.
+            skipped: names of images to leave out.
+            digests: digests of the driver's images, by split.
+            threads: torch threads.
+            initial_weights: False leaves the initial weights unread, because a state is loaded next.
+            options: Ray's options for the actors of its replicas.
 
-        Returns:
-            what there is to know about the peer's place in it.
+        Raises:
+            UserError: the peer cannot be built as configured, cannot have its device, or its images are
+                not the driver's.
+            PeerLostError: one of its replicas died.
         """
-        self._exchange.close()
+        from ray_dmml.data.datasets import load_splits
+        from ray_dmml.data.loader import BatchLoader, build_sampler
+        from ray_dmml.peer.peer import build_peer
+        from ray_dmml.ray_backend.exchange import NoExchange
+        from ray_dmml.ray_backend.process import device_of, prepare_process
+        from ray_dmml.ray_backend.replica_actor import ReplicaActors
+
+        prepare_process(threads)
+        self._config = config
+        self._splits = load_splits(config.data, skip=frozenset(skipped), check=False)
+        peer_config = config.cohort.peers[position]
+        _require_same_images(self._splits, digests, config, str(peer_config.name))
+        device = device_of(peer_config)
+        num_classes = self._splits.train.num_classes
+        self._peer = build_peer(config, position, num_classes, device, initial_weights)
+        patience = config.cohort.start_timeout_s / 3
+        self._replicas = ReplicaActors(self._peer, config.seed, threads, options, patience)
+        self._loader = BatchLoader(self._splits.train, build_sampler(config, self._splits), threads)
+        self.exchange: Exchange = NoExchange()
+        self._num_sent = self._num_chunks = 0
+        self._coordinator: Any = None
+        self._is_built = True
+        Thread(target=self._send_heartbeats, daemon=True).start()
+
+    def join(self, coordinator: Any, names: Sequence[str]) -> PeerPlace:
+        """Leaves its generation and joins the next one.
+
+        Args:
+            coordinator: the coordinator of the next generation.
+            names: its peers in peer order.
+        """
+        from ray_dmml.cohort.teachers import Teachers
+        from ray_dmml.ray_backend.exchange import Members
+        from ray_dmml.ray_backend.rendezvous import connect
+
+        self.exchange.close()
         self._rank = list(names).index(self._peer.name)
         self._coordinator = coordinator
-        coordinator.beat.remote(self._rank)  # the first, from which on the next are missed
-        sizes = {peer.name: peer.embedding_size for peer in self._config.cohort.peers}
-        self._exchange, transport = connect(
-            self._config.cohort.transport,
+        coordinator.heartbeat.remote(self._rank)  # from the first one on, the next are missed
+        cohort = self._config.cohort
+        sizes = {str(peer.name): peer.embedding_size for peer in cohort.peers}
+        self.exchange, transport = connect(
+            cohort.transport,
             coordinator,
             self._rank,
             Members(tuple(names), tuple(sizes[name] for name in names)),
-            Teachers(len(names), self._config.cohort.max_teachers, self._config.seed),
-            self._device,
-            self._config.cohort.start_timeout_s,
+            Teachers(len(names), cohort.max_teachers, self._config.seed),
+            self._peer.device,
+            cohort.start_timeout_s,
         )
-        return {
-            "device": str(self._device)
-            + (f" x {1 + len(self._replicas)}" if self._replicas else ""),
-            "transport": transport,
-            "node": ray.get_runtime_context().get_node_id(),
-            "address": ray.util.get_node_ip_address(),
-            "pid": os.getpid(),
-        }
+        num_replicas = self._replicas.num_replicas
+        return PeerPlace(
+            device=str(self._peer.device) + (f" x {num_replicas}" if num_replicas > 1 else ""),
+            transport=transport,
+            node_id=ray.get_runtime_context().get_node_id(),
+            address=ray.util.get_node_ip_address(),
+            pid=os.getpid(),
+        )
 
     def run(self, start: int, stop: int) -> tuple[list[dict[str, float]], float]:
-        """The terms of each step's loss, and the seconds spent waiting for other peers."""
-        try:
-            with self._peer.enough_memory(), self._replicas_told():
-                return self._run(start, stop)
-        except BaseException:
-            # Who waits for this peer in a group is woken when its sockets close.
-            self._exchange.close()
-            raise
-
-    def _run(self, start: int, stop: int) -> tuple[list[dict[str, float]], float]:
+        """Trains steps ``start .. stop - 1``: the terms of each step's loss, and the seconds spent waiting
+        for other peers."""
         rows, waited = [], 0.0
-        for step in range(start, stop):
-            batch = self._loader.batch(step)
-            published = self._peer.embed(batch)
-            self._sent = step + 1
-            self._give_sign()
-            self._exchange.start(step, published)
-            self._peer.measure()
-            began = time.perf_counter()
-            others = self._exchange.finish()
-            waited += time.perf_counter() - began
-            rows.append(self._peer.update(others))
+        try:
+            with self._replicas.explain_loss():
+                for step in range(start, stop):
+                    terms, seconds = self._step(step)
+                    rows.append(terms)
+                    waited += seconds
+        except BaseException:
+            # Peers that wait for this one in a group are woken when its sockets close.
+            self.exchange.close()
+            raise
         return rows, waited
 
+    def _step(self, step: int) -> tuple[dict[str, float], float]:
+        from ray_dmml.peer.memory import explain_out_of_memory
+
+        batch = self._loader.batch(step)
+        with explain_out_of_memory(self._peer, batch):
+            out = self._peer.forward(batch)
+            self._num_sent = step + 1
+            self._report_progress()
+            self.exchange.start(step, out.published)
+            loss = self._peer.metric_loss(out)
+            began = time.perf_counter()
+            teachers = self.exchange.finish()
+            waited = time.perf_counter() - began
+            return self._peer.step(out, loss, teachers), waited
+
     def embeddings(self, split: str, ema: bool) -> np.ndarray:
+        """(N, D) float32 embeddings of a split."""
+        from ray_dmml.peer.memory import explain_out_of_memory
+
         images = getattr(self._splits, split)
-        size = self._config.evaluation.batch_size
-        with self._peer.enough_memory(), self._replicas_told():
-            return self._peer.embed_images(images, size, ema=ema, after_chunk=self._finish_chunk)
-
-    def _finish_chunk(self) -> None:
-        self._chunks += 1
-        self._give_sign()
-
-    def _beat(self) -> None:
-        """Tells a stopped process from one that waits or has much to do. torch lets other threads run
-        while it computes, and so does a wait for others."""
-        while True:
-            if (coordinator := self._coordinator) is not None:
-                coordinator.beat.remote(self._rank)
-            time.sleep(BEAT_S)
-
-    def _give_sign(self) -> None:
-        self._coordinator.report.remote(self._rank, self._sent, self._chunks)
-
-    # --- replicas ---------------------------------------------------------------------------
-
-    def _start_replicas(self, threads: int, options: Mapping[str, Any]) -> list[Any]:
-        """Actors that this one owns: Ray ends them with it."""
-        peer, patience = self._peer.config, self._config.cohort.start_timeout_s / 3
-        size = peer.num_replicas
-        if size == 1:
-            return []
-        actors = [ray.remote(ReplicaActor).options(**options).remote() for _ in range(1, size)]
-        try:
-            ray.get([actor.build.remote(peer, self._config.seed, threads) for actor in actors])
-        except RayActorError as error:
-            why = str(error).strip().splitlines()[0]
-            raise ReplicaLostError(
-                f"{self._peer.name}: a replica died at its start: {why}"
-            ) from error
-        store = store_at(LOOPBACK, timedelta(seconds=patience))
-        self._serving = [
-            actor.serve.remote(store.port, rank, size, patience)
-            for rank, actor in enumerate(actors, start=1)
-        ]
-        with self._replicas_told():
-            channel = ReplicaChannel(store, 0, size, self._device, self._peer.name, patience)
-        self._peer.replicas = Replicas(channel)
-        return actors
-
-    @contextmanager
-    def _replicas_told(self) -> Iterator[None]:
-        """Why one was lost, where that is more than that it was."""
-        try:
-            yield
-        except ReplicaLostError:
-            self._is_whole = False
-            ray.wait(self._serving, timeout=REPLICA_GRACE_S)
-            for ref in self._serving:
-                try:
-                    ray.get(ref, timeout=0)
-                except RayTaskError as error:
-                    cause = getattr(error, "cause", None)
-                    is_told = isinstance(cause, (UserError, torch.OutOfMemoryError))
-                    if cause is not None and is_told and not isinstance(cause, ReplicaLostError):
-                        raise cause from error
-                except RayError:  # still at work, or dead
-                    pass
-            raise
-
-    def check_healthy(self) -> None:
-        """Raises ReplicaLostError where one of its replicas is gone."""
-        if not self._is_whole:
-            raise ReplicaLostError(f"{self._peer.name}: one of its replicas was lost")
+        batch_size = self._config.evaluation.batch_size
+        with explain_out_of_memory(self._peer), self._replicas.explain_loss():
+            return self._peer.embed_images(
+                images, batch_size, ema=ema, after_chunk=self._finish_chunk
+            )
 
     def state(self) -> PeerFiles:
+        """The peer's state, as a checkpoint stores it."""
+        from ray_dmml.checkpoint.peer_state import encode_peer
+
         return encode_peer(self._peer.state_dict())
 
     def load(self, files: PeerFiles) -> None:
+        """Restores what :meth:`state` returned."""
+        from ray_dmml.checkpoint.peer_state import decode_peer
+
         self._peer.load_state_dict(decode_peer(files))
 
     def load_weights(self, files: PeerFiles) -> None:
+        """Loads the weights of the net only."""
+        from ray_dmml.checkpoint.peer_state import decode_peer
+
         self._peer.load_weights(decode_peer(files)["net"])
 
-    def close(self) -> None:
-        self._loader.close()
-        self._exchange.close()
-        for replica in self._replicas:
-            ray.kill(replica)
+    def ping(self) -> bool:
+        """Whether the peer is built. The answer comes once the actor has finished its last call.
+
+        Raises:
+            ReplicaLostError: one of its replicas is gone.
+        """
+        if self._is_built and not self._replicas.is_complete:
+            raise ReplicaLostError(f"{self._peer.name}: one of its replicas was lost")
+        return self._is_built
+
+    def _finish_chunk(self) -> None:
+        self._num_chunks += 1
+        self._report_progress()
+
+    def _report_progress(self) -> None:
+        self._coordinator.report.remote(self._rank, self._num_sent, self._num_chunks)
+
+    def _send_heartbeats(self) -> None:
+        """Tells a stopped process from one that waits or is busy. torch lets other threads run while it
+        computes, and so does a wait for other peers."""
+        while True:
+            if (coordinator := self._coordinator) is not None:
+                coordinator.heartbeat.remote(self._rank)
+            time.sleep(HEARTBEAT_S)
 
 
-class ReplicaActor:
-    """The process of one more replica of a peer."""
-
-    def build(self, config: PeerConfig, run_seed: int, threads: int) -> None:
-        torch.set_num_threads(threads)
-        tune_malloc()
-        self._config, self._run_seed = config, run_seed
-        self._device = _device(config)
-
-    def serve(self, port: int, rank: int, size: int, patience: float) -> None:
-        """Until the peer is gone."""
-        store = TCPStore(LOOPBACK, port, is_master=False)
-        channel = ReplicaChannel(store, rank, size, self._device, str(self._config.name), patience)
-        Replica(self._config, self._run_seed, channel).serve()
-
-
-def _require_same(
-    splits: Splits, digests: Mapping[str, str], config: Config, position: int
+def _require_same_images(
+    splits: Splits, digests: Mapping[str, str], config: Config, peer_name: str
 ) -> None:
-    """An image's number must mean the same image to all peers: they exchange embeddings by it.
+    """An image's number must mean the same image to all peers, because they exchange embeddings by it.
 
     Raises:
-        UserError: the node's copy, or what it sees of a shared folder, is of another time.
+        UserError: the images of this node are not the driver's.
     """
     own, data = splits.digests(), config.data
-    others = [name for name, digest in digests.items() if own.get(name) != digest]
+    others = [split for split, digest in digests.items() if own.get(split) != digest]
     if not others:
         return
     if data.name == "characters":
@@ -271,42 +254,7 @@ def _require_same(
     else:
         advice = "give all nodes the same data.root, with the same files and lists in it"
     raise UserError(
-        f"{config.cohort.peers[position].name}: the {', '.join(others)} images on host "
+        f"{peer_name}: the {', '.join(others)} images on host "
         f"{socket.gethostname()} ({ray.util.get_node_ip_address()}) are not those that the driver has: "
         f"{advice}"
     )
-
-
-def _device(peer: PeerConfig) -> torch.device:
-    """The GPU that Ray gave this actor, which alone is visible to it, else the CPU.
-
-    Raises:
-        UserError: the config asks for GPUs and torch has no use of them.
-    """
-    if ray.get_gpu_ids():
-        if torch.cuda.is_available():
-            return torch.device("cuda", 0)
-        if peer.num_gpus:
-            raise UserError(
-                f"{peer.name}: num_gpus is {peer.num_gpus:g} and Ray found a GPU, but this torch "
-                f"({torch.__version__}) cannot use it: install a CUDA build and the driver"
-            )
-    return torch.device("cpu")
-
-
-def tune_malloc() -> None:
-    """Has the C library keep what a step frees for the next step, in a process of our own.
-
-    As it is, glibc hands blocks of the size of activations back to the system at once, and the
-    kernel clears their pages anew at every step: 86,000 page faults a step of EfficientNet-Lite0
-    on 64 images of 96 px, and a fourth of its time on two CPU cores.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    # Before 2.35 glibc refuses more than 32 MiB; with no threshold set the others do harm.
-    if not mallopt(_M_MMAP_THRESHOLD, 2**30) and not mallopt(_M_MMAP_THRESHOLD, 2**25):
-        return
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_TOP_PAD, 2**26)

@@ -1,11 +1,11 @@
 """The folder of a run: what is in it, and that nothing in it is overwritten unasked.
 
 config.yaml     the effective config; `ray-dmml train --config` of it repeats the run
-metrics.jsonl   a line a step (the terms of each peer's loss) and a line an evaluation
-results.json    the test classes' figures
-run.json        versions, threads, devices: what the bits of a result depend on besides
-checkpoints/    see `checkpoint`
-tensorboard/    events
+metrics.jsonl   a line a step (the loss terms of each peer) and a line an evaluation
+results.json    the figures of the final evaluation
+run.json        versions, threads, devices: what else the bits of a result depend on
+checkpoints/    see :mod:`~ray_dmml.checkpoint.store`
+tensorboard/    TensorBoard events
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ray_dmml.checkpoint.store import CheckpointStore, sync
-from ray_dmml.config.schema import Config, moved, read_settings
+from ray_dmml.checkpoint.store import CheckpointStore
+from ray_dmml.config.loading import read_settings, refuse_old
+from ray_dmml.config.schema import Config
 from ray_dmml.errors import CheckpointError, UserError
 
 _VERSIONS = ("ray-dmml", "torch", "torchvision", "timm", "pytorch-metric-learning", "ray", "numpy")
@@ -37,6 +38,7 @@ class RunDir:
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.results_file = path / "results.json"
+        self.environment_file = path / "run.json"
         self.tensorboard = path / "tensorboard"
 
     @classmethod
@@ -44,23 +46,27 @@ class RunDir:
         """An existing run.
 
         Raises:
-            UserError: the folder is not one of a run.
+            UserError: the folder is not the folder of a run.
         """
-        run = cls(Path(path))
-        if not run.config_file.is_file():
+        run_dir = cls(Path(path))
+        if not run_dir.exists():
             raise UserError(f"{path} is not the folder of a run: it has no config.yaml")
-        return run
+        return run_dir
+
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        return self.config_file.is_file()
 
     def ensure_empty(self, option: str = "--out") -> None:
-        """A new run never writes into an old one's folder.
+        """A new run never writes into a folder that holds something.
 
         Args:
-            option: by which a user gives another.
+            option: the command-line option that names another folder.
 
         Raises:
             UserError: the folder is taken.
         """
-        # A file written aside is what is left where a run was killed before it had a config.
+        # A run that was killed before it had a config leaves nothing but files with this suffix.
         if self.path.exists() and (
             not self.path.is_dir() or any(path.suffix != ".tmp" for path in self.path.iterdir())
         ):
@@ -69,21 +75,21 @@ class RunDir:
                 f"--resume {self.path}"
             )
 
-    def make(self) -> None:
-        """The folder itself. Raises UserError where it cannot be made."""
+    def create(self) -> None:
+        """Makes the folder. Raises UserError if that is not possible."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"the run folder {self.path} cannot be made: {error}") from None
+            raise UserError(f"the run folder {self.path} cannot be created: {error}") from None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """For the length of the block no other process trains in this folder.
+        """No other process trains in this folder inside the block.
 
-        A file system that knows no locks protects nobody.
+        A file system without locks does not protect the folder.
 
         Raises:
-            UserError: one does.
+            UserError: another process trains in it.
         """
         folder = os.open(self.path, os.O_RDONLY)
         try:
@@ -97,89 +103,47 @@ class RunDir:
             os.close(folder)
 
     def write_config(self, config: Config) -> None:
-        replace_file(self.config_file, config.to_yaml())
+        """Writes config.yaml where it differs."""
+        text = config.to_yaml()
+        if not self.exists() or self.config_file.read_text(encoding="utf-8") != text:
+            replace_file(self.config_file, text)
 
     def config(self) -> Config:
-        return Config.parse(moved(read_settings(self.config_file)), source=str(self.config_file))
+        """The run's own config. Raises UserError if config.yaml is not one of this version."""
+        raw = read_settings(self.config_file)
+        refuse_old(raw, self.config_file)
+        return Config.parse(raw, source=str(self.config_file))
 
     def write_environment(self, **facts: Any) -> None:
+        """Writes run.json: the facts given, and versions of what the bits depend on."""
         versions = {}
         for name in _VERSIONS:
             try:
                 versions[name] = metadata.version(name)
             except metadata.PackageNotFoundError:
                 versions[name] = "not installed"
-        found = {"python": platform.python_version(), "machine": platform.machine()}
-        replace_file(
-            self.path / "run.json", json.dumps({**facts, **found, "versions": versions}, indent=1)
-        )
+        machine = {"python": platform.python_version(), "machine": platform.machine()}
+        environment = {**facts, **machine, "versions": versions}
+        replace_file(self.environment_file, json.dumps(environment, indent=1))
 
     def environment(self) -> dict[str, Any]:
-        """What :meth:`write_environment` wrote; empty where it never did."""
+        """What :meth:`write_environment` wrote; empty if it never did."""
         try:
-            found: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+            environment: dict[str, Any] = json.loads(self.environment_file.read_text())
         except (OSError, ValueError):
             return {}
-        return found
-
-    def append_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """All of them, or none.
-
-        Raises:
-            CheckpointError: they cannot be written.
-        """
-        rest = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        try:
-            # Unbuffered: a buffer would write what it holds once more when the file is closed.
-            with self.metrics_file.open("ab", buffering=0) as file:
-                before = file.tell()
-                try:
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                except OSError:
-                    file.truncate(before)
-                    raise
-        except OSError as error:
-            raise CheckpointError(f"{self.metrics_file} cannot be written: {error}") from None
-
-    def sync_metrics(self) -> None:
-        """Returns when all that was appended is on the disk. Raises CheckpointError."""
-        if self.metrics_file.exists():
-            try:
-                sync(self.metrics_file)
-            except OSError as error:
-                raise CheckpointError(f"{self.metrics_file} cannot be written: {error}") from None
-
-    def truncate_metrics(self, step: int) -> None:
-        """Drops what was written after ``step``, and a last line cut short, so that the file of a
-        resumed run equals that of an undisturbed one."""
-        if not self.metrics_file.exists():
-            return
-        # Rows come in the order of their steps: it is cut in its place, which needs no room.
-        end = read = 0
-        try:
-            with self.metrics_file.open("rb+") as file:
-                for line in file:
-                    read += len(line)
-                    try:
-                        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                            break
-                        end = read
-                    except (ValueError, KeyError, TypeError):
-                        continue
-                file.truncate(end)
-        except OSError as error:
-            raise CheckpointError(f"{self.metrics_file} cannot be cut: {error}") from None
+        return environment
 
     def write_results(self, results: dict[str, Any]) -> None:
+        """Writes results.json."""
         replace_file(self.results_file, json.dumps(results, indent=1) + "\n")
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file aside and puts it in place: nobody reads half of it.
+    """Writes a file aside and renames it, so that nobody reads half of it.
 
     Raises:
-        CheckpointError: it cannot be written; what was there before is whole.
+        CheckpointError: the file cannot be written; the old one is unchanged.
     """
     aside = path.with_name(path.name + ".tmp")
     try:

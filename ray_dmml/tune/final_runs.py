@@ -12,20 +12,21 @@ from typing import Any
 
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
+from ray_dmml.loggers.logger import Logger
+from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
-from ray_dmml.training.trainer import Reporter, Silent, train
 from ray_dmml.tune.results import SearchDir
 from ray_dmml.tune.search_space import Params, Search
 from ray_dmml.tune.trial import Trial
 
 logger = logging.getLogger(__name__)
 
-RunLogger = Callable[[Config], AbstractContextManager[Reporter]]
+RunLogger = Callable[[Config], AbstractContextManager[Logger]]
 """Gives the logger of one final run."""
 
 
-def no_logger(config: Config) -> AbstractContextManager[Reporter]:
-    return nullcontext(Silent())
+def no_logger(config: Config) -> AbstractContextManager[Logger]:
+    return nullcontext(Logger())
 
 
 def final_runs(
@@ -93,12 +94,12 @@ def _final_run(
         results = json.loads(run.results_file.read_text())
     else:
         config = _final_config(config, seed)
-        with run_logger(config) as reporter:
+        with run_logger(config) as run_sink:
             if run.config_file.exists():
-                results = train(resume=folder, reporter=reporter, local=local)
+                results = train(resume=folder, loggers=[run_sink], local=local)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-                results = train(config, folder, reporter=reporter, local=local)
+                results = train(config, folder, loggers=[run_sink], local=local)
     return {"seed": seed, "peers": results["peers"], "ensemble": results["ensemble"]}
 
 

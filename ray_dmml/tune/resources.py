@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import ray
 from ray import tune
@@ -12,11 +11,10 @@ from ray import tune
 from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.errors import UserError
 from ray_dmml.ray_backend.placement import (
-    BOOTSTRAP_FILE,
     Node,
     bundle,
+    cluster_nodes,
     have_places,
-    known_nodes,
     lowered,
     require_labels,
     shown,
@@ -26,10 +24,10 @@ from ray_dmml.ray_backend.session import only_at
 from ray_dmml.tune.search_space import Search
 
 
-def cluster_nodes() -> list[Node]:
+def known_nodes() -> list[Node]:
     """The nodes of the cluster, and those that its autoscaler may start."""
-    here = ray.get_runtime_context().get_node_id()
-    return known_nodes(ray.nodes(), here, Path.home() / BOOTSTRAP_FILE)
+    alive, growth = cluster_nodes(ray.nodes(), ray.get_runtime_context().get_node_id())
+    return [*alive, *growth]
 
 
 def trial_resources(
@@ -40,7 +38,7 @@ def trial_resources(
 
     Args:
         config: of the trial.
-        nodes: as :func:`cluster_nodes` returns them.
+        nodes: as :func:`known_nodes` returns them.
         gpus_per_trial: GPUs that the peers of a trial share; None: one, if there is any.
 
     Raises:
@@ -61,7 +59,7 @@ def trial_resources(
 
     def fits(cpus: float) -> bool:
         first, *others = bundles(cpus)
-        return have_places([first, *map(with_labels, others, peers)], nodes, "pack")
+        return have_places([first, *map(with_labels, others, peers)], nodes)
 
     cpus = 0.0 if all(peer.num_cpus for peer in peers) else _peer_cpus(nodes, gpus, len(peers))
     # Bundles that fit on no known node may fit on nodes that are not known yet.
@@ -84,7 +82,7 @@ def require_resources(
         if os.environ.get("RAY_ADDRESS"):
             trial_resources(config, nodes, gpus_per_trial)
         else:
-            require_labels(config, [node.get("Labels") or {} for node in ray.nodes()])
+            require_labels(config, nodes)
             require_room(trial_resources(config, nodes, gpus_per_trial), nodes)
 
 
@@ -97,7 +95,7 @@ def require_room(trial: tune.PlacementGroupFactory, nodes: Sequence[Node]) -> No
             raise UserError(
                 f"a trial needs {needed:g} {kind}s ({settings}) and this machine has {available:g}"
             )
-    if not have_places(trial.bundles, nodes, "pack"):
+    if not have_places(trial.bundles, nodes):
         peers = {
             " and ".join(f"{amount:g} {kind}" for kind, amount in peer.items())
             for peer in trial.bundles[1:]

@@ -23,7 +23,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from ray_dmml.config import yamlio
-from ray_dmml.config.schema import explain, read_yaml
+from ray_dmml.config.loading import read_yaml, refuse_old
+from ray_dmml.config.messages import explain
 from ray_dmml.errors import UserError
 from ray_dmml.training.run_dir import RunDir, replace_file
 from ray_dmml.tune.search_space import Search, SearchConfig
@@ -65,6 +66,7 @@ class SearchDir:
         if not self.search_file.is_file():
             raise UserError(f"{self.path} is not the folder of a search: it has no search.yaml")
         content = read_yaml(self.search_file, "search")
+        refuse_old(content.get("settings"), self.search_file)
         if content.keys() != {"settings", "search"}:
             raise UserError(f"{self.search_file} was not written by ray-dmml tune")
         try:

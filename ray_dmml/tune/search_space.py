@@ -21,15 +21,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from ray_dmml.config.schema import (
-    Config,
-    Count,
-    Section,
-    Whole,
-    explain,
-    read_yaml,
-    set_setting,
-)
+from ray_dmml.config.loading import read_yaml, set_setting
+from ray_dmml.config.messages import explain
+from ray_dmml.config.schema import Config, Count, Section, Whole
 from ray_dmml.errors import UserError
 
 DEFAULT_SEARCH = Path(__file__).parent / "search.yaml"
@@ -187,7 +181,7 @@ class Search:
     """A search over the settings of an experiment.
 
     Args:
-        raw: the experiment's settings as :func:`~ray_dmml.config.schema.read_settings` returns them.
+        raw: the experiment's settings as :func:`~ray_dmml.config.loading.read_settings` returns them.
         config: the settings of the search.
 
     Raises:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from ray_dmml.errors import UserError
+from ray_dmml.loggers.logger import Logger
+from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir, replace_file
-from ray_dmml.training.trainer import Silent, train
 from ray_dmml.tune.search_space import Params, Search
 
 STEP, OBJECTIVE, COST = "step", "objective", "cost"
@@ -161,11 +162,11 @@ def _train_run(
     if not run.results_file.exists():
         begun = run.checkpoints.index()
         journal.start(run.checkpoints.load("last").step if begun else 0)
-        reporter = _TrialReporter(search, journal, run)
+        reports = _TrialLogger(search, journal, run)
         if run.config_file.exists():
-            train(config, resume=run.path, reporter=reporter, local=local)
+            train(config, resume=run.path, loggers=[reports], local=local)
         else:
-            train(config, run.path, reporter=reporter, local=local)
+            train(config, run.path, loggers=[reports], local=local)
     rows = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     last = next(row for row in reversed(rows) if "validation" in row)
     return _report_of(search, run, last["step"], last["validation"])
@@ -218,20 +219,19 @@ class _Journal:
         self.trial.save(self._file)
 
 
-class _TrialReporter(Silent):
+class _TrialLogger(Logger):
     """Passes the validation figures of a trial's only run on, once their checkpoint is on disk."""
 
     def __init__(self, search: Search, journal: _Journal, run: RunDir) -> None:
         self._search, self._journal, self._run = search, journal, run
         self._figures: dict[int, Mapping[str, Any]] = {}  # of the step that has no checkpoint yet
 
-    def evaluated(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
-        if split == "validation":
-            self._figures = {step: figures}
-
-    def saved(self, step: int, *, best: bool) -> None:
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        if "validation" in metrics:
+            self._figures = {step: metrics["validation"]}
         # A run that has lost a peer goes back, and saves other steps than the evaluated one.
-        if step in self._figures and len(self._search.runs) == 1:
+        is_saved = "checkpoint" in metrics and step in self._figures
+        if is_saved and len(self._search.runs) == 1:
             figures = self._figures.pop(step)
             self._journal.report(_report_of(self._search, self._run, step, figures))
 

@@ -27,11 +27,11 @@ from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.ray_backend.session import ray_session
+from ray_dmml.training.run import read_images
 from ray_dmml.training.run_dir import RunDir, replace_file
-from ray_dmml.training.trainer import Silent, read_images
 from ray_dmml.tune.final_runs import RunLogger, final_runs, no_logger
 from ray_dmml.tune.report import write_report
-from ray_dmml.tune.resources import cluster_nodes, require_resources, trial_resources
+from ray_dmml.tune.resources import known_nodes, require_resources, trial_resources
 from ray_dmml.tune.results import SearchDir, best_trial, pareto_front, tie_message, write_results
 from ray_dmml.tune.search_space import Params, Search
 from ray_dmml.tune.trial import COST, OBJECTIVE, STEP, Trial, run_trial
@@ -76,9 +76,9 @@ def run_search(
     else:
         RunDir(files.path).ensure_empty()
     # Every trial reads the same images. An error in them is reported once, before any trial.
-    read_images(search.trial_config({}), Silent())
+    read_images(search.trial_config({}))
     with ray_session():
-        require_resources(search, cluster_nodes(), gpus_per_trial)
+        require_resources(search, known_nodes(), gpus_per_trial)
         if not resume:
             files.create(search)
         with RunDir(files.path).lock():
@@ -102,7 +102,7 @@ def _run_trials(
 ) -> None:
     """Runs all trials, and meanwhile keeps ``results.csv`` up to date."""
     _configure_tune()
-    nodes = cluster_nodes()
+    nodes = known_nodes()
 
     def resources(params: dict[str, Any]) -> tune.PlacementGroupFactory:
         try:

@@ -82,7 +82,7 @@ BASE = ("cohort", "base")
         (set_to([{"name": "RandomKrop"}], *BASE, "view"), "view of peer0: unknown transform 'Random"),
         (set_to([{"name": "ToImage"}], *BASE, "view"), "view of peer0 gives torch.uint8 (3, 36, 36)"),
         (set_to("float16", *BASE, "amp"), "peer0: amp float16 needs a GPU"),
-        (set_to({"name": "TripletLoss"}, "loss", "metric"), "no loss 'TripletLoss' here; near are"),
+        (set_to({"name": "TripletLoss"}, "loss", "metric"), "no loss 'TripletLoss'; did you mean"),
         (
             set_to({"name": "ContrastiveLoss", "args": {"margin": 1}}, "loss", "metric"),
             "ContrastiveLoss does not take margin; it takes",

@@ -14,8 +14,8 @@ import pytest
 from conftest import tiny
 
 from ray_dmml.config import yamlio
+from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
-from ray_dmml.training.trainer import train
 
 PATIENCE_S = 120.0
 

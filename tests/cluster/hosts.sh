@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
-# Hosts of our own on one machine: a network, a process tree, a home and an sshd each.
+# Starts several hosts on one machine. Each has its own network, process tree, home folder and sshd.
 #
 #   sudo tests/cluster/hosts.sh NUMBER FOLDER [KEPT...]
 #
-# Host n answers at 10.77.0.1n to the key FOLDER/key, and knows its peers by these addresses only: no
-# host reaches anything else. KEPT folders (a Python installation, images) are the same on all hosts, to
-# read; FOLDER is their shared storage; everything else under /tmp, /run, /dev/shm and the home folder is
-# each host's own. FOLDER/ready is there once all answer. FOLDER/outer has the process whose network they
-# are in (`nsenter --net --target`) and whose end is the end of all of them. There, `ip link set wire<n>
-# down` cuts host n off.
+# Host n has the address 10.77.0.1n and accepts the ssh key FOLDER/key. Hosts reach only each other. All hosts
+# share FOLDER, and can read the KEPT folders (a Python installation, images). Everything else under /tmp, /run,
+# /dev/shm and the home folder is private to a host. FOLDER/ready exists once all hosts answer. FOLDER/outer has
+# the ID of the process that owns their network (`nsenter --net --target`); all hosts end with it. In that
+# network `ip link set wire<n> down` cuts host n off.
 #
 # Needs root, and Debian's openssh-server, rsync and iproute2.
 set -euo pipefail
 
-# Sets `child` to the process that unshare, process $1, has made; fails where unshare ends without one.
+# Sets `child` to the child of process $1, which is unshare. Fails if unshare ends without one.
 wait_for_child() {
   until child=$(pgrep -P "$1" | head -1) && [ -n "$child" ]; do
     if ! kill -0 "$1" 2> /dev/null; then
@@ -66,10 +65,10 @@ host() {
   ip link set "end$n" name eth0
   ip address add "10.77.0.1$n/24" dev eth0
   ip link set eth0 up
-  ip route add default via 10.77.0.1  # leads nowhere, and tells programs which address is their own
+  ip route add default via 10.77.0.1  # leads nowhere, but shows programs their own address
   mount -t sysfs none /sys
 
-  # What is kept may lie under what is about to be hidden.
+  # A kept folder may lie in one that is hidden below.
   mkdir -p /mnt/kept
   mount -t tmpfs none /mnt/kept
   for kept in "$folder" "$@"; do

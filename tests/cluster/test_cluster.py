@@ -1,4 +1,4 @@
-"""`ray up` over three hosts of our own on one machine, and training across them."""
+"""`ray up` on three hosts, which are namespaces of this machine, and training across them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from conftest import tiny
 
 from ray_dmml.config import yamlio
 from ray_dmml.config.schema import Config
+from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
-from ray_dmml.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("unshare", "nsenter", "ip", "pgrep", "rsync", "ssh", "curl", "/usr/sbin/sshd")
 STEPS = 60
-PATIENCE_S = 240.0
+TIMEOUT_S = 240.0
 NUM_LINES_BEFORE_THE_CUT = 4
-"""Of metrics.jsonl, which has one every 5 steps."""
+"""metrics.jsonl has a line every 5 steps."""
 
 BUCKET = "photo-bucket"
 REGION = "region=us-east-1"
@@ -41,14 +41,14 @@ S3_KEYS = {
 
 
 class Hosts:
-    """Hosts 1 to 3; the first is the head of a Ray cluster on all of them."""
+    """Hosts 1 to 3, which form a Ray cluster with host 1 as its head."""
 
     def __init__(self, folder: Path, images: Path) -> None:
         self.folder = folder
         self._beside: list[subprocess.Popen[str]] = []
         self._home = folder / "home"
         self.cluster = folder / "cluster.yaml"
-        # Where the interpreter and its packages are; what the home or /tmp has of them is hidden else.
+        # The hosts hide the home folder and /tmp. They must still see the interpreter and its packages.
         kept = {sys.base_prefix, sys.prefix, str(images)}
         with (folder / "hosts.log").open("w") as log:
             self._process = subprocess.Popen(
@@ -72,19 +72,18 @@ class Hosts:
         assert ready.exists(), (self.folder / "hosts.log").read_text()
 
     def _settings(self) -> dict[str, Any]:
-        """deploy/on-prem.yaml with these hosts' addresses, and packages from where they are already: the
-        hosts reach no index."""
-        found: dict[str, Any] = yamlio.load((ROOT / "deploy/on-prem.yaml").read_text())
-        found["cluster_name"] = f"test-{os.getpid()}"
-        found["provider"] |= {"head_ip": "10.77.0.11", "worker_ips": ["10.77.0.12", "10.77.0.13"]}
-        found["auth"] = {"ssh_user": "root", "ssh_private_key": str(self.folder / "key")}
-        make, install, path = found["setup_commands"]
+        """deploy/on-prem.yaml for these hosts. They reach no package index and use this installation."""
+        cluster: dict[str, Any] = yamlio.load((ROOT / "deploy/on-prem.yaml").read_text())
+        cluster["cluster_name"] = f"test-{os.getpid()}"
+        cluster["provider"] |= {"head_ip": "10.77.0.11", "worker_ips": ["10.77.0.12", "10.77.0.13"]}
+        cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(self.folder / "key")}
+        make, install, path = cluster["setup_commands"]
         assert "venv" in make and "pip install" in install and ".bashrc" in path
         keys = " ".join(f"{name}={value}" for name, value in S3_KEYS.items())
         packages = sysconfig.get_paths()["purelib"]
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         ray = '#!/bin/sh\\nexec ~/env/bin/python -m ray.scripts.scripts "$@"\\n'
-        found["setup_commands"] = [
+        cluster["setup_commands"] = [
             f"{sys.base_prefix}/bin/{version} -m venv --without-pip ~/env",
             f"echo {packages} > ~/env/lib/{version}/site-packages/image.pth",
             f"printf '{ray}' > ~/env/bin/ray && chmod +x ~/env/bin/ray",
@@ -93,15 +92,15 @@ class Hosts:
             path,
             f"echo 'export {keys}' >> ~/.bashrc",
         ]
-        return found
+        return cluster
 
     def command(self, *command: str | Path) -> list[str]:
-        """To be run where the hosts can be reached."""
+        """A command in the hosts' network."""
         outer = (self.folder / "outer").read_text().strip()
         return ["nsenter", "--net", "--target", outer, *map(str, command)]
 
     def start(self, verb: str, *arguments: str) -> subprocess.Popen[str]:
-        """`ray up`, `ray exec`, ... of the cluster file."""
+        """Starts `ray up`, `ray exec`, ... with the cluster file."""
         command = self.command(sys.executable, "-m", "ray.scripts.scripts", verb)
         return subprocess.Popen(
             [*command, str(self.cluster), *arguments],
@@ -113,32 +112,32 @@ class Hosts:
         )
 
     def ray(self, verb: str, *arguments: str, check: bool = True) -> str:
-        """The same to its end; what it told."""
+        """The output of such a command."""
         process = self.start(verb, *arguments)
         try:
-            told = process.communicate(timeout=PATIENCE_S)[0]
+            output = process.communicate(timeout=TIMEOUT_S)[0]
         finally:
             process.kill()
-        assert not check or process.returncode == 0, told
-        return told
+        assert not check or process.returncode == 0, output
+        return output
 
     def ssh(self, host: int, command: str, *, check: bool = True) -> str:
-        """What a command told on a host.
+        """The output of a command on a host.
 
         Args:
-            check: False where it may fail, as what it looks for may not be there yet.
+            check: the test fails if the command fails.
         """
         options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
-        asked = ["ssh", "-i", self.folder / "key", *options.split(), f"root@10.77.0.1{host}"]
-        ended = subprocess.run(
-            self.command(*asked, command), capture_output=True, text=True, timeout=60
+        ssh = ["ssh", "-i", self.folder / "key", *options.split(), f"root@10.77.0.1{host}"]
+        result = subprocess.run(
+            self.command(*ssh, command), capture_output=True, text=True, timeout=60
         )
-        told = ended.stdout + ended.stderr
-        assert not check or ended.returncode == 0, f"{command}: {ended.returncode}\n{told}"
-        return told
+        output = result.stdout + result.stderr
+        assert not check or result.returncode == 0, f"{command}: {result.returncode}\n{output}"
+        return output
 
     def start_beside(self, line: str, cwd: Path) -> subprocess.Popen[str]:
-        """A line of bash on a machine that reaches the hosts, and has our commands."""
+        """Starts a line of bash beside the hosts, with the commands ray and ray-dmml on the PATH."""
         commands = self.folder / "commands"
         commands.mkdir(exist_ok=True)
         for name, module in (("ray", "ray.scripts.scripts"), ("ray-dmml", "ray_dmml.cli.main")):
@@ -167,24 +166,24 @@ class Hosts:
         return process
 
     def beside(self, line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-        """The same to its end."""
+        """Runs such a line to its end."""
         process = self.start_beside(line, cwd)
-        told = process.communicate(timeout=PATIENCE_S)[0]
-        return subprocess.CompletedProcess(line, process.returncode, told)
+        output = process.communicate(timeout=TIMEOUT_S)[0]
+        return subprocess.CompletedProcess(line, process.returncode, output)
 
     @contextmanager
     def running_beside(self, line: str, cwd: Path) -> Iterator[Callable[[], str]]:
-        """The same for the length of the block.
+        """Runs such a line for the length of the block.
 
         Yields:
-            What ends it, and tells what it told.
+            A function that ends it and returns its output.
         """
         process = self.start_beside(line, cwd)
 
         def end() -> str:
-            with suppress(ProcessLookupError):  # it may have ended by itself
+            with suppress(ProcessLookupError):  # it may have ended
                 os.killpg(process.pid, signal.SIGTERM)
-            return f"{line}\n{process.communicate(timeout=PATIENCE_S)[0]}"
+            return f"{line}\n{process.communicate(timeout=TIMEOUT_S)[0]}"
 
         try:
             yield end
@@ -193,7 +192,7 @@ class Hosts:
                 end()
 
     def start_bucket(self, images: Path) -> None:
-        """An S3 server that all hosts reach, with the images."""
+        """Starts an S3 server that all hosts reach, and copies the images to it."""
         port = S3_SERVER.rpartition(":")[2]
         server = f"-c 'from moto.server import main; main()' -H 10.77.0.1 -p {port}"
         self.start_beside(f"exec {sys.executable} {server} > moto.log 2>&1", self.folder)
@@ -208,7 +207,7 @@ class Hosts:
         assert filled.returncode == 0, filled.stdout
 
     def take_down(self) -> None:
-        """Leaves nothing: `ray down` ends the head, the docs' line ends the others."""
+        """`ray down` stops the head, and the line of the docs stops the others. No process is left."""
         self.ray("down", "-y")
         for host in (2, 3):
             self.ssh(host, "bash -ic 'ray stop'")
@@ -217,26 +216,25 @@ class Hosts:
 
     def cut(self, host: int, *, off: bool) -> None:
         state = "down" if off else "up"
-        subprocess.run(self.command("ip", "link", "set", f"channel{host}", state), check=True)
+        subprocess.run(self.command("ip", "link", "set", f"wire{host}", state), check=True)
 
     def num_nodes(self) -> int:
-        told = self.ray("exec", "ray list nodes --format json | grep -o ALIVE | wc -l", check=False)
-        counts = re.findall(r"^(\d+)\s*$", told, re.MULTILINE)
+        output = self.ray(
+            "exec", "ray list nodes --format json | grep -o ALIVE | wc -l", check=False
+        )
+        counts = re.findall(r"^(\d+)\s*$", output, re.MULTILINE)
         return int(counts[-1]) if counts else 0
 
     @staticmethod
     def wait_for(
         is_so: Callable[[], bool],
-        seconds: float = PATIENCE_S,
-        otherwise: Callable[[], str] = lambda: "it did not come",
+        seconds: float = TIMEOUT_S,
+        otherwise: Callable[[], str] = lambda: "timed out",
     ) -> None:
-        """
-        Args:
-            otherwise: What to tell where it did not come in time.
-        """
-        until = time.monotonic() + seconds
+        """Waits until ``is_so`` returns True, or fails with the text of ``otherwise``."""
+        deadline = time.monotonic() + seconds
         while not is_so():
-            assert time.monotonic() < until, otherwise()
+            assert time.monotonic() < deadline, otherwise()
             time.sleep(0.5)
 
     def close(self) -> None:
@@ -246,7 +244,7 @@ class Hosts:
                 process.wait()
         if self._process.poll() is None:
             outer = self.folder / "outer"
-            if outer.exists():  # whose end is that of all hosts
+            if outer.exists():  # all hosts end with it
                 with suppress(ProcessLookupError):
                     os.kill(int(outer.read_text()), signal.SIGKILL)
             else:
@@ -261,22 +259,24 @@ def hosts(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     missing = [tool for tool in NEEDED if shutil.which(tool) is None]
     if os.geteuid() != 0 or missing:
         pytest.skip(f"needs root and {', '.join(NEEDED)} (missing: {', '.join(missing) or 'root'})")
-    tried = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, text=True)
-    if tried.returncode:
-        pytest.skip(f"namespaces are not allowed here: {tried.stderr.strip()}")
-    found = Hosts(tmp_path_factory.mktemp("hosts"), image_folder)
+    unshare = subprocess.run(
+        ["unshare", "--net", "--mount", "true"], capture_output=True, text=True
+    )
+    if unshare.returncode:
+        pytest.skip(f"namespaces are not allowed here: {unshare.stderr.strip()}")
+    hosts = Hosts(tmp_path_factory.mktemp("hosts"), image_folder)
     try:
-        found.ray("up", "-y", "--no-config-cache")
-        found.wait_for(lambda: found.num_nodes() == 3)
-        yield found
-        found.take_down()
+        hosts.ray("up", "-y", "--no-config-cache")
+        hosts.wait_for(lambda: hosts.num_nodes() == 3)
+        yield hosts
+        hosts.take_down()
     finally:
-        found.close()
+        hosts.close()
 
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Puts a shell script before the command of that name."""
+    """Replaces a command by a shell script."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -289,23 +289,23 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
 
 
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep is not installed")
-def test_hosts_that_cannot_be_made_are_told(
+def test_a_failed_start_of_hosts_is_reported(
     tmp_path: Path, commands: Callable[[str, str], None]
 ) -> None:
-    """And nobody waits for them."""
+    """Soon, with the message of unshare."""
     commands("unshare", "echo 'unshare failed: Operation not permitted' >&2; exit 1")
     for name in ("key", "host_key"):
         (tmp_path / name).write_text("")
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(AssertionError, match=r"Operation not permitted\s+.*is it allowed here"):
         Hosts(tmp_path, tmp_path)
-    assert time.monotonic() - began < PATIENCE_S / 4
+    assert time.monotonic() - start < TIMEOUT_S / 4
 
 
-def test_a_command_that_fails_on_a_host_is_told(
+def test_a_failed_command_on_a_host_is_reported(
     tmp_path: Path, commands: Callable[[str, str], None]
 ) -> None:
-    """What it did not tell proves nothing."""
+    """Missing output of a failed command must not count as a result."""
     commands("nsenter", "echo 'no route to host' >&2; exit 255")
     hosts = object.__new__(Hosts)
     hosts.folder = tmp_path
@@ -316,7 +316,7 @@ def test_a_command_that_fails_on_a_host_is_told(
 
 
 def plain(command: str) -> str:
-    """Its output as in a file, not as on the terminal that `ray exec` gives it."""
+    """The command without the terminal that `ray exec` gives it."""
     return f"{command} 2>&1 | cat; exit ${{PIPESTATUS[0]}}"
 
 
@@ -338,17 +338,17 @@ def settings(images: Path, transport: str, steps: int = STEPS) -> dict[str, Any]
     return raw
 
 
-def outcome(run: Path) -> tuple[Any, str]:
+def results_of(run: Path) -> tuple[Any, str]:
     folder = RunDir.open(run)
     return folder.checkpoints.load("last").peers, folder.metrics_file.read_text()
 
 
 @pytest.fixture(scope="module")
-def lock(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
-    """What the run ends with in one process."""
-    out = tmp_path_factory.mktemp("alone") / "run"
+def local_results(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
+    """The results of the run in one process."""
+    out = tmp_path_factory.mktemp("local") / "run"
     train(Config.parse(settings(image_folder, "direct")), out, local=True)
-    return outcome(out)
+    return results_of(out)
 
 
 @pytest.mark.cluster
@@ -356,35 +356,34 @@ def lock(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     "transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)]
 )
 def test_peers_on_three_hosts(
-    hosts: Hosts, image_folder: Path, alone: tuple[Any, str], transport: str
+    hosts: Hosts, image_folder: Path, local_results: tuple[Any, str], transport: str
 ) -> None:
-    """Each on another one; the same weights and metrics as in one process, whichever way embeddings
-    went."""
+    """One peer on each host, with the weights and metrics of one process, for both transports."""
     config, out = hosts.folder / f"{transport}.yaml", hosts.folder / transport
     config.write_text(yamlio.dump(settings(image_folder, transport)))
     command = f"ray-dmml train --address auto --config {config} --out {out}"
-    told = hosts.ray("exec", plain(command))
-    assert outcome(out) == alone, told
+    output = hosts.ray("exec", plain(command))
+    assert results_of(out) == local_results, output
     assert RunDir(out).environment()["transport"] == transport
     assert len(set(RunDir(out).environment()["nodes"])) == 3
 
 
-TELL_OF_JOBS = "tail -n 50 /tmp/ray/session_latest/logs/job-driver-*; ls ~/runs/c"
+SHOW_JOBS = "tail -n 50 /tmp/ray/session_latest/logs/job-driver-*; ls ~/runs/c"
 ASK_DASHBOARD = "curl --silent --max-time 2 http://localhost:8265"
 
 
-def lines_of_outgrowing() -> list[str]:
-    """The commands of the README's section, without their comments."""
-    section = (ROOT / "README.md").read_text().split("\n## Outgrowing one machine\n")[1]
+def lines_of_the_docs() -> list[str]:
+    """The commands of the section, without their comments."""
+    section = (ROOT / "docs/cluster.md").read_text().split("\n## Step by step\n")[1]
     block = section.split("```bash\n")[1].split("```")[0]
     return [line.partition("  #")[0].strip() for line in block.splitlines()]
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Path) -> None:
-    """*Outgrowing one machine*, line by line, on a machine beside the hosts: `ray up` was the fixture's,
-    `ray down` is its end's. Images and what the job stores are in a bucket."""
+def test_each_line_of_the_docs(hosts: Hosts, image_folder: Path, tmp_path: Path) -> None:
+    """*Step by step* in docs/cluster.md, on a machine beside the hosts. The fixture calls `ray up` and `ray
+    down`. The images and the job's checkpoints are in a bucket."""
     pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 server to test")
     hosts.start_bucket(image_folder)
     raw = settings(image_folder, "direct", steps=8)
@@ -397,19 +396,19 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
     shutil.copy(ROOT / "experiments/tune_diversity.py", tmp_path / "experiments")
 
     def ran(line: str, expected: int = 0) -> str:
-        """What it told; as it stands, but for its storage."""
+        """The output of the line, with its URI replaced."""
         line = line.replace("s3://...", f"s3://{BUCKET}/run?{REGION}")
-        ended = hosts.beside(line, tmp_path)
-        assert ended.returncode == expected, f"{line}\n{ended.stdout}"
-        return ended.stdout
+        result = hosts.beside(line, tmp_path)
+        assert result.returncode == expected, f"{line}\n{result.stdout}"
+        return result.stdout
 
-    for line in lines_of_outgrowing():
+    for line in lines_of_the_docs():
         match line.split()[:2]:
             case ["ray", "up" | "down"]:
                 pass
             case ["ray-dmml", "train"] if "num_gpus=2" in line:
-                told = ran(line, expected=2)
-                assert "GPU" in told and "Traceback" not in told, told
+                output = ran(line, expected=2)
+                assert "GPU" in output and "Traceback" not in output, output
             case ["ray-dmml", "train"] if "--resume" in line:
                 ran(line.replace("8000", "12"))
                 assert RunDir.open(tmp_path / "runs/c").checkpoints.load("last").step == 12
@@ -420,13 +419,13 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
                 ran(line)
                 assert BUCKET in hosts.ssh(1, "cat ~/photos.yaml")
             case ["ray", "exec"] if "data fetch" in line:
-                told = ran(line)
-                assert all(f"10.77.0.1{host}" in told for host in (1, 2, 3)), told
+                output = ran(line)
+                assert all(f"10.77.0.1{host}" in output for host in (1, 2, 3)), output
             case ["ray", "exec"] if "job submit" in line:
-                ran(line)  # and nobody waits for it
+                ran(line)  # returns before the job ends
                 hosts.wait_for(
                     lambda: "results.json" in hosts.ssh(1, "ls ~/runs/c", check=False),
-                    otherwise=lambda: hosts.ssh(1, TELL_OF_JOBS, check=False),
+                    otherwise=lambda: hosts.ssh(1, SHOW_JOBS, check=False),
                 )
                 nodes = hosts.ssh(1, "grep -o 10.77.0.1. ~/runs/c/run.json")
                 assert len(set(nodes.split())) == 3
@@ -440,7 +439,7 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
                 )
                 ran(f"{line} {short}")
                 assert "best.yaml" in hosts.ssh(1, "ls ~/runs/d")
-                nodes = hosts.ssh(1, "grep -ho 10.77.0.1. ~/runs/d/trials/*/fold*/run.json")
+                nodes = hosts.ssh(1, "grep -ho 10.77.0.1. ~/runs/d/trials/*/fold0/run.json")
                 assert len(set(nodes.split())) > 1
             case ["ray", "dashboard"]:
                 with hosts.running_beside(line, tmp_path) as end:
@@ -448,18 +447,20 @@ def test_each_line_of_the_readme(hosts: Hosts, image_folder: Path, tmp_path: Pat
                         lambda: "Ray Dashboard" in hosts.beside(ASK_DASHBOARD, tmp_path).stdout,
                         otherwise=end,
                     )
-                    # It says nothing of the cluster to who has no token.
-                    told = hosts.beside(f"{ASK_DASHBOARD}/api/version", tmp_path).stdout
-                    assert "Unauthorized" in told
+                    # Without a token it shows nothing of the cluster.
+                    output = hosts.beside(f"{ASK_DASHBOARD}/api/version", tmp_path).stdout
+                    assert "Unauthorized" in output
             case _:
-                pytest.fail(f"nothing here tries the line: {line}")
+                pytest.fail(f"the test does not know this line: {line}")
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_host_that_is_cut_off(hosts: Hosts, image_folder: Path, alone: tuple[Any, str]) -> None:
-    """In mid-run: its peer is started on another host, and the end is the same. Once the channel is back
-    the host is taken in again, and what went on running on it meanwhile reaches nobody."""
+def test_a_host_that_is_cut_off(
+    hosts: Hosts, image_folder: Path, local_results: tuple[Any, str]
+) -> None:
+    """During a run: its peer starts again on another host, with the same results. Later the host comes back to
+    the cluster, and the old peer that still runs there reaches nobody."""
     config, out = hosts.folder / "cut.yaml", hosts.folder / "cut"
     config.write_text(yamlio.dump(settings(image_folder, "direct")))
     command = f"ray-dmml train --address auto --config {config} --out {out}"
@@ -474,11 +475,11 @@ def test_a_host_that_is_cut_off(hosts: Hosts, image_folder: Path, alone: tuple[A
     assert run.poll() is None, run.communicate()[0]
     hosts.cut(3, off=True)
     try:
-        told = run.communicate(timeout=PATIENCE_S)[0]
+        output = run.communicate(timeout=TIMEOUT_S)[0]
     finally:
         hosts.cut(3, off=False)
         run.kill()
-    assert run.returncode == 0, told
-    assert "10.77.0.13" in told and "all go back from step" in told, told
-    assert outcome(out) == alone, told
+    assert run.returncode == 0, output
+    assert "10.77.0.13" in output and "all go back from step" in output, output
+    assert results_of(out) == local_results, output
     hosts.wait_for(lambda: hosts.num_nodes() == 3)

@@ -1,4 +1,4 @@
-"""cluster.yaml: by Ray's own schema, against what its AWS provider reads, and launched on a local AWS."""
+"""cluster.yaml and deploy/: checked against Ray's schema and providers, and launched on a local AWS server."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ CLUSTER_FILE = ROOT / "cluster.yaml"
 
 @pytest.fixture
 def cluster() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(CLUSTER_FILE.read_text())
-    return found
+    cluster: dict[str, Any] = yaml.safe_load(CLUSTER_FILE.read_text())
+    return cluster
 
 
 @pytest.mark.parametrize("file", ["cluster.yaml", "deploy/gcp.yaml", "deploy/on-prem.yaml"])
-def test_it_is_what_ray_and_bash_take(file: str) -> None:
-    """By the schema that `ray up` applies; and each command is whole, as YAML ends some at a #."""
+def test_ray_and_bash_accept_it(file: str) -> None:
+    """By the schema of `ray up`. Bash parses each command, since YAML cuts a line at a #."""
     cluster = yaml.safe_load((ROOT / file).read_text())
     validate_config(prepare_config(cluster))
     for key in [key for key in cluster if key.endswith("_commands")]:
@@ -53,8 +53,8 @@ def test_it_is_what_ray_and_bash_take(file: str) -> None:
 
 
 def test_every_key_of_the_provider_is_read_by_ray(cluster: dict[str, Any]) -> None:
-    """The schema lets any key pass: each stands in the source of Ray's AWS provider, and what a node is
-    started with is an argument of EC2's RunInstances."""
+    """Ray's schema allows any key. So each key must occur in the source of its AWS provider, or be an argument of
+    EC2's RunInstances."""
     aws = Path(ray.autoscaler.__file__).parent / "_private" / "aws"
     source = "".join(path.read_text() for path in aws.rglob("*.py"))
     for key in cluster["provider"].keys() - {"type"}:
@@ -68,7 +68,7 @@ def test_every_key_of_the_provider_is_read_by_ray(cluster: dict[str, Any]) -> No
 
 
 def test_tokens_are_on_and_the_dashboard_is_on_loopback(cluster: dict[str, Any]) -> None:
-    """On the head and on the workers; the token comes as a file."""
+    """On the head and on the workers. The token is copied as a file."""
     head, worker = (
         next(line for line in cluster[f"{kind}_start_ray_commands"] if "ray start" in line)
         for kind in ("head", "worker")
@@ -82,11 +82,11 @@ def test_tokens_are_on_and_the_dashboard_is_on_loopback(cluster: dict[str, Any])
     assert scorer in shlex.split(head)
 
 
-def test_on_demand_where_spot_cannot_be_had(cluster: dict[str, Any]) -> None:
-    """As Ray's autoscaler chooses nodes for three peers of a GPU each."""
+def test_on_demand_nodes_replace_unavailable_spot_nodes(cluster: dict[str, Any]) -> None:
+    """Ray's autoscaler chooses nodes for three peers with a GPU each."""
     types = prepare_config(cluster)["available_node_types"]
     for name in ("gpu_spot", "gpu_on_demand"):
-        types[name]["resources"] = {"CPU": 48, "GPU": 4}  # as it finds out from AWS
+        types[name]["resources"] = {"CPU": 48, "GPU": 4}  # as Ray reads from AWS
     demand = [{"CPU": 8.0, "GPU": 1.0}] * 3
 
     def chosen(unavailable: str | None) -> dict[str, int]:
@@ -104,7 +104,7 @@ def test_on_demand_where_spot_cannot_be_had(cluster: dict[str, Any]) -> None:
 
 @pytest.fixture
 def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A local AWS, an account with the instance profile of docs/cluster.md, and a home folder."""
+    """A local AWS server with the instance profile of docs/cluster.md, and a home folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -140,20 +140,20 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def wait_for(is_so: Callable[[], Any], seconds: float = 90.0) -> Any:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
         try:
-            if found := is_so():
-                return found
+            if result := is_so():
+                return result
         except OSError:
             pass
         time.sleep(0.2)
-    raise AssertionError("it did not come")
+    raise AssertionError("timed out")
 
 
 def test_a_launch(aws: None, tmp_path: Path) -> None:
-    """`ray up` makes the head as written, in a group that lets in ssh alone; spot workers are asked for
-    as spot, the others not. Then it would wait for ssh, which a local AWS has none of."""
+    """`ray up` starts the head of the file, in a group that opens only the port of ssh. Only workers of the spot
+    type are spot instances. The test stops before ssh, which a local AWS server does not have."""
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
     ec2 = boto3.client("ec2")
@@ -178,7 +178,7 @@ def test_a_launch(aws: None, tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        # moto shows an instance a moment before it has its profile.
+        # An instance of moto gets its profile a moment after its start.
         [head] = wait_for(lambda: [i for i in instances() if "IamInstanceProfile" in i])
     finally:
         os.killpg(up.pid, 9)
@@ -190,7 +190,7 @@ def test_a_launch(aws: None, tmp_path: Path) -> None:
     from_outside = [rule for rule in group["IpPermissions"] if rule["IpRanges"]]
     assert [(rule["FromPort"], rule["ToPort"]) for rule in from_outside] == [(22, 22)]
 
-    # The autoscaler on the head does this with what `ray up` has filled in.
+    # The autoscaler on the head does this with the config that `ray up` has completed.
     config = prepare_config(yaml.safe_load(CLUSTER_FILE.read_text()))
     config = AWSNodeProvider.bootstrap_config(config)
     config = AWSNodeProvider.fillout_available_node_types_resources(config)
@@ -205,9 +205,9 @@ def test_a_launch(aws: None, tmp_path: Path) -> None:
         assert new.get("InstanceLifecycle") == ("spot" if name == "gpu_spot" else None)
 
 
-def test_the_kubernetes_job_is_a_training_of_ours() -> None:
-    """Its command is one that the command line takes, on the Ray of this package, with tokens; GPUs are
-    asked for by workers only, and every pod has what it mounts."""
+def test_the_kubernetes_job_is_valid() -> None:
+    """Our command line accepts its command. It has this version of Ray and tokens, only workers have GPUs, and
+    every pod has the volumes that it mounts."""
     _, job = yaml.safe_load_all((ROOT / "deploy/kuberay.yaml").read_text())
     spec = job["spec"]["rayClusterSpec"]
     assert spec["authOptions"] == {"mode": "token"}
@@ -223,17 +223,13 @@ def test_the_kubernetes_job_is_a_training_of_ours() -> None:
     program, *arguments = shlex.split(job["spec"]["entrypoint"])
     assert program == "ray-dmml"
     command = [sys.executable, "-m", "ray_dmml.cli.main", *arguments]
-    command += [
-        "--local",
-        "--set",
-        "data.download=false",
-    ]  # as far as it goes without its images
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2 and "/shared/data/cub200" in ended.stderr, ended.stderr
+    command += ["--local", "--set", "data.download=false"]  # it ends where the images are missing
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "/shared/data/cub200" in result.stderr, result.stderr
 
 
 def kuberay_node(group: dict[str, Any], **others: float) -> dict[str, float]:
-    """What KubeRay tells `ray start` of a pod: its limits, where rayStartParams do not say otherwise."""
+    """The resources of a pod's node. KubeRay passes the pod's limits to `ray start`, or rayStartParams."""
     [container] = group["template"]["spec"]["containers"]
     limits, start = container["resources"]["limits"], group["rayStartParams"]
     cpus = float(start.get("num-cpus", limits["cpu"]))
@@ -241,17 +237,17 @@ def kuberay_node(group: dict[str, Any], **others: float) -> dict[str, float]:
     return {"CPU": cpus, **({"GPU": gpus} if gpus else {}), **others}
 
 
-def test_the_kubernetes_job_has_the_workers_it_needs_from_the_start() -> None:
-    """No file there says what the cluster may grow to: its training is planned on the head and the least
-    workers, one of the pods for each peer."""
+def test_the_kubernetes_job_starts_with_enough_workers() -> None:
+    """A run does not know how far KubeRay may grow. The plan on the head and minReplicas workers gives each peer a
+    pod."""
     _, job = yaml.safe_load_all((ROOT / "deploy/kuberay.yaml").read_text())
     spec = job["spec"]["rayClusterSpec"]
     nodes = [kuberay_node(spec["headGroupSpec"], **{placement.HEAD: 1.0})]
     for group in spec["workerGroupSpecs"]:
         assert group["minReplicas"] == group["replicas"] <= group["maxReplicas"]
         nodes += [kuberay_node(group)] * group["minReplicas"]
-    said = shlex.split(job["spec"]["entrypoint"])
-    values = {key: said[said.index(f"--{key}") + 1] for key in ("config", "set")}
+    words = shlex.split(job["spec"]["entrypoint"])
+    values = {key: words[words.index(f"--{key}") + 1] for key in ("config", "set")}
     config = Config.load(ROOT / values["config"], [values["set"]])
     assert nodes[0]["CPU"] == 0 and len(config.cohort.peers) == 2
     assert placement.plan(config, nodes, []) == [{"CPU": 8, "GPU": 1}] * 2

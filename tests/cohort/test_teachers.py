@@ -43,6 +43,6 @@ def test_everybody_is_everybodys_teacher_in_time() -> None:
 def test_without_a_limit_everybody_learns_from_all_others() -> None:
     """In peer order; a limit that is no limit is the same."""
     assert Teachers(3).at(7) == [(1, 2), (0, 2), (0, 1)]
-    assert Teachers(3, at_most=2).at(7) == Teachers(3).at(7)
+    assert Teachers(3, max_teachers=2).at(7) == Teachers(3).at(7)
     assert Teachers(3).all_others and Teachers(3, 5).all_others and not Teachers(3, 1).all_others
     assert Teachers(1).at(0) == [()]

@@ -1,4 +1,4 @@
-"""`ray-dmml data check`: what it finds, prints, writes and returns."""
+"""`ray-dmml data check`: its findings, its output and its exit code."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from typer.testing import CliRunner
 
 from ray_dmml.cli.main import app
 from ray_dmml.config.schema import DataConfig
-from ray_dmml.data.audit import Group, Report, audit
-from ray_dmml.data.audit_report import histogram
+from ray_dmml.data.audit import AuditReport, Group, audit, histogram
 
 
 def scene(seed: int, side: int = 96) -> Image.Image:
-    """Smooth and unlike every other seed's, as photos are."""
+    """A smooth image that resembles no other seed's, as photos do."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
 
@@ -48,17 +47,17 @@ def check(root: Path, *more: str) -> Any:
 
 
 def test_a_clean_data_set(root: Path) -> None:
-    """Exit code 0, sizes, no findings."""
+    """The exit code is 0, and the report has sizes and no findings."""
     ended = check(root)
     assert ended.exit_code == 0, ended.output
-    assert ended.stdout.count(": none") == 6 and "nothing to mend" in ended.stdout
+    assert ended.stdout.count(": none") == 6 and "no problems" in ended.stdout
     report = audit(settings(root))
     assert report.splits == {"train": (16, 4), "test": (16, 4)} and report.groups == ()
     assert report.class_sizes == (4,) * 8
 
 
-def test_unreadable_images_are_told_with_the_reason(root: Path) -> None:
-    """All of them, whatever data.on_bad_image says."""
+def test_unreadable_images_are_listed_with_the_reason(root: Path) -> None:
+    """All of them are, whatever data.on_bad_image is."""
     for number in range(4):
         (root / "c1" / f"bad{number}.png").write_bytes(b"broken" * number)
     ended = check(root)
@@ -71,23 +70,23 @@ def test_unreadable_images_are_told_with_the_reason(root: Path) -> None:
 
 
 def test_exact_duplicates(root: Path) -> None:
-    """Equal files, and other files of equal pixels; within a class, across labels, into the test."""
+    """Files are duplicates if their pixels are: within a class, across labels, and across the split."""
     (root / "c0" / "copy.png").write_bytes((root / "c0" / "0.png").read_bytes())
     scene(1).save(root / "c1" / "copy.bmp")
     scene(2).save(root / "c5" / "copy.png", compress_level=0)
     report = audit(settings(root))
-    found = {tuple(names(group)): group for group in report.exact}
-    assert set(found) == {
+    groups = {tuple(names(group)): group for group in report.exact}
+    assert set(groups) == {
         ("c0/0.png", "c0/copy.png"), ("c0/1.png", "c1/copy.bmp"), ("c0/2.png", "c5/copy.png"),
     }  # fmt: skip
-    kinds = [(group.in_two_classes, group.in_train_and_test) for group in found.values()]
+    kinds = [(group.in_two_classes, group.in_train_and_test) for group in groups.values()]
     assert sorted(kinds) == [(False, False), (True, False), (True, True)]
     assert not report.near and not report.is_clean() and check(root).exit_code == 1
 
 
-@pytest.mark.parametrize("how", ["saved anew", "half as large", "brighter"])
+@pytest.mark.parametrize("how", ["saved again", "half as large", "brighter"])
 def test_near_duplicates_across_classes(root: Path, how: str) -> None:
-    """A copy that is not equal to the bit is found, and is a fault between two classes."""
+    """A copy that is not equal to the bit is reported, and is a fault between two classes."""
     copy, options = scene(3), {"quality": 40}
     if how == "half as large":
         copy = copy.resize((48, 48))
@@ -101,14 +100,14 @@ def test_near_duplicates_across_classes(root: Path, how: str) -> None:
 
 
 def test_near_duplicates_within_a_class_are_no_fault(root: Path) -> None:
-    """They are told, and the exit code stays 0."""
+    """They are reported, and the exit code stays 0."""
     scene(3).save(root / "c0" / "copy.jpg")
     ended = check(root)
     assert ended.exit_code == 0 and "near duplicates: 1 groups" in ended.stdout
 
 
 def test_many_copies_hide_nothing(root: Path) -> None:
-    """Copies of one image are one group; what is near one of them joins all in a near group."""
+    """Copies of one image are one group. An image near one of them is in a near group with all."""
     for number in range(20):
         scene(0).save(root / "c0" / f"copy{number:02d}.png")
     scene(0).save(root / "c7" / "near.jpg")
@@ -118,7 +117,7 @@ def test_many_copies_hide_nothing(root: Path) -> None:
 
 
 def test_flat_images_are_not_alike(root: Path) -> None:
-    """Of two almost uniform images there is nothing to compare."""
+    """Almost uniform images are near no other."""
     for number, grey in enumerate((100, 101, 200)):
         pixels = np.full((64, 64, 3), grey, dtype=np.uint8)
         pixels[0, 0] += 1
@@ -127,7 +126,7 @@ def test_flat_images_are_not_alike(root: Path) -> None:
 
 
 def test_small_classes(root: Path) -> None:
-    """Training classes of fewer than K images, by name and number; not those of the test."""
+    """Training classes of fewer than K images are listed; test classes are not."""
     for name in ("c2/0.png", "c2/1.png", "c6/0.png"):
         (root / name).unlink()
     ended = check(root)
@@ -152,13 +151,13 @@ def test_the_json_report_has_everything(root: Path) -> None:
 
 
 def test_what_cannot_be_loaded_is_a_users_error(tmp_path: Path) -> None:
-    """Exit code 2 and a sentence."""
+    """The exit code is 2, and a sentence names the folder that is missing."""
     ended = check(tmp_path / "nowhere")
     assert ended.exit_code == 2 and "is not an existing folder" in ended.stderr
 
 
 def test_the_output_fits_a_screen(root: Path) -> None:
-    """80 columns, with names that are longer."""
+    """No line is longer than 80 columns, though names are."""
     long = "a very long class name, " * 6
     (root / "c0").rename(root / long)
     (root / long / "copy.png").write_bytes((root / long / "0.png").read_bytes())
@@ -167,14 +166,14 @@ def test_the_output_fits_a_screen(root: Path) -> None:
 
 @pytest.mark.slow
 def test_built_in_data_can_be_checked() -> None:
-    """Without a file; every image can be read."""
+    """It needs no file, and every image can be read."""
     report = audit(DataConfig(decode_size=32))
-    assert isinstance(report, Report) and report.unreadable == ()
+    assert isinstance(report, AuditReport) and report.unreadable == ()
     assert set(report.splits) == {"train", "validation", "test"}
 
 
 def test_the_histogram() -> None:
-    """A row for each power of two between the smallest and the largest, the longest bar 40."""
+    """It has a row for each power of two up to the largest class, and its longest bar is 40."""
     rows = [line.split() for line in histogram([1, 1, 2, 3, 3, 9])]
     assert [row[:2] for row in rows] == [["1", "2"], ["2-3", "3"], ["4-7", "0"], ["8-15", "1"]]
     assert [len(row[2]) if len(row) > 2 else 0 for row in rows] == [27, 40, 0, 14]

@@ -1,4 +1,4 @@
-"""Views: uint8 squares in, uint8 squares of the net's size out, draws of their own for each image."""
+"""Views: uint8 squares of the net's size, and new random numbers for each image."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def images() -> Tensor:
 @pytest.mark.parametrize("size", [24, 40, 57])
 def test_presets_fit_the_net(images: Tensor, preset: str, size: int) -> None:
     """Every preset gives (3, H, H) uint8, larger than the decoded image or smaller."""
-    found = training_view(preset, size, 40, "peer0")(images)
-    assert found.shape == (6, 3, size, size) and found.dtype == torch.uint8
+    views = training_view(preset, size, 40, "peer0")(images)
+    assert views.shape == (6, 3, size, size) and views.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("preset", ["weak", "standard", "strong"])
 def test_every_image_has_draws_of_its_own(images: Tensor, preset: str) -> None:
     """Six copies of one image look different."""
     with seeded("test"):
-        found = training_view(preset, 24, 40, "peer0")(images)
-    assert len({image.numpy().tobytes() for image in found}) > 2
+        views = training_view(preset, 24, 40, "peer0")(images)
+    assert len({image.numpy().tobytes() for image in views}) > 2
 
 
 @pytest.mark.parametrize("preset", ["weak", "standard", "strong"])
 def test_draws_follow_the_seed_alone(images: Tensor, preset: str) -> None:
-    """One key gives one result whatever was drawn before; another key another one."""
+    """A key gives the same result whatever was drawn before, and another key gives another result."""
     view = training_view(preset, 24, 40, "peer0")
 
     def under(*key: int | str) -> Tensor:
@@ -64,25 +64,25 @@ def test_the_evaluation_view_draws_nothing(images: Tensor) -> None:
     """It is a resize to size / crop and a centre crop, written out here."""
     view = evaluation_view(28, 0.875, 40)
     before = torch.get_rng_state()
-    found = view(images)
+    views = view(images)
     assert torch.equal(torch.get_rng_state(), before)
     expected = F.resize(images, [32, 32], antialias=True)[:, :, 2:30, 2:30]
-    assert torch.equal(found, expected)
+    assert torch.equal(views, expected)
     assert torch.equal(evaluation_view(40, 1.0, 40)(images), images)
 
 
 def test_a_list_of_transforms_is_applied_in_order(images: Tensor) -> None:
-    """Names and settings are torchvision's; `size` is the net's unless given."""
+    """Names and arguments are torchvision's, and `size` defaults to the net's."""
     listed = [
         Transform(name="CenterCrop", args={"size": 20}),
         Transform(name="Resize", args={"interpolation": "nearest"}),
         Transform(name="RandomInvert", args={"p": 1.0}),
     ]
-    found = training_view(listed, 30, 40, "peer0")(images)
+    views = training_view(listed, 30, 40, "peer0")(images)
     expected = F.resize(
         images[:, :, 10:30, 10:30], [30, 30], interpolation=v2.InterpolationMode.NEAREST
     )
-    assert torch.equal(found, 255 - expected)
+    assert torch.equal(views, 255 - expected)
     assert torch.equal(training_view([], 40, 40, "peer0")(images), images)
 
 
@@ -93,8 +93,8 @@ def test_a_list_of_transforms_is_applied_in_order(images: Tensor) -> None:
         ("Qwertz", {}, r"unknown transform 'Qwertz'; see torchvision"),
         ("Transform", {}, "unknown transform 'Transform'"),
         ("functional", {}, "unknown transform 'functional'"),
-        ("ColorJitter", {"brightness": -1}, r"ColorJitter refuses its settings: .*non negative"),
-        ("RandomErasing", {"probability": 1}, r"RandomErasing refuses its settings: .*probability"),
+        ("ColorJitter", {"brightness": -1}, r"ColorJitter refuses its arguments: .*non negative"),
+        ("RandomErasing", {"probability": 1}, r"RandomErasing refuses its arguments: .*probability"),
         ("Resize", {"interpolation": "best"}, r"no interpolation 'best'; allowed: nearest"),
         ("CenterCrop", {"size": 10}, r"gives torch.uint8 \(3, 10, 10\), but the net takes .*24, 24"),
         ("Identity", {}, r"gives torch.uint8 \(3, 40, 40\)"),
@@ -105,7 +105,7 @@ def test_a_list_of_transforms_is_applied_in_order(images: Tensor) -> None:
         ("ToDtype", {"dtype": "float32"}, "view of peer0"),
     ],
 )  # fmt: skip
-def test_wrong_views_are_told(name: str, args: dict[str, Any], message: str) -> None:
-    """Unknown names, refused settings and results the net could not take are a user's to mend."""
+def test_wrong_views_are_refused(name: str, args: dict[str, Any], message: str) -> None:
+    """Unknown names, wrong arguments and unusable outputs are errors of the user."""
     with pytest.raises(UserError, match=message):
         training_view([Transform(name=name, args=args)], 24, 40, "peer0")

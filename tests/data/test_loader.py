@@ -1,4 +1,4 @@
-"""Batches of decoded images, whatever order they are asked in."""
+"""Batches of decoded images do not depend on the order of the steps."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def images(image_folder: Path) -> ImageSet:
 
 
 def test_batches_are_a_function_of_the_step(images: ImageSet) -> None:
-    """Asked in any order, twice, after a jump or on a fresh loader, a step's batch is the images
-    and labels that the sampler names."""
+    """In any order, twice, after a jump or from a new loader, the batch of a step has the images
+    and labels of the sampler's indices."""
     sampler = ClassBalancedSampler(images.labels, 4, 3, seed=5)
     with closing(BatchLoader(images, sampler, threads=2)) as loader:
         for step in (0, 1, 2, 9, 1, 1, 0, 7, 8):
@@ -38,13 +38,13 @@ def test_batches_are_a_function_of_the_step(images: ImageSet) -> None:
 
 
 def test_an_unreadable_image_of_the_next_batch_waits_for_its_step(images: ImageSet) -> None:
-    """Decoding ahead meets a broken file one step early; the error comes with its own step."""
+    """Decoding ahead meets a broken file one step early. The error is raised at the file's own step."""
     sampler = ClassBalancedSampler(images.labels, 2, 2, seed=0)
     later = set(sampler.batch(1).tolist()) - set(sampler.batch(0).tolist())
     broken = sorted(later)[0]
 
     class Broken:
-        """The images, but for one that has become unreadable."""
+        """The images, of which one has become unreadable."""
 
         def __len__(self) -> int:
             return len(images)
@@ -66,7 +66,7 @@ def test_an_unreadable_image_of_the_next_batch_waits_for_its_step(images: ImageS
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_chunks_are_all_images_in_order(images: ImageSet, size: int) -> None:
-    """Together the chunks are every image once, in order; none is larger than asked."""
+    """Together the chunks have every image once, in order, and none is larger than ``size``."""
     chunks = list(in_chunks(images, size))
     assert [len(chunk) for chunk in chunks[:-1]] == [size] * (len(chunks) - 1)
     assert 1 <= len(chunks[-1]) <= size

@@ -12,7 +12,7 @@ sizes = st.lists(st.integers(1, 30), min_size=2, max_size=25)
 
 
 def labels_of(class_sizes: list[int]) -> np.ndarray:
-    """Labels in a scrambled order, so that nothing relies on classes lying together."""
+    """Labels in a shuffled order, so that no test relies on sorted classes."""
     labels = np.repeat(np.arange(len(class_sizes)), class_sizes)
     return np.random.default_rng(0).permutation(labels)
 
@@ -25,7 +25,7 @@ def epoch_of(sampler: ClassBalancedSampler, epoch: int = 0) -> np.ndarray:
 @settings(deadline=None, max_examples=150)
 @given(sizes, st.integers(2, 8), st.integers(2, 6), st.integers(0, 3), st.integers(0, 2))
 def test_an_epoch_keeps_its_promises(class_sizes, num_classes, per_class, seed, epoch):
-    """Every batch: P*K different images, P classes or more, side by side; an epoch: every image."""
+    """A batch has P*K different images of P or more classes, side by side; an epoch has every image."""
     labels = labels_of(class_sizes)
     assume(len(class_sizes) >= num_classes and max(class_sizes) >= 2)
     assume(len(labels) >= num_classes * per_class)
@@ -55,7 +55,7 @@ def test_full_classes_give_exactly_k(class_sizes, seed):
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(2, 9), min_size=20, max_size=40), st.integers(2, 5), st.integers(0, 3))
 def test_no_image_is_alone(class_sizes, per_class, seed):
-    """Where all classes have two images and there are classes to spare, each has a positive."""
+    """If all classes have two images and there are more than P, every image has a positive."""
     labels = labels_of(class_sizes)
     assume(len(labels) >= 5 * per_class)
     for batch in epoch_of(ClassBalancedSampler(labels, 5, per_class, seed)):
@@ -63,7 +63,7 @@ def test_no_image_is_alone(class_sizes, per_class, seed):
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
-    """The same step gives the same batch in any order of asking and in another object."""
+    """A step gives the same batch in any order of steps and from another object."""
     labels = labels_of([7, 3, 12, 5, 9, 1, 4])
     one, other = ClassBalancedSampler(labels, 3, 4, 5), ClassBalancedSampler(labels, 3, 4, 5)
     steps = range(5 * one.steps_per_epoch)
@@ -111,7 +111,7 @@ def test_small_classes_are_counted():
 
 
 def test_what_cannot_be_drawn_is_refused():
-    """Too few classes, too few images and no positive pair are told apart."""
+    """Too few classes, too few images and no positive pair have different messages."""
     with pytest.raises(UserError, match="classes_per_batch is 16 but only 12 classes"):
         ClassBalancedSampler(labels_of([5] * 12), 16, 4, 0)
     with pytest.raises(UserError, match="no batch holds a positive pair"):

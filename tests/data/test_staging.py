@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
-import sys
-import time
-from contextlib import closing, suppress
-from dataclasses import replace
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ pytest.importorskip("pyarrow.fs", reason="ray[tune] brings pyarrow, which is not
 
 from ray_dmml.cli.main import app
 from ray_dmml.config import yamlio
-from ray_dmml.config.schema import Config, DataConfig
-from ray_dmml.data import staging as fetch_module
+from ray_dmml.config.schema import DataConfig
+from ray_dmml.data import staging
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.staging import COPIED, DIGESTS, DONE, fetch, local_root
+from ray_dmml.data.staging import DIGESTS, MARK, fetch, local_root
 from ray_dmml.errors import UserError
 from ray_dmml.filesystem import open_uri
 
@@ -53,6 +53,22 @@ def put(uri: str, files: dict[str, bytes]) -> None:
             stream.write(content)
 
 
+Messages = Callable[[], list[str]]
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> Messages:
+    """Takes what `fetch` has logged since the last call."""
+    caplog.set_level(logging.INFO, "ray_dmml")
+
+    def take() -> list[str]:
+        taken = [r.getMessage() for r in caplog.records if r.name == staging.__name__]
+        caplog.clear()
+        return taken
+
+    return take
+
+
 @pytest.fixture
 def images(image_folder: Path, tmp_path: Path) -> Path:
     """A folder of images that a test may change."""
@@ -63,90 +79,100 @@ def images(image_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["folder", "s3"])
 def test_the_copy_is_the_source(
-    kind: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest
+    kind: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest, messages: Messages
 ) -> None:
-    """Every file, made once: a second look copies nothing, and the images are those of the source."""
+    """It has every file and is made once, and the images are those of the source."""
     source = str(images)
     if kind == "s3":
         source = request.getfixturevalue("s3").uri(f"bucket/{tmp_path.name}/images")
         put(source, files_of(images))
-    asked = config(source, cache_dir=tmp_path / "cache")
-    told: list[str] = []
-    root = fetch(asked, told.append)
-    assert files_of(root) == files_of(images) and root == local_root(asked)
-    assert len(told) == 1 and f"copying {len(files_of(images))} of" in told[0]
-    assert "secret" not in told[0] and "secret" not in (root / ".fetched.json").read_text()
-    assert fetch(asked, told.append) == root and len(told) == 1
-    found = load_splits(asked)
+    data = config(source, cache_dir=tmp_path / "cache")
+    root = fetch(data)
+    assert files_of(root) == files_of(images) and root == local_root(data)
+    (message,) = messages()
+    assert f"copying {len(files_of(images))} of" in message
+    assert "secret" not in message and "secret" not in (root / MARK).read_text()
+    assert fetch(data) == root and not messages()
+    copied = load_splits(data)
     plain = DataConfig.model_validate({"name": "imagefolder", "root": images, "decode_size": 36})
     expected = load_splits(plain)
-    assert len(found.train) == len(expected.train)
-    assert torch.equal(found.train.source.read(0), expected.train.source.read(0))
+    assert len(copied.train) == len(expected.train)
+    assert torch.equal(copied.train.source.read(0), expected.train.source.read(0))
+
+
+def _fetch(data: DataConfig, together: Any) -> list[str]:
+    """The messages of a fetch that begins when all are ready; in a process of its own."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    staging.logger.addHandler(handler)
+    staging.logger.setLevel(logging.INFO)
+    together.wait(60)
+    fetch(data)
+    return messages
 
 
 def test_many_at_once_make_one_copy(images: Path, tmp_path: Path) -> None:
-    """As the peers of a node do."""
-    asked = config(images, root=tmp_path / "copy")
-    code = (
-        "import sys; from ray_dmml.config.schema import DataConfig; from ray_dmml.data.staging import fetch\n"
-        "fetch(DataConfig.model_validate_json(sys.argv[1]), print)"
-    )
-    command = [sys.executable, "-c", code, asked.model_dump_json()]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    told = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0]
-    assert sum("copying" in each for each in told) == 1
+    """The peers of a node start like this."""
+    data = config(images, root=tmp_path / "copy")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torchvision.io", "ray_dmml.data.datasets"])
+    with context.Manager() as manager, ProcessPoolExecutor(3, mp_context=context) as pool:
+        together = manager.Barrier(3)
+        calls = [pool.submit(_fetch, data, together) for _ in range(3)]
+        messages = [message for call in calls for message in call.result()]
+    assert sum("copying" in message for message in messages) == 1
     assert files_of(tmp_path / "copy") == files_of(images)
 
 
-def test_a_copy_that_was_broken_off_goes_on(images: Path, tmp_path: Path) -> None:
-    """What is whole stays; what is missing, cut short or half there is copied."""
+def test_an_interrupted_copy_continues(images: Path, tmp_path: Path, messages: Messages) -> None:
+    """Complete files stay; files that are missing, cut short or partial are copied."""
     root = tmp_path / "copy"
     names = sorted(files_of(images))
     shutil.copytree(images, root)
     (root / names[0]).unlink()
     (root / names[1]).write_bytes(b"cut short")
     (root / names[2]).with_name(f".{Path(names[2]).name}.part").write_bytes(b"half of it")
-    told: list[str] = []
-    fetch(config(images, root=root), told.append)
+    fetch(config(images, root=root))
     assert files_of(root) == files_of(images)
-    assert f"copying 2 of {len(names)} files" in told[0]
+    (message,) = messages()
+    assert f"copying 2 of {len(names)} files" in message
 
 
-def test_what_has_a_digest_is_verified(images: Path, tmp_path: Path) -> None:
-    """In the source, and in a copy of the same size that is there already."""
+def test_files_with_a_digest_are_verified(images: Path, tmp_path: Path) -> None:
+    """Both a damaged source and a damaged copy of the same size are noticed."""
     names = sorted(files_of(images))
-    told = subprocess.run(
+    digests = subprocess.run(
         ["sha256sum", *(f"./{name}" for name in names)],
         cwd=images,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    (images / DIGESTS).write_text(told)
+    (images / DIGESTS).write_text(digests)
     root = tmp_path / "copy"
     shutil.copytree(images, root)
     content = bytearray((root / names[0]).read_bytes())
     content[-1] ^= 1
     (root / names[0]).write_bytes(content)
-    fetch(config(images, root=root), print)
+    fetch(config(images, root=root))
     assert files_of(root) == files_of(images)
 
     (images / names[1]).write_bytes(bytes(len((images / names[1]).read_bytes())))
     with pytest.raises(UserError, match=r"the content of .* is damaged \(not that of SHA256SUMS"):
-        fetch(config(images, root=tmp_path / "other"), print)
+        fetch(config(images, root=tmp_path / "other"))
     assert not (tmp_path / "other" / names[1]).exists()
     (images / names[1]).unlink()
     with pytest.raises(UserError, match=f"has no {names[1]}, which its SHA256SUMS lists"):
-        fetch(config(images, root=tmp_path / "other"), print)
+        fetch(config(images, root=tmp_path / "other"))
     (images / DIGESTS).write_text("not a digest\n")
     with pytest.raises(UserError, match="line 1 of SHA256SUMS is not what sha256sum writes"):
-        fetch(config(images, root=tmp_path / "other"), print)
+        fetch(config(images, root=tmp_path / "other"))
 
 
 @pytest.mark.parametrize("name", ["../../escaped", "a/../../../escaped", "{outside}/escaped"])
 def test_names_that_lead_elsewhere_are_refused(name: str, s3: S3Server, tmp_path: Path) -> None:
-    """A bucket may hold any name."""
+    """A bucket may have any name."""
     import boto3
 
     client = boto3.client(
@@ -160,7 +186,7 @@ def test_names_that_lead_elsewhere_are_refused(name: str, s3: S3Server, tmp_path
     for each in ("a/1.png", name.format(outside=tmp_path)):
         client.put_object(Bucket="bucket", Key=f"{folder}/{each}", Body=b"x")
     with pytest.raises(UserError, match="escaped' is outside the folder"):
-        fetch(config(s3.uri(f"bucket/{folder}"), root=tmp_path / "deep" / "copy"), print)
+        fetch(config(s3.uri(f"bucket/{folder}"), root=tmp_path / "deep" / "copy"))
     assert not list(tmp_path.rglob("escaped"))
 
 
@@ -169,122 +195,120 @@ def test_a_digest_list_names_files_of_the_source_only(s3: S3Server, tmp_path: Pa
     digest = hashlib.sha256(b"x").hexdigest()
     put(source, {"a/1.png": b"x", DIGESTS: f"{digest}  ../../escaped\n".encode()})
     with pytest.raises(UserError, match=r"has no \.\./\.\./escaped"):
-        fetch(config(source, root=tmp_path / "deep" / "er" / "copy"), print)
+        fetch(config(source, root=tmp_path / "deep" / "er" / "copy"))
     assert not (tmp_path / "deep" / "escaped").exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3"])
-def test_another_look_brings_the_copy_up_to_date(
-    kind: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest
+def test_fetching_again_copies_what_is_missing_or_differs_in_size(
+    kind: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest, messages: Messages
 ) -> None:
-    """What was added, what changed (also to as many bytes) and what is there no more, down to a whole
-    class; what else is in the folder stays. A run's own look trusts the copy."""
+    """It removes nothing, and warns of files that the source has not. A run trusts the copy."""
     source, root = str(images), tmp_path / "copy"
     if kind == "s3":
         source = request.getfixturevalue("s3").uri(f"bucket/{tmp_path.name}/images")
         put(source, files_of(images))
-        time.sleep(1.1)  # S3 tells whole seconds
-    asked, told = config(source, root=root), list[str]()
-    fetch(asked, told.append)
+    data = config(source, root=root)
+    fetch(data)
     before = files_of(images)
-    (root / "class01" / "mine.png").write_bytes(b"mine")
-
-    changed = {"class00/0.png": bytes(reversed(before["class00/0.png"])), "class00/new.png": b"new"}
-    gone = [name for name in before if name.startswith(("class15", "class01/0"))]
-    there, base = open_uri(source)
+    changed = {"class00/0.png": before["class00/0.png"] + b"more", "class00/new.png": b"new"}
     put(source, changed)
-    for name in gone:
-        there.delete_file(f"{base}/{name}")
-        with suppress(OSError):
-            (images / name).parent.rmdir()
-    fetch(asked, told.append)
-    assert files_of(root) == before | {"class01/mine.png": b"mine"}
-    fetch(asked, told.append, again=True)
-    expected = {name: content for name, content in before.items() if name not in gone}
-    assert files_of(root) == expected | changed | {"class01/mine.png": b"mine"}
-    assert not (root / "class15").exists()
-    assert f"copying 2 of {len(expected) + 1} files" in told[1] and "removing 6 that" in told[1]
-    fetch(asked, told.append, again=True)
-    assert "has all" in told[2] and "secret" not in "".join(told)
-    fetch(asked, pytest.fail)
+    there, base = open_uri(source)
+    there.delete_file(f"{base}/class15/0.png")
+    (root / "class01" / "0.png").write_bytes(b"damaged")
+    messages()
+    fetch(data)
+    assert files_of(root)["class01/0.png"] == b"damaged" and not messages()
+    fetch(data, again=True)
+    assert files_of(root) == before | changed
+    extra, copying = messages()
+    assert "has 1 files that are not in" in extra and "such as class15/0.png" in extra
+    assert f"copying 3 of {len(before)} files" in copying
+    fetch(data, again=True)
+    assert "has all" in messages()[1]
+    fetch(data)
+    assert not messages()
 
 
-def test_a_copy_of_another_source_is_not_replaced_by_a_run(images: Path, tmp_path: Path) -> None:
-    """A slip in the URI would remove what another run reads; `data fetch` may."""
+def test_a_copy_of_another_source_is_not_replaced(
+    images: Path, tmp_path: Path, messages: Messages
+) -> None:
+    """A run and `data fetch` refuse, also if it is not finished: the two would be mixed."""
     other, root = tmp_path / "other", tmp_path / "copy"
     shutil.copytree(images / "class00", other / "class00")
-    fetch(config(images, root=root), print)
-    with pytest.raises(
-        UserError, match=r"holds a copy of .*images, and not of .*other: give data.root"
-    ):
-        fetch(config(other, root=root), print)
+    fetch(config(images, root=root))
+    refusal = r"holds a copy of .*images, and not of .*other: give data.root"
+    for again in (False, True):
+        with pytest.raises(UserError, match=refusal):
+            fetch(config(other, root=root), again=again)
     assert files_of(root) == files_of(images)
-    fetch(config(images, root=root), pytest.fail)
-    fetch(config(other, root=root), print, again=True)
-    assert files_of(root) == files_of(other)
+    mark = json.loads((root / MARK).read_text())
+    (root / MARK).write_text(json.dumps(mark | {"finished": False}))
+    with pytest.raises(UserError, match=refusal):
+        fetch(config(other, root=root))
+    messages()
+    fetch(config(images, root=root))
+    assert "copying 0 of" in messages()[0]
 
 
-def test_another_look_that_breaks_off_leaves_no_finished_copy(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_fetching_again_without_success_leaves_no_finished_copy(
+    images: Path, tmp_path: Path, messages: Messages
 ) -> None:
-    """The next run goes on with it, and takes no old bytes for new ones of the same number; a source
-    that does not answer changes nothing."""
-    asked = config(images, root=tmp_path / "copy")
-    fetch(asked, print)
+    """The next run continues it. A source that does not answer changes nothing."""
+    data = config(images, root=tmp_path / "copy")
+    fetch(data)
     images.rename(tmp_path / "away")
     with pytest.raises(UserError, match="cannot be copied"):
-        fetch(asked, print, again=True)
-    fetch(asked, pytest.fail)
+        fetch(data, again=True)
+    messages()
+    fetch(data)
+    assert not messages()
     (tmp_path / "away").rename(images)
 
-    first = images / "class00" / "0.png"
-    first.write_bytes(bytes(len(first.read_bytes())))
-    with monkeypatch.context() as broken:
-        broken.setattr(fetch_module, "_get", _break_off)
-        with pytest.raises(UserError, match=r"cannot be copied .* the network is gone"):
-            fetch(asked, print, again=True)
-    fetch(asked, print)
+    (images / "class00" / "new.png").write_bytes(b"new")
+    (images / DIGESTS).write_text(f"{hashlib.sha256(b'other').hexdigest()}  class00/new.png\n")
+    with pytest.raises(UserError, match="is damaged"):
+        fetch(data, again=True)
+    with pytest.raises(UserError, match="is damaged"):
+        fetch(data)
+    (images / "class00" / "new.png").write_bytes(b"other")
+    fetch(data)
     assert files_of(tmp_path / "copy") == files_of(images)
 
 
-def _break_off(*arguments: Any) -> None:
-    raise OSError("the network is gone")
-
-
-def test_a_list_of_copied_files_removes_nothing_elsewhere(images: Path, tmp_path: Path) -> None:
-    """It may be a stranger's, who packed the folder."""
-    root, victim = tmp_path / "copy", tmp_path / "elsewhere" / "victim"
-    fetch(config(images, root=root), print)
-    victim.parent.mkdir()
-    victim.write_text("")
-    (root / "link").symlink_to(victim.parent)
-    names = ["../elsewhere/victim", "link/victim", str(victim), ".", ""]
-    (root / COPIED).write_text(json.dumps(dict.fromkeys(names, 0)))
-    fetch(config(images, root=root), print, again=True)
-    assert victim.exists() and files_of(root) == files_of(images)
+def test_a_disk_that_is_too_small_is_refused(images: Path, tmp_path: Path) -> None:
+    """No file is copied."""
+    with (images / "class00" / "large.png").open("wb") as file:
+        file.truncate(shutil.disk_usage(tmp_path).free + 2**30)  # sparse
+    with pytest.raises(UserError, match=r"GiB are to be copied to .* are free: set data\.root"):
+        fetch(config(images, root=tmp_path / "copy"))
+    assert not files_of(tmp_path / "copy")
 
 
 def test_a_copy_is_on_the_disk_before_it_counts(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the machine dies the mark of a finished copy must not be all that is left of it."""
+    """If the machine dies, the mark must not survive without the files."""
     root, synced = tmp_path / "copy", list[bool]()
 
+    def finished() -> bool:
+        return bool(json.loads((root / MARK).read_text())["finished"])
+
     def sync() -> None:
-        synced.append((root / DONE).exists())
+        synced.append(finished())
         assert files_of(root) == files_of(images)
 
     monkeypatch.setattr(os, "sync", sync)
-    fetch(config(images, root=root), print)
-    assert synced == [False] and (root / DONE).exists()
+    fetch(config(images, root=root))
+    assert synced == [False] and finished()
 
 
-def test_a_copy_may_be_a_source(images: Path, tmp_path: Path) -> None:
-    """What it says of itself is not what there is to say of its copy."""
-    fetch(config(images, root=tmp_path / "first"), print)
-    told: list[str] = []
-    fetch(config(tmp_path / "first", root=tmp_path / "second"), told.append)
-    assert f"copying {len(files_of(images))} of {len(files_of(images))} files" in told[0]
+def test_a_copy_may_be_a_source(images: Path, tmp_path: Path, messages: Messages) -> None:
+    """Its mark is not copied."""
+    fetch(config(images, root=tmp_path / "first"))
+    messages()
+    fetch(config(tmp_path / "first", root=tmp_path / "second"))
+    assert f"copying {len(files_of(images))} of {len(files_of(images))} files" in messages()[0]
     assert files_of(tmp_path / "second") == files_of(images)
 
 
@@ -298,15 +322,15 @@ def test_a_copy_may_be_a_source(images: Path, tmp_path: Path) -> None:
         ("s3://AKIA:abc/secret@bucket/images", "data.source s3://bucket/images .* is written %2F"),
     ],
 )
-def test_sources_that_are_none(source: str, expected: str, tmp_path: Path) -> None:
+def test_wrong_sources_are_refused(source: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     place = source if "://" in source else str(tmp_path / source)
     with pytest.raises(UserError, match=expected):
-        fetch(config(place, root=tmp_path / "copy"), print)
+        fetch(config(place, root=tmp_path / "copy"))
 
 
 def test_the_command_prepares_this_machine(images: Path, tmp_path: Path) -> None:
-    """Relative to the config's folder, as every path in it."""
+    """Paths are relative to the config's folder."""
     file = images.parent / "config.yaml"
     raw = tiny(images, data={"root": "../copy", "source": "images"})
     file.write_text(yamlio.dump(raw))
@@ -317,97 +341,7 @@ def test_the_command_prepares_this_machine(images: Path, tmp_path: Path) -> None
         and f"in {images.parent}/../copy" in ended.output
     )
     assert files_of(tmp_path / "copy") == files_of(images)
-    (images / "class00" / "0.png").rename(images / "class00" / "new.png")
+    write_image(images / "class00" / "new.png", np.random.default_rng(0), 0)
     ended = CliRunner().invoke(app, ["data", "fetch", "--config", str(file)])
-    assert ended.exit_code == 0, ended.output
+    assert ended.exit_code == 0 and "31 training images" in ended.output, ended.output
     assert files_of(tmp_path / "copy") == files_of(images)
-
-
-def test_every_node_makes_itself_a_copy(
-    ray_start_4_cpus: None, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the command over a cluster, and by a run whose peers come to a node that has none."""
-    import ray
-
-    from ray_dmml.ray_backend.ray_cohort import RayCohort
-
-    raw = tiny(images, data={"root": str(tmp_path / "copy"), "source": str(images)})
-    file = tmp_path / "config.yaml"
-    file.write_text(yamlio.dump(raw))
-    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-    ended = CliRunner().invoke(app, ["data", "fetch", "--config", str(file)])
-    assert ended.exit_code == 0, ended.output
-    assert ray.util.get_node_ip_address() in ended.output
-    assert files_of(tmp_path / "copy") == files_of(images)
-    (images / "class00" / "0.png").rename(images / "class00" / "new.png")
-    ended = CliRunner().invoke(app, ["data", "fetch", "--config", str(file)])
-    assert ended.exit_code == 0, ended.output
-    assert files_of(tmp_path / "copy") == files_of(images)
-
-    asked = Config.load(file)
-    splits = load_splits(asked.data)
-    shutil.rmtree(tmp_path / "copy")
-    cohort = RayCohort(asked, splits)
-    try:
-        assert files_of(tmp_path / "copy") == files_of(images)
-        assert len(cohort.run(0, 1, lambda finished: None)) == 1
-    finally:
-        cohort.close()
-
-    raw["data"]["source"] = str(tmp_path / "nowhere")
-    raw["data"]["root"] = str(tmp_path / "other")
-    file.write_text(yamlio.dump(raw))
-    ended = CliRunner().invoke(app, ["data", "fetch", "--config", str(file)])
-    assert ended.exit_code == 2 and "cannot be copied" in ended.output
-
-
-OTHERS = r"peer\d: the (training|validation) images on host .* are not those that the driver has"
-
-
-def test_copies_of_two_times_are_not_trained_on(
-    ray_start_4_cpus: None, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The driver has an old copy, and a photo was added before the peers' nodes made theirs: a number
-    would mean one image here and another one there. Another look brings them together."""
-    from ray_dmml.ray_backend.ray_cohort import RayCohort
-
-    asked = Config.parse(tiny(images, data={"root": None, "source": str(images)}))
-    monkeypatch.setenv(
-        "XDG_CACHE_HOME", str(tmp_path / "the driver's")
-    )  # Ray's processes have another
-    splits = load_splits(asked.data)
-    write_image(images / "class00" / "added.png", np.random.default_rng(0), 0)
-    with pytest.raises(UserError, match=f"{OTHERS}: .*data fetch"):
-        RayCohort(asked, splits).close()
-    fetch(asked.data, print, again=True)
-    with closing(RayCohort(asked, load_splits(asked.data))) as cohort:
-        assert len(cohort.run(0, 1, lambda finished: None)) == 1
-
-
-def test_a_folder_of_two_times_is_not_trained_on(ray_start_4_cpus: None, images: Path) -> None:
-    """As a mount that shows one node what another one changed a while ago."""
-    from ray_dmml.ray_backend.ray_cohort import RayCohort
-
-    asked = Config.parse(tiny(images))
-    splits = load_splits(asked.data)
-    (images / "class00" / "0.png").rename(images / "class00" / "00.png")
-    with pytest.raises(UserError, match=f"{OTHERS}: .*the same data.root"):
-        RayCohort(asked, splits).close()
-
-
-def test_a_digest_is_of_names_classes_and_their_order(images: Path) -> None:
-    """And of who is judged against whom; not of the folder that the images are in, or of which of two
-    equal sets is asked."""
-    plain = DataConfig.model_validate({"name": "imagefolder", "root": images, "decode_size": 36})
-    splits = load_splits(plain)
-    train = splits.train
-    swapped = train.subset([1, 0, *range(2, len(train))])
-    elsewhere = shutil.copytree(images, images.parent / "elsewhere")
-    same = load_splits(plain.model_copy(update={"root": Path(elsewhere)}))
-    assert same.digests() == splits.digests() and set(same.digests()) >= {"training", "test"}
-    others = [swapped, train.subset(range(len(train) - 1)), splits.test]
-    others.append(replace(train, labels=train.labels[::-1].copy()))
-    first, second = np.array([0]), np.array([1])
-    others.append(replace(train, query=first, gallery=second))
-    others.append(replace(train, query=second, gallery=first))
-    assert len({each.digest() for each in (train, *others)}) == 7

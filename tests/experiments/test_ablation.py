@@ -1,4 +1,4 @@
-"""The ablation: its arms are what they are called, its figures are those of a run, its rows are kept."""
+"""The ablation: arms have what their names say, figures are those of a run, and rows are kept."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,14 +23,14 @@ from ray_dmml.checkpoint.peer_state import decode_peer
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError
-from ray_dmml.models.embedding_net import OFFLINE_BACKBONES
+from ray_dmml.models.pretrained import OFFLINE_BACKBONES
+from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
-from ray_dmml.training.trainer import train
 
 STEPS = 8
 PARTS: dict[str, Any] = {
     "independent": {"cohort.base.optimizer.lr": 0.002},
-    "mutual": {"loss.relational.distance_weight": 3, "loss.relational.normalize": "raw"},
+    "mutual": {"loss.relational.distance_weight": 3, "loss.relational.normalize": False},
     "model": [{}, {"init_seed": 1}, {"init_seed": 2}, {"init_seed": 3}],
     "view": [{"view": "weak"}, {"view": "standard"}, {"view": "weak"}, {"view": "strong"}],
     "temporal": [{}, {"update_interval": 2}, {}, {"update_interval": 2}],
@@ -41,27 +40,47 @@ PARTS: dict[str, Any] = {
 
 @pytest.fixture
 def folder(tmp_path: Path, image_folder: Path) -> Path:
-    """Of an ablation that takes seconds."""
+    """The folder of an ablation that takes seconds."""
     raw = tiny(image_folder)
     raw["data"] |= {"validation_fraction": 0.4}
     base = raw["cohort"].get("base", {})
     raw["cohort"] = {"base": {**base, "init_seed": 0}, "peers": [{}, {}]}
     raw["train"] = {"steps": STEPS, "evaluate_every": 2, "tensorboard": False}
-    found = tmp_path / "mine"
-    found.mkdir()
-    (found / "config.yaml").write_text(yaml.safe_dump(raw))
-    (found / "arms.yaml").write_text(yaml.safe_dump(PARTS))
-    return found
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw))
+    (folder / "arms.yaml").write_text(yaml.safe_dump(PARTS))
+    return folder
+
+
+@pytest.fixture
+def ablation(ablations: Any) -> ModuleType:
+    """The command's module."""
+    import ablation
+
+    return ablation
+
+
+@pytest.fixture(scope="module")
+def private_ray() -> Iterator[None]:
+    """A Ray whose workers find the modules of experiments/."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(EXPERIMENTS), prepend=os.pathsep)
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 def plan(ablations: Any, folder: Path) -> Any:
     return ablations.arms.Plan(folder, [])
 
 
-def test_arms_differ_in_what_they_are_called_and_in_nothing_else(
+def test_arms_differ_in_what_their_names_say_and_in_nothing_else(
     ablations: Any, folder: Path
 ) -> None:
-    """Weights of the mutual term, initial weights, views and intervals, of every arm of two peers."""
+    """Checks mutual weights, initial weights, views and intervals of every arm."""
     arms, made = ablations.arms.ARMS, plan(ablations, folder)
     for name, arm in arms.items():
         config = made.config(arm, seed=3)
@@ -71,7 +90,7 @@ def test_arms_differ_in_what_they_are_called_and_in_nothing_else(
         assert len(peers) == arm.num_peers
         same_start = len({peer.init_seed for peer in peers}) == 1
         assert same_start == ("model" not in arm.diversities), name
-        assert len({peer.seed for peer in peers}) == len(peers)  # own draws of the recipe
+        assert len({peer.seed for peer in peers}) == len(peers)  # random views of their own
         if len(peers) == 2:
             assert (peers[0].view == peers[1].view) == ("view" not in arm.diversities)
             assert [peer.update_interval for peer in peers] == (
@@ -79,7 +98,7 @@ def test_arms_differ_in_what_they_are_called_and_in_nothing_else(
             )
         assert all((peer.ema is not None) == arm.ema for peer in peers)
         if arm.mutual:
-            assert (relational.normalize == "unit") == name.endswith(", unit length")
+            assert relational.normalize == name.endswith(", unit length")
         else:
             assert peers[0].optimizer.lr == 0.002
     both = arms["mutual + all"]
@@ -89,22 +108,22 @@ def test_arms_differ_in_what_they_are_called_and_in_nothing_else(
 
 
 @pytest.mark.parametrize(
-    ("name", "judged_at"),
+    ("name", "weights"),
     [("mutual + all", ("last", "best")), ("mutual + all + ema", ("ema",))],
 )
 def test_an_arm_s_figures_are_those_of_a_run_of_its_config(
-    ablations: Any, folder: Path, tmp_path: Path, name: str, judged_at: tuple[str, ...]
+    ablations: Any, folder: Path, tmp_path: Path, name: str, weights: tuple[str, ...]
 ) -> None:
-    """At the last step and at the best on validation classes, of weights or their averages: what `train`
-    gives."""
+    """The row has the figures of `train`, at the last and at the best step, with averaged weights or without."""
     made, arm = plan(ablations, folder), ablations.arms.ARMS[name]
     config = made.config(arm, seed=1)
     row = ablations.measure.measure(made, arm, 1, load_splits(config.data))
     row["ema"] = row["last"]
-    for at in judged_at:
+    for at in weights:
         evaluation = config.evaluation.model_copy(update={"weights": at, "untrained": False})
-        judged = config.model_copy(update={"evaluation": evaluation})
-        results = train(judged, tmp_path / at, local=True)
+        results = train(
+            config.model_copy(update={"evaluation": evaluation}), tmp_path / at, local=True
+        )
         assert results["step"] == row[at]["step"]
         for mine, theirs in [
             *zip(row[at]["test"]["peers"], results["peers"].values(), strict=True),
@@ -118,7 +137,7 @@ def test_an_arm_s_figures_are_those_of_a_run_of_its_config(
 
 
 def test_snapshots_are_the_net_at_the_end_of_each_cycle(ablations: Any, folder: Path) -> None:
-    """Two members, the second of which is the net at the last step; its rate fell twice."""
+    """There are two members, and the second is the net at the last step. The rate fell twice."""
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     settings["train"]["evaluate_every"] = 4
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -133,7 +152,7 @@ def test_snapshots_are_the_net_at_the_end_of_each_cycle(ablations: Any, folder: 
 
 
 def test_self_distillation_learns_from_a_finished_frozen_net(ablations: Any, folder: Path) -> None:
-    """The student alone is judged, and but for its teacher it would be the net that learns alone."""
+    """Only the student is evaluated. Without its teacher it would be the single net."""
     (folder / "arms.yaml").write_text(yaml.safe_dump({**PARTS, "independent": {}, "mutual": {}}))
     made, arms = plan(ablations, folder), ablations.arms.ARMS
     splits = load_splits(made.config(arms["single net"], 0).data)
@@ -154,11 +173,11 @@ def test_self_distillation_learns_from_a_finished_frozen_net(ablations: Any, fol
 def test_the_teacher_of_self_distillation_is_the_single_net_at_its_end(
     ablations: Any, folder: Path, tmp_path: Path
 ) -> None:
-    """Its last weights, to the bit; and a change of how it was trained is one of the arm."""
+    """Its weights are the single net's to the bit. A change of how it is trained changes the arm's digest."""
     made, arms, measure = plan(ablations, folder), ablations.arms.ARMS, ablations.measure
     config = made.config(arms["single net"], measure.TEACHER_SEED)
     splits = load_splits(config.data)
-    measure._train_teacher(config, splits, tmp_path / "teacher.safetensors")
+    measure.train_teacher(config, splits, tmp_path / "teacher.safetensors")
     train(config, tmp_path / "alone", local=True)
     state = RunDir.open(tmp_path / "alone").checkpoints.load("last").peers
     (alone,) = (decode_peer(files)["net"] for files in state.values())
@@ -170,21 +189,20 @@ def test_the_teacher_of_self_distillation_is_the_single_net_at_its_end(
     changed = {**PARTS, "independent": {"cohort.base.optimizer.lr": 0.003}}
     (folder / "arms.yaml").write_text(yaml.safe_dump(changed))
     after = {name: plan(ablations, folder).digest(arm) for name, arm in arms.items()}
-    differ = {name for name in arms if before[name] != after[name]}
-    alike = {name for name in arms if name.startswith("mutual")}
-    assert differ == set(arms) - alike
+    changed_arms = {name for name in arms if before[name] != after[name]}
+    assert changed_arms == {name for name in arms if not name.startswith("mutual")}
 
 
 def test_agreement_and_overlap_are_those_of_a_naive_loop(
     ablations: Any, image_folder: Path
 ) -> None:
-    """Three members with embeddings of different sizes, query against gallery and all against all."""
+    """Three members have embeddings of different sizes; query against gallery, and all against all."""
     rng = np.random.default_rng(0)
     images = load_splits(Config.parse(tiny(image_folder)).data).test
     members = []
     for size in (4, 8, 16):
-        drawn = rng.standard_normal((len(images), size)).astype(np.float32)
-        members.append(drawn / np.linalg.norm(drawn, axis=1, keepdims=True))
+        points = rng.standard_normal((len(images), size)).astype(np.float32)
+        members.append(points / np.linalg.norm(points, axis=1, keepdims=True))
     count = len(images)
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
     cosines = [[float(m[i] @ m[j]) for i, j in pairs] for m in members]
@@ -193,23 +211,23 @@ def test_agreement_and_overlap_are_those_of_a_naive_loop(
     assert ablations.measure.agreement(members[:1] * 2) == pytest.approx(1)
 
     for query, gallery in [(None, None), (np.arange(0, count, 2), np.arange(1, count))]:
-        judged = type(images)(images.source, images.labels, images.class_names, query, gallery)
-        one = 0
-        asked = range(count) if query is None else query.tolist()
-        found = range(count) if gallery is None else gallery.tolist()
-        for i in asked:
-            right = 0
+        subset = type(images)(images.source, images.labels, images.class_names, query, gallery)
+        queries = range(count) if query is None else query.tolist()
+        searched = range(count) if gallery is None else gallery.tolist()
+        expected = 0
+        for i in queries:
+            correct = 0
             for m in members:
-                nearest = max((j for j in found if j != i), key=lambda j: float(m[i] @ m[j]))
-                right += images.labels[nearest] == images.labels[i]
-            one += right == 1
-        assert ablations.measure.only_one(members, judged) == pytest.approx(
-            one / len(asked), abs=1e-5
+                nearest = max((j for j in searched if j != i), key=lambda j: float(m[i] @ m[j]))
+                correct += images.labels[nearest] == images.labels[i]
+            expected += correct == 1
+        assert ablations.measure.only_one(members, subset) == pytest.approx(
+            expected / len(queries), abs=1e-5
         )
 
 
 def test_the_interval_is_that_of_a_paired_t_test(ablations: Any) -> None:
-    """Seeds that one arm lacks are left out; with one or two in common there is no interval."""
+    """Seeds that one arm lacks are left out. With one or two in common there is no interval."""
     paired = ablations.report.paired
     mine, theirs = {0: 81.0, 1: 83.5, 2: 80.5, 3: 99.0}, {0: 79.0, 1: 80.0, 2: 80.0}
     found = paired(mine, theirs)
@@ -218,31 +236,33 @@ def test_the_interval_is_that_of_a_paired_t_test(ablations: Any) -> None:
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
     assert found.mean == pytest.approx(2.0) and found.seeds == 3
     assert str(paired({0: 2.0}, theirs)) == "-77.0" and str(paired({7: 2.0}, theirs)) == "-"
-    # Two seeds that happen to differ by as much are no certainty.
+    # Two seeds with the same difference by chance do not make it certain.
     assert str(paired({0: 81.0, 1: 82.0}, theirs)) == "+2.0"
 
 
 def test_mutual_learning_over_all_diversities(ablations: Any) -> None:
-    """Is the paired t-test of each seed's mean over the five pairs, of the seeds that all ten arms have."""
+    """The paired t-test is of each seed's mean over the five pairs, for the seeds that all ten arms have."""
     random = np.random.default_rng(0)
     ends = ("", " + model", " + view", " + temporal", " + all")
     arms = [f"{kind}{end}" for kind in ("mutual", "independent") for end in ends]
-    # Kind, diversities, seed; two peers and their ensemble.
-    right = random.uniform(size=(2, 5, 4, 3))
+    # Axes: kind, diversities, seed, and two peers with their ensemble.
+    recall = random.uniform(size=(2, 5, 4, 3))
     rows = []
     for place, arm in enumerate(arms):
         for seed in range(3 if arm == "mutual + view" else 4):
-            *peers, together = ({"recall@1": x} for x in right.reshape(10, 4, 3)[place, seed])
-            found = {"test": {"peers": peers, "ensemble": together}}
-            rows.append({"arm": arm, "seed": seed, "device": "CPU", "last": found})
-    told = ablations.report.mutual_learning(rows, "last")
-    for who, figures in (("mean peer", right[..., :2].mean(-1)), ("ensemble", right[..., 2])):
+            *peers, together = ({"recall@1": x} for x in recall.reshape(10, 4, 3)[place, seed])
+            last = {"test": {"peers": peers, "ensemble": together}}
+            rows.append({"arm": arm, "seed": seed, "device": "CPU", "last": last})
+    sentence = ablations.report.mutual_learning(rows, "last")
+    for who, figures in (("mean peer", recall[..., :2].mean(-1)), ("ensemble", recall[..., 2])):
         mutual, independent = 100 * figures[:, :, :3].mean(1)
         low, high = stats.ttest_rel(mutual, independent).confidence_interval(0.95)
-        assert f"{who} R@1 {np.mean(mutual - independent):+.1f} [{low:+.1f}, {high:+.1f}]" in told
-    assert "3 seeds" in told and "†" not in told
+        assert (
+            f"{who} R@1 {np.mean(mutual - independent):+.1f} [{low:+.1f}, {high:+.1f}]" in sentence
+        )
+    assert "3 seeds" in sentence and "†" not in sentence
     rows[-1]["device"] = "GPU"
-    assert ablations.report.mutual_learning(rows, "last") == told  # a seed that is not compared
+    assert ablations.report.mutual_learning(rows, "last") == sentence  # a seed that is not compared
     rows[-2]["device"] = "GPU"
     assert ablations.report.mutual_learning(rows, "last").count("†") == 2
     others = [row for row in rows if row["arm"] != "mutual + view"]
@@ -250,12 +270,12 @@ def test_mutual_learning_over_all_diversities(ablations: Any) -> None:
 
 
 def test_differences_of_two_devices_are_marked(ablations: Any) -> None:
-    """Where one pair of the seeds that both arms have is of two, and nowhere else."""
+    """A difference is marked where a seed of both arms ran on two devices, and nowhere else."""
 
     def row(arm: str, seed: int, device: str) -> dict[str, Any]:
         figures = {"recall@1": 0.5 + seed / 100, "map@r": 0.4}
-        found = {"peers": [figures, figures], "ensemble": figures}
-        at = {"test": found, "validation": found}
+        evaluated = {"peers": [figures, figures], "ensemble": figures}
+        at = {"test": evaluated, "validation": evaluated}
         return {"arm": arm, "seed": seed, "device": device, "last": at, "best": at}
 
     rows = [row("independent", seed, "CPU") for seed in range(3)]
@@ -275,39 +295,21 @@ def test_differences_of_two_devices_are_marked(ablations: Any) -> None:
     }
 
 
-def test_the_tables_page_is_whole_in_the_folder_and_between_marks_elsewhere(
-    ablation: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
-) -> None:
-    """A folder that was copied or renamed has a report.md of its old name, which is written anew. The
-    project's page keeps what is outside its marks, and without them it is refused."""
-    project = folder.parent / "experiments"
-    shutil.copytree(folder, project / "ablations" / "characters")
+def test_the_report_stands_in_the_folder_of_its_rows(ablation: ModuleType, folder: Path) -> None:
+    """It is written again as a whole, also after the folder was renamed."""
     shutil.copy(EXPERIMENTS / "ablations" / "characters" / "rows.jsonl", folder)
-    shutil.copy(folder / "rows.jsonl", project / "ablations" / "characters")
     ablation.main(str(folder), report=True)
-    written = (folder / "report.md").read_text()
-    assert "\n| mutual + all, M = 4 | 5 |" in written and "(./differences.png)" in written
-    copied = folder.rename(folder.parent / "copied")
-    (copied / "report.md").write_text(f"<!-- mine -->\n\n{written}\n<!-- /mine -->\n")
-    ablation.main(str(copied), report=True)
-    assert (copied / "report.md").read_text() == written
-
-    monkeypatch.setattr(ablation, "EXPERIMENTS", project)
-    page = project / "README.md"
-    page.write_text("Before.\n<!-- characters -->\nOld.\n<!-- /characters -->\nAfter.\n")
-    ablation.main("characters", report=True)
-    tables = written.replace("(./", "(ablations/characters/")
-    marked = f"<!-- characters -->\n\n{tables}\n<!-- /characters -->\n"
-    assert page.read_text() == f"Before.\n{marked}After.\n"
-    page.write_text("Before.\n")
-    with refused("has no marks <!-- characters -->"):
-        ablation.main("characters", report=True)
-    assert page.read_text() == "Before.\n"
+    page = (folder / "report.md").read_text()
+    assert "\n| mutual + all, M = 4 | 5 |" in page and "(differences.png)" in page
+    renamed = folder.rename(folder.parent / "renamed")
+    (renamed / "report.md").write_text("old")
+    ablation.main(str(renamed), report=True)
+    assert (renamed / "report.md").read_text() == page
 
 
 @pytest.mark.parametrize("name", ["characters", "grocery"])
 def test_the_arms_of_the_experiments_are_valid(ablations: Any, tmp_path: Path, name: str) -> None:
-    """Every arm parses, and each diversity makes the peers differ."""
+    """Every arm parses, and each diversity makes the peers different."""
     made = ablations.arms.Plan(EXPERIMENTS / "ablations" / name, [f"data.root={tmp_path}"])
     backbones = [
         peer.backbone for peer in made.config(ablations.arms.ARMS["mutual + all"], 0).cohort.peers
@@ -327,67 +329,73 @@ def test_the_arms_of_the_experiments_are_valid(ablations: Any, tmp_path: Path, n
             assert differ == (diversity in arm.diversities)
 
 
+@pytest.mark.parametrize("name", ["characters", "grocery"])
+def test_the_rows_of_the_experiments_are_finished(
+    ablation: ModuleType, ablations: Any, tmp_path: Path, name: str
+) -> None:
+    """The rows in the repository have the settings of their arms, the report is theirs, and none is missing."""
+    folder = EXPERIMENTS / "ablations" / name
+    made = ablations.arms.Plan(folder, [f"data.root={tmp_path}"])
+    digests = {arm: made.digest(ablations.arms.ARMS[arm]) for arm in ablations.arms.ARMS}
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    ablation.require_same_settings(rows, digests, folder / "rows.jsonl")
+    wanted = [(arm, seed) for arm in digests for seed in range(5)]
+    assert sorted((row["arm"], row["seed"]) for row in rows) == sorted(wanted)
+    assert ablation.left_to_run(rows, wanted, digests) == []
+    assert ablations.report.table(rows, "last") in (folder / "report.md").read_text()
+
+
 def test_a_wrong_plan_is_refused(ablations: Any, folder: Path) -> None:
-    """A missing part and an unknown setting, each by name."""
-    for change, said in [
-        ({"temporal": None}, "must say"),
+    """The message names a missing part, an unknown setting, and a setting without effect."""
+    for change, message in [
+        ({"temporal": None}, "must have"),
         ({"mutual": {"loss.relational.distanc": 1}}, "distance"),
         ({"view": [{"view": "mild"}, {}, {}, {}]}, "view"),
-        ({"model": [{}, {"init_seed": 1}]}, "one of each of 4 peers"),
-        ({"independent": None, "typo": {}}, "must say"),
-        ({"independent": {"train.steps": 16}}, "may say .*not train.steps"),
-        ({"independent": {"loss.relational.angle_weight": 1}}, "angle would change nothing"),
+        ({"model": [{}, {"init_seed": 1}]}, "one entry for each of 4 peers"),
+        ({"independent": None, "typo": {}}, "must have"),
+        ({"independent": {"train.steps": 16}}, "may set .*not train.steps"),
+        (
+            {"independent": {"loss.relational.angle_weight": 1}},
+            "independent may not set loss.relational.angle_weight",
+        ),
         (
             {"ema": {"loss.relational.angle_weight": 1}},
-            "ema may not say loss.relational.angle_weight",
+            "ema may not set loss.relational.angle_weight",
         ),
         ({"ema": {}}, "yaml: independent . all . ema: ema must give all peers"),
     ]:
         parts = {key: value for key, value in {**PARTS, **change}.items() if value is not None}
         (folder / "arms.yaml").write_text(yaml.safe_dump(parts))
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             plan(ablations, folder)
     (folder / "arms.yaml").write_text(yaml.safe_dump(PARTS))
-    for setting, said in [
+    for setting, message in [
         ("cohort.peers.1.view=weak", "cohort.peers must be equal"),
         ("train.init_from=runs/a", "train.init_from must be null"),
         ("failure.on_nonfinite=skip", 'must be "fail" in an ablation, not skip'),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             ablations.arms.Plan(folder, [setting])
 
 
-@pytest.mark.parametrize("num_gpus", [0, 1])
-def test_a_task_takes_a_core_and_its_share_of_a_gpu(ablations: Any, num_gpus: int) -> None:
-    """Of a private Ray with a GPU, and without one (to Ray it is a number: no device is touched)."""
-    import ray
-
-    ray.init("local", num_cpus=8, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False)
-    try:
-        taken = ablations.running.resources(0.25)
-    finally:
-        ray.shutdown()
-    assert taken == ({"num_cpus": 1, "num_gpus": 0.25} if num_gpus else {"num_cpus": 1})
+def test_a_task_takes_a_core_and_its_share_of_a_gpu(ablation: ModuleType) -> None:
+    assert ablation.resources(0.25, {"CPU": 8.0}) == {"num_cpus": 1}
+    assert ablation.resources(0.25, {"CPU": 8.0, "GPU": 1.0}) == {"num_cpus": 1, "num_gpus": 0.25}
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, EXPERIMENTS / "ablation.py", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=environment)
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_rows_are_kept_and_finished_ones_are_not_run_again(
-    folder: Path, image_folder: Path
+    ablation: ModuleType, private_ray: None, folder: Path, image_folder: Path, refused: Refused
 ) -> None:
-    """On a private Ray: a row a finished arm and seed; a second run adds what is missing only, and
-    tables and plots are of all rows. An arm that fails is named and costs no other."""
-    arms = ["--arm", "independent", "--arm", "mutual + all", "--arm", "independent"]
-    ended = command(folder, *arms, "--seeds", "2")
-    assert ended.returncode == 0, ended.stderr
-    file = folder / "rows.jsonl"
+    """Each finished arm and seed has a row, and tables and plots show all rows. Rows of other settings or
+    images are refused. An arm that fails is named, and the other arms are finished."""
+    file, arms = folder / "rows.jsonl", ["independent", "mutual + all", "independent"]
+    ablation.main(str(folder), arm=arms, seeds=2)
     first = file.read_text()
-    rows = [json.loads(line) for line in first.splitlines()]
+    rows = read(folder)
     assert sorted((row["arm"], row["seed"]) for row in rows) == [
         *(("independent", 0), ("independent", 1)),
         *(("mutual + all", 0), ("mutual + all", 1)),
@@ -402,140 +410,135 @@ def test_rows_are_kept_and_finished_ones_are_not_run_again(
             if row["arm"] == "mutual + all"
         ]
     )
-    assert (
-        cells[1] == "2"
-        and cells[2].startswith(f"{100 * mean:.1f} ±")
-        and all(cell[0] in "+-" and "[" not in cell for cell in cells[-4:-2])
-    )
+    assert cells[1] == "2" and cells[2].startswith(f"{100 * mean:.1f} ±")
+    assert all(cell[0] in "+-" and "[" not in cell for cell in cells[-4:-2])
     for plot in ("differences.png", "mechanism.png"):
         assert (folder / plot).stat().st_size > 5000 and plot in page
 
-    # Rows of other settings are not mixed with these.
-    ended = command(folder, *arms, "--seeds", "2", "--set", "cohort.base.embedding_size=24")
-    assert ended.returncode == 2 and "rows of other settings" in ended.stderr
-    assert file.read_text() == first
-
-    # Neither are those of other images.
+    with refused("rows of other settings"):
+        ablation.main(str(folder), ["cohort.base.embedding_size=24"], arm=arms, seeds=2)
     fewer = folder.parent / "fewer"
     shutil.copytree(image_folder, fewer)
     next(fewer.rglob("*.png")).unlink()
-    ended = command(folder, *arms, "--seeds", "3", "--set", f"data.root={fewer}")
-    assert ended.returncode == 2 and "rows of other images" in ended.stderr
+    with refused("rows of other images"):
+        ablation.main(str(folder), [f"data.root={fewer}"], arm=arms, seeds=3)
     assert file.read_text() == first
 
-    # A learning rate that blows up: that arm fails, the other is finished; the old rows stand, and of
-    # a line that was cut off by a kill nothing is left.
+
+def test_an_arm_that_fails_costs_no_other(
+    ablation: ModuleType, private_ray: None, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate that diverges fails its arm. The line that a killed process left incomplete is removed."""
+    broken = "mutual + all + ema"
     ema = {"cohort.base.optimizer.lr": 1e30, **PARTS["ema"]}
     (folder / "arms.yaml").write_text(yaml.safe_dump({**PARTS, "ema": ema}))
-    file.write_text(first + first[:40])
-    broken = "mutual + all + ema"
-    ended = command(folder, "--arm", broken, "--arm", "single net", *arms, "--seeds", "1")
-    assert ended.returncode == 1
-    assert f"{broken}, seed 0: " in ended.stdout and "not finite" in ended.stdout
-    now = file.read_text()
-    assert now.startswith(first)
-    assert [json.loads(line)["arm"] for line in now[len(first) :].splitlines()] == ["single net"]
-
-
-@pytest.fixture
-def ablation(ablations: Any) -> ModuleType:
-    """The experiment's own module."""
-    import ablation
-
-    return ablation
+    ablation.main(str(folder), arm=["independent"], seeds=1)
+    first = (folder / "rows.jsonl").read_text()
+    (folder / "rows.jsonl").write_text(first + first[:40])
+    with pytest.raises(SystemExit, match="1 arms failed"):
+        ablation.main(str(folder), arm=[broken, "single net", "independent"], seeds=1)
+    output = capsys.readouterr().out
+    assert f"{broken}, seed 0: " in output and "not finite" in output
+    assert (folder / "rows.jsonl").read_text().startswith(first)
+    assert [row["arm"] for row in read(folder)] == ["independent", "single net"]
 
 
 def test_rows_that_were_edited_by_hand_are_kept(ablations: Any, tmp_path: Path) -> None:
-    """Without a newline at the end, or with an empty line; what a kill has left of a row is not, once the
-    next is written. A line that is none is told with its number."""
-    file, rows_of = tmp_path / "rows.jsonl", ablations.running.rows_of
+    """An empty line and a missing last newline are accepted. An incomplete last line is removed when the next
+    row is added. The message about another line that is not a row has its number."""
+    file, open_rows = tmp_path / "rows.jsonl", ablations.rows.open_rows
     for before, after in (
         ('{"seed": 0}\n\n{"seed": 1}', '{"seed": 0}\n\n{"seed": 1}\n{"seed": 2}\n'),
         ('{"seed": 0}\n{"seed": 1}\n{"se', '{"seed": 0}\n{"seed": 1}\n{"seed": 2}\n'),
     ):
         file.write_text(before)
-        with rows_of(file) as (rows, _):
+        with open_rows(file) as (rows, _):
             assert rows == [{"seed": 0}, {"seed": 1}]
         assert file.read_text() == before
-        with rows_of(file) as (rows, add):
+        with open_rows(file) as (rows, add):
             add({"seed": 2})
         assert file.read_text() == after
     file.write_text('{"seed": 0}\n<<<<\n{"seed": 1}\n')
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 2 is no row: b'<<<<"), rows_of(file):
+    with (
+        pytest.raises(UserError, match=r"rows\.jsonl, line 2 is not a row: b'<<<<"),
+        open_rows(file),
+    ):
         pass
 
 
 def test_a_folder_without_arms_is_refused(
     ablation: ModuleType, folder: Path, tmp_path: Path, refused: Refused
 ) -> None:
-    """As are an arm that is none, and a report of nothing."""
+    """An unknown arm and a report without rows are refused, too."""
     with refused(r"arms\.yaml"):
         ablation.main(str(tmp_path))
-    with refused("no arm mutal; there are: independent; "):
+    with refused("no arm mutal; the arms are: independent; "):
         ablation.main(str(folder), arm=["mutal"])
-    with refused(r"rows\.jsonl is not there: no arm has been run"):
+    with refused(r"rows\.jsonl does not exist: no arm has been run"):
         ablation.main(str(folder), report=True)
 
 
 def test_of_arms_with_the_same_settings_one_is_run(
-    ablation: ModuleType, ablations: Any, folder: Path, refused: Refused
+    ablation: ModuleType, ablations: Any, private_ray: None, folder: Path, refused: Refused
 ) -> None:
-    """Where arms.yaml takes relations of unit length anyway, that arm is the mutual one: its rows are copies
-    that say so, in the file and in the table, and cost nothing. Arms that differ stay apart."""
+    """Where arms.yaml normalises relations anyway, "unit length" is the same arm. Its rows are marked copies, in
+    the file and in the table, and take no time."""
     one, other = "mutual + all", "mutual + all, unit length"
-    alike = {"loss.relational.distance_weight": 3, "loss.relational.normalize": "unit"}
-    (folder / "arms.yaml").write_text(yaml.safe_dump({**PARTS, "mutual": alike}))
+    mutual = {"loss.relational.distance_weight": 3, "loss.relational.normalize": True}
+    (folder / "arms.yaml").write_text(yaml.safe_dump({**PARTS, "mutual": mutual}))
     ablation.main(str(folder), arm=["single net", one, other], seeds=2)
     file = folder / "rows.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = read(folder)
     copies = {row["seed"]: row for row in rows if row["arm"] == other}
     assert len(rows) == 6 and sorted(copies) == [0, 1]
-    for run in rows:
-        if run["arm"] == one:
-            copy = copies[run["seed"]]
-            assert copy.pop("same_as") == one and copy.pop("seconds") == 0.0 < run.pop("seconds")
-            assert {**copy, "arm": one} == run
+    for row in rows:
+        if row["arm"] == one:
+            copied = copies[row["seed"]]
+            assert copied.pop("same_as") == one
+            assert copied.pop("seconds") == 0.0 < row.pop("seconds")
+            assert {**copied, "arm": one} == row
         else:
-            assert run["arm"] == other or "same_as" not in run
+            assert row["arm"] == other or "same_as" not in row
     page = (folder / "report.md").read_text()
-    held_out = page.partition("on validation classes, by which")[2]
-    line = next(line for line in held_out.splitlines() if line.startswith(f"| {one} |"))
+    validation = page.partition("At the last step, on validation classes")[2]
+    line = next(line for line in validation.splitlines() if line.startswith(f"| {one} |"))
     ensembles = [
         100 * row["last"]["validation"]["ensemble"]["recall@1"] for row in rows if row["arm"] == one
     ]
     assert line.split(" | ")[4].startswith(f"{np.mean(ensembles):.1f} ± ")
     assert f"| {other} (same settings as {one}) | 2 |" in page and "4 rows and 2 copies, " in page
 
-    # Nothing is left to run or to copy; a copy is made of a row that was there before, too.
-    left = [row for row in rows if row["arm"] != other]
-    file.write_text("".join(json.dumps({"seconds": 1.0, **row}) + "\n" for row in left))
+    # Copies are made of rows that were there before, too. The second time nothing is left to do.
+    kept = [row for row in rows if row["arm"] != other]
+    file.write_text("".join(json.dumps({"seconds": 1.0, **row}) + "\n" for row in kept))
     for _ in range(2):
-        ablation.main(str(folder), arm=[one, other], seeds=2, settings=["data.root=/gone"])
+        ablation.main(str(folder), ["data.root=/gone"], arm=[one, other], seeds=2)
         assert len(file.read_text().splitlines()) == 6
 
-    # Of one alike it is the first that is run. A copy whose row is gone is not taken for a row.
-    alike = ablation.alike_arms(plan(ablations, folder))
+    # The first of arms with the same settings is run. A copy without its original is refused.
+    made = plan(ablations, folder)
+    digests = {name: made.digest(arm) for name, arm in ablations.arms.ARMS.items()}
     wanted = [(one, 0), (other, 0), (one, 1)]
-    assert ablation.left_to_run([], wanted, alike) == [(one, 0), (one, 1)]
+    assert ablation.left_to_run([], wanted, digests) == [(one, 0), (one, 1)]
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(line for line in lines if "same_as" in line))
-    with refused(f"of rows that are gone: .*{re.escape(other)}"):
+    with refused(f"of rows that no longer exist: .*{re.escape(other)}"):
         ablation.main(str(folder), arm=[one, other], seeds=2)
 
 
-def test_averages_of_the_same_settings_are_no_copy(
+def test_averaged_weights_of_the_same_settings_are_no_copy(
     ablation: ModuleType, ablations: Any, folder: Path
 ) -> None:
-    """Where the config has all peers average, an arm and the arm "+ ema" are trained alike, and judged
-    with other weights."""
+    """Where config.yaml gives all peers an average, an arm and the arm "+ ema" are trained with the same
+    settings, but evaluated with other weights."""
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     settings["cohort"]["base"]["ema"] = {"decay": 0.5}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    made = plan(ablations, folder)
+    made, arms = plan(ablations, folder), ablations.arms.ARMS
     names = ["independent + all", "independent + all + ema"]
-    assert len({made.digest(ablations.arms.ARMS[name]) for name in names}) == 1
-    alike = ablation.alike_arms(made)
+    assert made.config(arms[names[0]], 0) == made.config(arms[names[1]], 0)
+    digests = {name: made.digest(arms[name]) for name in names}
     wanted = [(name, 0) for name in names]
-    assert ablation.left_to_run([], wanted, alike) == wanted
-    row = {"arm": names[0], "settings": alike[names[0]][0], "seed": 0, "seconds": 1.0}
-    assert ablation.copies([row], wanted, alike) == []
+    assert ablation.left_to_run([], wanted, digests) == wanted
+    row = {"arm": names[0], "settings": digests[names[0]], "seed": 0, "seconds": 1.0}
+    assert ablation.copies([row], wanted, digests) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CHAOS = Path(__file__).parents[2] / "experiments" / "chaos.py"
+CHAOS = Path(__file__).parents[2] / "experiments" / "reliability" / "chaos.py"
 
 
 def rows_of(seeds: tuple[int, ...], rows: Path) -> list[dict[str, object]]:

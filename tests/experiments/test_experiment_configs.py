@@ -11,7 +11,7 @@ import scipy.io
 from conftest import write_image
 
 from ray_dmml.config.schema import Config
-from ray_dmml.training.trainer import train
+from ray_dmml.training.run import train
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 PER_CLASS = 4

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_dmml.config.schema import Config, read_settings
+from ray_dmml.config.loading import read_settings
+from ray_dmml.config.schema import Config
 from ray_dmml.tune.search_space import Search, load_search
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import struct
 from pathlib import Path
 
+import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from ray_dmml.loggers.tensorboard import Events
+from ray_dmml.loggers.tensorboard import TensorBoardLogger
 
 
 def read(folder: Path) -> list[Event]:
@@ -34,48 +36,79 @@ def scalars(folder: Path) -> list[tuple[int, str, float]]:
     ]
 
 
-def test_what_is_added_is_there(tmp_path: Path) -> None:
-    """At once, for someone who watches the run; and what an earlier file has from here on is void."""
-    notes: list[str] = []
-    events = Events(tmp_path / "tensorboard", 5, notes.append)
-    events.add(5, {"loss/peer0": 0.5, "images_per_s": 7.0})
-    assert scalars(tmp_path / "tensorboard") == [(5, "loss/peer0", 0.5), (5, "images_per_s", 7.0)]
-    events.add(6, {"loss/peer0": 0.25})
-    events.close()
-    assert scalars(tmp_path / "tensorboard")[-1] == (6, "loss/peer0", 0.25)
+def log(logger: TensorBoardLogger, step: int, loss: float) -> None:
+    logger.log({"peers": {"peer0": {"loss": loss}}}, step)
+    logger.log({"images_per_second": 7.0}, step)
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(step, value) for step, tag, value in scalars(folder) if tag == "loss/peer0"]
+
+
+def test_scalars_are_in_the_file_at_once(tmp_path: Path) -> None:
+    """For a person who watches the run. After a rewind, what earlier files have from there on is void."""
+    logger = TensorBoardLogger(tmp_path / "tensorboard")
+    logger.rewind(4)
+    log(logger, 5, 0.5)
+    assert scalars(tmp_path / "tensorboard") == [
+        (5, "loss/peer0", 0.5),
+        (5, "images_per_second", 7.0),
+    ]
+    figures = {"peers": {"peer0": {"recall@1": 0.25}}, "ensemble": {"recall@1": 0.5}}
+    logger.log({"validation": figures}, 5)
+    assert scalars(tmp_path / "tensorboard")[2:] == [
+        (5, "validation_recall_at_1/peer0", 0.25),
+        (5, "validation_recall_at_1/ensemble", 0.5),
+    ]
+    logger.rewind(2)
+    log(logger, 3, 0.25)
+    logger.close()
+    assert losses(tmp_path / "tensorboard") == [(5, 0.5), (3, 0.25)]
     starts = [e for e in read(tmp_path / "tensorboard") if e.session_log.status == SessionLog.START]
-    assert [event.step for event in starts] == [5]
-    assert notes == []
+    assert [event.step for event in starts] == [5, 3]
 
 
-def test_what_cannot_be_written_is_told_once(tmp_path: Path) -> None:
+def test_a_peer_that_skips_a_step_shows_its_latest_terms(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path / "tensorboard")
+    log(logger, 1, 0.5)
+    logger.log({"peers": {"peer0": {}}}, 2)
+    logger.log({"images_per_second": 7.0}, 2)
+    logger.close()
+    assert losses(tmp_path / "tensorboard") == [(1, 0.5), (2, 0.5)]
+
+
+def test_a_folder_that_cannot_be_written_is_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The run goes on, and so do the events once they can."""
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
-    notes: list[str] = []
-    events = Events(tmp_path / "tensorboard", 1, notes.append)
-    events.add(1, {"loss/peer0": 1.0})
-    events.add(2, {"loss/peer0": 2.0})
-    [told] = notes
-    assert "tensorboard cannot be written" in told and "training goes on" in told
+    logger = TensorBoardLogger(tmp_path / "tensorboard")
+    with caplog.at_level(logging.WARNING, "ray_dmml"):
+        log(logger, 1, 1.0)
+        log(logger, 2, 2.0)
+    [record] = caplog.records
+    assert "tensorboard cannot be written" in record.getMessage()
+    assert "training goes on" in record.getMessage()
     (tmp_path / "tensorboard").unlink()
-    events.add(3, {"loss/peer0": 3.0})
-    events.close()
-    assert scalars(tmp_path / "tensorboard") == [(3, "loss/peer0", 3.0)]
+    log(logger, 3, 3.0)
+    logger.close()
+    assert losses(tmp_path / "tensorboard") == [(3, 3.0)]
 
 
-def test_a_file_cut_short_hides_nothing_that_comes_later(tmp_path: Path) -> None:
+def test_a_file_cut_short_hides_nothing_that_comes_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A disk that was full for some time, here a limit on the size of files."""
-    notes: list[str] = []
-    events = Events(tmp_path / "tensorboard", 1, notes.append)
+    logger = TensorBoardLogger(tmp_path / "tensorboard")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
         for step in range(1, 20):
-            events.add(step, {"loss/peer0": float(step)})
+            log(logger, step, float(step))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    events.add(20, {"loss/peer0": 20.0})
-    events.close()
-    assert len(notes) == 1
-    found = [step for step, _, _ in scalars(tmp_path / "tensorboard")]
-    assert found[0] == 1 and found[-1] == 20 and found == sorted(found)
+    log(logger, 20, 20.0)
+    logger.close()
+    assert len(caplog.records) == 1
+    steps = [step for step, _ in losses(tmp_path / "tensorboard")]
+    assert steps[0] == 1 and steps[-1] == 20 and steps == sorted(steps)

@@ -1,4 +1,8 @@
-"""The relational losses against their definition, and where embeddings lie close together."""
+"""The relational losses against their definition, also for embeddings that are close together."""
+
+from __future__ import annotations
+
+import doctest
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ray_dmml.losses import relational
 from ray_dmml.losses.relational import angle_loss, distance_loss, relational_losses
 
 KINDS = ["spread", "bunched", "near pairs", "equal pairs", "all equal"]
@@ -31,7 +36,7 @@ def embeddings(kind: str, num: int, size: int, seed: int = 0) -> Tensor:
 
 
 def naive(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance and angle terms as they are defined, triple by triple."""
+    """The definitions of the distance and angle terms, triple by triple."""
     n = len(student)
 
     def distance(x: Tensor, i: int, j: int) -> Tensor:
@@ -63,14 +68,14 @@ def naive(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def textbook(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The usual form with its (N, N, D) differences, for batches too large for the loops."""
+    """The usual form with (N, N, D) differences, for batches that are too large for the loops."""
 
     def relations(x: Tensor) -> tuple[Tensor, Tensor]:
         difference = x[None, :] - x[:, None]
         squared = difference.square().sum(dim=2)
         apart = squared > 0
         d = torch.where(apart, squared, 1).sqrt() * apart
-        # Coincident points have no direction: neither value nor slope.
+        # Coincident points have no direction: no value and no gradient.
         unit = difference * apart[:, :, None] / torch.where(apart, d, 1)[:, :, None]
         return d / (d.sum() / apart.sum().clamp(min=1) + (~apart.any())), unit @ unit.mT
 
@@ -79,15 +84,15 @@ def textbook(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient(loss: Tensor, x: Tensor) -> Tensor:
-    """Zero where the loss is a constant in x."""
+    """The gradient, zero if the loss does not depend on x."""
     if not loss.requires_grad:
         return torch.zeros_like(x)
-    (found,) = torch.autograd.grad(loss, x, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(x) if found is None else found
+    (grad,) = torch.autograd.grad(loss, x, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(x) if grad is None else grad
 
 
 def assert_near(got: Tensor, wanted: Tensor, tolerance: float) -> None:
-    """Within ``tolerance`` of the largest number of what is wanted."""
+    """The differences are within ``tolerance`` of the largest wanted number."""
     assert torch.isfinite(got).all()
     scale = wanted.abs().max().clamp(min=1e-12).item()
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * scale)
@@ -95,20 +100,20 @@ def assert_near(got: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_value_and_gradient_equal_the_loops_over_all_triples(kind: str) -> None:
-    """Both terms are their definition, for every kind of batch and a teacher of another size."""
+    """Both terms equal their definition, for every kind of batch and a teacher of another size."""
     student = embeddings(kind, 8, 5).requires_grad_()
     for teacher in (embeddings("spread", 8, 3, seed=1), embeddings(kind, 8, 5, seed=2)):
         wanted = naive(student, teacher)
         got = relational_losses(student, [teacher])
         for a, b in zip(got, wanted, strict=True):
-            # Points 1e-4 apart: cosines from G lose the square of that, 8 of float64's 16 digits.
+            # For points 1e-4 apart cosines from G lose the square of that, 8 of float64's 16 digits.
             tolerance = 1e-7 if kind == "near pairs" else 1e-10
             torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-12)
             assert_near(gradient(a, student), gradient(b, student), tolerance)
 
 
 def test_large_cosine_differences_are_in_the_linear_part() -> None:
-    """Mirrored points have cosines further apart than 1: the loss and its slope stay the naive's."""
+    """Cosines of mirrored points differ by more than 1: loss and gradient equal the definition."""
     student = torch.tensor([[0.0, 0], [1, 0.1], [-1, 0.2], [0, 2]], dtype=torch.float64)
     teacher = torch.tensor([[0.0, 0], [1, 0.1], [2, 0.2], [0, -2]], dtype=torch.float64)
     student.requires_grad_()
@@ -120,7 +125,7 @@ def test_large_cosine_differences_are_in_the_linear_part() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_has_the_value_and_gradient_of_float64(kind: str) -> None:
-    """No digit is lost to cancellation: float32 in, within 1e-6 and 1e-5 of the float64 textbook."""
+    """No digit is lost to cancellation: float32 inputs are within 1e-6 and 1e-5 of float64."""
     student = embeddings(kind, 40, 64).requires_grad_()
     teachers = [embeddings("spread", 40, 32, seed=1), embeddings(kind, 40, 64, seed=2)]
     single = student.detach().float().requires_grad_()
@@ -146,7 +151,7 @@ def test_gradcheck() -> None:
 
 
 def test_many_blocks_give_what_one_block_gives() -> None:
-    """A batch so large that vertices go by in blocks, the last one smaller, equals the textbook."""
+    """A large batch is computed in blocks of vertices, the last one smaller, and equals the usual form."""
     student = embeddings("spread", 75, 6).requires_grad_()
     teacher = embeddings("spread", 75, 6, seed=1)
     got, wanted = angle_loss(student, teacher), textbook(student, teacher)[1]
@@ -156,7 +161,7 @@ def test_many_blocks_give_what_one_block_gives() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
-    """Under bfloat16 autocast value and gradient are those without, half inputs are upcast."""
+    """Value and gradient are the same under bfloat16 autocast, and half-precision inputs are upcast."""
     given_student = embeddings("spread", 12, 16).to(dtype)
     teacher = embeddings("spread", 12, 8, seed=1).to(dtype)
     wide = given_student.detach().clone().float().requires_grad_()
@@ -173,7 +178,7 @@ def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("num", [0, 1, 2])
 def test_smallest_batches(num: int) -> None:
-    """Two points have one normalised distance and no angle between others; fewer have nothing."""
+    """Two points have one normalised distance and no angle. Fewer points have nothing to compare."""
     student = embeddings("spread", num, 4).requires_grad_()
     terms = relational_losses(student, [embeddings("spread", num, 4, seed=1)])
     assert terms.distance.item() == pytest.approx(0, abs=1e-15)
@@ -184,7 +189,7 @@ def test_smallest_batches(num: int) -> None:
 
 
 def test_terms_are_means_over_the_teachers() -> None:
-    """Three teachers of unlike sizes: each term is the mean of the three single ones."""
+    """With three teachers of different sizes each term is the mean of the three single terms."""
     student = embeddings("spread", 10, 6).requires_grad_()
     teachers = [embeddings("spread", 10, size, seed=size) for size in (3, 6, 9)]
     got = relational_losses(student, teachers)
@@ -194,8 +199,8 @@ def test_terms_are_means_over_the_teachers() -> None:
         assert_near(gradient(term, student), gradient(wanted, student), 1e-12)
 
 
-def test_a_term_left_out_is_zero_and_leaves_the_other_alone() -> None:
-    """Without one term the other keeps its bits; without a teacher both are zero."""
+def test_a_skipped_term_is_zero_and_does_not_change_the_other() -> None:
+    """Without one term the other has the same bits. Without a teacher both are zero."""
     student = embeddings("spread", 10, 6).requires_grad_()
     teacher = embeddings("spread", 10, 6, seed=1)
     both = relational_losses(student, [teacher])
@@ -208,7 +213,7 @@ def test_a_term_left_out_is_zero_and_leaves_the_other_alone() -> None:
 
 
 def test_no_gradient_reaches_a_teacher() -> None:
-    """A teacher that is part of a graph is taught nothing."""
+    """A teacher that is part of a graph gets no gradient."""
     student = embeddings("spread", 6, 4).requires_grad_()
     teacher = embeddings("spread", 6, 4, seed=1).requires_grad_()
     sum(relational_losses(student, [teacher])).backward()
@@ -217,7 +222,7 @@ def test_no_gradient_reaches_a_teacher() -> None:
 
 
 def test_the_students_mean_distance_keeps_its_gradient() -> None:
-    """Distances are relative, so a step that scales the student changes nothing: no radial slope."""
+    """Distances are relative, so scaling the student changes nothing: the radial gradient is zero."""
     student = embeddings("spread", 8, 4).requires_grad_()
     distance_loss(student, embeddings("spread", 8, 4, seed=1)).backward()
     radial = (student.grad * (student - student.mean(dim=0)).detach()).sum()
@@ -234,7 +239,7 @@ def test_the_students_mean_distance_keeps_its_gradient() -> None:
 def test_scale_rotation_and_shift_change_nothing(
     seed: int, num: int, size: int, scale: float
 ) -> None:
-    """Relations are relative: either side may be scaled, rotated and moved."""
+    """Relations are relative: student and teacher may be scaled, rotated and shifted."""
     student = embeddings("spread", num, size, seed)
     teacher = embeddings("spread", num, size, seed + 1)
     generator = torch.Generator().manual_seed(seed)
@@ -250,7 +255,7 @@ def test_scale_rotation_and_shift_change_nothing(
 
 
 class LargestOutput(TorchDispatchMode):
-    """Remembers the most elements any operation gave back."""
+    """Records the largest number of elements that an operation returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,7 +270,7 @@ class LargestOutput(TorchDispatchMode):
 
 @pytest.mark.parametrize(("num", "size"), [(64, 1024), (320, 8)])
 def test_memory_is_bounded(num: int, size: int) -> None:
-    """No operation makes an (N, N, D) tensor, nor an (N, N, N) one for a large batch."""
+    """No operation returns an (N, N, D) tensor, nor an (N, N, N) one for a large batch."""
     student = embeddings("spread", num, size).requires_grad_()
     teacher = embeddings("spread", num, size, seed=1)
     with LargestOutput() as largest:
@@ -275,9 +280,17 @@ def test_memory_is_bounded(num: int, size: int) -> None:
 
 
 def test_wrong_shapes_are_named() -> None:
-    """A teacher with another batch is refused by its number."""
+    """The error names the number of a teacher with another batch."""
     student = embeddings("spread", 6, 4)
     with pytest.raises(ValueError, match=r"teacher 1 is \(5, 4\)"):
         relational_losses(student, [student, student[:5]])
     with pytest.raises(ValueError, match="student is"):
         relational_losses(student[0], [student])
+
+
+def test_the_example_of_the_docstring() -> None:
+    """It runs, and prints what it shows."""
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    [example] = finder.find(relational_losses, "relational_losses", module=relational)
+    result = runner.run(example)
+    assert result.attempted >= 7 and result.failed == 0

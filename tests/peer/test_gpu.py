@@ -1,4 +1,4 @@
-"""What needs a GPU: mixed precision with a scaler, state that moves between devices, runs on Ray."""
+"""Tests on a GPU: mixed precision with a scaler, state that moves between devices, runs on Ray."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def train(peer: Peer, config: Config, start: int, stop: int) -> list[dict[str, float]]:
-    """Steps of a peer alone."""
+    """Trains a single peer and returns the terms of its loss at each step."""
     splits = load_splits(config.data)
     rows = []
     with closing(BatchLoader(splits.train, build_sampler(config, splits))) as loader:
@@ -46,7 +46,7 @@ def config_of(image_folder: Path, **base: Any) -> Config:
 
 @pytest.mark.parametrize("preset", ["weak", "standard", "strong"])
 def test_views_are_the_same_on_a_gpu(preset: str) -> None:
-    """The same draws, and the same pixels but for rounding."""
+    """The same random numbers give the same pixels up to rounding."""
     view = training_view(preset, 32, 40, "a peer")
     on_gpu = training_view(preset, 32, 40, "a peer", torch.device("cuda"))
     images = (torch.rand(16, 3, 5, 5) * 255).to(torch.uint8).repeat_interleave(8, 2)
@@ -54,15 +54,15 @@ def test_views_are_the_same_on_a_gpu(preset: str) -> None:
     with seeded(1):
         expected = view(images)
     with seeded(1):
-        found = on_gpu(images)
-    assert found.is_cuda and found.dtype == torch.uint8 and found.shape == expected.shape
-    assert (found.cpu().float() - expected.float()).abs().mean() < 2
+        views = on_gpu(images)
+    assert views.is_cuda and views.dtype == torch.uint8 and views.shape == expected.shape
+    assert (views.cpu().float() - expected.float()).abs().mean() < 2
 
 
 @pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
 def test_a_peer_trains_on_a_gpu(image_folder: Path, amp: str) -> None:
-    """In every precision the loss falls, what is published is float32 of unit length, and with
-    float16 the scaler is at work."""
+    """In every precision the loss falls and the embeddings are float32 of length 1. With float16 the
+    scaler is active."""
     config = config_of(image_folder, amp=amp)
     splits = load_splits(config.data)
     peer = build_peer(config, 0, splits, torch.device("cuda"), True)
@@ -70,15 +70,15 @@ def test_a_peer_trains_on_a_gpu(image_folder: Path, amp: str) -> None:
     losses = [row["metric"] for row in rows]
     assert all(math.isfinite(loss) for loss in losses)
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
-    found = torch.from_numpy(peer.embed_images(splits.test, 16))
-    assert found.dtype == torch.float32
-    assert torch.allclose(found.norm(dim=1), torch.ones(len(found)), atol=1e-5)
+    embeddings = torch.from_numpy(peer.embed_images(splits.test, 16))
+    assert embeddings.dtype == torch.float32
+    assert torch.allclose(embeddings.norm(dim=1), torch.ones(len(embeddings)), atol=1e-5)
     assert bool(peer.state_dict()["scaler"]) is (amp == "float16")
 
 
 def test_the_state_moves_between_devices(image_folder: Path) -> None:
-    """Half-accumulated gradients, averages and scaler survive from GPU to file to GPU; its net
-    embeds alike on a CPU."""
+    """Accumulated gradients, averages and scaler are the same after GPU -> files -> GPU. On a CPU the net
+    gives the same embeddings."""
     settings: dict[str, Any] = {"amp": "float16", "update_interval": 2, "ema": {"decay": 0.9}}
     config = config_of(image_folder, **settings)
     splits = load_splits(config.data)
@@ -95,14 +95,14 @@ def test_the_state_moves_between_devices(image_folder: Path) -> None:
         assert one["loss"] == pytest.approx(other["loss"], rel=0.05)
     on_cpu = build_peer(config_of(image_folder), 0, splits, torch.device("cpu"), True)
     on_cpu.load_weights(decode_peer(files)["net"])
-    found = on_cpu.embed_images(splits.test, 16)
+    expected = on_cpu.embed_images(splits.test, 16)
     peer = build_peer(config_of(image_folder), 0, splits, torch.device("cuda"), True)
     peer.load_weights(decode_peer(files)["net"])
-    assert peer.embed_images(splits.test, 16) == pytest.approx(found, abs=5e-3)
+    assert peer.embed_images(splits.test, 16) == pytest.approx(expected, abs=5e-3)
 
 
 def test_a_gpu_agrees_with_the_cpu(image_folder: Path) -> None:
-    """The mutual terms of the first step are those of a CPU up to rounding."""
+    """The mutual terms of the first step equal those of a CPU up to rounding."""
     config = config_of(image_folder)
     splits = load_splits(config.data)
     rows = {}
@@ -111,14 +111,13 @@ def test_a_gpu_agrees_with_the_cpu(image_folder: Path) -> None:
             rows[device] = cohort.run(0, 1, lambda finished: None)
     for one, other in zip(rows["cpu"], rows["cuda"], strict=True):
         for name in one:
-            # The miner draws from the device's own generator: the metric losses differ.
+            # The miner samples with the generator of the device: the metric losses differ.
             for term in ("distance", "angle"):
                 assert other[name][term] == pytest.approx(one[name][term], rel=0.1)
 
 
 def test_peers_share_a_gpu_on_ray(image_folder: Path) -> None:
-    """2 peers on the GPUs of this machine: each has its share, and they exchange over gloo or NCCL
-    as the coordinator chose."""
+    """2 peers on one GPU: each has its share, and they exchange embeddings directly."""
     import ray
 
     from ray_dmml.ray_backend.ray_cohort import RayCohort
@@ -129,18 +128,18 @@ def test_peers_share_a_gpu_on_ray(image_folder: Path) -> None:
         with closing(RayCohort(config, load_splits(config.data))) as cohort:
             assert cohort.devices == ("cuda:0", "cuda:0") and cohort.transport == "direct"
             rows = cohort.run(0, 10, lambda finished: None)
-            found = cohort.embeddings("test")
+            embeddings = cohort.embeddings("test")
     finally:
         ray.shutdown()
     assert all(
         math.isfinite(value) for row in rows for terms in row.values() for value in terms.values()
     )
-    assert [embeddings.shape for embeddings in found.values()] == [(40, 16), (40, 16)]
+    assert [each.shape for each in embeddings.values()] == [(40, 16), (40, 16)]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs on this machine")
 def test_a_peer_over_two_gpus(image_folder: Path) -> None:
-    """Its replicas share each batch by NCCL; distance and angle of the first steps are those of one GPU."""
+    """Its replicas share each batch by NCCL. Distance and angle of the first step equal those of one GPU."""
     import ray
 
     from ray_dmml.ray_backend.ray_cohort import RayCohort

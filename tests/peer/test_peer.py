@@ -28,10 +28,11 @@ from ray_dmml.config.schema import Config, LossConfig, PeerConfig, ScheduleConfi
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import Batch, build_sampler
 from ray_dmml.errors import NonFiniteLossError, UserError
-from ray_dmml.losses.metric import DistanceWeightedNegativeMiner, ExactEuclideanDistance
+from ray_dmml.losses.distance_weighted import DistanceWeightedNegativeMiner, ExactEuclideanDistance
 from ray_dmml.losses.relational import relational_losses
 from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net
-from ray_dmml.peer.peer import Peer, learning_rate_factor
+from ray_dmml.peer.optim import learning_rate_factor
+from ray_dmml.peer.peer import Peer, PeerOutput
 from ray_dmml.randomness import seeded
 
 CPU = torch.device("cpu")
@@ -82,11 +83,16 @@ def teachers(step: int, *sizes: int) -> list[Tensor]:
     return [F.normalize(torch.randn(12, size, generator=generator)) for size in sizes]
 
 
+def finish(peer: Peer, out: PeerOutput, others: list[Tensor]) -> dict[str, float]:
+    """The rest of a step after its forward pass."""
+    return peer.step(out, peer.metric_loss(out), others)
+
+
 def train(peer: Peer, start: int, stop: int, *sizes: int) -> list[dict[str, float]]:
     rows = []
     for step in range(start, stop):
-        peer.embed(batch(step))
-        rows.append(peer.update(teachers(step, *sizes)))
+        out = peer.forward(batch(step))
+        rows.append(finish(peer, out, teachers(step, *sizes)))
     return rows
 
 
@@ -171,11 +177,12 @@ def test_the_loss_is_metric_plus_the_mean_over_teachers(embeddings: str) -> None
         relational={"distance_weight": 3.0, "angle_weight": 5.0, "normalize": embeddings == "unit"}
     )
     others = teachers(0, 8, 5, 16)
-    published = peer.embed(batch(0))
+    out = peer.forward(batch(0))
+    published = out.published
     metric = float(losses.MultiSimilarityLoss()(F.normalize(published), batch(0).labels))
     distance = np.mean([naive_distance(published, other) for other in others])
     angle = np.mean([naive_angle(published, other) for other in others])
-    row = peer.update(others)
+    row = finish(peer, out, others)
     assert row == pytest.approx(
         {
             "loss": metric + 3 * distance + 5 * angle,
@@ -198,8 +205,9 @@ def test_raw_embeddings_are_published_before_normalisation(learns: bool) -> None
     )
     net, others = copy.deepcopy(peer.net), teachers(0, 8, 5)
     raw = net.train(learns).head(net.backbone((center(batch(0).images) - net.mean) / net.std))
-    torch.testing.assert_close(peer.embed(batch(0)), raw)
-    row = peer.update(others)
+    out = peer.forward(batch(0))
+    torch.testing.assert_close(out.published, raw)
+    row = finish(peer, out, others)
     if not learns:
         assert row == {}
         return
@@ -215,11 +223,12 @@ def test_raw_embeddings_are_published_before_normalisation(learns: bool) -> None
 def test_teachers_get_no_gradient() -> None:
     """What is published has no graph, and what is received takes none."""
     peer = build()
-    published = peer.embed(batch(0))
+    out = peer.forward(batch(0))
+    published = out.published
     assert not published.requires_grad and published.dtype == torch.float32
     others = [other.requires_grad_() for other in teachers(0, 8, 6)]
     before = weights(peer)
-    peer.update(others)
+    finish(peer, out, others)
     assert all(other.grad is None for other in others)
     assert not torch.equal(peer.net.head.weight, before["head.weight"])
 
@@ -241,13 +250,13 @@ def test_a_non_finite_term_stops_before_anything_is_learned(image_folder: Path) 
     peer = build()
     train(peer, 0, 2, 8)
     before = copy.deepcopy(peer.state_dict())
-    peer.embed(batch(2))
+    out = peer.forward(batch(2))
     broken = teachers(2, 8)
     broken[0][3, 1] = math.nan
     with pytest.raises(
         NonFiniteLossError, match=r"peer0: the distance loss is not finite at step 3;"
     ):
-        peer.update(broken)
+        finish(peer, out, broken)
     after = peer.state_dict()
     assert_same(after["optimizer"], before["optimizer"])
     assert all(
@@ -258,7 +267,7 @@ def test_a_non_finite_term_stops_before_anything_is_learned(image_folder: Path) 
     with torch.no_grad():
         peer.net.head.weight.fill_(math.inf)
     with pytest.raises(NonFiniteLossError, match=r"peer0: the embedding is not finite at step 4"):
-        peer.embed(batch(3))
+        out = peer.forward(batch(3))
     with pytest.raises(NonFiniteLossError, match="peer0: the embedding of an image is not finite"):
         peer.embed_images(load_splits(Config.parse(tiny(image_folder)).data).test, 16)
 
@@ -270,16 +279,20 @@ SKIP = {"on_nonfinite": "skip", "max_consecutive_nonfinite": 2}
 
 
 def step_of(peer: Peer, number: int, others: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    published = peer.embed(batch(number))
-    peer.measure()
-    return published, peer.update(others)
+    out = peer.forward(batch(number))
+    published = out.published
+    return published, finish(peer, out, others)
 
 
 def weights_of(peer: Peer) -> dict[str, Any]:
-    return {k: v for k, v in copy.deepcopy(peer.state_dict()).items() if k != "num_bad_in_a_row"}
+    return {
+        k: v
+        for k, v in copy.deepcopy(peer.state_dict()).items()
+        if k != "num_consecutive_nonfinite"
+    }
 
 
-def test_bad_numbers_of_its_own_are_left_out() -> None:
+def test_nonfinite_values_of_its_own_are_skipped() -> None:
     """`skip`: a batch whose embeddings are not finite moves nothing, BatchNorm's statistics
     included, and the next one is learned from as ever."""
     peer = build(numbers=SKIP)
@@ -289,12 +302,12 @@ def test_bad_numbers_of_its_own_are_left_out() -> None:
     good = head.detach().clone()
     head.data.fill_(torch.inf)
     published, terms = step_of(peer, 1, [])
-    assert not torch.isfinite(published).all() and terms == {"left_out": 1.0}
+    assert not torch.isfinite(published).all() and terms == {"skipped_nonfinite": 1.0}
     head.data.copy_(good)
     assert_same(weights_of(peer), before)
     _, terms = step_of(peer, 2, [])
     assert math.isfinite(terms["loss"])
-    assert peer.state_dict()["num_bad_in_a_row"] == 0
+    assert peer.state_dict()["num_consecutive_nonfinite"] == 0
 
 
 def test_bad_numbers_of_another_do_not_reach_it() -> None:
@@ -310,7 +323,7 @@ def test_bad_numbers_of_another_do_not_reach_it() -> None:
     assert_same(weights_of(poisoned), weights_of(spared))
 
 
-def test_bad_gradients_are_left_out() -> None:
+def test_nonfinite_gradients_are_skipped() -> None:
     """`skip`: a finite loss whose gradient is not leaves weights and optimiser as they were."""
     peer = build(numbers=SKIP)
     step_of(peer, 0, [])
@@ -319,7 +332,7 @@ def test_bad_gradients_are_left_out() -> None:
     handle = parameter.register_hook(lambda gradient: gradient * torch.nan)
     _, terms = step_of(peer, 1, [])
     handle.remove()
-    assert terms == {"left_out": 1.0}
+    assert terms == {"skipped_nonfinite": 1.0}
     after = weights_of(peer)
     for part in ("metric", "optimizer", "gradients"):
         assert_same(after[part], before[part])
@@ -341,7 +354,7 @@ def test_too_many_bad_batches_in_a_row(image_folder: Path) -> None:
                 rows += cohort.run(step, step + 1, lambda finished: None)
         good = cohort.peers[0]
         assert all(torch.isfinite(p).all() for p in good.net.parameters())
-    assert [row["peer1"] for row in rows[1:]] == [{"left_out": 1.0}] * 3
+    assert [row["peer1"] for row in rows[1:]] == [{"skipped_nonfinite": 1.0}] * 3
     assert all(math.isfinite(row["peer0"]["loss"]) for row in rows)
 
 
@@ -356,8 +369,8 @@ def test_accumulating_is_one_step_on_the_mean_gradient(interval: int) -> None:
             before = copy.deepcopy(dict(peer.net.named_parameters()))
             for name, parameter in before.items():
                 assert torch.equal(parameter, dict(net.named_parameters())[name])
-            peer.embed(batch(step))
-            assert peer.update([]) != {}
+            out = peer.forward(batch(step))
+            assert finish(peer, out, []) != {}
             net.zero_grad()
             plain_loss(net, step).backward()
             for name, parameter in net.named_parameters():
@@ -377,8 +390,9 @@ def test_skipping_only_publishes_between_updates() -> None:
     peer = build(settings(**STILL, update_interval=3, update_mode="skip"))
     for step in (0, 1):
         before = copy.deepcopy(peer.state_dict())
-        published = peer.embed(batch(step))
-        assert peer.update(teachers(step, 8)) == {}
+        out = peer.forward(batch(step))
+        published = out.published
+        assert finish(peer, out, teachers(step, 8)) == {}
         assert_same(peer.state_dict(), before)
         with torch.no_grad():
             assert torch.equal(published, peer.net.eval()(center(batch(step).images)))
@@ -400,10 +414,11 @@ def test_a_frozen_peer_teaches_and_never_learns(tmp_path: Path) -> None:
     peer = build(settings(**STILL, frozen=True, weights=str(path)))
     before = copy.deepcopy(peer.state_dict())
     for step in range(3):
-        published = peer.embed(batch(step))
+        out = peer.forward(batch(step))
+        published = out.published
         with torch.no_grad():
             assert torch.allclose(published, donor(center(batch(step).images)), atol=1e-6)
-        assert peer.update(teachers(step, 8)) == {}
+        assert finish(peer, out, teachers(step, 8)) == {}
     assert_same(peer.state_dict(), before)
 
 
@@ -422,10 +437,11 @@ def test_averaging_is_an_exponential_moving_average(as_teacher: bool) -> None:
                 net.train()
             with torch.no_grad():
                 expected = net(center(batch(step).images))
-            assert torch.equal(peer.embed(batch(step)), expected)
+            out = peer.forward(batch(step))
+            assert torch.equal(out.published, expected)
         else:
-            peer.embed(batch(step))
-        peer.update([])
+            out = peer.forward(batch(step))
+        finish(peer, out, [])
         live = {name: p.detach().clone() for name, p in peer.net.named_parameters()}
         if step % 2 == 1:
             naive = live if naive is None else {k: 0.8 * naive[k] + 0.2 * live[k] for k in live}
@@ -506,19 +522,6 @@ def test_proxies_are_part_of_the_state() -> None:
     assert_same(other.state_dict(), one.state_dict())
 
 
-def test_a_loaded_state_leaves_the_optimizer_its_own_settings() -> None:
-    """Population based training goes on from another's weights with a rate of its own."""
-    one = build(settings(**STILL))
-    changed = {**PLAIN_SGD, "lr": 0.2, "momentum": 0.5, "weight_decay": 0.1}
-    other = build(settings(**{**STILL, "optimizer": changed}))
-    other.load_state_dict(one.state_dict())
-    for group in other.optimizer.param_groups:
-        assert [group[key] for key in ("base_lr", "momentum", "weight_decay")] == [0.2, 0.5, 0.1]
-    for mine, theirs in zip(other.net.parameters(), one.net.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
-
-
-@pytest.mark.parametrize("clip_norm", [0.01, 1e9])
 def test_gradients_are_clipped_to_their_total_norm(clip_norm: float) -> None:
     """With rate 1 the weights move by the gradient, scaled down to the norm where it is longer."""
     optimizer = {**PLAIN_SGD, "lr": 1.0, "clip_norm": clip_norm}
@@ -555,12 +558,13 @@ def test_load_weights_takes_the_net_only() -> None:
 def test_bfloat16_on_a_cpu() -> None:
     """The net runs in bfloat16, published embeddings and losses are float32 near the exact ones."""
     exact, mixed = build(), build(settings(**STILL, amp="bfloat16"))
-    one, other = exact.embed(batch(0)), mixed.embed(batch(0))
+    out = mixed.forward(batch(0))
+    one, other = exact.forward(batch(0)).published, out.published
     assert other.dtype == torch.float32
     assert torch.allclose(other.norm(dim=1), torch.ones(12), atol=1e-6)
     assert not torch.equal(one, other) and torch.allclose(one, other, atol=0.05)
     assert {p.dtype for p in mixed.net.parameters()} == {torch.float32}
-    mixed.update(teachers(0, 8))
+    finish(mixed, out, teachers(0, 8))
     before = weights(mixed)
     rows = train(mixed, 1, 4, 8)
     assert all(math.isfinite(value) for row in rows for value in row.values())
@@ -583,7 +587,7 @@ def test_draws_follow_the_peers_seed_and_the_step() -> None:
         peer = build(settings(seed=seed, name=name, view="strong"))
         torch.rand(5)
         given = batch(0)
-        return peer.embed(Batch(step, given.images, given.labels))
+        return peer.forward(Batch(step, given.images, given.labels)).published
 
     expected = published(3, "a")
     assert torch.equal(published(3, "b"), expected)

@@ -1,4 +1,4 @@
-"""Clusters with tokens: a wrong or missing one is told at once, the right one is let in."""
+"""A cluster that needs a token accepts the right one and refuses a wrong or missing one at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ except UserError as error:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a head node that asks for TOKEN."""
+    """The address of a head that accepts only TOKEN."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -35,16 +35,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     process = subprocess.Popen(
         [*command, "--port", str(port), "--num-cpus", "1", "--include-dashboard=false"],
-        # Sockets have short names only, so its folder is not below that of the tests.
+        # Its folder is not below that of the tests, because names of sockets must be short.
         env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
         stdout=(folder / "log").open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
     try:
-        until = time.monotonic() + 60
+        deadline = time.monotonic() + 60
         while "Ray runtime started" not in (folder / "log").read_text():
-            assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text()
+            assert process.poll() is None and time.monotonic() < deadline, (
+                folder / "log"
+            ).read_text()
             time.sleep(0.2)
         yield f"127.0.0.1:{port}"
     finally:
@@ -54,14 +56,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def join(address: str, **environment: str) -> str:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
-    ended = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", JOIN],
         env={**clean, "RAY_ADDRESS": address, **environment},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    return ended.stdout
+    return result.stdout
 
 
 def test_the_right_token(cluster: str) -> None:
@@ -69,19 +71,19 @@ def test_the_right_token(cluster: str) -> None:
 
 
 def test_a_wrong_token(cluster: str) -> None:
-    said = join(cluster, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=OTHER)
-    assert said.startswith(f"refused: RAY_ADDRESS {cluster} does not accept this token")
+    output = join(cluster, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=OTHER)
+    assert output.startswith(f"refused: RAY_ADDRESS {cluster} does not accept this token")
 
 
 def test_no_token(cluster: str) -> None:
-    said = join(cluster, RAY_AUTH_MODE="disabled")
-    assert said.startswith(f"refused: RAY_ADDRESS {cluster} does not accept this token")
+    output = join(cluster, RAY_AUTH_MODE="disabled")
+    assert output.startswith(f"refused: RAY_ADDRESS {cluster} does not accept this token")
 
 
-def test_no_file_of_a_token(cluster: str, tmp_path: Path) -> None:
+def test_a_missing_token_file(cluster: str, tmp_path: Path) -> None:
     missing = str(tmp_path / "token")
-    said = join(cluster, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=missing)
+    output = join(cluster, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=missing)
     assert (
-        said
-        == f"refused: RAY_AUTH_TOKEN_PATH {missing} is not a file: it must hold the cluster's token\n"
+        output
+        == f"refused: RAY_AUTH_TOKEN_PATH {missing} is not a file: it must contain the cluster's token\n"
     )

@@ -124,7 +124,7 @@ def test_all_or_none_use_the_group(refusing: int | None) -> None:
     assert asyncio.run(scenario()) == [refusing is None] * 3
 
 
-def test_signs_are_the_last_of_each() -> None:
+def test_statuses_are_the_latest_of_each_peer() -> None:
     """By name, none before the first."""
 
     async def scenario() -> dict[str, tuple[int, int]]:
@@ -132,9 +132,9 @@ def test_signs_are_the_last_of_each() -> None:
         await coordinator.report(2, 5, 0)
         await coordinator.report(0, 3, 1)
         await coordinator.report(2, 6, 4)
-        await coordinator.beat(1)
-        found = await coordinator.signs()
-        assert all(0 <= sign.silent_s < 60 for sign in found.values())
-        return {name: (sign.sent, sign.chunks) for name, sign in found.items()}
+        await coordinator.heartbeat(1)
+        statuses = await coordinator.statuses()
+        assert all(0 <= status.silent_s < 60 for status in statuses.values())
+        return {name: (s.num_sent, s.num_chunks) for name, s in statuses.items()}
 
     assert asyncio.run(scenario()) == {"a": (3, 1), "b": (0, 0), "c": (6, 4)}

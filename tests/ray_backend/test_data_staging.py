@@ -1,90 +1,44 @@
-"""One config on clusters of 1, 2 and 4 nodes, and two runs at once on one: each as if it were alone."""
+"""`data fetch --address` copies the images to every node of a cluster."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import tiny
+import ray
+from ray.cluster_utils import Cluster
 
-from ray_dmml.config import yamlio
-from ray_dmml.config.schema import Config
-from ray_dmml.training.run_dir import RunDir
-from ray_dmml.training.trainer import train
-
-pytestmark = pytest.mark.slow
+from ray_dmml.config.schema import DataConfig
+from ray_dmml.errors import UserError
+from ray_dmml.ray_backend.data_staging import prepare_everywhere
 
 
-def settings(root: Path, **changes: Any) -> dict[str, Any]:
-    raw = tiny(root, evaluation={"recall_at": [1], "untrained": False}, **changes)
-    raw["cohort"] |= {"peers": [{}, {"view": "weak"}, {"view": "strong"}, {}]}
-    raw["cohort"]["base"]["num_cpus"] = 0.5
-    return raw
-
-
-@pytest.fixture
-def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Of so many nodes, each with processes and an object store of its own."""
-    from ray.cluster_utils import Cluster
-
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[None]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
-        for _ in range(request.param - 1):
-            found.add_node(num_cpus=2)
-        found.wait_for_nodes()
-        yield found
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield
     finally:
-        found.shutdown()
+        ray.shutdown()
+        cluster.shutdown()
 
 
-def start(cluster: Any, config: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ray_dmml.cli.main", "train", "--address", cluster.address]
-    return subprocess.Popen(
-        [*command, "--config", str(config), "--out", str(out)],
-        env={**os.environ, "RAY_ADDRESS": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def test_each_node_reports(two_nodes: None, image_folder: Path, tmp_path: Path) -> None:
+    """Both nodes of this test write to the same folder, and one waits for the other."""
+    config = DataConfig(name="imagefolder", source=str(image_folder), root=tmp_path / "copy")
+    results = list(prepare_everywhere(config))
+    assert len(results) == 2
+    for _, result in results:
+        assert isinstance(result, str) and f"in {tmp_path / 'copy'}" in result
+    assert len(list((tmp_path / "copy").glob("*/*.png"))) == len(list(image_folder.glob("*/*.png")))
 
 
-def outcome(run: Path) -> tuple[Any, str]:
-    folder = RunDir.open(run)
-    return folder.checkpoints.load("last").peers, folder.metrics_file.read_text()
-
-
-@pytest.mark.parametrize("cluster", [1, 2, 4], indirect=True)
-def test_any_number_of_nodes_gives_the_same_bits(
-    cluster: Any, image_folder: Path, tmp_path: Path
-) -> None:
-    """As one process does, with the peers spread over all nodes."""
-    raw = settings(image_folder)
-    raw["cohort"]["placement_strategy"] = "spread"
-    config = tmp_path / "config.yaml"
-    config.write_text(yamlio.dump(raw))
-    run = start(cluster, config, tmp_path / "run")
-    told = run.communicate(timeout=240)[0]
-    assert run.returncode == 0, told
-    train(Config.parse(raw), tmp_path / "alone", local=True)
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "alone")
-
-
-@pytest.mark.parametrize("cluster", [2], indirect=True)
-def test_two_runs_at_once_on_one_cluster(cluster: Any, image_folder: Path, tmp_path: Path) -> None:
-    """Neither names nor ports nor files of one are the other's."""
-    raws = [settings(image_folder, seed=seed) for seed in (0, 1)]
-    runs = []
-    for seed, raw in enumerate(raws):
-        config = tmp_path / f"{seed}.yaml"
-        config.write_text(yamlio.dump(raw))
-        runs.append(start(cluster, config, tmp_path / f"run{seed}"))
-    for seed, (raw, run) in enumerate(zip(raws, runs, strict=True)):
-        told = run.communicate(timeout=240)[0]
-        assert run.returncode == 0, told
-        train(Config.parse(raw), tmp_path / f"alone{seed}", local=True)
-        assert outcome(tmp_path / f"run{seed}") == outcome(tmp_path / f"alone{seed}")
+def test_each_node_that_fails_reports_why(two_nodes: None, tmp_path: Path) -> None:
+    results = list(prepare_everywhere(DataConfig(name="imagefolder", root=tmp_path / "missing")))
+    assert len(results) == 2
+    for _, result in results:
+        assert isinstance(result, UserError) and "missing" in str(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -23,17 +24,15 @@ from PIL import Image
 from ray_dmml import Config, UserError, evaluate, train
 from ray_dmml.checkpoint.peer_state import decode_peer
 from ray_dmml.checkpoint.store import CheckpointStore
-from ray_dmml.config import yamlio
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.training.run_dir import RunDir
-from ray_dmml.training.trainer import Silent
+from ray_dmml.loggers.logger import Logger
 
 EVERY_TWO = {"steps": 6, "evaluate_every": 2, "log_every": 3}
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, Any]:
     """What a run found out, without how fast it was."""
-    return {key: value for key, value in results.items() if key != "images_per_s"}
+    return {key: value for key, value in results.items() if key != "images_per_second"}
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -115,8 +114,8 @@ def test_results_have_their_form(run: Path) -> None:
         assert all(0 <= value <= 1 for value in found.values())
         assert found["recall@1"] <= found["recall@2"]
     assert results["untrained"] != results["peers"]
-    assert (results["classes"], results["images"]) == (8, 40)
-    assert results["weights"] == "best" and results["images_per_s"] > 0
+    assert (results["num_classes"], results["num_images"]) == (8, 40)
+    assert results["weights"] == "best" and results["images_per_second"] > 0
 
 
 def test_training_learns(image_folder: Path, tmp_path: Path) -> None:
@@ -233,7 +232,7 @@ def test_without_test_the_test_classes_are_never_read(image_folder: Path, tmp_pa
         file.write_bytes(b"no image")
     raw = tiny(root, data={"check_images": False}, evaluation={"split": "validation"})
     results = train(Config.parse(raw), tmp_path / "run", local=True)
-    assert (results["split"], results["classes"], results["untrained"]) == ("validation", 2, {})
+    assert (results["split"], results["num_classes"], results["untrained"]) == ("validation", 2, {})
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     judged_at = {row["step"]: row["validation"] for row in rows if "validation" in row}
     at_step = judged_at[results["step"]]
@@ -347,40 +346,6 @@ def test_a_finished_run_can_be_resumed(run: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "run", run)
 
 
-def test_a_run_of_an_older_version_is_resumed(run: Path, tmp_path: Path) -> None:
-    """Settings that its version did not know are not changes: they have their defaults."""
-    shutil.copytree(run, tmp_path / "run")
-    unknown_then = (
-        "compile",
-        "max_teachers",
-        "cache_gib",
-        "cache_dir",
-        "checkpoint",
-        "run",
-        "dropped",
-        "num_bad_in_a_row",
-        "checksum",
-        "version",
-    )
-
-    def as_then(tree: Any) -> Any:
-        if isinstance(tree, list):
-            return [as_then(each) for each in tree]
-        if isinstance(tree, dict):
-            return {key: as_then(each) for key, each in tree.items() if key not in unknown_then}
-        return tree
-
-    for file in (tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"):
-        before = file.read_text()
-        file.write_text(json.dumps(as_then(json.loads(before)), indent=1))
-        assert len(file.read_text()) < len(before)
-    config = tmp_path / "run" / "config.yaml"
-    config.write_text(json.dumps(as_then(yamlio.load(config.read_text()))))
-    (tmp_path / "run" / "results.json").unlink()
-    train(resume=tmp_path / "run", local=True)
-    assert_same_run(tmp_path / "run", run)
-
-
 def test_only_the_number_of_steps_and_what_is_written_may_change(
     run: Path, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -430,7 +395,7 @@ def test_init_from_what_does_not_fit_leaves_nothing(
     """Other peers or other nets are told before a folder is made."""
     start = {"init_from": run}
     renamed = changed(settings, train=start, cohort={"peers": [{"name": "x"}, {}]})
-    with pytest.raises(UserError, match="it has no peer x; it has peer0, peer1"):
+    with pytest.raises(UserError, match="has no peer x; it has peer0, peer1"):
         train(renamed, tmp_path / "run", local=True)
     larger = changed(settings, train=start, cohort={"peers": [{"embedding_size": 17}, {}]})
     with pytest.raises(UserError, match=r"for peer0 do not fit: head\.weight is"):
@@ -453,52 +418,61 @@ def test_a_run_on_ray_is_the_same_run(
     assert figures(evaluate(tmp_path / "run")) == figures(evaluate(run))
 
 
-# --- who is told ----------------------------------------------------------------------------
+# --- loggers --------------------------------------------------------------------------------
 
 
-class Recorder(Silent):
-    """Writes down what it is told."""
+class Recorder(Logger):
+    """Keeps what it gets."""
 
     def __init__(self) -> None:
-        self.events: list[tuple[Any, ...]] = []
+        self.events: list[tuple[str, int]] = []
 
-    def started(self, config: Any, splits: Any, facts: Any) -> None:
-        self.events.append(("started", len(splits.train)))
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        self.events.append((next(iter(metrics), "progress"), step))
 
-    def step(self, finished: int) -> None:
-        self.events.append(("step", finished))
+    def rewind(self, step: int) -> None:
+        self.events.append(("rewind", step))
 
-    def losses(self, step: int, row: Any, images_per_s: float) -> None:
-        self.events.append(("losses", step, sorted(row)))
-
-    def evaluated(self, step: int, split: str, found: Any) -> None:
-        self.events.append(("evaluated", step, split))
-
-    def saved(self, step: int, *, best: bool) -> None:
-        self.events.append(("saved", step))
-
-    def stopped(self) -> None:
-        self.events.append(("stopped",))
+    def close(self) -> None:
+        self.events.append(("close", 0))
 
 
-def test_a_reporter_is_told_everything_in_order(settings: dict[str, Any], tmp_path: Path) -> None:
-    """The start, untrained figures, each step, losses, evaluations, checkpoints, the end."""
-    told = Recorder()
+def test_a_logger_gets_everything_in_order(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The start, untrained figures, each step, speed, evaluations, checkpoints, the end."""
+    recorder = Recorder()
     config = changed(settings, train={"steps": 2, "log_every": 1})
-    train(config, tmp_path / "run", local=True, reporter=told)
-    names = ["peer0", "peer1"]
-    assert told.events == [
-        ("started", 30),
-        ("saved", 0),
-        ("evaluated", 0, "untrained"),
-        ("step", 1),
-        ("losses", 1, names),
-        ("step", 2),
-        ("losses", 2, names),
-        ("evaluated", 2, "validation"),
-        ("saved", 2),
-        ("stopped",),
+    train(config, tmp_path / "run", local=True, loggers=[recorder])
+    assert recorder.events == [
+        ("rewind", 0),
+        ("checkpoint", 0),
+        ("untrained", 0),
+        ("progress", 1),
+        ("peers", 1),
+        ("images_per_second", 1),
+        ("progress", 2),
+        ("peers", 2),
+        ("images_per_second", 2),
+        ("validation", 2),
+        ("checkpoint", 2),
+        ("close", 0),
     ]
+
+
+def test_sentences_go_through_logging(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """INFO describes the run, DEBUG names what takes the time."""
+    with caplog.at_level(logging.DEBUG, "ray_dmml"):
+        train(changed(settings, train={"steps": 2}), tmp_path / "run", local=True)
+    by_level: dict[int, list[str]] = {logging.INFO: [], logging.DEBUG: []}
+    for record in caplog.records:
+        by_level.setdefault(record.levelno, []).append(record.getMessage())
+    assert any(
+        line.startswith("data      imagefolder: train 30") for line in by_level[logging.INFO]
+    )
+    activities = by_level[logging.DEBUG]
+    assert "training" in activities and "saving a checkpoint" in activities
+    assert activities.index("starting the peers") < activities.index("training")
 
 
 def test_one_process_a_run_folder(image_folder: Path, tmp_path: Path) -> None:
@@ -506,30 +480,16 @@ def test_one_process_a_run_folder(image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = Config.parse(tiny(image_folder, train={"steps": 2, "tensorboard": False}))
 
-    class Second(Silent):
+    class Second(Logger):
         refused: ClassVar[list[str]] = []
 
-        def step(self, finished: int) -> None:
+        def log(self, metrics: Mapping[str, Any], step: int) -> None:
             for arguments in ({"resume": out}, {"config": config, "out": out}):
                 with pytest.raises(UserError) as error:
                     train(**arguments, local=True)  # type: ignore[arg-type]
                 self.refused.append(str(error.value))
 
-    train(config, out, local=True, reporter=Second())
+    train(config, out, local=True, loggers=[Second()])
     assert "another process is training in" in Second.refused[0]
     assert "already exists" in Second.refused[1]
     train(resume=out, local=True)
-
-
-def test_metrics_are_cut_where_they_stand(tmp_path: Path) -> None:
-    """Rows of later steps and a line cut short go; what is before them stays as it is."""
-    run = RunDir(tmp_path)
-    lines = [f'{{"step": {step}}}\n' for step in (1, 2, 3, 4)]
-    run.metrics_file.write_text("".join(lines) + '{"step": 5')
-    run.truncate_metrics(9)
-    assert run.metrics_file.read_text() == "".join(lines)
-    run.truncate_metrics(2)
-    assert run.metrics_file.read_text() == "".join(lines[:2])
-    run.metrics_file.write_text(lines[0] + "no JSON\n" + lines[1] + lines[2])
-    run.truncate_metrics(2)
-    assert run.metrics_file.read_text() == lines[0] + "no JSON\n" + lines[1]

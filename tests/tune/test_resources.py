@@ -14,7 +14,7 @@ from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.ray_backend import placement
 from ray_dmml.tune.resources import (
-    cluster_nodes,
+    known_nodes,
     require_resources,
     require_room,
     trial_resources,
@@ -43,10 +43,10 @@ def test_a_trial_is_planned_on_the_nodes_that_may_come(
         "available_node_types": {"head": {}, "gpu": {"resources": {"CPU": 48, "GPU": 4}}},
     }
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert [node["CPU"] for node in cluster_nodes()] == [4]
+    assert [node["CPU"] for node in known_nodes()] == [4]
     (tmp_path / placement.BOOTSTRAP_FILE).write_text(yamlio.dump(cluster))
-    assert cluster_nodes()[1:] == [{"CPU": 48, "GPU": 4}] * 2
-    assert trial([{}, {}], *cluster_nodes()[1:]) == [{"CPU": 6, "GPU": 0.5}] * 2
+    assert known_nodes()[1:] == [{"CPU": 48, "GPU": 4}] * 2
+    assert trial([{}, {}], *known_nodes()[1:]) == [{"CPU": 6, "GPU": 0.5}] * 2
 
 
 def test_a_trial_on_a_cluster_of_which_nothing_is_known(ray_start_4_cpus: None) -> None:
@@ -95,20 +95,20 @@ def test_a_trial_that_would_wait_without_end_is_refused(
 ) -> None:
     """A private Ray does not grow. It is the same if only one value of the space asks for too much."""
     raw = tiny(image_folder)
-    require_resources(make_search(raw), cluster_nodes())
+    require_resources(make_search(raw), known_nodes())
     cohorts = [raw["cohort"]["peers"], [peer, peer]]
     with pytest.raises(UserError, match=message):
         search = make_search(raw, {"cohort.peers": {"choice": cohorts}})
-        require_resources(search, cluster_nodes())
+        require_resources(search, known_nodes())
     raw["cohort"]["base"] |= peer
     with pytest.raises(UserError, match=message):
-        require_resources(make_search(raw), cluster_nodes())
+        require_resources(make_search(raw), known_nodes())
 
 
 def test_fractions_of_several_gpus_are_refused(ray_start_4_cpus: None) -> None:
     """1.8 of 2 GPUs are in use, and still no GPU has 0.6 left for the third peer."""
     config = Config.parse({"cohort": {"base": {"num_gpus": 0.6}, "peers": [{}] * 3}})
-    nodes = [{**cluster_nodes()[0], "GPU": 2.0}]
+    nodes = [{**known_nodes()[0], "GPU": 2.0}]
     message = r"do not fit on this machine.* 4 CPUs and 2 GPUs.*0.6 GPU"
     with pytest.raises(UserError, match=message):
         require_room(trial_resources(config, nodes, None), nodes)

@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny
 from tune_helpers import ANGLE
 
-from ray_dmml.config.schema import QUICKSTART, read_settings
+from ray_dmml.config.loading import QUICKSTART, read_settings
 from ray_dmml.errors import UserError
 from ray_dmml.tune.search_space import Search, SearchConfig, load_search
 

@@ -13,7 +13,7 @@ from tune_helpers import ANGLE, make_search
 
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
-from ray_dmml.training.trainer import train
+from ray_dmml.training.run import train
 from ray_dmml.tune.search_space import Search
 from ray_dmml.tune.trial import Report, Trial, first_line, run_trial
 

@@ -2,39 +2,39 @@
 
 CUB-200-2011 (https://www.vision.caltech.edu/datasets/cub_200_2011/), Cars-196 (Krause et al.,
 3dRR 2013), Stanford Online Products (https://cvgl.stanford.edu/projects/lifted_struct/) and In-Shop
-Clothes Retrieval (https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html). CUB's and Cars' own
-train and test lists are for classification, within classes: retrieval takes the first half of the
-classes to train and the second half to test.
+Clothes Retrieval (https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html). The train and test lists
+of CUB and Cars split every class, for classification. Retrieval trains on the first half of the
+classes and tests on the second half.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ray_dmml.data.dataset import FileImages, ImageSet, Resize
+from ray_dmml.data.dataset import FileImages, ImageSet
+from ray_dmml.data.decoding import Resize
 from ray_dmml.errors import UserError
 
-Log = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to fetch."""
+    """A file to download."""
 
     url: str
-    """Where it is."""
 
     md5: str
     """Its checksum, in hexadecimal."""
 
     filename: str
-    """What it is called; one of this name already in the folder is used instead."""
+    """Its name. An intact file of this name in the folder is used instead of a download."""
 
 
 CUB_ARCHIVE = Archive(
@@ -46,13 +46,21 @@ CUB_ARCHIVE = Archive(
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark lies on the disk, and how large it is."""
+    """The layout of a benchmark on the disk, and its size."""
 
     title: str
+
     folders: tuple[str, ...]
+    """Names that its folder may have."""
+
     marks: tuple[str, ...]
+    """Files one of which is in its folder."""
+
     by_hand: str
+    """How to get it and where to put its files."""
+
     counts: tuple[int, int, int, int]
+    """Training images and classes, test images and classes."""
 
 
 BENCHMARKS = {
@@ -68,7 +76,7 @@ BENCHMARKS = {
         "Cars-196",
         ("cars196", "CARS196", "stanford_cars"),
         ("cars_annos.mat", "devkit/cars_train_annos.mat"),
-        "Stanford's links no longer work, so it is not fetched; put there cars_annos.mat and "
+        "Stanford's links no longer work, so it is not downloaded; put there cars_annos.mat and "
         "car_ims/ of a copy (or, laid out as torchvision's StanfordCars, devkit/, cars_train/, "
         "cars_test/ and cars_test_annos_withlabels.mat; see "
         "https://github.com/pytorch/vision/issues/7545)",
@@ -93,6 +101,7 @@ BENCHMARKS = {
         (25882, 3997, 26830, 3985),
     ),
 }
+
 Rows = list[tuple[str, int]]
 """(path of an image relative to the data set's folder, its class) of each image."""
 
@@ -103,27 +112,25 @@ def load(
     download: bool,
     decode_size: int,
     resize: Resize,
-    log: Log,
     cub_archive: Archive = CUB_ARCHIVE,
 ) -> tuple[ImageSet, ImageSet]:
     """Train and test images of ``cub200``, ``cars196``, ``sop`` or ``inshop``.
 
     Args:
-        name: which one.
-        root: its own folder, or the one that holds that.
-        download: fetch it into ``root`` where it is missing and can be fetched (``cub200``).
+        name: the benchmark.
+        root: its own folder, or the folder around that.
+        download: download ``cub200`` into ``root`` if it is missing.
         decode_size: side of the decoded squares, in pixels.
         resize: how images become square.
-        log: takes a line where the numbers of images or classes are not the official ones.
-        cub_archive: where ``cub200`` is fetched from.
+        cub_archive: the download of ``cub200``.
 
     Raises:
-        UserError: it is missing (saying where to get it and how to lay it out) or malformed.
+        UserError: it is missing (with where to get it and where to put its files) or malformed.
     """
     benchmark = BENCHMARKS[name]
     folder = _find(benchmark, root)
     if folder is None and name == "cub200" and download:
-        log(f"fetching {benchmark.title} from {cub_archive.url} into {root}")
+        logger.info("downloading %s from %s to %s", benchmark.title, cub_archive.url, root)
         fetch(cub_archive, root, benchmark.folders[0], benchmark.by_hand)
         folder = _find(benchmark, root)
     if folder is None:
@@ -143,18 +150,18 @@ def load(
         ) from error
     counts = (len(train), train.num_classes, len(test), test.num_classes)
     if counts != benchmark.counts:
-        log(
-            f"warning: {benchmark.title} in {folder} has {_told(counts)}; the official numbers are "
-            f"{_told(benchmark.counts)}, so results do not compare with published ones"
-        )
+        logger.warning(
+            "%s in %s has %s; the official numbers are %s, so results do not compare with published ones",
+            benchmark.title, folder, _in_words(counts), _in_words(benchmark.counts),
+        )  # fmt: skip
     return train, test
 
 
 def fetch(archive: Archive, root: Path, folder: str, by_hand: str) -> None:
-    """Fetches an archive and unpacks its ``folder`` into ``root``; all of it or nothing is left.
+    """Downloads an archive and unpacks its ``folder`` into ``root``, completely or not at all.
 
     Raises:
-        UserError: with the URL and how to do it by hand, where it cannot be fetched or is broken.
+        UserError: it cannot be downloaded or is broken; with the URL and how to get it by hand.
     """
     from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
@@ -167,11 +174,11 @@ def fetch(archive: Archive, root: Path, folder: str, by_hand: str) -> None:
                 download_url(archive.url, scratch, archive.filename, archive.md5)
             unpacked = Path(scratch) / "unpacked"
             extract_archive(str(source), str(unpacked))
-            if not (root / folder).exists():  # else another process was faster
+            if not (root / folder).exists():  # another process may have been faster
                 os.replace(unpacked / folder, root / folder)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{archive.url} could not be fetched into {root} ({error}); by hand: {by_hand}"
+            f"{archive.url} could not be downloaded to {root} ({error}); by hand: {by_hand}"
         ) from error
 
 
@@ -182,7 +189,7 @@ def _find(benchmark: Benchmark, root: Path) -> Path | None:
     return None
 
 
-def _told(counts: tuple[int, int, int, int]) -> str:
+def _in_words(counts: tuple[int, int, int, int]) -> str:
     return "{} train images of {} classes and {} test images of {}".format(*counts)
 
 
@@ -250,7 +257,7 @@ def _by_class(
     decode_size: int,
     resize: Resize,
 ) -> tuple[ImageSet, ImageSet]:
-    """Cuts by class: up to and including number ``last_train`` train, the others test."""
+    """Splits by class: those up to ``last_train`` train, the others test."""
     train = [row for row in rows if row[1] <= last_train]
     test = [row for row in rows if row[1] > last_train]
     return (
@@ -278,7 +285,7 @@ def _lines(path: Path, columns: int) -> list[list[str]]:
 
 
 def _mat(path: Path, *names: str) -> list[np.ndarray]:
-    from scipy.io import loadmat  # heavy, and needed for this one data set
+    from scipy.io import loadmat  # heavy, and only this data set needs it
 
-    found = loadmat(str(path), squeeze_me=True)
-    return [np.atleast_1d(found[name]) for name in names]
+    content = loadmat(str(path), squeeze_me=True)
+    return [np.atleast_1d(content[name]) for name in names]

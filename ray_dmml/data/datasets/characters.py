@@ -1,9 +1,9 @@
 """The built-in data set: characters rendered in the 16 text faces that matplotlib ships.
 
-A class is a letter, digit or sign, its images are that character in 13 to 16 faces: find the same
-character in other typefaces. Characters that look the same in a face (Latin A, Greek Alpha) are one
-class, named by the lowest code point. Which characters those are takes seconds to find, so the list
-is kept in ``characters.txt``; ``python -m ray_dmml.data.datasets.characters --write`` makes it.
+A class is a letter, digit or sign. Its images are that character in 13 to 16 faces, so retrieval has
+to match a character across typefaces. Characters that look the same in a face (Latin A, Greek
+Alpha) are one class, named by the lowest code point. It takes seconds to compare them all, so the
+list is in ``characters.txt``; ``python -m ray_dmml.data.datasets.characters --write`` writes it.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ FACES = (
 )
 MIN_FACES = 13
 LARGEST = 1.4
-"""Height and width of the largest glyph, in ems: larger ones would make all the others tiny."""
+"""The largest height and width of a glyph, in ems. Larger ones would make all others tiny."""
 
 LOOK_ALIKE = 0.05
-"""Two glyphs look the same when so little of their ink differs (squared, of the heavier one)."""
+"""Two glyphs look the same if no more of their ink differs (squared, relative to the heavier one)."""
 
 LIST = Path(__file__).with_name("characters.txt")
 
 
 class CharacterImages:
-    """Glyphs, dark on light, centred, all characters of a face at one font size.
+    """Glyphs, dark on light and centred. All characters of a face have one font size.
 
     Args:
-        glyphs: (code point, number of the face) of each image.
+        glyphs: (code point, index of the face) of each image.
         decode_size: S: images are (3, S, S) uint8 and the em is S / 1.5 pixels.
     """
 
@@ -74,7 +74,7 @@ class CharacterImages:
 
 
 def load(decode_size: int) -> tuple[ImageSet, ImageSet]:
-    """Training and test classes, half each of a fixed shuffle, so that scripts are mixed.
+    """Training and test classes: half of a fixed shuffle each, so that both have all scripts.
 
     Raises:
         UserError: matplotlib's fonts are missing.
@@ -103,23 +103,23 @@ def _image_set(rows: list[list[str]], decode_size: int) -> ImageSet:
 
 @cache
 def _face_file(face: int) -> Path:
-    found = importlib.util.find_spec("matplotlib")  # finds it without importing it
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("matplotlib")  # without importing it
+    if package is None or not package.submodule_search_locations:
         raise UserError("data.name 'characters' draws with matplotlib's fonts: install matplotlib")
-    fonts = Path(found.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"
+    fonts = Path(package.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"
     path = fonts / f"{FACES[face]}.ttf"
     if not path.is_file():
         raise UserError(f"data.name 'characters' needs matplotlib's font {path}, which is missing")
     return path
 
 
-_local = threading.local()  # FreeType's faces are not safe to share between threads
+_local = threading.local()  # threads must not share FreeType's faces
 
 
 def _font(face: int, em: int) -> ImageFont.FreeTypeFont:
     fonts: dict[tuple[int, int], ImageFont.FreeTypeFont] = _local.__dict__.setdefault("fonts", {})
     if (face, em) not in fonts:
-        # The basic layout is built into Pillow; the other depends on what is installed beside it.
+        # Pillow has the basic layout built in. The other one depends on a library of the system.
         fonts[face, em] = ImageFont.truetype(
             str(_face_file(face)), em, layout_engine=ImageFont.Layout.BASIC
         )
@@ -127,7 +127,7 @@ def _font(face: int, em: int) -> ImageFont.FreeTypeFont:
 
 
 def _render(character: str, face: int, em: int) -> Image.Image | None:
-    """Its ink, 0 to 255, cut to its own box; None where it has none."""
+    """The character's ink, 0 to 255, cropped to its bounding box; None if it has none."""
     canvas = Image.new("L", (3 * em, 3 * em), 0)
     ImageDraw.Draw(canvas).text((em // 2, em // 2), character, fill=255, font=_font(face, em))
     box = canvas.getbbox()
@@ -135,10 +135,11 @@ def _render(character: str, face: int, em: int) -> Image.Image | None:
 
 
 def choose_characters(em: int = 40) -> dict[int, int]:
-    """Code point -> bit mask of the faces that have it, of every character that is a class.
+    """Code point -> bit mask of the faces that have it, for every character that is a class.
 
-    Kept, from the lowest code point up: letters, numbers, signs and punctuation that at least 13
-    faces have, with ink, at most 1.4 em large, and like none kept before in any face.
+    Letters, numbers, signs and punctuation become classes, from the lowest code point up, if at
+    least 13 faces have them, they have ink, are at most 1.4 em large, and resemble no earlier class
+    in any face.
     """
     faces_of = _coverage()
     side = int(LARGEST * em)
@@ -180,7 +181,7 @@ def _coverage() -> dict[int, int]:
 
 
 def _look_alikes(pictures: np.ndarray) -> np.ndarray:
-    """(faces, C, pixels) -> (C, C) bool: alike in at least one face that has both."""
+    """(faces, C, pixels) -> (C, C) bool: the two look the same in at least one face."""
     alike = np.zeros((pictures.shape[1], pictures.shape[1]), dtype=bool)
     for picture in pictures:
         ink = (picture * picture).sum(axis=1)
@@ -191,7 +192,7 @@ def _look_alikes(pictures: np.ndarray) -> np.ndarray:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """``--write`` makes ``characters.txt`` anew; without it the list is printed."""
+    """Prints the list of characters; ``--write`` writes it to ``characters.txt``."""
     text = "".join(f"{code:04x} {mask:04x}\n" for code, mask in choose_characters().items())
     if list(arguments) == ["--write"]:
         LIST.write_text(text, encoding="ascii")

@@ -1,4 +1,4 @@
-"""A folder with one folder of images a class, cut by class into train and test."""
+"""A folder with one folder of images a class, split by class into train and test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_dmml.data.dataset import FileImages, ImageSet, Resize, printable
+from ray_dmml.data.dataset import FileImages, ImageSet
+from ray_dmml.data.decoding import Resize, printable
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 
@@ -17,13 +18,13 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 def load(
     root: Path, train_fraction: float, split_seed: int | None, decode_size: int, resize: Resize
 ) -> tuple[ImageSet, ImageSet]:
-    """Train and test images of ROOT/CLASS/**/IMAGE; what is hidden (.name) is left out.
+    """Train and test images of ROOT/CLASS/**/IMAGE. Hidden files and folders (.name) are left out.
 
     The first ``round(train_fraction * C)`` classes in name order train, or as many drawn by
-    ``split_seed``; the others are the test classes.
+    ``split_seed``. The others are the test classes.
 
     Raises:
-        UserError: no class folders, one without images or not to be read, or too few classes.
+        UserError: there are too few classes, or one has no images or cannot be read.
     """
     classes = _class_folders(root)
     num_train = round(train_fraction * len(classes))
@@ -40,14 +41,14 @@ def load(
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = _images_under(root, name)
-        if not found:
+        images_of_class = _images_under(root, name)
+        if not images_of_class:
             raise UserError(
                 f"class folder {printable(str(root / name))} has no images ({', '.join(SUFFIXES)}): fill or "
                 "remove it"
             )
-        paths += found
-        labels += [label] * len(found)
+        paths += images_of_class
+        labels += [label] * len(images_of_class)
     images = ImageSet(
         FileImages(root, paths, decode_size, resize),
         np.array(labels, dtype=np.int64),
@@ -57,12 +58,12 @@ def load(
     if split_seed is not None:
         generator = np.random.Generator(np.random.PCG64(derive_seed("split", split_seed)))
         order = generator.permutation(order)
-    trains = np.isin(images.labels, order[:num_train])
-    return images.subset(np.flatnonzero(trains)), images.subset(np.flatnonzero(~trains))
+    is_train = np.isin(images.labels, order[:num_train])
+    return images.subset(np.flatnonzero(is_train)), images.subset(np.flatnonzero(~is_train))
 
 
 def _class_folders(root: Path) -> list[str]:
-    """In name order. One may be a link to a folder elsewhere, but not to one around it."""
+    """Names in order. A class may be a link to a folder elsewhere, but not to one around it."""
     try:
         names = sorted(
             name for name in os.listdir(root) if name[0] != "." and (root / name).is_dir()
@@ -86,18 +87,18 @@ def _not_readable(error: OSError) -> UserError:
 
 
 def _images_under(root: Path, name: str) -> list[str]:
-    """Links to files are followed, links to folders are not: they may lead round in a circle."""
+    """Paths in order. Links to files are followed. Links to folders are not: they may form a circle."""
 
     def refuse(error: OSError) -> None:
         raise _not_readable(error)
 
-    found = []
+    paths: list[str] = []
     for folder, subfolders, files in os.walk(root / name, onerror=refuse):
         subfolders[:] = [subfolder for subfolder in subfolders if subfolder[0] != "."]
         inside = Path(folder).relative_to(root)
-        found += [
+        paths += [
             (inside / file).as_posix()
             for file in files
             if file[0] != "." and file.lower().endswith(SUFFIXES)
         ]
-    return sorted(found)
+    return sorted(paths)

@@ -1,7 +1,7 @@
-"""A CSV file that lists images, classes and the retrieval protocol, as open-metric-learning has it.
+"""A CSV file that lists images, classes and the retrieval protocol, as in open-metric-learning.
 
-Its columns (others are ignored): ``path``, ``label``, ``split`` (``train``, or ``validation`` for
-what we call the test classes) and, for query against gallery, ``is_query`` and ``is_gallery``.
+Its columns are ``path``, ``label``, ``split`` (``train``, or ``validation`` for the test classes)
+and, for query against gallery, ``is_query`` and ``is_gallery``. Other columns are ignored.
 https://open-metric-learning.readthedocs.io/en/latest/oml/data.html
 """
 
@@ -16,15 +16,15 @@ from typing import TextIO
 
 import numpy as np
 
-from ray_dmml.data.dataset import FileImages, ImageSet, Resize, printable
+from ray_dmml.data.dataset import FileImages, ImageSet
+from ray_dmml.data.decoding import Resize, printable
 from ray_dmml.errors import UserError
 
-# 1.0 and 0.0 are how pandas writes a column of 0 and 1 that has gaps.
+# pandas writes 1.0 and 0.0 in a column of 0 and 1 that has gaps.
 FLAGS = {"": False, "0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
-
 MAX_LINE = 2**20
-"""Characters of a line."""
+"""The most characters of a line."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class _Row:
 
 
 def load(manifest: Path, root: Path, decode_size: int, resize: Resize) -> tuple[ImageSet, ImageSet]:
-    """Train and test images of a manifest; paths in it are relative to ``root`` (or inside it).
+    """Train and test images of a manifest, whose paths are relative to ``root`` or inside it.
 
-    Classes are judged as queries against gallery where their rows say so, else all against all;
-    the flags of training rows count when their class is held out for validation.
+    Rows with flags are evaluated as queries against gallery. Without flags it is all against all.
+    The flags of training rows apply if their class is held out for validation.
 
     Raises:
-        UserError: naming the file, and the line where one is at fault.
+        UserError: the manifest is wrong; the message names the file and the line.
     """
     rows = _read(manifest, root)
     train = [row for row in rows if row.split == "train"]
@@ -118,7 +118,7 @@ def _read(manifest: Path, root: Path) -> list[_Row]:
 
 
 def _lines(file: TextIO) -> Iterator[str]:
-    """Of a file that may be no table at all, and one line as long as it is."""
+    """Lines of a file, which may not be a table but a single line without end."""
     while line := file.readline(MAX_LINE):
         if len(line) == MAX_LINE:
             raise csv.Error(f"a line has more than {MAX_LINE} characters")
@@ -150,7 +150,7 @@ def _parse(cells: dict[str, str | None], root: Path, base: str, where: str) -> _
         raise UserError(f"{where}: split is {_cut(split)!r}; allowed: train, validation")
     for column in ("path", "label"):
         if "\0" in cell(column):
-            raise UserError(f"{where}: {column} has a character 0: this is no text file")
+            raise UserError(f"{where}: {column} has a character 0: this is not a text file")
     path = os.path.normpath(os.path.join(base, cell("path")))
     inside = os.path.join(base, "")
     if not path.startswith(inside):

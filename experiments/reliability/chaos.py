@@ -1,0 +1,544 @@
+"""Kills, stops and damages everything that can fail, at random, and compares the end of the run.
+
+    python experiments/reliability/chaos.py --runs 60
+
+Each run trains peers that differ on Ray. Its seed determines which faults strike it and when: during a step,
+while a checkpoint is written, during an evaluation, or during the recovery from an earlier fault. A row records the
+faults, and whether weights, optimizers and metrics equal those of the undisturbed run to the bit. If lost peers are
+dropped, the run must equal one in which they leave at that step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+from rich.console import Console
+
+sys.path.append(str(Path(__file__).parents[1]))
+from provenance import commit
+
+STEPS = 60
+SILENCE_S = 5.0
+HANGS_S = 300.0
+"""A run that takes longer hangs."""
+
+FAULTS = (
+    "kill peer",
+    "stop peer",
+    "kill coordinator",
+    "stop coordinator",
+    "kill node",
+    "kill driver",
+    "cut checkpoint",
+    "full disk",
+    "damage embedding",
+    "pause driver",
+)
+
+VARIANTS = ("three", "five", "two teachers", "odd", "drop")
+"""Three peers; five; five that learn from two others each; three whose batch and embeddings have odd
+sizes, with TensorBoard events; four where a lost peer is dropped."""
+
+
+MOMENTS = {
+    "saving a checkpoint": "save",
+    "evaluating on validation classes": "evaluation",
+    "recovering lost peers": "recovery",
+}
+"""What the package's debug log says when a moment begins."""
+
+LONGEST_DELAY_S = {"save": 1.5, "evaluation": 1.5, "recovery": 6.0}
+"""Seconds from the beginning of a moment to its fault."""
+
+
+def settings(root: Path, transport: str, variant: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "data": {
+            "name": "imagefolder",
+            "root": str(root),
+            "decode_size": 36,
+            "classes_per_batch": 4,
+            "images_per_class": 3,
+            "validation_fraction": 0.25,
+        },
+        "cohort": {
+            "threads_per_peer": 1,
+            "transport": transport,
+            "start_timeout_s": 120,
+            "base": {"input_size": 32, "embedding_size": 16, "batch_norm": "train", "num_cpus": 1},
+            "peers": [
+                {"backbone": "test_resnet", "ema": {"decay": 0.9}},
+                {"backbone": "test_efficientnet", "embedding_size": 24, "update_interval": 2},
+                {"backbone": "test_resnet", "view": "strong", "optimizer": {"name": "adamw"}},
+            ],
+        },
+        "train": {"steps": STEPS, "evaluate_every": 20, "log_every": 5, "tensorboard": False},
+        "evaluation": {"recall_at": [1], "untrained": False},
+        "checkpoint": {"every_steps": 10},
+        "failure": {"heartbeat_timeout_s": SILENCE_S, "max_failures": 30, "node_timeout_s": 10},
+    }
+    cohort = found["cohort"]
+    if variant in ("five", "two teachers", "drop"):
+        cohort["base"]["num_cpus"] = 0.5
+        cohort["peers"] += [{"backbone": "test_resnet", "view": "weak"}]
+    if variant in ("five", "two teachers"):
+        cohort["peers"] += [{"backbone": "test_resnet", "update_interval": 3}]
+    if variant == "two teachers":
+        cohort["max_teachers"] = 2
+    elif variant == "odd":
+        found["data"]["classes_per_batch"] = 3
+        cohort["base"]["embedding_size"], cohort["peers"][1]["embedding_size"] = 15, 23
+        found["train"]["tensorboard"] = True
+    elif variant == "drop":
+        found["failure"] |= {"on_peer_loss": "drop", "max_failures": 0}
+    return found
+
+
+def make_images(root: Path) -> None:
+    """16 classes of noise with a mark, so that there is something to learn."""
+    generator = np.random.default_rng(0)
+    for label in range(16):
+        (root / f"class{label:02d}").mkdir(parents=True)
+        for image in range(5):
+            pixels = generator.integers(0, 120, (24, 24, 3), dtype=np.uint8)
+            pixels[4 * (label % 4) : 4 * (label % 4) + 8, 4 * (label // 4) :][:, :8] += 100
+            Image.fromarray(pixels).save(root / f"class{label:02d}" / f"{image}.png")
+
+
+# --- inside the driver, a process of its own ----------------------------------------------------
+
+
+class Striker:
+    """Causes each fault at its moment: at a step, or some time after a checkpoint, an evaluation or a recovery
+    has begun."""
+
+    def __init__(self, folder: Path, faults: list[dict[str, Any]]) -> None:
+        self._folder, self._faults = folder, faults
+        self.cohort: Any = None
+        self.cluster_nodes: list[Any] = []
+        self._ballast: Path | None = None
+
+    def _is_new(self, fault: dict[str, Any]) -> bool:
+        """A fault strikes once, also if the driver is started again."""
+        mark = self._folder / f"struck-{fault['number']}"
+        if mark.exists():
+            return False
+        mark.touch()
+        return True
+
+    def at(self, moment: str, step: int = 0) -> None:
+        for fault in self._faults:
+            if fault["moment"] == moment and step >= fault["step"] and self._is_new(fault):
+                if moment == "step":
+                    self._strike(fault)
+                else:
+                    threading.Timer(fault["delay"], self._strike, [fault]).start()
+
+    def _strike(self, fault: dict[str, Any]) -> None:
+        (self._folder / f"hit-{fault['number']}").write_text(f"{time.time()}")
+        what, peer = fault["what"], f"peer{fault['peer']}"
+        if what == "kill driver":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what in ("kill peer", "stop peer"):
+            self._signal(self._pid(peer), what)
+        elif what in ("kill coordinator", "stop coordinator"):
+            self._signal(_coordinator_pid(), what)
+        elif what == "kill node":
+            # The last node with a peer that is not the head, because the session ends with the head.
+            where = {place.node_id for place in self.cohort.places.values()}
+            for node in [node for node in self.cluster_nodes[1:] if node.node_id in where][-1:]:
+                os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        elif what == "cut checkpoint":
+            self._cut_the_last_checkpoint(fault)
+        elif what == "full disk":
+            self._fill_the_disk()
+        elif what == "damage embedding":
+            (self._folder / "damage").touch()
+        elif what == "pause driver":
+            pause = f"kill -STOP {os.getpid()}; sleep {SILENCE_S + 3}; kill -CONT {os.getpid()}"
+            subprocess.Popen(["sh", "-c", pause])
+
+    def _pid(self, name: str) -> int | None:
+        place = self.cohort.places.get(name)
+        return place.pid if place else None
+
+    @staticmethod
+    def _signal(pid: int | None, what: str) -> None:
+        if pid is None:
+            return
+        try:
+            os.kill(pid, signal.SIGKILL if what.startswith("kill") else signal.SIGSTOP)
+        except ProcessLookupError:
+            return  # the fault before was faster
+
+    def _cut_the_last_checkpoint(self, fault: dict[str, Any]) -> None:
+        """Also kills a peer, so that the checkpoint is read."""
+        checkpoints = self._folder / "disk" / "run" / "checkpoints"
+        folders = sorted(checkpoints.glob("step-*"))
+        if len(folders) > 1:
+            files = sorted(path for path in folders[-1].rglob("*") if path.is_file())
+            chosen = files[fault["peer"] % len(files)]
+            os.truncate(chosen, chosen.stat().st_size // 2)
+        self._signal(self._pid(f"peer{fault['peer']}"), "kill peer")
+
+    def _fill_the_disk(self) -> None:
+        """For three seconds."""
+        ballast = self._folder / "disk" / "ballast"
+        try:
+            with ballast.open("wb") as file:
+                while True:
+                    file.write(b"\0" * 2**16)
+                    file.flush()
+        except OSError:
+            pass
+        threading.Timer(3.0, lambda: ballast.unlink(missing_ok=True)).start()
+
+
+def _coordinator_pid() -> int | None:
+    for pid in processes_of(os.getsid(0)):
+        with suppress(OSError):
+            title = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if title.startswith(b"ray::") and b"Coordinator" in title:
+                return pid
+    return None
+
+
+def processes_of(session: int) -> list[int]:
+    """Those of a driver are all that it has started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if os.getsid(int(entry.name)) == session:
+                    found.append(int(entry.name))
+    return found
+
+
+def drive(folder: Path) -> None:
+    """Trains, or goes on, in the run of a folder with the faults that its plan has."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from ray_dmml.config.schema import Config
+    from ray_dmml.loggers.logger import Logger
+    from ray_dmml.ray_backend.coordinator import Coordinator
+    from ray_dmml.ray_backend.peer_actor import PeerActor
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
+    from ray_dmml.training.run import train
+
+    plan = json.loads((folder / "plan.json").read_text())
+    striker = Striker(folder, plan["faults"])
+    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    if plan["nodes"] > 1:
+        checks = {
+            "health_check_initial_delay_ms": 1000,
+            "health_check_period_ms": 1000,
+            "health_check_timeout_ms": 2000,
+            "health_check_failure_threshold": 3,
+        }
+        cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 2, "_system_config": checks}
+        )
+        striker.cluster_nodes = [
+            cluster.head_node,
+            *(cluster.add_node(num_cpus=2) for _ in range(plan["nodes"] - 1)),
+        ]
+        ray.init(address=cluster.address, **quiet)
+    else:
+        ray.init("local", num_cpus=4, include_dashboard=False, **quiet)
+
+    flag = folder / "damage"
+
+    class DamagingCoordinator(Coordinator):
+        """Flips a bit of the next embedding once the flag is there."""
+
+        async def exchange(
+            self, step: int, rank: int, teachers: Any, expected: int, *parts: Any
+        ) -> list[Any]:
+            if flag.exists():
+                flag.unlink()
+                parts = (parts[0].copy(), *parts[1:])
+                parts[0].view("u1").reshape(-1)[5] ^= 4
+            return await Coordinator.exchange(self, step, rank, teachers, expected, *parts)
+
+    class DamagingPeer(PeerActor):
+        """The same if embeddings go from peer to peer: it changes what is sent, after the checksum was taken."""
+
+        def join(self, *arguments: Any) -> Any:
+            place = super().join(*arguments)
+            pack = getattr(self.exchange, "pack", None)
+            if pack is not None:
+
+                def damaged(*given: Any) -> Any:
+                    sent = pack(*given)
+                    if flag.exists():
+                        flag.unlink(missing_ok=True)
+                        sent.view(-1)[3] += 1
+                    return sent
+
+                self.exchange.pack = damaged  # type: ignore[attr-defined]
+            return place
+
+    class FaultyCohort(RayCohort):
+        peer_class = DamagingPeer
+        coordinator_class = DamagingCoordinator
+
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            striker.cohort = self
+            super().__init__(*arguments, **named)
+
+    class Steps(Logger):
+        def log(self, metrics: Any, step: int) -> None:
+            if not metrics:
+                striker.at("step", step)
+
+    class Sentences(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if record.levelno <= logging.DEBUG:
+                striker.at(MOMENTS.get(text, text))
+                return
+            with (folder / "notes.jsonl").open("a") as file:
+                file.write(json.dumps([time.time(), text]) + "\n")
+
+    package = logging.getLogger("ray_dmml")
+    package.setLevel(logging.DEBUG)
+    package.addHandler(Sentences())
+    run = folder / "disk" / "run"
+    if (run / "config.yaml").exists():
+        train(resume=run, loggers=[Steps()], cohort_factory=FaultyCohort)
+    else:
+        config = Config.parse(plan["settings"])
+        train(config, run, loggers=[Steps()], cohort_factory=FaultyCohort)
+    ray.shutdown()
+
+
+# --- outside ------------------------------------------------------------------------------------
+
+
+def draw(seed: int) -> tuple[str, str, int, list[dict[str, Any]]]:
+    """Variant, transport, nodes and faults of a run."""
+    chance = random.Random(seed)
+    # Every fault comes first in one run of ten, so that few runs have them all.
+    first, block = seed % len(FAULTS), seed // len(FAULTS)
+    variant = VARIANTS[(first + block) % len(VARIANTS)]
+    transport = ("direct", "coordinator")[block % 2]
+    others = ("kill peer", "stop peer") if variant == "drop" else FAULTS
+    chosen = [others[first % len(others)], *chance.choices(others, k=chance.randint(0, 2))]
+    nodes = 3 if "kill node" in chosen else 1
+    faults = []
+    for number, what in enumerate(chosen):
+        later = ["step", "step", "save", "evaluation", "recovery", "recovery"]
+        moment = chance.choice(later) if number else "step"
+        if what == "cut checkpoint":
+            moment = "step"
+        faults.append(
+            {
+                "number": number,
+                "what": what,
+                "peer": chance.randrange(3),
+                "moment": moment,
+                "step": chance.randint(11, STEPS - 5) if moment == "step" else 0,
+                "delay": round(chance.uniform(0, LONGEST_DELAY_S.get(moment, 0)), 2),
+            }
+        )
+    return variant, transport, nodes, faults
+
+
+def outcome(run: Path) -> tuple[Any, str]:
+    from ray_dmml.training.run_dir import RunDir
+
+    folder = RunDir.open(run)
+    last = folder.checkpoints.load("last")
+    return (last.step, last.peers), folder.metrics_file.read_text()
+
+
+def after_drops(config: Any, dropped: dict[str, int]) -> dict[str, Any]:
+    """What peers end with where some leave at a step each, trained in this process."""
+    from ray_dmml.cohort.local import LocalCohort
+    from ray_dmml.data.datasets import load_splits
+
+    splits, at = load_splits(config.data), 0
+    state: dict[str, Any] = {}
+    for stop in sorted({*dropped.values(), STEPS}):
+        left = tuple(p for p in config.cohort.peers if dropped.get(p.name, STEPS) >= stop)
+        part = config.model_copy(
+            update={"cohort": config.cohort.model_copy(update={"peers": left})}
+        )
+        with closing(LocalCohort(part, splits, initial_weights=not state)) as cohort:
+            if state:
+                cohort.load(state)
+            if stop > at:
+                cohort.run(at, stop, lambda finished: None)
+            state |= cohort.state()
+        at = stop
+    return state
+
+
+class Undisturbed:
+    """What runs end with that nothing happens to."""
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+        self._found: dict[str, Any] = {}
+
+    def is_equal(self, variant: str, run: Path, faults: list[dict[str, Any]]) -> bool:
+        from ray_dmml.config.schema import Config
+        from ray_dmml.training.run import train
+        from ray_dmml.training.run_dir import RunDir
+
+        config = Config.parse(settings(self._work / "images", "direct", variant))
+        if variant == "drop":
+            last = RunDir.open(run).checkpoints.load("last")
+            struck = {f"peer{fault['peer']}" for fault in faults}
+            dropped = last.meta["dropped"]
+            return dropped.keys() <= struck and last.peers == after_drops(config, dropped)
+        if variant not in self._found:
+            alone = self._work / f"undisturbed-{variant}"
+            train(config, alone, local=True)
+            self._found[variant] = outcome(alone)
+        return bool(outcome(run) == self._found[variant])
+
+
+def one_run(seed: int, undisturbed: Undisturbed, work: Path) -> dict[str, Any]:
+    variant, transport, nodes, faults = draw(seed)
+    folder = work / f"run-{seed}"
+    (folder / "disk").mkdir(parents=True)
+    told_faults = [f"{f['what']}@{f['step'] or f['moment']}" for f in faults]
+    row: dict[str, Any] = {
+        "seed": seed,
+        "peers": variant,
+        "transport": transport,
+        "nodes": nodes,
+        "faults": told_faults,
+    }
+    is_small = any(fault["what"] == "full disk" for fault in faults)
+    if is_small:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(folder / "disk")]
+        if subprocess.run(mount, capture_output=True).returncode:
+            return {**row, "equal": None, "why": "a small disk needs root"}
+    plan = {
+        "settings": settings(work / "images", transport, variant),
+        "faults": faults,
+        "nodes": nodes,
+    }
+    (folder / "plan.json").write_text(json.dumps(plan))
+    began, starts = time.monotonic(), 0
+    try:
+        while True:
+            starts += 1
+            # Who made room three seconds later was the driver before.
+            (folder / "disk" / "ballast").unlink(missing_ok=True)
+            with (folder / "log.txt").open("a") as log:
+                driver = subprocess.Popen(
+                    [sys.executable, __file__, "--drive", str(folder)],
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+                try:
+                    code = driver.wait(timeout=HANGS_S)
+                except subprocess.TimeoutExpired:
+                    return {**row, "equal": False, "why": "it hangs"}
+                finally:
+                    _end_session(driver.pid)
+            if code == 0:
+                break
+            if code != -signal.SIGKILL or starts > len(faults) + 1:
+                return {**row, "equal": False, "why": f"exit code {code}: {folder / 'log.txt'}"}
+        told = [
+            json.loads(line)
+            for line in (folder / "notes.jsonl").read_text().splitlines()
+        ] if (folder / "notes.jsonl").exists() else []  # fmt: skip
+        notes = [note for _, note in told]
+        hits = sorted(float(path.read_text()) for path in folder.glob("hit-*"))
+        backs = [note for note in notes if "go back from step" in note]
+        # What a loss was told after: the latest fault before it.
+        detected = [
+            round(at - max([hit for hit in hits if hit <= at], default=at), 1)
+            for at, note in told
+            if "go back from step" in note
+        ]
+        row |= {
+            "struck": len(list(folder.glob("struck-*"))),
+            "starts": starts,
+            "recoveries": len(backs),
+            "detected_s": detected,
+            "steps_again": sum(_steps_again(note) for note in backs),
+            "recovered_s": [
+                float(note.split()[2]) for note in notes if note.startswith("recovered in")
+            ],
+            "seconds": round(time.monotonic() - began),
+            "equal": undisturbed.is_equal(variant, folder / "disk" / "run", faults),
+        }
+        return row
+    finally:
+        if is_small:  # what was written is kept for a look at it
+            with suppress(OSError):
+                shutil.copytree(folder / "disk" / "run", folder / "run")
+            subprocess.run(["umount", "-l", str(folder / "disk")], capture_output=True)
+
+
+def _steps_again(note: str) -> int:
+    words = note.split("go back from step ")[1].split()
+    return int(words[0]) - int(words[2])
+
+
+def _end_session(session: int) -> None:
+    """What the driver had started, where it was killed: the next one starts at once."""
+    for pid in processes_of(session):
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def main(
+    runs: Annotated[int, typer.Option(min=1, help="Runs.")] = 60,
+    first_seed: Annotated[int, typer.Option(help="Seeds are this and the next ones.")] = 0,
+    seed: Annotated[list[int] | None, typer.Option(help="These seeds instead.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="A JSON line a run is added here.")] = None,
+    drive_in: Annotated[Path | None, typer.Option("--drive", hidden=True)] = None,
+) -> None:
+    """Kill anything at any time, and compare."""
+    if drive_in is not None:
+        drive(drive_in)
+        return
+    console = Console(width=160)
+    work = Path(tempfile.mkdtemp(prefix="ray-dmml-chaos-"))
+    is_right = True
+    try:
+        make_images(work / "images")
+        undisturbed = Undisturbed(work)
+        made_by = commit()
+        for chosen in seed or range(first_seed, first_seed + runs):
+            row = one_run(chosen, undisturbed, work)
+            is_right &= row["equal"] is not False
+            console.print(json.dumps(row), highlight=False, markup=False)
+            if rows is not None:
+                with rows.open("a") as file:
+                    file.write(json.dumps({**row, "commit": made_by}) + "\n")
+            if row["equal"]:
+                shutil.rmtree(work / f"run-{chosen}", ignore_errors=True)
+    finally:
+        if is_right:
+            shutil.rmtree(work, ignore_errors=True)
+    raise typer.Exit(0 if is_right else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

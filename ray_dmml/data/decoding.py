@@ -1,0 +1,140 @@
+"""Decodes image files of the usual formats to uint8 RGB tensors, within bounds on memory."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import stat
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+Resize = Literal["stretch", "center_crop"]
+
+MAX_PIXELS = 178_956_970
+"""The largest image that is decoded: 0.5 GiB as uint8 RGB. Pillow's own limit is the same."""
+
+MAX_FILE_BYTES = 2**30
+"""The largest file that is read: as many pixels, with 16 bits a channel and no compression."""
+
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF"),
+    "WEBP",
+)
+"""Pillow's names of the formats that are read."""
+
+# torchvision decodes these faster. A corrupt PNG ends its process (torchvision 0.29: SIGSEGV), and
+# of a GIF it decodes every frame, so Pillow decodes those.
+_FORMATS_OF_TORCHVISION = frozenset({"JPEG", "MPO", "WEBP"})
+_MAX_ASPECT_RATIO = 16
+
+
+def decode(path: Path) -> Tensor:
+    """Decodes an image file to uint8 (3, H, W), upright according to its EXIF orientation.
+
+    The content decides the format, not the suffix. The first frame of an animation is decoded. The
+    size in the file's header is checked before memory is reserved for the pixels.
+
+    Raises:
+        OSError: the file is missing, empty, too large, or not an image.
+        Exception: the file is corrupt; decoders raise nearly anything.
+    """
+    array = _read(path)
+    with _open(array.tobytes()) as opened:
+        if opened.format not in _FORMATS_OF_TORCHVISION:
+            return _decode_with_pillow(opened)
+        # The import takes more than a second, and not every process decodes such files.
+        from torchvision.io import ImageReadMode, decode_image
+
+        try:
+            image: Tensor = decode_image(
+                torch.from_numpy(array), mode=ImageReadMode.RGB, apply_exif_orientation=True
+            )
+        except RuntimeError:  # rare kinds of JPEG; and Pillow's message says what is wrong
+            return _decode_with_pillow(opened)
+        return image
+
+
+def _read(path: Path) -> np.ndarray:
+    """The content of a file, uint8."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
+        raise OSError("it is not a regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise OSError(f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB")
+    array = np.fromfile(path, dtype=np.uint8)
+    if not array.size:
+        raise OSError("the file is empty")
+    return array
+
+
+def _open(data: bytes) -> Image.Image:
+    """Reads the header of an image: its format and size. Pixels are not decoded yet."""
+    too_large = f"it claims too many pixels: at most {MAX_PIXELS} are decoded"
+    try:
+        opened = Image.open(io.BytesIO(data), formats=_formats_of_pillow())
+    except Image.DecompressionBombError:
+        raise OSError(too_large) from None
+    if opened.width * opened.height > MAX_PIXELS:  # a program may have lifted Pillow's limit
+        raise OSError(too_large)
+    return opened
+
+
+@functools.cache
+def _formats_of_pillow() -> tuple[str, ...]:
+    """The formats that this Pillow was built with; without EPS, for which it runs Ghostscript."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _decode_with_pillow(opened: Image.Image) -> Tensor:
+    upright = ImageOps.exif_transpose(opened)
+    upright.info.pop("transparency", None)  # alpha is dropped, and convert would warn of it
+    if upright.mode.startswith("I;16"):  # convert would clip at 255
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    elif upright.mode in ("I", "F"):
+        raise OSError("its pixels have 32 bits, and nothing says which value is white")
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+
+
+def to_square(image: Tensor, size: int, resize: Resize) -> Tensor:
+    """Resizes uint8 (3, H, W) to a contiguous (3, size, size), bilinear with antialiasing."""
+    height, width = image.shape[1:]
+    if resize == "stretch":
+        target = (size, size)
+    else:
+        shorter = min(height, width)
+        # Only the middle of a very long image is kept. Enlarging all of it might take gigabytes.
+        for side in (1, 2):
+            longest = min(image.shape[side], _MAX_ASPECT_RATIO * shorter)
+            image = image.narrow(side, (image.shape[side] - longest) // 2, longest)
+        height, width = image.shape[1:]
+        target = (round(height * size / shorter), round(width * size / shorter))
+    if (height, width) != target:
+        image = torch.nn.functional.interpolate(
+            image[None], size=target, mode="bilinear", antialias=True
+        )[0]
+    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    square: Tensor = image[:, top : top + size, left : left + size].contiguous()
+    return square
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image could not be decoded, for a message."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image in a known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def printable(name: str) -> str:
+    """A file's name for a message. Bytes that are not text and control characters are escaped."""
+    if name.isprintable():
+        return name
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in name)

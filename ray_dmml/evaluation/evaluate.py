@@ -1,0 +1,44 @@
+"""Retrieval figures of every peer and of the ensemble on the images of one split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ray_dmml.data.dataset import ImageSet
+from ray_dmml.evaluation.ensemble import ensemble_embedding
+from ray_dmml.evaluation.metrics import retrieval_metrics
+
+Figures = dict[str, Any]
+"""``{"peers": {name: {"recall@1": ...}}, "ensemble": {"recall@1": ...}}``, all as fractions."""
+
+
+def evaluate_embeddings(
+    embeddings: Mapping[str, np.ndarray], images: ImageSet, recall_at: Sequence[int]
+) -> Figures:
+    """Evaluates each peer's embeddings and their concatenation.
+
+    Args:
+        embeddings: name of each peer to (N, D) float32 embeddings at unit length.
+        images: the N images.
+        recall_at: the K of Recall@K; K = 1 is always included.
+
+    Raises:
+        UserError: as :func:`~ray_dmml.evaluation.metrics.retrieval_metrics`.
+    """
+
+    def metrics(vectors: np.ndarray) -> dict[str, float]:
+        return retrieval_metrics(
+            vectors,
+            images.labels,
+            recall_at=sorted({1, *recall_at}),
+            query=images.query,
+            gallery=images.gallery,
+        )
+
+    return {
+        "peers": {name: metrics(vectors) for name, vectors in embeddings.items()},
+        "ensemble": metrics(ensemble_embedding(list(embeddings.values()))),
+    }

@@ -1,0 +1,73 @@
+"""Where the numbers of a run go: one interface, one class a sink, and a container that fans out.
+
+Sentences for people go through Python's :mod:`logging` instead: INFO is a sentence worth knowing, WARNING says
+that something is not as asked and what happens instead, and DEBUG says what takes the time right now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class Logger:
+    """A sink of metrics. Subclasses override what they need."""
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Takes metrics of a step (1 for the first).
+
+        Args:
+            metrics: one of these:
+
+                - ``{}``: every peer has finished ``step`` steps; nothing else is known yet.
+                - ``{"peers": {name: {"loss": ..., "metric": ...}}}``: the loss terms of one step.
+                - ``{"images_per_second": ...}``: the speed of the steps up to this one.
+                - ``{"validation": figures}`` or ``{"untrained": figures}``: an evaluation, see
+                  :data:`~ray_dmml.evaluation.evaluate.Figures`.
+                - ``{"checkpoint": "last"}`` or ``{"checkpoint": "best"}``: a checkpoint was written.
+        """
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from the end of this step: later metrics are void and come again."""
+
+    def flush(self) -> None:
+        """Writes what is held back. Sinks that cannot write keep it and warn."""
+
+    def close(self) -> None:
+        """Ends the sink. A second call does nothing."""
+
+
+class Loggers(Logger):
+    """Hands everything on to several loggers, in their order."""
+
+    def __init__(self, loggers: Iterable[Logger]) -> None:
+        self._loggers = tuple(loggers)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        for logger in self._loggers:
+            logger.log(metrics, step)
+
+    def rewind(self, step: int) -> None:
+        for logger in self._loggers:
+            logger.rewind(step)
+
+    def flush(self) -> None:
+        for logger in self._loggers:
+            logger.flush()
+
+    def close(self) -> None:
+        for logger in self._loggers:
+            logger.close()
+
+
+class LatestTerms:
+    """The latest loss terms of each peer. A peer in ``skip`` mode has none at most steps."""
+
+    def __init__(self) -> None:
+        self.by_peer: dict[str, dict[str, float]] = {}
+
+    def update(self, row: Mapping[str, Mapping[str, float]]) -> None:
+        """Takes the row of one step."""
+        for name, terms in row.items():
+            if "loss" in terms:
+                self.by_peer[name] = dict(terms)

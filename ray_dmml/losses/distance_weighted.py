@@ -1,0 +1,117 @@
+"""Distance-weighted sampling of negatives, and Euclidean distances without cancellation.
+
+Both extend pytorch-metric-learning. They are the miner and the distance of the triplet baseline.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning import distances, miners
+from torch import Tensor
+
+
+class ExactEuclideanDistance(distances.LpDistance):
+    """L2 distances from differences, never from ``|x|² + |y|² - 2 x·y``.
+
+    Above 25 rows torch.cdist uses the matrix product. In float32 that cancels for points near each
+    other: embeddings within 1e-3 lose all their digits. The gradient at distance zero is zero.
+    """
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        """(B, D) and (R, D) -> (B, R)."""
+        return torch.cdist(query_emb, ref_emb, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        """(B, D) and (B, D) -> (B,); the library's version adds 1e-6 to every difference."""
+        distance: Tensor = torch.linalg.vector_norm(query_emb - ref_emb, dim=1)
+        return distance
+
+
+class DistanceWeightedNegativeMiner(miners.BaseMiner):
+    """Samples one negative for every positive pair of the batch, with weights by its distance.
+
+    A negative at distance d from the anchor has the weight 1 / q(d). Here
+    q(d) ~ d^(D-2) (1 - d²/4)^((D-3)/2) is the density of the distances between random points on the
+    unit sphere in D dimensions.
+
+    The weights of an anchor are divided by the largest one among its *eligible negatives*. Common code
+    takes the maximum over the positives too, or over the whole batch; then all weights of an anchor can
+    underflow at D = 512. An anchor without eligible negatives samples uniformly from all its negatives.
+    An anchor without negatives gives no triplets. Random numbers come from torch's global generator of
+    the embeddings' device.
+
+    Args:
+        cutoff: smaller distances get the weight of this one.
+        nonzero_loss_cutoff: negatives at this distance or beyond are not eligible. It is at most 2.
+
+    Raises:
+        ValueError: unless 0 < cutoff < nonzero_loss_cutoff <= 2.
+
+    Relations:
+        pytorch-metric-learning's ``DistanceWeightedMiner`` implements the same paper. It divides by the
+        largest weight of the whole batch.
+
+    References:
+        Wu, Manmatha, Smola, Krähenbühl, *Sampling Matters in Deep Embedding Learning*, ICCV 2017,
+        https://arxiv.org/abs/1706.07567
+    """
+
+    def __init__(
+        self, cutoff: float = 0.5, nonzero_loss_cutoff: float = 1.4, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0 < cutoff < nonzero_loss_cutoff <= 2:
+            raise ValueError(
+                "0 < cutoff < nonzero_loss_cutoff <= 2 is needed, "
+                f"got cutoff {cutoff} and nonzero_loss_cutoff {nonzero_loss_cutoff}"
+            )
+        self.cutoff = float(cutoff)
+        self.nonzero_loss_cutoff = float(nonzero_loss_cutoff)
+
+    def get_default_distance(self) -> distances.BaseDistance:
+        """L2 between normalised embeddings."""
+        return ExactEuclideanDistance()
+
+    def mine(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices of anchors, positives and negatives, (T,) int64 each; T counts the positive pairs."""
+        same = labels[:, None] == ref_labels[None, :]
+        weights = self.weights(self.distance(embeddings, ref_emb), ~same, embeddings.shape[1])
+        positive = same.clone()
+        if ref_emb is embeddings:
+            positive.fill_diagonal_(False)
+        positive[same.all(dim=1)] = False
+        num_positives = positive.sum(dim=1)
+        anchors, positives = torch.where(positive)
+        if len(anchors) == 0:
+            return anchors, positives, positives.clone()
+        # Every row samples as many as the row with the most positives needs, and keeps its first ones.
+        weights[same.all(dim=1)] = 1
+        most = int(num_positives.max())
+        samples = torch.multinomial(weights, most, replacement=True)
+        needed = torch.arange(most, device=samples.device) < num_positives[:, None]
+        return anchors, positives, samples[needed]
+
+    def weights(self, distance: Tensor, negative: Tensor, embedding_size: int) -> Tensor:
+        """Sampling weights, at most 1. A row without a negative is zero.
+
+        Args:
+            distance: (B, R) float, from the anchors to the other images.
+            negative: (B, R) bool, True for the negatives of an anchor.
+            embedding_size: D.
+
+        Returns:
+            (B, R) float64 (float32 on a device without float64).
+        """
+        precise = torch.float32 if distance.device.type == "mps" else torch.float64
+        d = distance.to(precise).clamp(min=self.cutoff)
+        eligible = negative & (d < self.nonzero_loss_cutoff)
+        log_weights = (2 - embedding_size) * d.log()
+        log_weights -= (embedding_size - 3) / 2 * (1 - d.square() / 4).log()
+        log_weights = log_weights.masked_fill(~eligible, -torch.inf)
+        none = ~eligible.any(dim=1, keepdim=True)
+        largest = log_weights.amax(dim=1, keepdim=True).masked_fill(none, 0)
+        return torch.where(none, negative.to(precise), (log_weights - largest).exp())

@@ -1,0 +1,70 @@
+"""How a peer's parameters change: parameter groups, the learning-rate schedule, the moving average."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ray_dmml.config.schema import EmaConfig, OptimizerConfig, ScheduleConfig
+from ray_dmml.models.embedding_net import EmbeddingNet
+
+LOSS_LR_FACTOR = 100
+"""Default learning rate of proxies, relative to the backbone's. Proxies start from random values beside a
+pretrained net; the factor is that of Proxy-Anchor (Kim et al. 2020, https://arxiv.org/abs/2003.13911)."""
+
+
+def build_optimizer(
+    config: OptimizerConfig, net: EmbeddingNet, metric: nn.Module
+) -> torch.optim.Optimizer:
+    """An optimizer with one parameter group each for backbone, head and the metric loss's own parameters.
+
+    Each group has a ``base_lr``; :func:`set_learning_rates` derives ``lr`` from it at every update.
+    """
+    head_lr = config.lr if config.head_lr is None else config.head_lr
+    loss_lr = config.lr * LOSS_LR_FACTOR if config.loss_lr is None else config.loss_lr
+    groups: list[dict[str, Any]] = [
+        {"params": list(net.backbone.parameters()), "base_lr": config.lr},
+        {"params": list(net.head.parameters()), "base_lr": head_lr},
+    ]
+    if proxies := list(metric.parameters()):
+        groups.append({"params": proxies, "base_lr": loss_lr})
+    args: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, **args)
+    optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return optimizers[config.name](groups, **args)
+
+
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, step: int
+) -> None:
+    """Sets every group's learning rate for a step (0 for the first)."""
+    factor = learning_rate_factor(schedule, step)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def learning_rate_factor(schedule: ScheduleConfig, step: int) -> float:
+    """The factor on all learning rates at a step (0 for the first).
+
+    It is a pure function of the step, so that a schedule has no state that a checkpoint could lose.
+    """
+    factor = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+    if schedule.name == "step":
+        factor *= schedule.gamma ** sum(step >= milestone for milestone in schedule.milestones)
+    elif schedule.name == "cosine":
+        end = schedule.steps or 1  # the config requires it for this schedule
+        cycle = (step * schedule.cycles / end) % 1 if step < end else 1.0
+        factor *= 0.5 * (1 + math.cos(math.pi * cycle))
+    return factor
+
+
+def build_ema(config: EmaConfig | None, net: EmbeddingNet) -> AveragedModel | None:
+    """The exponential moving average of a net's weights, or None where the peer keeps none."""
+    if config is None:
+        return None
+    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.decay))

@@ -1,0 +1,69 @@
+"""What Ray raises about actors, as one error with a message for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from ray_dmml.errors import ExchangeLostError, PeerLostError, UserError
+
+
+def cause_of(error: Exception) -> Exception:
+    """What was raised inside an actor, without Ray's wrapping."""
+    return getattr(error, "cause", None) or error
+
+
+def is_death(error: Exception) -> bool:
+    """Whether an actor itself died. A living actor whose call on a dead one failed raises a RayTaskError,
+    which is a RayActorError, too; the dead one is then the coordinator."""
+    return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
+
+
+def is_user_mistake(error: Exception) -> bool:
+    """Whether a setting or a file is wrong, so that trying again does not help."""
+    return isinstance(error, UserError) and not isinstance(error, PeerLostError)
+
+
+def first_cause(failures: Mapping[str, Exception], num_sent: Mapping[str, int]) -> Exception:
+    """The failure that caused the others: a user's mistake, then a death, then a lost exchange.
+
+    Args:
+        failures: name of each peer whose call failed to what it raised.
+        num_sent: name of each peer to the number of steps whose embeddings it has sent.
+    """
+    causes = [cause_of(failure) for failure in failures.values()]
+    for cause in causes:
+        if is_user_mistake(cause):
+            return cause
+    deaths = []
+    for name, failure in failures.items():
+        if is_death(failure):
+            step = num_sent.get(name, 0)
+            deaths.append(f"{name} died{f' in step {step}' if step else ''}: {reason_of(failure)}")
+    if deaths:
+        return PeerLostError("; ".join(deaths))
+    for cause in causes:
+        if isinstance(cause, RayActorError):
+            return PeerLostError(f"the coordinator died: {reason_of(cause)}")
+    # Every other failure looks like a lost exchange to the other peers, so that is believed last.
+    cause = min(
+        causes, key=lambda c: (isinstance(c, PeerLostError), isinstance(c, ExchangeLostError))
+    )
+    return PeerLostError(reason_of(cause)) if isinstance(cause, RayError) else cause
+
+
+def reason_of(error: Exception) -> str:
+    """Why an actor died, in a few words out of Ray's paragraph."""
+    text = str(error)
+    if "OUT_OF_MEMORY" in text or "running low on memory" in text:
+        return "out of memory: Ray ended it because its node had too little left"
+    if "node has died" in text or "NODE_DIED" in text:
+        return "its node was lost"
+    if "unavailable" in text:
+        return "it does not answer"
+    if "ray.kill" in text:
+        return "it was ended"
+    if "SYSTEM_ERROR" in text or "connection error" in text.lower():
+        return "its process was killed or crashed"
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)

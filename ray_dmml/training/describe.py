@@ -1,0 +1,68 @@
+"""What is about to run, and what it waited for, in a few lines for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ray_dmml.cohort.cohort import Cohort
+from ray_dmml.config.schema import Config, PeerConfig
+from ray_dmml.data.dataset import Splits
+
+LONG_WAIT = 0.1
+"""Share of the training time from which on the waiting of a peer is worth a line."""
+
+
+def describe_cohort(config: Config, splits: Splits, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Images, batches, peers and devices.
+
+    Args:
+        facts: what run.json holds.
+    """
+    train, validation = splits.train, splits.validation
+    yield f"data      {config.data.name}: train {len(train):,} images of {train.num_classes} classes"
+    if validation is not None:
+        yield (
+            f"          validation {len(validation):,} images of {validation.num_classes} classes, "
+            "held out of training"
+        )
+    yield f"          test {len(splits.test):,} images of {splits.test.num_classes} classes"
+    num_classes, num_images = config.data.classes_per_batch, config.data.images_per_class
+    yield (
+        f"          batches of {num_classes * num_images}: {num_classes} classes x {num_images} images, "
+        f"an epoch is {facts['steps_per_epoch']} steps"
+    )
+    for peer in config.cohort.peers:
+        yield _describe_peer(peer)
+    devices = ", ".join(dict.fromkeys(facts["devices"]))
+    threads = ", ".join(map(str, dict.fromkeys(facts["threads"])))
+    yield (
+        f"cohort    {len(config.cohort.peers)} peers on {devices}, torch threads each: {threads}, "
+        f"exchange: {facts['transport']}"
+    )
+
+
+def _describe_peer(peer: PeerConfig) -> str:
+    names = () if isinstance(peer.view, str) else [transform.name for transform in peer.view]
+    view = peer.view if isinstance(peer.view, str) else "+".join(names) or "as decoded"
+    every = "step" if peer.update_interval == 1 else f"{peer.update_interval} steps"
+    role = "frozen" if peer.frozen else f"update every {every}"
+    if peer.update_mode == "skip" and peer.update_interval > 1:
+        role += " (skip)"
+    return (
+        f"{peer.name:<9} {peer.backbone}, {peer.embedding_size}-d, seed {peer.seed}, "
+        f"view {view}, {role}"
+    )
+
+
+def describe_waits(cohort: Cohort, train_s: float) -> Iterator[str]:
+    """Names a peer that is the slowest by far: the cores or GPUs of the others are idle meanwhile.
+
+    Args:
+        train_s: seconds of training in all.
+    """
+    waited = {name: cohort.waited[name] for name in cohort.names}
+    slowest = min(waited, key=lambda name: waited[name])
+    if max(waited.values()) - waited[slowest] > LONG_WAIT * train_s:
+        others = ", ".join(f"{n} {s:.0f} s" for n, s in waited.items() if n != slowest)
+        yield f"the other peers waited for {slowest}: {others} of {train_s:.0f} s of training"

@@ -1,0 +1,252 @@
+"""Starts, resumes and evaluates runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_dmml.checkpoint.store import Checkpoint, PeerFiles
+from ray_dmml.cohort.cohort import CohortFactory
+from ray_dmml.config.loading import dotted
+from ray_dmml.config.schema import Config
+from ray_dmml.data.dataset import ImageSet, Splits
+from ray_dmml.data.datasets import load_splits
+from ray_dmml.data.loader import build_sampler
+from ray_dmml.errors import CheckpointError, UserError
+from ray_dmml.evaluation.evaluate import evaluate_embeddings
+from ray_dmml.loggers.jsonl import JsonlLogger
+from ray_dmml.loggers.logger import Logger, Loggers
+from ray_dmml.training.run_dir import RunDir
+from ray_dmml.training.run_writer import RunWriter
+from ray_dmml.training.trainer import Trainer, results_of
+
+if TYPE_CHECKING:
+    from ray_dmml.checkpoint.remote import RemoteRun
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE_ON_RESUME = (
+    "train.steps",
+    "train.log_every",
+    "train.evaluate_every",
+    "checkpoint.*",
+    "failure.*",
+    "train.tensorboard",
+    "evaluation.*",
+    # Where things are and how bytes travel: neither changes a number.
+    "data.root",
+    "data.source",
+    "data.manifest",
+    "data.cache_gib",
+    "data.cache_dir",
+    "cohort.transport",
+    "cohort.placement_strategy",
+    "cohort.placement_timeout_s",
+    "cohort.start_timeout_s",
+    "cohort.peers.*.resources*",
+    "cohort.peers.*.labels*",
+)
+
+
+def train(
+    config: Config | None = None,
+    out: Path | str | None = None,
+    *,
+    resume: Path | str | None = None,
+    local: bool = False,
+    loggers: Sequence[Logger] = (),
+    should_stop: Callable[[], bool] = lambda: False,
+    cohort_factory: CohortFactory | None = None,
+) -> dict[str, Any]:
+    """Trains a cohort and evaluates it on the test classes.
+
+    Args:
+        config: the experiment; with ``resume``, None means the run's own.
+        out: folder of the new run. Not with ``resume``.
+        resume: folder of a run that goes on from its last checkpoint, or is extended by more ``train.steps``.
+        local: all peers in this process, without Ray: the same numbers, more slowly.
+        loggers: further sinks of metrics, beside metrics.jsonl and TensorBoard in the run's folder.
+        should_stop: asked about once a second. When it returns True, the run writes a checkpoint and ends.
+        cohort_factory: builds the cohort; None: the one on Ray, or with ``local`` the one in this process.
+
+    Returns:
+        What ``results.json`` holds: ``untrained`` and ``peers`` (name to figures), ``ensemble``,
+        figures such as ``recall@1`` as fractions, and which weights of which step they belong to.
+
+    Raises:
+        UserError: a setting, a file or the cluster does not allow it; peers were lost more often
+            than ``failure.max_failures`` allows; a loss is not finite.
+        Interrupted: ``should_stop`` returned True.
+    """
+    checkpoint: Checkpoint | None = None
+    with ExitStack() as stack:
+        if resume is None:
+            if config is None or out is None:
+                raise UserError("a new run needs a config and a folder (out)")
+            run_dir = RunDir(Path(out))
+            run_dir.ensure_empty()
+        else:
+            if out is not None:
+                raise UserError("--resume continues a run in its folder: it takes no --out")
+            run_dir = RunDir.open(resume)
+            stack.enter_context(run_dir.lock())
+            config = config or run_dir.config()
+            if run_dir.checkpoints.index():
+                checkpoint = run_dir.checkpoints.load("last")
+                _refuse_changes(config, checkpoint, run_dir)
+        remote = _open_remote(config, run_dir, is_new=resume is None)
+        metrics_file = JsonlLogger(run_dir.metrics_file)
+        sinks: list[Logger] = [metrics_file, *loggers]
+        if config.train.tensorboard:
+            from ray_dmml.loggers.tensorboard import TensorBoardLogger
+
+            sinks.append(TensorBoardLogger(run_dir.tensorboard))
+        all_loggers = Loggers(sinks)
+        stack.callback(all_loggers.close)
+        trainer = Trainer(
+            config,
+            run_dir,
+            read_images(config),
+            cohort_factory or _cohort_class(local),
+            initial_weights=_initial_weights(config),
+            checkpoint=checkpoint,
+            writer=RunWriter(run_dir, metrics_file, remote),
+            loggers=all_loggers,
+            should_stop=should_stop,
+        )
+        return trainer.fit()
+
+
+def evaluate(run: Path | str, weights: str | None = None) -> dict[str, Any]:
+    """Evaluates a run's checkpoint again, in this process.
+
+    Args:
+        run: its folder.
+        weights: ``last``, ``best`` (on validation classes) or ``ema`` (of the last checkpoint); None: those
+            of the run's own results.
+
+    Returns:
+        The same as :func:`train`.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or its images are gone.
+    """
+    from ray_dmml.cohort.local import LocalCohort
+
+    run_dir = RunDir.open(run)
+    config = run_dir.config()
+    environment = run_dir.environment()
+    threads = max(environment.get("threads") or [0]) or None
+    skip = frozenset(environment.get("skipped_images", ()))
+    splits = load_splits(config.data, skip=skip, check=False)
+    weights = config.weights_to_evaluate(weights)
+    checkpoint = run_dir.checkpoints.load("best" if weights == "best" else "last")
+    # Dropped peers are left out, as in the run's own results.
+    last = checkpoint if weights != "best" else run_dir.checkpoints.load("last")
+    peers = tuple(p for p in config.cohort.peers if p.name not in last.meta["dropped"])
+    update = {"threads_per_peer": threads, "peers": peers}
+    config = config.model_copy(update={"cohort": config.cohort.model_copy(update=update)})
+    images: ImageSet = getattr(splits, config.evaluation.split)
+    with closing(LocalCohort(config, splits, initial_weights=False)) as cohort:
+        cohort.load(checkpoint.peers)
+        embeddings = cohort.embeddings(config.evaluation.split, ema=weights == "ema")
+    figures = evaluate_embeddings(embeddings, images, config.evaluation.recall_at)
+    untrained = checkpoint.meta["untrained"]
+    return results_of(config, images, figures, untrained, weights, checkpoint.step)
+
+
+def read_images(config: Config) -> Splits:
+    """The images of a run. What is wrong with them is known before a process starts.
+
+    Raises:
+        UserError: as :func:`~ray_dmml.data.datasets.load_splits`, or no batches of
+            data.classes_per_batch x data.images_per_class can be made of them.
+    """
+    logger.debug("reading the images")
+    splits = load_splits(config.data)
+    sampler = build_sampler(config, splits)
+    if sampler.small_classes:
+        logger.warning(
+            "%d training classes have fewer than %d images: they give all they have, and others fill the batch",
+            sampler.small_classes,
+            config.data.images_per_class,
+        )
+    for peer in config.cohort.peers:
+        if peer.weights == "none" and peer.batch_norm == "frozen" and not config.train.init_from:
+            logger.warning(
+                "%s starts from random weights with frozen BatchNorm statistics; batch_norm: train learns better "
+                "from scratch",
+                peer.name,
+            )
+    return splits
+
+
+def _cohort_class(local: bool) -> CohortFactory:
+    # Each takes seconds to import, and a run needs one of them.
+    if local:
+        from ray_dmml.cohort.local import LocalCohort
+
+        return LocalCohort
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
+
+    return RayCohort
+
+
+def _open_remote(config: Config, run_dir: RunDir, *, is_new: bool) -> RemoteRun | None:
+    """Where the run is copied to. A resumed run goes on without the copy if that place does not answer."""
+    if config.checkpoint.storage_path is None:
+        return None
+    from ray_dmml.checkpoint.remote import RemoteRun  # imports pyarrow
+
+    try:
+        remote = RemoteRun(config.checkpoint.storage_path)
+        if is_new:
+            remote.ensure_empty()
+    except CheckpointError as error:
+        if is_new:
+            raise
+        logger.warning("%s; this run is not copied there", error)
+        return None
+    return None if remote.is_at(run_dir.path) else remote
+
+
+def _initial_weights(config: Config) -> Mapping[str, PeerFiles] | None:
+    """The best (else the last) weights of the run that this one starts from, by peer name."""
+    source = config.train.init_from
+    if source is None:
+        return None
+    store = RunDir.open(source).checkpoints
+    peers = store.load("best" if "best" in store.index() else "last").peers
+    missing = [str(peer.name) for peer in config.cohort.peers if peer.name not in peers]
+    if missing:
+        raise UserError(
+            f"train.init_from {source} has no peer {', '.join(missing)}; it has {', '.join(peers)}"
+        )
+    return {str(peer.name): peers[str(peer.name)] for peer in config.cohort.peers}
+
+
+def _refuse_changes(config: Config, checkpoint: Checkpoint, run_dir: RunDir) -> None:
+    """Raises UserError if a resumed run has settings that would change its numbers."""
+    before = dotted(checkpoint.meta["config"])
+    now = dotted(config.model_dump(mode="json"))
+    changes = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE_ON_RESUME)
+    ]
+    if changes:
+        raise UserError(
+            f"--resume {run_dir.path}: its config was changed: {'; '.join(changes)}. Only the number of steps, "
+            "what is written and evaluated, and where the images are may change; start a new run with "
+            f"--init-from {run_dir.path} instead"
+        )
+    if config.train.steps < checkpoint.step:
+        raise UserError(
+            f"--resume {run_dir.path}: it has finished {checkpoint.step} steps already, "
+            f"train.steps is {config.train.steps}"
+        )

@@ -1,0 +1,148 @@
+"""Writes the files of a run, and decides what a full disk or a storage that does not answer means for it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from ray_dmml.checkpoint.store import PeerFiles
+from ray_dmml.config.schema import Config
+from ray_dmml.errors import CheckpointError
+from ray_dmml.loggers.jsonl import JsonlLogger
+from ray_dmml.training.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from ray_dmml.checkpoint.remote import RemoteRun
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 60.0
+"""Seconds for which the run tries again to write what comes after its last step."""
+
+
+class RunWriter:
+    """The writing side of a run's folder.
+
+    Args:
+        run_dir: the folder.
+        metrics_file: metrics.jsonl. No checkpoint is ahead of it.
+        remote: where the run is copied to; None: nowhere.
+    """
+
+    def __init__(
+        self, run_dir: RunDir, metrics_file: JsonlLogger, remote: RemoteRun | None
+    ) -> None:
+        self._run_dir, self._metrics_file, self._remote = run_dir, metrics_file, remote
+        self._lock = ExitStack()
+
+    def open(self, config: Config, facts: Mapping[str, Any]) -> None:
+        """Creates and locks the folder of a new run; writes config.yaml and run.json.
+
+        Args:
+            facts: what run.json holds besides versions.
+
+        Raises:
+            UserError: another run has taken the folder meanwhile, or it cannot be written.
+        """
+        run_dir = self._run_dir
+        if not run_dir.exists():
+            run_dir.create()
+            self._lock.enter_context(run_dir.lock())
+            run_dir.ensure_empty()
+        run_dir.write_config(config)
+        threads = run_dir.environment().get("threads")
+        if threads not in (None, facts["threads"]):
+            logger.warning(
+                "the peers have %s torch threads and had %s: the last bits may differ from an undisturbed run "
+                "(cohort.threads_per_peer sets them)",
+                facts["threads"],
+                threads,
+            )
+        try:
+            run_dir.write_environment(**facts)
+        except CheckpointError as error:
+            logger.warning("%s; training goes on", error)
+
+    def save(
+        self,
+        step: int,
+        peers: Mapping[str, PeerFiles],
+        meta: Mapping[str, Any],
+        *,
+        best: bool,
+        is_last: bool,
+    ) -> bool:
+        """Writes a checkpoint and copies the run.
+
+        Args:
+            is_last: nothing is trained after it, so a full disk is waited for.
+
+        Returns:
+            False if it cannot be written now. The steps are worth more than their checkpoint, and the next
+            one may find room again.
+
+        Raises:
+            CheckpointError: the checkpoint of step 0 or the last one cannot be written.
+        """
+
+        def write() -> None:
+            self._metrics_file.write(sync=True)
+            self._run_dir.checkpoints.save(step, peers, meta, best=best)
+
+        if step == 0:
+            write()
+        elif is_last:
+            retry_write(write)
+        else:
+            try:
+                write()
+            except CheckpointError as error:
+                logger.warning("%s; training goes on", error)
+                return False
+        self._copy_to_remote()
+        return True
+
+    def write_metrics(self) -> None:
+        """Writes all of metrics.jsonl. Raises CheckpointError."""
+        retry_write(self._metrics_file.write)
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Writes results.json. Raises CheckpointError."""
+        retry_write(lambda: self._run_dir.write_results(results))
+        self._copy_to_remote()
+
+    def close(self) -> None:
+        """Unlocks the folder of a new run."""
+        self._lock.close()
+
+    def _copy_to_remote(self) -> None:
+        if self._remote is None:
+            return
+        logger.debug("copying the run to checkpoint.storage_path")
+        try:
+            self._remote.push(self._run_dir.path)
+        except CheckpointError as error:
+            logger.warning("%s; training goes on, and the next checkpoint is copied again", error)
+
+
+def retry_write(write: Callable[[], object]) -> None:
+    """Tries again for a while what a full disk forbids.
+
+    Raises:
+        CheckpointError: there was no room in time.
+    """
+    deadline, last_message = time.monotonic() + RETRY_S, ""
+    while True:
+        try:
+            write()
+            return
+        except CheckpointError as error:
+            if time.monotonic() > deadline:
+                raise
+            if str(error) != last_message:
+                last_message = str(error)
+                logger.warning("%s; trying again for %.0f s", error, RETRY_S)
+            time.sleep(RETRY_S / 20)

@@ -1,0 +1,55 @@
+"""The state of a peer as files: what is encoded is decoded, and untrusted files run no code."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_samples import Malicious, peer_state
+from conftest import assert_same
+
+from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
+from ray_dmml.errors import UserError
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_encoded_states_are_decoded(ema: bool) -> None:
+    """The decoded state is equal to the bit. Averaged weights are a file of their own."""
+    state = peer_state()
+    if not ema:
+        del state["ema"]
+    files = encode_peer(state)
+    assert ("ema.safetensors" in files) is ema
+    assert_same(decode_peer(files), state)
+
+
+def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
+    """decode_peer refuses an untrusted training.pt and does not execute it."""
+    target = tmp_path / "created"
+    pickle.loads(pickle.dumps(Malicious(target)))  # it would work
+    target.unlink()
+    buffer = io.BytesIO()
+    torch.save({"optimizer": Malicious(target)}, buffer)
+    files = {**encode_peer(peer_state()), "training.pt": buffer.getvalue()}
+    with pytest.raises(UserError, match=r"training\.pt holds more than tensors"):
+        decode_peer(files)
+    assert not target.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.parametrize("name", ["training.pt", "weights.safetensors", "ema.safetensors"])
+def test_garbage_is_a_user_error(name: str) -> None:
+    """A stranger can give garbage a right checksum. The error names the file."""
+    files = encode_peer(peer_state())
+    for garbage in (b"", b"x" * 100, files[name][: len(files[name]) // 2], pickle.dumps([1])):
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            decode_peer({**files, name: garbage})
+    buffer = io.BytesIO()
+    torch.save([1], buffer)
+    with pytest.raises(UserError, match=r"training\.pt holds a list"):
+        decode_peer({**files, "training.pt": buffer.getvalue()})
+    with pytest.raises(UserError, match=r"has no training\.pt"):
+        decode_peer({"weights.safetensors": files["weights.safetensors"]})

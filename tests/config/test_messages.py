@@ -1,0 +1,141 @@
+"""Mistakes in a config: each is reported with its place and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_dmml.config.schema import Config
+from ray_dmml.errors import UserError
+
+FROZEN = {"frozen": True}
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"trian": {}}, r"trian: unknown setting; did you mean 'train'"),
+    (
+        {"cohort": {"peers": [{"update_intervall": 2}]}},
+        r"cohort\.peers\.0\.update_intervall: unknown setting; did you mean 'update_interval'",
+    ),
+    ({"train": {"lr": 1}}, r"train\.lr: unknown setting; did you mean 'cohort\.peers\.optimizer"),
+    ({"data": {"qqqq": 1}}, r"data\.qqqq: unknown setting; known here: name, root"),
+    ({"cohort": {"bsae": {}}}, r"cohort\.bsae: unknown setting; did you mean 'base'"),
+    ({"train": {"steps": "many"}}, r"train\.steps: .*integer.*'many'"),
+    ({"train": {"steps": 2.5}}, r"train\.steps: .*2\.5"),
+    ({"train": {"steps": True}}, r"train\.steps: a number is needed, not true or false"),
+    ({"train": None}, r"train: .*None"),
+    ({"cohort": {"peers": [{"update_interval": 0}]}}, r"update_interval: .*1 \(got 0\)"),
+    ({"cohort": {"peers": [{"optimizer": {"lr": float("nan")}}]}}, r"optimizer\.lr: .*finite"),
+    ({"cohort": {"peers": [{"view": "wild"}]}}, r"view: .*'weak', 'standard' or 'strong'.*'wild'"),
+    ({"cohort": {"peers": [{"schedule": {"name": "cosine"}}]}}, "'cosine' needs steps"),
+    ({"cohort": {"peers": [{"schedule": {"name": "step"}}]}}, "'step' needs milestones"),
+    ({"cohort": {"peers": []}}, "at least one peer"),
+    ({"cohort": {"peers": [{"name": "a"}, {"name": "a"}]}}, "unique; used twice: a"),
+    ({"cohort": {"peers": [{"name": "../a"}]}}, r"peers\.0\.name: .*'\.\./a'"),
+    ({"cohort": {"peers": [{}, {"seed": 0}]}}, "peer0 and peer1 have the same seed and settings"),
+    ({"cohort": {"peers": [{}, FROZEN]}}, "needs weights from a file that includes its head"),
+    ({"cohort": {"peers": [FROZEN | {"weights": "w"}]}}, "every peer is frozen"),
+    (
+        {"cohort": {"peers": [{}, FROZEN | {"weights": "w", "ema": {}}]}},
+        "nothing to average",
+    ),
+    ({"cohort": {"base": 3}}, r"cohort\.base must be a mapping"),
+    ({"data": {"name": "imagefolder"}}, r"'imagefolder' needs data\.root"),
+    ({"data": {"name": "manifest", "root": "x"}}, r"needs data\.manifest"),
+    ({"data": {"name": "cub"}}, r"data\.name: .*'cub200'.*\(got 'cub'\)"),
+    ({"data": {"images_per_class": 1}}, r"images_per_class: .*2 \(got 1\)"),
+    ({"evaluation": {"recall_at": []}}, r"evaluation\.recall_at: .*at least 1"),
+]
+
+
+@pytest.mark.parametrize(("raw", "message"), MISTAKES)
+def test_mistakes_are_reported(raw: dict[str, Any], message: str) -> None:
+    """The message names the setting and what is allowed, on one line."""
+    with pytest.raises(UserError, match=message) as caught:
+        Config.parse(raw)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    """Three mistakes in three sections are three lines of one message."""
+    raw = {"sede": 1, "train": {"steps": 0}, "data": {"classes_per_batch": 1}}
+    with pytest.raises(UserError) as caught:
+        Config.parse(raw, source="my.yaml")
+    text = str(caught.value)
+    assert text.startswith("my.yaml: ")
+    for mistake in ("sede: unknown", "train.steps: ", "data.classes_per_batch: "):
+        assert mistake in text
+    assert len(text.strip().splitlines()) == 4
+
+
+def test_a_mistake_in_the_base_is_reported_once(tmp_path: Path) -> None:
+    """It is reported at the base, with the names of a peer's settings. A peer's own is reported at the peer."""
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "cohort:\n"
+        "  base: {bakbone: a, optimizer: {lr: -1, beta: 3}}\n"
+        "  peers: [{}, {optimizer: {lr: -2}}, null, {typ: 1}]\n"
+    )
+    with pytest.raises(UserError) as refused:
+        Config.load(file)
+    lines = [line.strip().split(":")[:2] for line in str(refused.value).splitlines()[1:]]
+    assert sorted(place for place, _ in lines) == [
+        "cohort.base.bakbone",
+        "cohort.base.optimizer.beta",
+        "cohort.base.optimizer.lr",
+        "cohort.peers.1.optimizer.lr",
+        "cohort.peers.3.typ",
+    ]
+    assert "did you mean 'backbone'?" in str(refused.value)
+    with pytest.raises(
+        UserError, match=r"^config: cohort\.base\.bakbone: unknown .* 'backbone'\?$"
+    ):
+        Config.parse({"cohort": {"base": {"bakbone": "a"}}})
+
+
+@pytest.mark.parametrize(
+    ("base", "peers", "places"),
+    [
+        # inside of a list
+        ({"view": [{"nam": "CenterCrop"}]}, [{}, {}], ["base.view.0.name", "base.view.0.nam"]),
+        # a mistake in a combination of settings
+        ({"frozen": True}, [{}, None, {"name": "a"}], ["base", "peers.2"]),
+        ({"embedding_size": 8}, [0, "", {}], ["peers.0", "peers.1"]),
+        # the default of init_seed is the seed
+        ({"seed": "x"}, [{}, {}], ["base.seed"]),
+        (None, [{}, {"seed": "x"}], ["peers.1.seed"]),
+        ({1: 2}, None, ["base.1"]),
+        ({"embedding_size": 0}, None, ["base.embedding_size"]),
+        ({}, [{"embedding_size": 0}], ["peers.0.embedding_size"]),
+    ],
+)
+def test_a_mistake_is_reported_where_it_is_written(
+    base: Any, peers: list[Any] | None, places: list[str]
+) -> None:
+    """It is reported once, even if several peers inherit it from the base."""
+    raw = {"base": base, "peers": peers}
+    with pytest.raises(UserError) as refused:
+        Config.parse({"cohort": {key: part for key, part in raw.items() if part is not None}})
+    text = str(refused.value).removeprefix("config: ")
+    reported = [line.strip().split(": ")[0] for line in text.strip().splitlines()]
+    assert reported == [f"cohort.{place}" for place in places], text
+
+
+@pytest.mark.parametrize("more", [0, 1, 5])
+def test_mistakes_past_the_twentieth_are_counted_once(more: int) -> None:
+    """They are not counted again for each peer that inherits them from the base."""
+    base = {f"wrong{number}": 1 for number in range(20 + more)}
+    with pytest.raises(UserError) as refused:
+        Config.parse({"cohort": {"base": base, "peers": [{}, {}, {}]}})
+    lines = str(refused.value).splitlines()[1:]
+    assert len({line for line in lines if "unknown setting" in line}) == 20
+    assert lines[20:] == ([f"  ... and {more} more"] if more else [])
+
+
+def test_the_tags_of_a_view_are_not_settings() -> None:
+    """Pydantic adds `list` and `preset` to the location of a mistake. A setting may have these names too."""
+    for name in ("list", "preset"):
+        with pytest.raises(UserError, match=f"{name}: unknown setting"):
+            Config.parse({name: None})
+    with pytest.raises(UserError, match=r"cohort\.peers\.0\.view\.0\.name"):
+        Config.parse({"cohort": {"peers": [{"view": [{}]}]}})

@@ -1,0 +1,62 @@
+"""A disk that is full for some time."""
+
+from __future__ import annotations
+
+import logging
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny
+
+from ray_dmml.config.schema import Config
+from ray_dmml.loggers.logger import Logger
+from ray_dmml.training.run import train
+from ray_dmml.training.run_dir import RunDir
+
+FULL = 600
+"""Bytes of a file beyond which the disk is full."""
+
+
+@contextmanager
+def restored_limit() -> Iterator[int]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_nothing_is_missing_or_there_twice_afterwards(
+    image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checkpoints and metrics that find no room are warned of, and training goes on. Here a limit on the size
+    of files stands for the disk."""
+    raw = tiny(
+        image_folder,
+        train={"steps": 16, "evaluate_every": 8, "log_every": 2},
+        checkpoint={"every_steps": 4},
+        evaluation={"recall_at": [1], "untrained": False},
+    )
+    config = Config.parse(raw)
+    with restored_limit() as hard:
+
+        class FullFromStep6To11(Logger):
+            def log(self, metrics: Mapping[str, Any], step: int) -> None:
+                if not metrics and step == 6:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, hard))
+                if not metrics and step == 11:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+        with caplog.at_level(logging.WARNING, "ray_dmml"):
+            train(config, tmp_path / "run", loggers=[FullFromStep6To11()], local=True)
+    assert "the rows are kept until they can be written" in caplog.text
+    assert "cannot be written: [Errno 27] File too large; training goes on" in caplog.text
+    train(config, tmp_path / "undisturbed", local=True)
+    run, undisturbed = RunDir(tmp_path / "run"), RunDir(tmp_path / "undisturbed")
+    assert run.metrics_file.read_text() == undisturbed.metrics_file.read_text()
+    peers = [each.checkpoints.load("last").peers for each in (run, undisturbed)]
+    assert peers[0] == peers[1]
