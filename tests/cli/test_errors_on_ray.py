@@ -47,10 +47,10 @@ def test_what_a_cluster_does_not_have(
     assert message in ended.stderr
 
 
-def ray_cohort(image_folder: Path, run: dict[str, Any] | None = None, **cohort: Any) -> Any:
+def ray_cohort(image_folder: Path, failure: dict[str, Any] | None = None, **cohort: Any) -> Any:
     from ray_dmml.ray_backend.ray_cohort import RayCohort
 
-    changes = {"cohort": {**tiny(image_folder)["cohort"], **cohort}, "run": run or {}}
+    changes = {"cohort": {**tiny(image_folder)["cohort"], **cohort}, "failure": failure or {}}
     config = Config.parse(tiny(image_folder, **changes))
     return RayCohort(config, load_splits(config.data))
 
