@@ -6,7 +6,7 @@
 
 Klasson, Zhang, Kjellström, *A Hierarchical Grocery Store Image Dataset with Visual and Semantic
 Labels*, WACV 2019, https://arxiv.org/abs/1901.00711 (photos under the MIT licence). Each photo's
-shorter side is resized to 128 px; FOLDER/grocery-128 gets one folder a class, and the names that
+shorter side is resized to 128 px. FOLDER/grocery-128 gets one folder a class, with the names that
 experiments/configs/grocery.csv lists.
 """
 
@@ -22,18 +22,18 @@ SIDE = 128
 
 
 def photos(clone: Path) -> list[tuple[Path, str]]:
-    """The natural photos of a clone, and where each goes: CLASS/SPLIT_NAME.jpg."""
+    """The natural photos of a clone, each with its new path, CLASS/SPLIT_NAME.jpg."""
     root = clone / "dataset"
     if not root.is_dir():
         raise typer.BadParameter(
-            f"{clone} is no clone of GroceryStoreDataset: it has no folder dataset"
+            f"{clone} is not a clone of GroceryStoreDataset: it has no folder dataset"
         )
-    found = []
+    photos = []
     for split in ("train", "val", "test"):
         for photo in sorted((root / split).rglob("*.jpg")):
             group = "__".join(photo.parent.relative_to(root / split).parts)
-            found.append((photo, f"{group}/{split}_{photo.name}"))
-    return found
+            photos.append((photo, f"{group}/{split}_{photo.name}"))
+    return photos
 
 
 def main(
@@ -44,8 +44,8 @@ def main(
     target = folder / "grocery-128"
     if target.exists():
         raise typer.BadParameter(f"{target} already exists")
-    found = photos(clone)
-    for photo, name in found:
+    images = photos(clone)
+    for photo, name in images:
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with Image.open(photo) as opened:
@@ -53,7 +53,7 @@ def main(
         scale = SIDE / min(image.size)
         size = (round(image.width * scale), round(image.height * scale))
         image.resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
-    print(f"{len(found)} photos in {target}")
+    print(f"{len(images)} photos in {target}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which code and which processor a figure is of."""
+"""The code and the processor that a figure was measured with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 NO_CODE = ("*.jsonl", "experiments/ablations/*.csv", "*.md", "*.png")
-"""What experiments themselves write as they go."""
+"""Files that experiments write; a change of them is no change of code."""
 
 
 def commit() -> str:
-    """Of this repository, with `+` where code or settings differ from it."""
+    """The commit of this repository, with `+` where code or settings differ from it."""
     try:
         described = _git("describe", "--always", "--abbrev=12")
     except FileNotFoundError:  # no git
@@ -24,8 +24,10 @@ def commit() -> str:
 
 
 def cpu() -> str:
-    """The processor's model, `CPU` where the system does not tell: figures differ between two in the last bit,
-    and after training in more."""
+    """The processor's model, or `CPU` where the system does not name it.
+
+    Figures of two models differ in the last bit, and after training in more.
+    """
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
