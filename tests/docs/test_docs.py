@@ -27,6 +27,7 @@ import yaml
 from conftest import tiny
 from PIL import Image
 from pydantic import BaseModel
+from test_structure import FLOORS
 from typer.testing import CliRunner
 
 import ray_dmml
@@ -313,6 +314,13 @@ def test_rooms_exist() -> None:
     names = {name for name in names if not name.startswith(others)}
     assert len(names) > 20
     assert sorted(name for name in names if not (ROOT / "ray_dmml" / name).exists()) == []
+
+
+def test_the_floors_are_those_of_the_code() -> None:
+    """docs/architecture.md lists the floors that tests/test_structure.py asserts."""
+    rows = re.findall(r"^\| (\d) \| (.+) \|$", (ROOT / "docs/architecture.md").read_text(), re.M)
+    assert [int(number) for number, _ in rows] == list(range(len(FLOORS), 0, -1))
+    assert [set(re.findall(r"`(\w+)`", rooms)) for _, rooms in reversed(rows)] == list(FLOORS)
 
 
 def slug(heading: str) -> str:
