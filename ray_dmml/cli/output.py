@@ -28,8 +28,10 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        kind = "note" if record.levelno < logging.WARNING else "warning"
-        print_line(self._console, f"{kind}: {record.getMessage()}")
+        # A logger of a run inside the block shows these lines itself.
+        if logging.getLogger("ray_dmml").handlers[-1] is self:
+            kind = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+            print_line(self._console, f"{kind}{record.getMessage()}")
 
 
 @contextmanager

@@ -12,8 +12,7 @@ _CLASSES = {"test": "unseen", "validation": "validation"}
 
 
 def results_table(results: Mapping[str, Any], console: Console) -> None:
-    """Prints the content of results.json: a row for each peer and for the ensemble, before and after
-    training."""
+    """Prints the content of results.json: a row for each peer and for the ensemble, before and after training."""
     metrics = list(results["ensemble"])
     table = Table(
         title=f"{_searched(results)} of {results['num_classes']} {_CLASSES[results['split']]} classes, "

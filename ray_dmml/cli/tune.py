@@ -106,7 +106,7 @@ def tune(
 
             with TrialsTable(console, search) as table:
 
-                def run_logger(run_config: Config) -> AbstractContextManager[Logger]:
+                def make_logger(run_config: Config) -> AbstractContextManager[Logger]:
                     table.stop()  # The trials have ended.
                     return ConsoleLogger(console, run_config)
 
@@ -115,7 +115,7 @@ def tune(
                     None if resume else search,
                     gpus_per_trial=gpus_per_trial,
                     watch=table.show,
-                    run_logger=run_logger,
+                    make_logger=make_logger,
                 )
         if as_json:
             print_json(final)

@@ -21,8 +21,8 @@ from ray_dmml.tune.trial import Trial
 
 logger = logging.getLogger(__name__)
 
-RunLogger = Callable[[Config], AbstractContextManager[Logger]]
-"""Gives the logger of one final run."""
+LoggerFactory = Callable[[Config], AbstractContextManager[Logger]]
+"""Makes the logger of one final run from its config."""
 
 
 def no_logger(config: Config) -> AbstractContextManager[Logger]:
@@ -34,23 +34,22 @@ def final_runs(
     search: Search,
     best: Trial,
     trials: Sequence[Trial],
-    run_logger: RunLogger = no_logger,
+    make_logger: LoggerFactory = no_logger,
     *,
     local: bool = False,
 ) -> dict[str, Any]:
     """Trains the best trial and the baseline with several seeds and evaluates them on the test classes.
 
-    A run that is finished is read, and one that was killed is continued. A run that fails does not
-    stop the others.
+    A run that is finished is read, and one that was killed is continued. A run that fails does not stop the others.
 
     Args:
-        run_logger: gives the logger of each run.
+        make_logger: makes the logger of each run.
         local: train all peers in this process, without Ray.
 
     Returns:
-        the content of ``final.json``: ``best`` and ``baseline``, each with ``params`` (setting to
-        value), ``validation`` (the trial's objective, None if it did not finish) and ``test`` (for
-        each seed the metrics of ``peers`` and ``ensemble``, or ``error``).
+        the content of ``final.json``: ``best`` and ``baseline``, each with ``params`` (setting to value),
+        ``validation`` (the trial's objective, None if it did not finish) and ``test`` (for each seed the metrics of
+        ``peers`` and ``ensemble``, or ``error``).
 
     Raises:
         UserError: all runs failed.
@@ -72,7 +71,7 @@ def final_runs(
             logger.info("final run: %s, seed %d", name, seed)
             folder = files.final_folder / f"{run_name}-seed{seed}"
             try:
-                runs.append(_final_run(folder, config, seed, run_logger, local))
+                runs.append(_final_run(folder, config, seed, make_logger, local))
             except UserError as error:
                 logger.warning("final run: %s, seed %d failed: %s", name, seed, error)
                 runs.append({"seed": seed, "error": str(error)})
@@ -87,19 +86,19 @@ def final_runs(
 
 
 def _final_run(
-    folder: Path, config: Config, seed: int, run_logger: RunLogger, local: bool
+    folder: Path, config: Config, seed: int, make_logger: LoggerFactory, local: bool
 ) -> dict[str, Any]:
     run = RunDir(folder)
     if run.results_file.exists():
         results = json.loads(run.results_file.read_text())
     else:
         config = _final_config(config, seed)
-        with run_logger(config) as run_sink:
+        with make_logger(config) as run_logger:
             if run.config_file.exists():
-                results = train(resume=folder, loggers=[run_sink], local=local)
+                results = train(resume=folder, loggers=[run_logger], local=local)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-                results = train(config, folder, loggers=[run_sink], local=local)
+                results = train(config, folder, loggers=[run_logger], local=local)
     return {"seed": seed, "peers": results["peers"], "ensemble": results["ensemble"]}
 
 

@@ -102,8 +102,8 @@ def _explained(trials: Sequence[Trial], search: Search) -> list[str]:
 
 
 def at_common_step(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials as they were at the last step that all of them have reported. Otherwise trials that were
-    stopped early would look worse for that reason alone."""
+    """The trials as they were at the last step that all of them have reported. Otherwise trials that were stopped
+    early would look worse for that reason alone."""
     common = set.intersection(*({r["step"] for r in trial.reports} for trial in trials))
     step = max(common, default=0)
     return [
@@ -113,8 +113,8 @@ def at_common_step(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def importance(trials: Sequence[Trial], search: Search) -> dict[str, float]:
-    """The share of the objective's variance that lies between the values of each setting (eta squared),
-    the largest first. Numbers are cut into three classes of equal size."""
+    """The share of the objective's variance that lies between the values of each setting (eta squared), the largest
+    first. Numbers are cut into three classes of equal size."""
     objective = np.array([trial.objective for trial in trials], dtype=float)
     variance = float(((objective - objective.mean()) ** 2).sum())
     shares = {}

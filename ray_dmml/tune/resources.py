@@ -33,8 +33,8 @@ def known_nodes() -> list[Node]:
 def trial_resources(
     config: Config, nodes: Sequence[Node], gpus_per_trial: float | None
 ) -> tune.PlacementGroupFactory:
-    """The bundles of a trial. The first one is for the trial's own process, which computes next to
-    nothing and runs on this node, because the files of the search are here.
+    """The bundles of a trial. The first one is for the trial's own process, which computes next to nothing and runs
+    on this node, because the files of the search are here.
 
     Args:
         config: of the trial.

@@ -118,8 +118,7 @@ class SearchConfig(Section):
     """The settings to search, named as in `--set`, and the values that each may take."""
 
     trial: dict[str, Any] = Field(default_factory=dict)
-    """Settings that apply to the trials only, such as fewer `train.steps`. The final runs use the
-    config's own."""
+    """Settings that apply to the trials only, such as fewer `train.steps`. The final runs use the config's own."""
 
     objective: Literal["ensemble", "mean_peer", "best_peer"] = "ensemble"
     """The search maximises the validation metric of the ensemble, of the mean peer or of the best peer."""
@@ -128,15 +127,15 @@ class SearchConfig(Section):
     """recall@K for a K of evaluation.recall_at, map@r or r_precision."""
 
     cost: bool = False
-    """Also minimise the cost of inference: the parameters of all networks that the objective uses. The
-    report then lists the Pareto front."""
+    """Also minimise the cost of inference: the parameters of all networks that the objective uses. The report then
+    lists the Pareto front."""
 
     num_samples: Count = 8
     """Number of trials. The first one is the baseline: the config without changes."""
 
     sampler: Literal["optuna", "random"] | None = None
-    """`optuna` (multivariate TPE, needs the extra `search`) or `random`; null: optuna if it is
-    installed, else random."""
+    """`optuna` (multivariate TPE, needs the extra `search`) or `random`; null: optuna if it is installed, else
+    random."""
 
     scheduler: Literal["asha", "none"] = "asha"
     """`asha` stops the worse trials early; `none` trains every trial to its end."""
@@ -145,16 +144,15 @@ class SearchConfig(Section):
     """`asha` continues one in this many trials at each rung."""
 
     folds: Count = 1
-    """Train each trial on this many validation folds and take the mean. More than 1 needs
-    `scheduler: none`."""
+    """Train each trial on this many validation folds and take the mean. More than 1 needs `scheduler: none`."""
 
     seeds: Count = 1
-    """Train each trial with this many seeds (the config's seed, seed + 1, ...) and take the mean. With
-    `folds`, every fold is trained with every seed. More than 1 needs `scheduler: none`."""
+    """Train each trial with this many seeds (the config's seed, seed + 1, ...) and take the mean. With `folds`, every
+    fold is trained with every seed. More than 1 needs `scheduler: none`."""
 
     final_seeds: Whole = 3
-    """Number of final runs of the best trial and of the baseline. A final run trains on all training
-    classes and is evaluated on the test classes. 0: no final runs, the test classes are never read."""
+    """Number of final runs of the best trial and of the baseline. A final run trains on all training classes and is
+    evaluated on the test classes. 0: no final runs, the test classes are never read."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the sampler."""
@@ -185,8 +183,8 @@ class Search:
         config: the settings of the search.
 
     Raises:
-        UserError: a setting or value of the space is not allowed, the config's own value is not in
-            the space, or there are no validation classes.
+        UserError: a setting or value of the space is not allowed, the config's own value is not in the space, or
+            there are no validation classes.
     """
 
     def __init__(self, raw: Mapping[str, Any], config: SearchConfig) -> None:
@@ -253,8 +251,8 @@ class Search:
         )
 
     def config_variants(self) -> list[Config]:
-        """The trials' config and one for each extreme of each setting. They may differ in the
-        number of peers and of steps."""
+        """The trials' config and one for each extreme of each setting. They may differ in the number of peers and of
+        steps."""
         space = self.config.space.items()
         samples = [{key: sample} for key, values in space for sample in values.extremes()]
         return [self.trial_config(params) for params in ({}, *samples)]
@@ -371,8 +369,8 @@ def load_search(path: Path | None = None, **changes: Any) -> SearchConfig:
 
 
 def _values_at(tree: Any, key: str) -> list[Any]:
-    """The value at a dotted key of an effective config. A key of ``cohort.base`` gives the values of all
-    peers, because each of them may have its own."""
+    """The value at a dotted key of an effective config. A key of ``cohort.base`` gives the values of all peers,
+    because each of them may have its own."""
     if key.startswith("cohort.base."):
         parts = key.removeprefix("cohort.base.").split(".")
         return [_value_at(peer, parts) for peer in tree["cohort"]["peers"]]

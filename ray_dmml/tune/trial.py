@@ -25,8 +25,8 @@ STEP, OBJECTIVE, COST = "step", "objective", "cost"
 """What a trial reports to Ray Tune."""
 
 Report = dict[str, Any]
-"""``step``, ``objective``, ``cost`` (millions of parameters) and the ``figures`` of an evaluation. The
-report of a trial of several runs has means, and ``objectives`` of the runs."""
+"""``step``, ``objective``, ``cost`` (millions of parameters) and the ``figures`` of an evaluation. The report of a
+trial of several runs has means, and ``objectives`` of the runs."""
 
 
 @dataclass
@@ -106,9 +106,9 @@ def run_trial(
 ) -> None:
     """Trains the runs of a trial one after the other and reports their figures.
 
-    A trial of one run reports at each evaluation, so that a scheduler can stop it early. A trial of
-    several runs reports the mean over them at its end. A trial that was killed continues: its finished
-    runs are read, not trained again.
+    A trial of one run reports at each evaluation, so that a scheduler can stop it early. A trial of several runs
+    reports the mean over them at its end. A trial that was killed continues: its finished runs are read, not trained
+    again.
 
     Args:
         params: the sampled parameters.
@@ -117,8 +117,7 @@ def run_trial(
         local: train all peers in this process, without Ray.
 
     Raises:
-        UserError: the parameters do not fit together, or the training failed. ``trial.json`` has the
-            reason.
+        UserError: the parameters do not fit together, or the training failed. ``trial.json`` has the reason.
     """
     file = folder / "trial.json"
     if file.exists() and (trial := Trial.load(file)).finished:
@@ -146,8 +145,8 @@ def run_trial(
 
 
 def first_line(error: Exception) -> str:
-    """An error as one line of results.csv. Ray's message about a node without memory has fifty lines;
-    Ray Tune writes all of them to the trial's error.txt."""
+    """An error as one line of results.csv. Ray's message about a node without memory has fifty lines; Ray Tune writes
+    all of them to the trial's error.txt."""
     if isinstance(error, UserError):
         return str(error)
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
@@ -162,11 +161,11 @@ def _train_run(
     if not run.results_file.exists():
         begun = run.checkpoints.index()
         journal.start(run.checkpoints.load("last").step if begun else 0)
-        reports = _TrialLogger(search, journal, run)
+        trial_logger = _TrialLogger(search, journal, run)
         if run.config_file.exists():
-            train(config, resume=run.path, loggers=[reports], local=local)
+            train(config, resume=run.path, loggers=[trial_logger], local=local)
         else:
-            train(config, run.path, loggers=[reports], local=local)
+            train(config, run.path, loggers=[trial_logger], local=local)
     rows = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     last = next(row for row in reversed(rows) if "validation" in row)
     return _report_of(search, run, last["step"], last["validation"])

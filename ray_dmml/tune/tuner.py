@@ -1,7 +1,7 @@
 """A hyperparameter search on Ray Tune. Every trial trains a cohort; validation classes compare them.
 
-    sample parameters -> trial: train, report at each evaluation -> the scheduler continues or stops it
-    then: final runs of the best trial and of the baseline, evaluated on the test classes
+    sample parameters -> trial: train, report at each evaluation -> the scheduler continues or stops it then: final
+    runs of the best trial and of the baseline, evaluated on the test classes
 
 Each trial keeps its own record on disk. A killed search continues every trial where it stood.
 """
@@ -29,7 +29,7 @@ from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.ray_backend.session import ray_session
 from ray_dmml.training.run import read_images
 from ray_dmml.training.run_dir import RunDir, replace_file
-from ray_dmml.tune.final_runs import RunLogger, final_runs, no_logger
+from ray_dmml.tune.final_runs import LoggerFactory, final_runs, no_logger
 from ray_dmml.tune.report import write_report
 from ray_dmml.tune.resources import known_nodes, require_resources, trial_resources
 from ray_dmml.tune.results import SearchDir, best_trial, pareto_front, tie_message, write_results
@@ -51,7 +51,7 @@ def run_search(
     *,
     gpus_per_trial: float | None = None,
     watch: Watch = lambda trials: None,
-    run_logger: RunLogger = no_logger,
+    make_logger: LoggerFactory = no_logger,
 ) -> dict[str, Any]:
     """Runs the trials, then trains the best one and the baseline with several seeds.
 
@@ -60,14 +60,14 @@ def run_search(
         search: a new search; None: resume the one in the folder.
         gpus_per_trial: GPUs that the peers of a trial share; None: one, if the cluster has any.
         watch: receives all trials whenever one of them has changed.
-        run_logger: gives the logger of each final run.
+        make_logger: makes the logger of each final run.
 
     Returns:
         the content of ``final.json``, see :func:`~ray_dmml.tune.final_runs.final_runs`.
 
     Raises:
-        UserError: the folder has other files or no search, the trials do not fit on the cluster, or no
-            trial finished.
+        UserError: the folder has other files or no search, the trials do not fit on the cluster, or no trial
+            finished.
     """
     files = SearchDir(folder)
     resume = search is None
@@ -91,7 +91,7 @@ def run_search(
             replace_file(files.best_file, search.config_of(best.params).to_yaml())
             front = pareto_front(trials) if search.config.cost else []
             write_report(files.report_file, search, trials, best, None, front)
-            final = final_runs(files, search, best, trials, run_logger)
+            final = final_runs(files, search, best, trials, make_logger)
     replace_file(files.final_file, json.dumps(final, indent=1) + "\n")
     write_report(files.report_file, search, trials, best, final, front)
     return final
@@ -165,8 +165,8 @@ def _trainable(params: dict[str, Any], search: Search, folder: Path) -> None:
 
 
 def can_restore(files: SearchDir, sampler: str) -> bool:
-    """Whether Ray Tune's state is complete. If the search was killed before any trial trained, the
-    remains are removed, and the search can start again.
+    """Whether Ray Tune's state is complete. If the search was killed before any trial trained, the remains are
+    removed, and the search can start again.
 
     Args:
         sampler: ``optuna`` or ``random``.
@@ -193,8 +193,7 @@ def can_restore(files: SearchDir, sampler: str) -> bool:
 
 
 def _sampler_is_whole(state: Path, sampler: str) -> bool:
-    """Whether the state of the sampler can be read. Without it Ray Tune would fail later, or leave out
-    trials."""
+    """Whether the state of the sampler can be read. Without it Ray Tune would fail later, or leave out trials."""
     patterns = ["basic-variant-state-*"]
     if sampler == "optuna":
         patterns = ["search_gen_state-*", "searcher-state-*"]
@@ -260,8 +259,8 @@ def make_scheduler(search: Search) -> TrialScheduler:
 
 
 class _ResumableASHA(ASHAScheduler):
-    """ASHA that remembers the reports of a resumed search's trials. Ray's own would compare a trial's
-    report of a later step with other trials' reports of an earlier one."""
+    """ASHA that remembers the reports of a resumed search's trials. Ray's own would compare a trial's report of a
+    later step with other trials' reports of an earlier one."""
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
         super().on_trial_add(tune_controller, trial)
