@@ -28,7 +28,7 @@ NUM_SNAPSHOTS = 2
 ALLOWED = ("cohort.base.", "loss.")
 """Prefixes of the settings that `arms.yaml` may give to all peers. Others would change the budget."""
 
-NO_EFFECT = {
+NO_EFFECT: Any = {
     "checkpoint": True,
     "failure": True,
     "data": {"root", "source", "manifest", "cache_dir", "cache_gib", "check_images"},

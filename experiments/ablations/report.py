@@ -167,7 +167,10 @@ def mutual_learning(rows: Sequence[Row], at: str, classes: str = "test") -> str:
     differences = []
     for who in (mean_peer, ensemble):
         mutual, independent = (
-            {seed: np.mean([who(arm[seed], at, classes=classes) for arm in kind]) for seed in seeds}
+            {
+                seed: float(np.mean([who(arm[seed], at, classes=classes) for arm in kind]))
+                for seed in seeds
+            }
             for kind in kinds
         )
         differences.append(f"{paired(mutual, independent)}{mark}")
@@ -246,7 +249,7 @@ def _deviation(values: Sequence[Any]) -> Any:
 def _plot_differences(axes: Axes, arms: Arms, who: Any, title: str) -> None:
     if BASELINE not in arms:
         return
-    names = [name for name in reversed(arms) if name != BASELINE]
+    names = [name for name in reversed(list(arms)) if name != BASELINE]
     for y, name in enumerate(names):
         colour = _colour(name)
         for at, offset, marker, fill in (("last", 0.15, "o", "full"), ("best", -0.15, "D", "none")):
@@ -284,7 +287,7 @@ def _plot_curves(axes: Axes, arms: Arms, key: Callable[[Row], float]) -> None:
 
 
 def _plot_only_one(axes: Axes, arms: Arms) -> None:
-    names = [name for name in reversed(arms) if ARMS[name].num_peers == 2]
+    names = [name for name in reversed(list(arms)) if ARMS[name].num_peers == 2]
     values = [[100 * row["last"]["only_one"] for row in arms[name].values()] for name in names]
     means, deviations = [np.mean(each) for each in values], [_deviation(each) for each in values]
     axes.barh(
@@ -318,5 +321,6 @@ def _plot_sizes(axes: Axes, arms: Arms) -> None:
     axes.grid(color="#eee")
     axes.set_title("Recall@1 at the last step against the cohort's size, test classes", fontsize=10)
     if axes.has_data():
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12)}
-        axes.legend(fontsize=8, frameon=False, ncols=2, **below)
+        axes.legend(
+            fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12)
+        )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ def _photo_batch(paths: list[Path]) -> Tensor:
     return torch.stack(images)
 
 
-PROGRAMS = {
+PROGRAMS: dict[str, Callable[..., None]] = {
     "independent": independent,
     "sequential": sequential,
     "mutual": mutual,

@@ -55,7 +55,10 @@ def published(settings: Settings) -> list[dict[str, Any]]:
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    peers, peak, step, view = {}, {}, {}, {}
+    peers: dict[str, Peer] = {}
+    peak: dict[str, int] = {}
+    step: dict[str, list[float]] = {}
+    view: dict[str, list[float]] = {}
     for option, own in OPTIONS.items():
         changed = copy.deepcopy(raw)
         changed["cohort"]["peers"][0] |= own
