@@ -49,8 +49,7 @@ def picture(colors: dict[str, str]) -> str:
     def text(x: float, y: float, words: str, size: int = 14, color: str = ink, **more: str) -> None:
         style = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in more.items())
         parts.append(
-            f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" text-anchor="middle"{style}>'
-            f"{words}</text>"
+            f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" text-anchor="middle"{style}>{words}</text>'
         )
 
     def box(x: float, y: float, width: float, height: float, color: str = line) -> None:
@@ -62,8 +61,7 @@ def picture(colors: dict[str, str]) -> str:
     def arrow(path: str, color: str = line, dashed: bool = False) -> None:
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         parts.append(
-            f'<path d="{path}" fill="none" stroke="{color}" stroke-width="1.8"{dash} '
-            f'marker-end="url(#{color[1:]})"/>'
+            f'<path d="{path}" fill="none" stroke="{color}" stroke-width="1.8"{dash} marker-end="url(#{color[1:]})"/>'
         )
 
     def tiles(x: float, y: float, seen: tuple[str, str] | None) -> None:

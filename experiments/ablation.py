@@ -57,8 +57,7 @@ def require_same_settings(rows: list[Row], digests: Digests, file: Path) -> None
     copied = [row for row in rows if "same_as" in row]
     if orphans := {row["arm"] for row in copied if (row["same_as"], row["seed"]) not in originals}:
         raise UserError(
-            f"{file} has copies (same_as) of rows that no longer exist: remove them, too "
-            f"({'; '.join(sorted(orphans))})"
+            f"{file} has copies (same_as) of rows that no longer exist: remove them, too ({'; '.join(sorted(orphans))})"
         )
 
 
@@ -110,10 +109,7 @@ def run(
     with ray_session():
         remote = run_arm.options(**resources(gpus_per_arm, ray.cluster_resources()))
         shared = ray.put(plan)
-        running = {
-            remote.remote(shared, ARMS[name], seed, splits.skipped): (name, seed)
-            for name, seed in tasks
-        }
+        running = {remote.remote(shared, ARMS[name], seed, splits.skipped): (name, seed) for name, seed in tasks}
         while running:
             (done, *_), _ = ray.wait(list(running))
             name, seed = running.pop(done)
@@ -145,9 +141,7 @@ def main(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="For all arms, such as data.root=FOLDER."),
     ] = None,
-    arm: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="An arm to run. Repeatable.")
-    ] = None,
+    arm: Annotated[list[str] | None, typer.Option(metavar="NAME", help="An arm to run. Repeatable.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each arm.")] = 5,
     gpus_per_arm: Annotated[
         float,
@@ -157,9 +151,7 @@ def main(
             help="Share of a GPU for each arm, beside a core; 0.25: four share one.",
         ),
     ] = 1,
-    report: Annotated[
-        bool, typer.Option("--report", help="Run nothing; only write tables and plots.")
-    ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing; only write tables and plots.")] = False,
 ) -> None:
     """Measure what each diversity is worth."""
     logging.basicConfig(format="%(message)s")
@@ -169,9 +161,7 @@ def main(
     file = folder / "rows.jsonl"
     with user_errors():
         if not (folder / "arms.yaml").is_file():
-            raise UserError(
-                f"{data}: expected a folder with config.yaml and arms.yaml, or {' or '.join(DATA)}"
-            )
+            raise UserError(f"{data}: expected a folder with config.yaml and arms.yaml, or {' or '.join(DATA)}")
         if unknown := [name for name in arm or () if name not in ARMS]:
             raise UserError(f"no arm {', '.join(unknown)}; the arms are: {'; '.join(ARMS)}")
         if report and not file.exists():
@@ -181,9 +171,7 @@ def main(
                 plan = Plan(folder, settings or [])
                 digests = {name: plan.digest(each) for name, each in ARMS.items()}
                 require_same_settings(rows, digests, file)
-                wanted = [
-                    (name, seed) for seed in range(seeds) for name in dict.fromkeys(arm or ARMS)
-                ]
+                wanted = [(name, seed) for seed in range(seeds) for name in dict.fromkeys(arm or ARMS)]
                 if tasks := left_to_run(rows, wanted, digests):
                     splits = load_splits(plan.config(Arm(), 0).data)
                     require_same_images(rows, splits, file)

@@ -94,9 +94,7 @@ def plain_table(lines: list[dict[str, Any]]) -> Table:
 
 
 def main(
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A row to run. Repeatable.")
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A row to run. Repeatable.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often A and B are measured.")] = 5,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")

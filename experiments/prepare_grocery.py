@@ -25,9 +25,7 @@ def photos(clone: Path) -> list[tuple[Path, str]]:
     """The natural photos of a clone, each with its new path, CLASS/SPLIT_NAME.jpg."""
     root = clone / "dataset"
     if not root.is_dir():
-        raise typer.BadParameter(
-            f"{clone} is not a clone of GroceryStoreDataset: it has no folder dataset"
-        )
+        raise typer.BadParameter(f"{clone} is not a clone of GroceryStoreDataset: it has no folder dataset")
     photos = []
     for split in ("train", "val", "test"):
         for photo in sorted((root / split).rglob("*.jpg")):

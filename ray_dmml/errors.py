@@ -24,9 +24,7 @@ class PeerLostError(UserError):
             killed too.
     """
 
-    def __init__(
-        self, message: str, stuck: tuple[str, ...] = (), suspects: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, message: str, stuck: tuple[str, ...] = (), suspects: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.stuck, self.suspects = stuck, suspects
 

@@ -74,9 +74,7 @@ class TrainedCohort:
         return np.concatenate([np.empty((0, size), np.float32), *batches])
 
 
-def load_cohort(
-    run: Path | str, weights: str | None = None, *, device: str = "cpu"
-) -> TrainedCohort:
+def load_cohort(run: Path | str, weights: str | None = None, *, device: str = "cpu") -> TrainedCohort:
     """Loads the trained peers of a run. It needs neither the run's images nor Ray.
 
     Args:

@@ -164,9 +164,7 @@ def ray_start_4_cpus() -> Iterator[None]:
     """A private Ray of 4 CPUs; more than the machine may have, so that peers get one each."""
     import ray
 
-    ray.init(
-        "local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-    )
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -215,9 +213,7 @@ class S3Server:
             except OSError:
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     self.stop()
-                    raise AssertionError(
-                        f"moto's server did not start: {self.log.read_text()}"
-                    ) from None
+                    raise AssertionError(f"moto's server did not start: {self.log.read_text()}") from None
                 time.sleep(0.1)
 
     def stop(self) -> None:

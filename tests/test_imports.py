@@ -28,9 +28,7 @@ print(json.dumps(found))
 
 def loaded_by(*modules: str) -> dict[str, list[str]]:
     """Of ray, torch and numpy, what is loaded after each of these imports, in one fresh process."""
-    ended = subprocess.run(
-        [sys.executable, "-c", LOADS, *modules], capture_output=True, text=True, check=True
-    )
+    ended = subprocess.run([sys.executable, "-c", LOADS, *modules], capture_output=True, text=True, check=True)
     found: dict[str, list[str]] = json.loads(ended.stdout)
     return found
 

@@ -28,9 +28,7 @@ def run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("weights", [None, "last", "best", "ema"])
-def test_embeddings_are_those_of_the_run(
-    run: Path, image_folder: Path, weights: str | None
-) -> None:
+def test_embeddings_are_those_of_the_run(run: Path, image_folder: Path, weights: str | None) -> None:
     """Embeddings of files and of decoded images equal those of the training cohort."""
     config = Config.load(run / "config.yaml")
     splits = load_splits(config.data)

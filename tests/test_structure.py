@@ -55,9 +55,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 yield name, id(node) in top
 
 
-FILES = sorted(
-    path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__"
-)
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
 
 
 def name_of(path: Path) -> str:
@@ -78,9 +76,7 @@ def test_imports_lead_down(path: Path) -> None:
         other = room_of(module)
         if module.startswith("ray_dmml") and other and other != own:
             is_sibling_on_the_ground = floor_of[own] == floor_of[other] == 0
-            assert floor_of[other] < floor_of[own] or is_sibling_on_the_ground, (
-                f"{name_of(path)} imports {module}"
-            )
+            assert floor_of[other] < floor_of[own] or is_sibling_on_the_ground, f"{name_of(path)} imports {module}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -94,9 +90,7 @@ def test_ray_stands_in_few_rooms(path: Path) -> None:
 def test_no_circle() -> None:
     """No two modules import each other, whether directly or through others."""
     graph = {
-        name_of(path): {
-            module for module, at_top in imports(path) if module.startswith("ray_dmml") and at_top
-        }
+        name_of(path): {module for module, at_top in imports(path) if module.startswith("ray_dmml") and at_top}
         for path in FILES
     }
     done: set[str] = set()
@@ -115,8 +109,6 @@ def test_no_circle() -> None:
 def test_files_are_short() -> None:
     """No file is longer than a reader's patience; the schema is the settings reference, too."""
     long = {
-        name_of(path): len(path.read_text().splitlines())
-        for path in FILES
-        if len(path.read_text().splitlines()) > 400
+        name_of(path): len(path.read_text().splitlines()) for path in FILES if len(path.read_text().splitlines()) > 400
     }
     assert set(long) <= {"ray_dmml.config.schema"}, long

@@ -29,7 +29,7 @@ NUM_SNAPSHOTS = 2
 ALLOWED = ("cohort.base.", "loss.")
 """Prefixes of the settings that `arms.yaml` may give to all peers. Others would change the budget."""
 
-NO_EFFECT = {
+NO_EFFECT: Any = {
     "checkpoint": True,
     "failure": True,
     "data": {"root", "source", "manifest", "cache_dir", "cache_gib", "check_images"},
@@ -133,9 +133,7 @@ class Plan:
                 f"{every}, so that snapshots are taken at the ends of cycles"
             )
         if not config.data.validation_fraction:
-            raise UserError(
-                "data.validation_fraction must be above 0: the best step is chosen on those classes"
-            )
+            raise UserError("data.validation_fraction must be above 0: the best step is chosen on those classes")
 
     def config(self, arm: Arm, seed: int, teacher: Path | None = None) -> Config:
         """The config of an arm and seed. With a teacher's weights, its frozen peer comes last."""
@@ -197,9 +195,7 @@ def _require_parts(parts: dict[str, Any]) -> None:
     for name, part in parts.items():
         if name in DIVERSITIES:
             if not isinstance(part, list) or len(part) < MAX_PEERS:
-                raise UserError(
-                    f"{name} must be a list of settings, one entry for each of {MAX_PEERS} peers"
-                )
+                raise UserError(f"{name} must be a list of settings, one entry for each of {MAX_PEERS} peers")
             if not all(isinstance(own, dict) for own in part):
                 raise UserError(f"{name} must have settings (key: value) for each peer")
             continue
@@ -212,6 +208,4 @@ def _require_parts(parts: dict[str, Any]) -> None:
             )
         mutual_only = [key for key in part if f"{key}.".startswith("loss.relational.")]
         if name != "mutual" and mutual_only:
-            raise UserError(
-                f"{name} may not set {', '.join(mutual_only)}: it applies to arms whose peers learn alone"
-            )
+            raise UserError(f"{name} may not set {', '.join(mutual_only)}: it applies to arms whose peers learn alone")

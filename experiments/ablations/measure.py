@@ -89,9 +89,7 @@ def _is_correct(embeddings: NDArray[Any], images: ImageSet) -> NDArray[np.bool_]
 
 def _evaluate(members: Embeddings, images: ImageSet) -> dict[str, Any]:
     def metrics(embeddings: NDArray[Any]) -> dict[str, float]:
-        values = retrieval_metrics(
-            embeddings, images.labels, recall_at=[1], query=images.query, gallery=images.gallery
-        )
+        values = retrieval_metrics(embeddings, images.labels, recall_at=[1], query=images.query, gallery=images.gallery)
         return {metric: round(values[metric], 5) for metric in ("recall@1", "map@r")}
 
     return {

@@ -141,8 +141,7 @@ def table(rows: Sequence[Row], at: str, classes: str = "test") -> str:
             baseline = arms.get(other, {})
             for who in (mean_peer, ensemble):
                 mine, theirs = (
-                    {seed: who(row, at, classes=classes) for seed, row in arm.items()}
-                    for arm in (of_seed, baseline)
+                    {seed: who(row, at, classes=classes) for seed, row in arm.items()} for arm in (of_seed, baseline)
                 )
                 mark = _device_mark(of_seed, baseline)
                 cells.append("" if other == name else f"{paired(mine, theirs)}{mark}")
@@ -167,7 +166,7 @@ def mutual_learning(rows: Sequence[Row], at: str, classes: str = "test") -> str:
     differences = []
     for who in (mean_peer, ensemble):
         mutual, independent = (
-            {seed: np.mean([who(arm[seed], at, classes=classes) for arm in kind]) for seed in seeds}
+            {seed: float(np.mean([who(arm[seed], at, classes=classes) for arm in kind])) for seed in seeds}
             for kind in kinds
         )
         differences.append(f"{paired(mutual, independent)}{mark}")
@@ -222,13 +221,9 @@ def write_plots(rows: Sequence[Row], folder: Path) -> None:
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2)
     _plot_curves(axes[0, 0], arms, lambda point: point["agreement"])
-    axes[0, 0].set_title(
-        "Agreement: correlation of the peers' cosines, validation classes", fontsize=10
-    )
+    axes[0, 0].set_title("Agreement: correlation of the peers' cosines, validation classes", fontsize=10)
     _plot_curves(axes[0, 1], arms, lambda point: 100 * point["gap"])
-    axes[0, 1].set_title(
-        "Mean peer's Recall@1: training minus validation classes, points", fontsize=10
-    )
+    axes[0, 1].set_title("Mean peer's Recall@1: training minus validation classes, points", fontsize=10)
     _plot_only_one(axes[1, 0], arms)
     _plot_sizes(axes[1, 1], arms)
     figure.savefig(folder / "mechanism.png", dpi=110)
@@ -246,13 +241,11 @@ def _deviation(values: Sequence[Any]) -> Any:
 def _plot_differences(axes: Axes, arms: Arms, who: Any, title: str) -> None:
     if BASELINE not in arms:
         return
-    names = [name for name in reversed(arms) if name != BASELINE]
+    names = [name for name in reversed(list(arms)) if name != BASELINE]
     for y, name in enumerate(names):
         colour = _colour(name)
         for at, offset, marker, fill in (("last", 0.15, "o", "full"), ("best", -0.15, "D", "none")):
-            mine, theirs = (
-                {seed: who(row, at) for seed, row in arms[arm].items()} for arm in (name, BASELINE)
-            )
+            mine, theirs = ({seed: who(row, at) for seed, row in arms[arm].items()} for arm in (name, BASELINE))
             found = paired(mine, theirs)
             if not found.seeds:
                 continue
@@ -284,12 +277,10 @@ def _plot_curves(axes: Axes, arms: Arms, key: Callable[[Row], float]) -> None:
 
 
 def _plot_only_one(axes: Axes, arms: Arms) -> None:
-    names = [name for name in reversed(arms) if ARMS[name].num_peers == 2]
+    names = [name for name in reversed(list(arms)) if ARMS[name].num_peers == 2]
     values = [[100 * row["last"]["only_one"] for row in arms[name].values()] for name in names]
     means, deviations = [np.mean(each) for each in values], [_deviation(each) for each in values]
-    axes.barh(
-        range(len(names)), means, xerr=deviations, color=list(map(_colour, names)), height=0.7
-    )
+    axes.barh(range(len(names)), means, xerr=deviations, color=list(map(_colour, names)), height=0.7)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_title("Test queries that only one peer gets right, percent", fontsize=10)
     axes.set_xlabel("bands and bars in all plots: standard deviation over seeds", fontsize=9)
@@ -318,5 +309,4 @@ def _plot_sizes(axes: Axes, arms: Arms) -> None:
     axes.grid(color="#eee")
     axes.set_title("Recall@1 at the last step against the cohort's size, test classes", fontsize=10)
     if axes.has_data():
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12)}
-        axes.legend(fontsize=8, frameon=False, ncols=2, **below)
+        axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))

@@ -75,9 +75,7 @@ class Input:
         (images,) = through_cache([images], cache, LIMIT_BYTES, print)
         self._source = images.source
         self._view = training_view("standard", INPUT_SIZE, DECODE_SIZE, "the peer")
-        self._mean, self._std = (
-            255 * torch.tensor(values).reshape(1, 3, 1, 1) for values in (MEAN, STD)
-        )
+        self._mean, self._std = (255 * torch.tensor(values).reshape(1, 3, 1, 1) for values in (MEAN, STD))
 
     def batch(self) -> Tensor:
         """(B, 3, 224, 224) float32, normalised as the net does it."""

@@ -17,17 +17,13 @@ def photograph_like(rng: np.random.Generator, width: int, height: int) -> Image.
     for cells, strength in ((3, 70), (9, 40), (30, 18), (90, 8)):
         noise = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
         for channel in range(3):
-            smooth = Image.fromarray(noise[:, :, channel]).resize(
-                (width, height), Image.Resampling.BICUBIC
-            )
+            smooth = Image.fromarray(noise[:, :, channel]).resize((width, height), Image.Resampling.BICUBIC)
             picture[:, :, channel] += np.asarray(smooth)
     picture += 128 + rng.normal(0, 3, picture.shape).astype(np.float32)
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
-def write_classes(
-    root: Path, num_classes: int, images_per_class: int, width: int, height: int
-) -> None:
+def write_classes(root: Path, num_classes: int, images_per_class: int, width: int, height: int) -> None:
     """Writes ``root/class000/0.jpg`` and so on, quality 90."""
     rng = np.random.default_rng(0)
     for number in range(num_classes):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,7 @@ class Views:
     def __init__(self, count: int) -> None:
         self._count = count
         self._resize = v2.Resize((DECODE_SIZE, DECODE_SIZE))
-        self._view = v2.Compose(
-            [v2.RandomResizedCrop(INPUT_SIZE, scale=(0.2, 1.0)), v2.RandomHorizontalFlip()]
-        )
+        self._view = v2.Compose([v2.RandomResizedCrop(INPUT_SIZE, scale=(0.2, 1.0)), v2.RandomHorizontalFlip()])
 
     def __call__(self, image: Tensor) -> list[Tensor]:
         decoded = self._resize(image)
@@ -101,16 +99,12 @@ class Trainee:
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
-        net = EmbeddingNet(
-            BACKBONE, EMBEDDING_SIZE, batch_norm=BATCH_NORM, input_size=INPUT_SIZE
-        ).to(DEVICE)
+        net = EmbeddingNet(BACKBONE, EMBEDDING_SIZE, batch_norm=BATCH_NORM, input_size=INPUT_SIZE).to(DEVICE)
         self.net = net.to(memory_format=torch.channels_last).train()
         config = MetricLossConfig.model_validate({})
         # The triplet loss has no proxies, so the number of classes does not matter.
         self.metric = MetricLoss(config, num_classes=2, embedding_size=EMBEDDING_SIZE)
-        self._optimizer = torch.optim.Adam(
-            self.net.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY
-        )
+        self._optimizer = torch.optim.Adam(self.net.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, H) uint8 -> (B, D)."""
@@ -238,7 +232,7 @@ def _photo_batch(paths: list[Path]) -> Tensor:
     return torch.stack(images)
 
 
-PROGRAMS = {
+PROGRAMS: dict[str, Callable[..., None]] = {
     "independent": independent,
     "sequential": sequential,
     "mutual": mutual,

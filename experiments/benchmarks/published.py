@@ -55,7 +55,10 @@ def published(settings: Settings) -> list[dict[str, Any]]:
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    peers, peak, step, view = {}, {}, {}, {}
+    peers: dict[str, Peer] = {}
+    peak: dict[str, int] = {}
+    step: dict[str, list[float]] = {}
+    view: dict[str, list[float]] = {}
     for option, own in OPTIONS.items():
         changed = copy.deepcopy(raw)
         changed["cohort"]["peers"][0] |= own
@@ -86,9 +89,7 @@ def published(settings: Settings) -> list[dict[str, Any]]:
         {
             "option": option,
             "step_ms": 1e3 * float(np.median(step[option])),
-            "quartiles": " - ".join(
-                f"{1e3 * q:.0f}" for q in np.quantile(step[option], [0.25, 0.75])
-            ),
+            "quartiles": " - ".join(f"{1e3 * q:.0f}" for q in np.quantile(step[option], [0.25, 0.75])),
             "its_view_alone_ms": 1e3 * float(np.median(view[option])),
             "images_a_s": len(labels) / float(np.median(step[option])),
             "peak_gib": peak[option] / 2**30,

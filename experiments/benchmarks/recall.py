@@ -38,9 +38,7 @@ def recall(settings: Settings) -> list[Row]:
 
     def ours() -> float:
         began = time.perf_counter()
-        peaks.append(
-            peak_beyond(lambda: retrieval_metrics(points, labels, recall_at=RECALL_AT)) / 1024
-        )
+        peaks.append(peak_beyond(lambda: retrieval_metrics(points, labels, recall_at=RECALL_AT)) / 1024)
         return time.perf_counter() - began
 
     def bare() -> float:

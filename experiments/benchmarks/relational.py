@@ -33,10 +33,7 @@ def textbook(student: Tensor, teachers: list[Tensor]) -> Tensor:
     for teacher in teachers:
         with torch.no_grad():
             teacher_distances, teacher_angles = _relations(teacher)
-        terms.append(
-            F.smooth_l1_loss(distances, teacher_distances)
-            + 2 * F.smooth_l1_loss(angles, teacher_angles)
-        )
+        terms.append(F.smooth_l1_loss(distances, teacher_distances) + 2 * F.smooth_l1_loss(angles, teacher_angles))
     return torch.stack(terms).mean()
 
 

@@ -87,9 +87,7 @@ class Row:
         }
 
 
-def in_turn(
-    rounds: int, a: Callable[[], float], b: Callable[[], float]
-) -> tuple[list[float], list[float]]:
+def in_turn(rounds: int, a: Callable[[], float], b: Callable[[], float]) -> tuple[list[float], list[float]]:
     """Measures A and B in every round. They take turns at going first, so that drift favours neither."""
     figures_a, figures_b = [], []
     for number in range(rounds):

@@ -50,9 +50,7 @@ class TimedPeer(PeerActor):
         """Seconds of the mutual term of one peer, forward and backward."""
         if num_teachers == 0:
             return 0.0
-        points = torch.nn.functional.normalize(
-            torch.randn(1 + num_teachers, rows, EMBEDDING_SIZE), dim=2
-        )
+        points = torch.nn.functional.normalize(torch.randn(1 + num_teachers, rows, EMBEDDING_SIZE), dim=2)
         student = points[0].requires_grad_()
         began = time.perf_counter()
         terms = relational_losses(student, list(points[1:]))
@@ -110,9 +108,7 @@ def measure(num_peers: int, folder: Path, batch_size: int, rounds: int) -> dict[
                 break
             start = WARM_UP + number * STEPS
             steps.append(max(ray.get([a.timed_run.remote(start, start + STEPS) for a in actors])))
-            exchanges.append(
-                max(ray.get([a.timed_exchange.remote(0, EXCHANGES, batch_size) for a in actors]))
-            )
+            exchanges.append(max(ray.get([a.timed_exchange.remote(0, EXCHANGES, batch_size) for a in actors])))
             relational.append(ray.get(actors[0].timed_relational.remote(batch_size, num_peers - 1)))
     step, exchange = median(steps), median(exchanges)
     return {
@@ -134,7 +130,5 @@ def scaling(settings: Settings) -> list[dict[str, Any]]:
         folder = Path(name)
         write_classes(folder, 2 * max(BATCHES) // IMAGES_PER_CLASS, IMAGES_PER_CLASS, 40, 40)
         return [
-            measure(num_peers, folder, batch_size, settings.rounds)
-            for num_peers in PEERS
-            for batch_size in BATCHES
+            measure(num_peers, folder, batch_size, settings.rounds) for num_peers in PEERS for batch_size in BATCHES
         ]

@@ -252,9 +252,7 @@ def drive(folder: Path) -> None:
             "health_check_timeout_ms": 2000,
             "health_check_failure_threshold": 3,
         }
-        cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 2, "_system_config": checks}
-        )
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "_system_config": checks})
         striker.cluster_nodes = [
             cluster.head_node,
             *(cluster.add_node(num_cpus=2) for _ in range(plan["nodes"] - 1)),
@@ -268,9 +266,7 @@ def drive(folder: Path) -> None:
     class DamagingCoordinator(Coordinator):
         """Flips a bit of the next embedding once the flag is there."""
 
-        async def exchange(
-            self, step: int, rank: int, teachers: Any, expected: int, *parts: Any
-        ) -> list[Any]:
+        async def exchange(self, step: int, rank: int, teachers: Any, expected: int, *parts: Any) -> list[Any]:
             if flag.exists():
                 flag.unlink()
                 parts = (parts[0].copy(), *parts[1:])
@@ -378,9 +374,7 @@ def after_drops(config: Any, dropped: dict[str, int]) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for stop in sorted({*dropped.values(), STEPS}):
         left = tuple(p for p in config.cohort.peers if dropped.get(p.name, STEPS) >= stop)
-        part = config.model_copy(
-            update={"cohort": config.cohort.model_copy(update={"peers": left})}
-        )
+        part = config.model_copy(update={"cohort": config.cohort.model_copy(update={"peers": left})})
         with closing(LocalCohort(part, splits, initial_weights=not state)) as cohort:
             if state:
                 cohort.load(state)
@@ -481,9 +475,7 @@ def one_run(seed: int, undisturbed: Undisturbed, work: Path) -> dict[str, Any]:
             "recoveries": len(backs),
             "detected_s": detected,
             "steps_again": sum(_steps_again(note) for note in backs),
-            "recovered_s": [
-                float(note.split()[2]) for note in notes if note.startswith("recovered in")
-            ],
+            "recovered_s": [float(note.split()[2]) for note in notes if note.startswith("recovered in")],
             "seconds": round(time.monotonic() - began),
             "equal": undisturbed.is_equal(variant, folder / "disk" / "run", faults),
         }

@@ -119,9 +119,7 @@ def main(
             str(files[-1]),
         )
     console.print(table)
-    console.print(
-        f"{steps} steps in {seconds:.0f} s; held in the object store at the end: {held:.0f} bytes"
-    )
+    console.print(f"{steps} steps in {seconds:.0f} s; held in the object store at the end: {held:.0f} bytes")
 
 
 if __name__ == "__main__":

@@ -53,9 +53,7 @@ def load_with_checksum(path: Path) -> dict[str, Any]:
     return _verified(*_read_json(path))
 
 
-def dump_manifest(
-    step: int, peers: Mapping[str, Mapping[str, bytes]], meta: Mapping[str, Any], *, best: bool
-) -> bytes:
+def dump_manifest(step: int, peers: Mapping[str, Mapping[str, bytes]], meta: Mapping[str, Any], *, best: bool) -> bytes:
     """Encodes the manifest of a checkpoint.
 
     Args:

@@ -55,9 +55,7 @@ class RemoteRun:
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"the storage {self.name} is not understood: {reason(error)}") from None
         except OSError as error:
-            raise CheckpointError(
-                f"the storage {self.name} cannot be reached: {reason(error)}"
-            ) from None
+            raise CheckpointError(f"the storage {self.name} cannot be reached: {reason(error)}") from None
         self._is_local = files.type_name == "local"
         self._has_folders = files.type_name not in ("s3", "gcs")
         self.files: fs.FileSystem = fs.SubTreeFileSystem(self._base, files)
@@ -215,6 +213,4 @@ class RemoteRun:
         try:
             yield
         except (OSError, pyarrow.ArrowException, DamagedError) as error:
-            raise CheckpointError(
-                f"the storage {self.name} cannot be {what}: {reason(error)}"
-            ) from None
+            raise CheckpointError(f"the storage {self.name} cannot be {what}: {reason(error)}") from None

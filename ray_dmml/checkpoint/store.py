@@ -72,9 +72,7 @@ class CheckpointStore:
         self._index_file = folder / "index.json"
         self._damaged: set[str] = set()
 
-    def save(
-        self, step: int, peers: Mapping[str, PeerFiles], meta: Mapping[str, Any], *, best: bool
-    ) -> Path:
+    def save(self, step: int, peers: Mapping[str, PeerFiles], meta: Mapping[str, Any], *, best: bool) -> Path:
         """Writes a checkpoint, makes it the last one, and removes those that are no longer kept.
 
         Args:
@@ -180,9 +178,7 @@ class CheckpointStore:
             problem = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
             best = [name for name in names if self._was_best(name)]
             index = {"last": names[-1], **({"best": best[-1]} if best else {})}
-            warning = (
-                f"{self._index_file} is {problem}; the newest checkpoint beside it is the last"
-            )
+            warning = f"{self._index_file} is {problem}; the newest checkpoint beside it is the last"
             return index, [warning]
 
     def _write_index(self, index: Mapping[str, str]) -> None:

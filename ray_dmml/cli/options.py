@@ -30,9 +30,7 @@ Address = Annotated[
 ]
 AsJson = Annotated[
     bool,
-    typer.Option(
-        "--json", help="Print the results as JSON. Everything else goes to standard error."
-    ),
+    typer.Option("--json", help="Print the results as JSON. Everything else goes to standard error."),
 ]
 
 

@@ -42,9 +42,7 @@ def train(
         typer.Option(metavar="RUN", help="Start from the weights of another run's peers."),
     ] = None,
     address: Address = None,
-    local: Annotated[
-        bool, typer.Option("--local", help="Train all peers in this process, without Ray.")
-    ] = False,
+    local: Annotated[bool, typer.Option("--local", help="Train all peers in this process, without Ray.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a cohort of peers and evaluate it on classes that are not in the training set.

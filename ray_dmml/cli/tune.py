@@ -47,9 +47,7 @@ def tune(
     num_samples: Annotated[int | None, typer.Option(help="Number of trials. Default: 8.")] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(
-            metavar="optuna|random", help="Default: optuna if it is installed, else random."
-        ),
+        typer.Option(metavar="optuna|random", help="Default: optuna if it is installed, else random."),
     ] = None,
     scheduler: Annotated[
         str | None,
@@ -64,15 +62,11 @@ def tune(
     ] = None,
     final_seeds: Annotated[
         int | None,
-        typer.Option(
-            help="Final runs of the best trial and of the baseline, on the test classes. Default: 3."
-        ),
+        typer.Option(help="Final runs of the best trial and of the baseline, on the test classes. Default: 3."),
     ] = None,
     gpus_per_trial: Annotated[
         float | None,
-        typer.Option(
-            min=0, help="GPUs that the peers of a trial share. Default: 1, if there is any."
-        ),
+        typer.Option(min=0, help="GPUs that the peers of a trial share. Default: 1, if there is any."),
     ] = None,
     address: Address = None,
     as_json: AsJson = False,
@@ -132,8 +126,7 @@ def _new_search(
 ) -> Search:
     if config is not None and space is None:
         raise UserError(
-            "a search of your own config needs its --space; "
-            "experiments/searches/grocery.yaml is an example"
+            "a search of your own config needs its --space; experiments/searches/grocery.yaml is an example"
         )
     raw = read_settings(config or QUICKSTART, overrides or ())
     return Search(raw, load_search(space, **changes))
@@ -147,9 +140,7 @@ def _search_in(folder: Path) -> Search:
 
 def _require_none(options: dict[str, Any]) -> None:
     """Raises UserError if options of a new search are given with --resume."""
-    given = [
-        f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, [])
-    ]
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, [])]
     if given:
         raise UserError(
             "--resume continues a search with its own settings: leave out "

@@ -47,8 +47,7 @@ class LocalCohort:
         num_peers = len(config.cohort.peers)
         self._config, self._splits = config, splits
         self.peers = [
-            build_peer(config, i, splits.train.num_classes, device, initial_weights)
-            for i in range(num_peers)
+            build_peer(config, i, splits.train.num_classes, device, initial_weights) for i in range(num_peers)
         ]
         self.names = tuple(peer.name for peer in self.peers)
         self._teachers = Teachers.of(config)

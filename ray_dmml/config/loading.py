@@ -69,9 +69,7 @@ def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise UserError(
-            f"{what} {path} must hold settings (key: value), not a {type(raw).__name__}"
-        )
+        raise UserError(f"{what} {path} must hold settings (key: value), not a {type(raw).__name__}")
     return raw
 
 
@@ -80,8 +78,7 @@ def refuse_old(raw: Any, path: Path) -> None:
     settings = _mapping(raw)
     if "run" in settings or "placement" in _mapping(settings.get("cohort")):
         raise UserError(
-            f"{path} was written by an older version of ray-dmml, whose runs this version cannot "
-            "read; train it again"
+            f"{path} was written by an older version of ray-dmml, whose runs this version cannot read; train it again"
         )
 
 

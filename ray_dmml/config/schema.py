@@ -30,9 +30,7 @@ from ray_dmml.errors import UserError
 class Section(BaseModel):
     """Base of all sections: frozen, with no unknown keys, and no NaN or infinity."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     extra_keys: ClassVar[tuple[str, ...]] = ()
     """Keys that a file may contain here besides the fields. A validator replaces them by fields."""
@@ -62,9 +60,7 @@ Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
 class DataConfig(Section):
     """Which images are used, how they are split by class, and how a batch is drawn."""
 
-    name: Literal["characters", "cub200", "cars196", "sop", "inshop", "imagefolder", "manifest"] = (
-        "characters"
-    )
+    name: Literal["characters", "cub200", "cars196", "sop", "inshop", "imagefolder", "manifest"] = "characters"
     """The data set. `characters` is built in and needs no files. `imagefolder` and `manifest` read your
     own images."""
 
@@ -143,9 +139,7 @@ class DataConfig(Section):
         if self.name == "characters" and self.source is not None:
             raise ValueError("data.name 'characters' is built in and has no data.source")
         if self.on_bad_image == "skip" and not self.check_images:
-            raise ValueError(
-                "on_bad_image: skip needs check_images: true, which finds the bad images before training"
-            )
+            raise ValueError("on_bad_image: skip needs check_images: true, which finds the bad images before training")
         if self.name == "manifest" and self.manifest is None:
             raise ValueError("data.name 'manifest' needs data.manifest, the CSV file")
         return self
@@ -263,8 +257,7 @@ class PeerConfig(Section):
     """Side, in pixels, of the square that the network receives. null: it is the backbone's own."""
 
     view: Annotated[
-        Annotated[Literal["weak", "standard", "strong"], Tag("preset")]
-        | Annotated[tuple[Transform, ...], Tag("list")],
+        Annotated[Literal["weak", "standard", "strong"], Tag("preset")] | Annotated[tuple[Transform, ...], Tag("list")],
         Discriminator(lambda value: "preset" if isinstance(value, str) else "list"),
     ] = "standard"
     """Augmentation of the training images: the name of a preset, or a list of torchvision v2 transforms."""
@@ -428,9 +421,7 @@ class CohortConfig(Section):
     def _peers_differ(self) -> CohortConfig:
         names = [peer.name for peer in self.peers]
         if "ensemble" in names:
-            raise ValueError(
-                "no peer may be named ensemble, which is the name of all peers together"
-            )
+            raise ValueError("no peer may be named ensemble, which is the name of all peers together")
         twice = sorted({str(name) for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"peer names must be unique; used twice: {', '.join(twice)}")
@@ -643,8 +634,7 @@ class Config(Section):
     def _is_consistent(self) -> Config:
         if self.evaluation.split == "validation" and not self.data.validation_fraction:
             raise ValueError(
-                "evaluation.split is validation, but data.validation_fraction is 0: there are no "
-                "validation classes"
+                "evaluation.split is validation, but data.validation_fraction is 0: there are no validation classes"
             )
         try:
             self.weights_to_evaluate()

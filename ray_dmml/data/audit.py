@@ -117,8 +117,7 @@ class AuditReport:
         return {
             "clean": self.is_clean(),
             "splits": {
-                split: {"images": images, "classes": classes}
-                for split, (images, classes) in self.splits.items()
+                split: {"images": images, "classes": classes} for split, (images, classes) in self.splits.items()
             },
             "unreadable": [{"name": name, "reason": reason} for name, reason in self.unreadable],
             "duplicates": [
@@ -131,9 +130,7 @@ class AuditReport:
                 for group in self.groups
             ],
             "images_per_class": self.images_per_class,
-            "small_classes": [
-                {"label": label, "images": images} for label, images in self.small_classes
-            ],
+            "small_classes": [{"label": label, "images": images} for label, images in self.small_classes],
             "class_sizes": list(self.class_sizes),
         }
 
@@ -186,9 +183,7 @@ def audit(config: DataConfig, watch: Watch | None = None) -> AuditReport:
     )
 
 
-def _examine(
-    pool: ThreadPoolExecutor, images: ImageSet
-) -> Iterator[tuple[bytes, np.ndarray] | str]:
+def _examine(pool: ThreadPoolExecutor, images: ImageSet) -> Iterator[tuple[bytes, np.ndarray] | str]:
     """(SHA-256 of the pixels, thumbnail) of each image, or why it cannot be read."""
 
     def examine(index: int) -> tuple[bytes, np.ndarray] | str:
@@ -235,9 +230,7 @@ def _similar(vectors: np.ndarray) -> Iterable[list[int]]:
     from scipy.sparse.csgraph import connected_components
 
     count = len(vectors)
-    cosines, others = faiss.knn(
-        vectors, vectors, min(1 + NEIGHBOURS, count), metric=faiss.METRIC_INNER_PRODUCT
-    )
+    cosines, others = faiss.knn(vectors, vectors, min(1 + NEIGHBOURS, count), metric=faiss.METRIC_INNER_PRODUCT)
     rows, columns = np.nonzero(cosines >= NEAR)
     targets = others[rows, columns]
     rows, targets = rows[rows != targets], targets[rows != targets]
@@ -297,8 +290,7 @@ def histogram(sizes: Iterable[int]) -> list[str]:
 
 def _describe(group: Group) -> str:
     lines = [
-        f"{printable(member.name)} ({printable(member.label)}, {member.split})"
-        for member in group.members[:SHOWN]
+        f"{printable(member.name)} ({printable(member.label)}, {member.split})" for member in group.members[:SHOWN]
     ]
     more = len(group.members) - SHOWN
     return "\n    = ".join(lines) + (f"\n    and {more} more" if more > 0 else "")

@@ -177,8 +177,7 @@ def _build(transform: Transform, size: int, source: str) -> v2.Transform:
         except ValueError:
             allowed = ", ".join(mode.value for mode in InterpolationMode)
             raise UserError(
-                f"{source}: {transform.name} has no interpolation {args['interpolation']!r}; "
-                f"allowed: {allowed}"
+                f"{source}: {transform.name} has no interpolation {args['interpolation']!r}; allowed: {allowed}"
             ) from None
     try:
         return cls(**args)

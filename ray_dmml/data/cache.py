@@ -156,9 +156,7 @@ class CachedImages:
         return image
 
 
-def through_cache(
-    sets: Sequence[ImageSet], folder: Path | None, limit_bytes: int
-) -> list[ImageSet]:
+def through_cache(sets: Sequence[ImageSet], folder: Path | None, limit_bytes: int) -> list[ImageSet]:
     """The sets, read through one cache file. If there can be none, warns and returns them unchanged.
 
     Args:
@@ -178,16 +176,12 @@ def through_cache(
         return list(sets)
     slot_of = {path: slot for slot, path in enumerate(paths)}
     return [
-        dataclasses.replace(
-            images, source=CachedImages(source, cache, [slot_of[path] for path in source.paths])
-        )
+        dataclasses.replace(images, source=CachedImages(source, cache, [slot_of[path] for path in source.paths]))
         for images, source in zip(sets, sources, strict=True)
     ]
 
 
-def open_cache(
-    like: FileImages, paths: Sequence[str], folder: Path, limit_bytes: int
-) -> ImageCache:
+def open_cache(like: FileImages, paths: Sequence[str], folder: Path, limit_bytes: int) -> ImageCache:
     """Opens the cache file of these images, and creates it where needed.
 
     Its name depends on the images and their decoders, but not on the splits, so that every run on

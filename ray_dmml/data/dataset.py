@@ -54,9 +54,7 @@ class FileImages:
             and cuts out the middle.
     """
 
-    def __init__(
-        self, root: Path, paths: Sequence[str], decode_size: int, resize: Resize = "stretch"
-    ) -> None:
+    def __init__(self, root: Path, paths: Sequence[str], decode_size: int, resize: Resize = "stretch") -> None:
         self.root = root
         self.paths = tuple(paths)
         self.decode_size = decode_size
@@ -220,9 +218,7 @@ class Splits:
         return {name: part.digest() for name, part in parts.items() if part is not None}
 
 
-def hold_out_classes(
-    images: ImageSet, fraction: float, seed: int, fold: int = 0
-) -> tuple[ImageSet, ImageSet | None]:
+def hold_out_classes(images: ImageSet, fraction: float, seed: int, fold: int = 0) -> tuple[ImageSet, ImageSet | None]:
     """Splits a set by class into (the rest, held-out classes); fraction 0 holds out none.
 
     ``seed`` shuffles the classes, and the first ``round(fraction * C)`` are held out, but at least

@@ -52,9 +52,7 @@ def decode(path: Path) -> Tensor:
         from torchvision.io import ImageReadMode, decode_image
 
         try:
-            image: Tensor = decode_image(
-                torch.from_numpy(array), mode=ImageReadMode.RGB, apply_exif_orientation=True
-            )
+            image: Tensor = decode_image(torch.from_numpy(array), mode=ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError:  # rare kinds of JPEG; and Pillow's message says what is wrong
             return _decode_with_pillow(opened)
         return image
@@ -116,9 +114,7 @@ def to_square(image: Tensor, size: int, resize: Resize) -> Tensor:
         height, width = image.shape[1:]
         target = (round(height * size / shorter), round(width * size / shorter))
     if (height, width) != target:
-        image = torch.nn.functional.interpolate(
-            image[None], size=target, mode="bilinear", antialias=True
-        )[0]
+        image = torch.nn.functional.interpolate(image[None], size=target, mode="bilinear", antialias=True)[0]
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
     square: Tensor = image[:, top : top + size, left : left + size].contiguous()
     return square

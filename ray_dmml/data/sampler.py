@@ -38,9 +38,7 @@ class ClassBalancedSampler:
             images.
     """
 
-    def __init__(
-        self, labels: np.ndarray, classes_per_batch: int, images_per_class: int, seed: int
-    ) -> None:
+    def __init__(self, labels: np.ndarray, classes_per_batch: int, images_per_class: int, seed: int) -> None:
         _, self._labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
         self._sizes: list[int] = sizes.tolist()
         self._per_class = images_per_class
@@ -103,9 +101,7 @@ class ClassBalancedSampler:
         plan.setflags(write=False)
         return plan
 
-    def _deal_full_groups(
-        self, batches: list[Batch], images: Images, rng: np.random.Generator
-    ) -> None:
+    def _deal_full_groups(self, batches: list[Batch], images: Images, rng: np.random.Generator) -> None:
         """Deals the groups of each class like cards: every batch gets one before any gets another."""
         deck: list[int] = []
         for label in rng.permutation(len(images)).tolist():
@@ -124,9 +120,7 @@ class ClassBalancedSampler:
             for batch, group in zip(hand, groups, strict=True):
                 batches[batch][label] = group
 
-    def _deal_short_groups(
-        self, batches: list[Batch], images: Images, rng: np.random.Generator
-    ) -> None:
+    def _deal_short_groups(self, batches: list[Batch], images: Images, rng: np.random.Generator) -> None:
         """Puts each class of fewer than K images into the emptiest batch."""
         order = rng.permutation(len(batches)).tolist()
         heap = [(_num_images(batches[batch]), tie, batch) for tie, batch in enumerate(order)]
@@ -166,9 +160,7 @@ class ClassBalancedSampler:
             if missing:
                 self._add_own(batch, images, missing, rng)
 
-    def _add_own(
-        self, batch: Batch, images: Images, missing: int, rng: np.random.Generator
-    ) -> None:
+    def _add_own(self, batch: Batch, images: Images, missing: int, rng: np.random.Generator) -> None:
         """Adds further images of the batch's classes, or of others if those have no more."""
         had = np.concatenate(list(batch.values()))
         own = np.concatenate([images[label] for label in batch])

@@ -51,9 +51,7 @@ def local_root(config: DataConfig) -> Path:
     try:
         return (config.cache_dir or default_folder()) / "sources" / _digest(config.source)[:16]
     except OSError as error:
-        raise UserError(
-            f"data.source: no place for a copy ({error.strerror}); set data.root"
-        ) from None
+        raise UserError(f"data.source: no place for a copy ({error.strerror}); set data.root") from None
 
 
 def fetch(config: DataConfig, *, again: bool = False) -> Path:
@@ -99,9 +97,7 @@ def _copy(source: str, name: str, root: Path) -> None:
         )
     listing = _list(source, name)
     missing = [
-        path
-        for path, size in listing.sizes.items()
-        if _fault(root / path, size, listing.digests.get(path)) is not None
+        path for path, size in listing.sizes.items() if _fault(root / path, size, listing.digests.get(path)) is not None
     ]
     num_bytes, free = sum(listing.sizes[path] for path in missing), shutil.disk_usage(root).free
     if num_bytes > free:
@@ -205,9 +201,7 @@ def _digests(folder: Any, name: str) -> Mapping[str, str]:
     for number, line in enumerate(lines, start=1):
         digest, gap, path = line[:64], line[64:66], line[66:].removeprefix("./")
         if gap not in ("  ", " *") or not path or set(digest) - set("0123456789abcdef"):
-            raise UserError(
-                f"data.source {name}: line {number} of {DIGESTS} is not what sha256sum writes"
-            )
+            raise UserError(f"data.source {name}: line {number} of {DIGESTS} is not what sha256sum writes")
         digests[path] = digest
     return digests
 

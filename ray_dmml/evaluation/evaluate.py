@@ -15,9 +15,7 @@ Figures = dict[str, Any]
 """``{"peers": {name: {"recall@1": ...}}, "ensemble": {"recall@1": ...}}``, all as fractions."""
 
 
-def evaluate_embeddings(
-    embeddings: Mapping[str, np.ndarray], images: ImageSet, recall_at: Sequence[int]
-) -> Figures:
+def evaluate_embeddings(embeddings: Mapping[str, np.ndarray], images: ImageSet, recall_at: Sequence[int]) -> Figures:
     """Evaluates each peer's embeddings and their concatenation.
 
     Args:

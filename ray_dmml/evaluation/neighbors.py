@@ -63,8 +63,7 @@ def nearest(
     queries, gallery = _checked(queries, "queries"), _checked(gallery, "gallery")
     if queries.shape[1] != gallery.shape[1]:
         raise UserError(
-            f"the embeddings of the queries have {queries.shape[1]} dimensions, those of the gallery "
-            f"{gallery.shape[1]}"
+            f"the embeddings of the queries have {queries.shape[1]} dimensions, those of the gallery {gallery.shape[1]}"
         )
     own = _own_rows(exclude_self, len(queries), len(gallery))
     excluding = bool((own >= 0).any())
@@ -145,9 +144,7 @@ def _search(queries: Floats, gallery: Floats, need: int) -> tuple[Floats, Ints]:
     need = min(need, len(gallery))
     searched = min(need + _SPARE, len(gallery))
     with _faiss_on_all_cores():
-        similarity, indices = faiss.knn(
-            queries, gallery, searched, metric=faiss.METRIC_INNER_PRODUCT
-        )
+        similarity, indices = faiss.knn(queries, gallery, searched, metric=faiss.METRIC_INNER_PRODUCT)
     tied = np.flatnonzero((similarity[:, 1:] == similarity[:, :-1]).any(axis=1))
     order = np.lexsort((indices[tied], -similarity[tied]), axis=1)
     indices[tied] = np.take_along_axis(indices[tied], order, axis=1)
@@ -156,9 +153,7 @@ def _search(queries: Floats, gallery: Floats, need: int) -> tuple[Floats, Ints]:
         block = max(1, _CHUNK_ENTRIES // len(gallery))
         for start in range(0, len(cut), block):
             rows = cut[start : start + block]
-            similarity[rows, :need], indices[rows, :need] = _search_all(
-                queries[rows], gallery, need
-            )
+            similarity[rows, :need], indices[rows, :need] = _search_all(queries[rows], gallery, need)
     return similarity[:, :need], indices[:, :need]
 
 
@@ -192,8 +187,7 @@ def _checked(embeddings: NDArray[Any], name: str) -> Floats:
     if not np.isfinite(array).all():
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
         raise UserError(
-            f"{len(bad)} of {len(array)} embeddings of the {name} are NaN or infinite, "
-            f"the first is number {bad[0]}"
+            f"{len(bad)} of {len(array)} embeddings of the {name} are NaN or infinite, the first is number {bad[0]}"
         )
     return array
 

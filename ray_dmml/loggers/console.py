@@ -35,9 +35,7 @@ class ConsoleLogger(Logger):
     """
 
     def __init__(self, console: Console, config: Config) -> None:
-        self._display: _Display = (
-            _Live(console, config) if console.is_terminal else _Lines(console, config)
-        )
+        self._display: _Display = _Live(console, config) if console.is_terminal else _Lines(console, config)
         self._latest = LatestTerms()
         self._handler = _Handler(self._display)
         self._level_before = logging.NOTSET

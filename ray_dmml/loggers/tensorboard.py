@@ -41,9 +41,7 @@ class TensorBoardLogger(Logger):
             self._latest.update(metrics["peers"])
         if "images_per_second" in metrics:
             scalars = {
-                f"{term}/{peer}": value
-                for peer, terms in self._latest.by_peer.items()
-                for term, value in terms.items()
+                f"{term}/{peer}": value for peer, terms in self._latest.by_peer.items() for term, value in terms.items()
             }
             self._write(step, {**scalars, "images_per_second": metrics["images_per_second"]})
         if "validation" in metrics:

@@ -58,9 +58,7 @@ class DistanceWeightedNegativeMiner(miners.BaseMiner):
         https://arxiv.org/abs/1706.07567
     """
 
-    def __init__(
-        self, cutoff: float = 0.5, nonzero_loss_cutoff: float = 1.4, **kwargs: Any
-    ) -> None:
+    def __init__(self, cutoff: float = 0.5, nonzero_loss_cutoff: float = 1.4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0 < cutoff < nonzero_loss_cutoff <= 2:
             raise ValueError(

@@ -52,14 +52,10 @@ class MetricLoss(nn.Module):
         arguments: dict[str, Any] = {}
         if config.reducer is not None:
             arguments["reducer"] = _build(reducers, "reducer", f"{where}.reducer", config.reducer)
-        self.loss: nn.Module = _build(
-            losses, "loss", where, config.name, config.args, sizes, **arguments
-        )
+        self.loss: nn.Module = _build(losses, "loss", where, config.name, config.args, sizes, **arguments)
         self.miner: nn.Module | None = None
         if config.miner is not None:
-            self.miner = _build(
-                miners, "miner", f"{where}.miner", config.miner.name, config.miner.args
-            )
+            self.miner = _build(miners, "miner", f"{where}.miner", config.miner.name, config.miner.args)
         for module in list(self.modules()):
             if type(getattr(module, "distance", None)) is distances.LpDistance:
                 _make_exact(module)
@@ -141,9 +137,7 @@ def _build(
         known[DistanceWeightedNegativeMiner.__name__] = DistanceWeightedNegativeMiner
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = (
-            f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
-        )
+        hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
         raise UserError(f"{where}: there is no {kind} {name!r}; {hint}")
     args = dict(args or {})
     parameters = _parameters(known[name])
@@ -155,9 +149,7 @@ def _build(
         where_distance = f"{where}.args.distance"
         if not (isinstance(distance, Mapping) and {"name"} <= set(distance) <= {"name", "args"}):
             raise UserError(f"{where_distance}: write {{name: ..., args: {{...}}}}")
-        args["distance"] = _build(
-            distances, "distance", where_distance, str(distance["name"]), distance.get("args")
-        )
+        args["distance"] = _build(distances, "distance", where_distance, str(distance["name"]), distance.get("args"))
     for key, size in (sizes or {}).items():
         if parameters.get(key) is inspect.Parameter.empty:
             args.setdefault(key, size)
@@ -165,8 +157,7 @@ def _build(
         return known[name](**args, **arguments)
     except (TypeError, ValueError, AssertionError, KeyError) as error:
         raise UserError(
-            f"{where}: {name} refuses {args or 'to be built without args'}: "
-            f"{error or type(error).__name__}; {takes}"
+            f"{where}: {name} refuses {args or 'to be built without args'}: {error or type(error).__name__}; {takes}"
         ) from error
 
 
@@ -187,15 +178,11 @@ def _parameters(cls: type) -> dict[str, Any]:
     # The reducer has a field of its own in the config. The others are objects or internal.
     for name in ("reducer", "collect_stats", "is_inverted", "weight_init_func"):
         defaults.pop(name, None)
-    return {
-        name: default for name, default in defaults.items() if not name.endswith("_regularizer")
-    }
+    return {name: default for name, default in defaults.items() if not name.endswith("_regularizer")}
 
 
 def _make_exact(module: nn.Module) -> None:
     """Replaces the L2 distance of a module by the exact one."""
     old: Any = module.distance
     if old.p == 2:
-        module.distance = ExactEuclideanDistance(
-            normalize_embeddings=old.normalize_embeddings, power=old.power
-        )
+        module.distance = ExactEuclideanDistance(normalize_embeddings=old.normalize_embeddings, power=old.power)

@@ -164,9 +164,7 @@ class _Relations(NamedTuple):
         coincident.fill_diagonal_(True)
         # The root of a coincident pair is never computed: its gradient would be infinite.
         safe = squared.masked_fill(coincident, 1)
-        return cls(
-            gram, safe.sqrt().masked_fill(coincident, 0), safe.rsqrt().masked_fill(coincident, 0)
-        )
+        return cls(gram, safe.sqrt().masked_fill(coincident, 0), safe.rsqrt().masked_fill(coincident, 0))
 
     def normalized_distances(self) -> Tensor:
         num_positive = self.distances.count_nonzero().clamp(min=1)
@@ -187,9 +185,7 @@ class _AngleTerm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, gram: Tensor, inverse: Tensor, teachers: list[tuple[Tensor, Tensor]]
-    ) -> Tensor:
+    def forward(ctx: Any, gram: Tensor, inverse: Tensor, teachers: list[tuple[Tensor, Tensor]]) -> Tensor:
         num_points = gram.shape[0]
         limit = _BLOCK_CPU if gram.device.type == "cpu" else _BLOCK_OTHER
         block = min(num_points, max(1, limit // num_points**2))

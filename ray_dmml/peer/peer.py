@@ -103,9 +103,7 @@ class Peer:
             self.metric = MetricLoss(loss.metric, num_classes, config.embedding_size).to(device)
         self.ema = build_ema(config.ema, self.net)
         self._training_forward = (
-            compiled(self.net, self.name, device)
-            if config.compile
-            else self.net.forward_unnormalized
+            compiled(self.net, self.name, device) if config.compile else self.net.forward_unnormalized
         )
         self.optimizer = build_optimizer(config.optimizer, self.net, self.metric)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
@@ -143,9 +141,7 @@ class Peer:
         with self._seeded(out.batch.step, "miner"):
             return self.metric(out.embedding, out.batch.labels.to(self.device, non_blocking=True))
 
-    def step(
-        self, out: PeerOutput, metric_loss: Tensor | None, teachers: Sequence[Tensor]
-    ) -> dict[str, float]:
+    def step(self, out: PeerOutput, metric_loss: Tensor | None, teachers: Sequence[Tensor]) -> dict[str, float]:
         """Adds the mutual term, runs the backward pass and updates the net if an update is due.
 
         Args:
@@ -230,9 +226,7 @@ class Peer:
             "scaler": self._scaler.state_dict(),
             "num_consecutive_nonfinite": self._num_consecutive_nonfinite,
             "gradients": {
-                name: parameter.grad
-                for name, parameter in self._named_parameters()
-                if parameter.grad is not None
+                name: parameter.grad for name, parameter in self._named_parameters() if parameter.grad is not None
             },
         }
         if self.ema is not None:
@@ -253,9 +247,7 @@ class Peer:
         for name, parameter in self._named_parameters():
             gradient = state["gradients"].get(name)
             # A gradient has the memory layout of its parameter.
-            parameter.grad = (
-                None if gradient is None else torch.empty_like(parameter).copy_(gradient)
-            )
+            parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)
 
     def load_weights(self, net: dict[str, Tensor]) -> None:
         """Loads weights of the net; optimizer and counters stay as they were built.
@@ -272,9 +264,7 @@ class Peer:
     def _learns_from(self, step: int) -> bool:
         if self.config.frozen:
             return False
-        return (
-            self.config.update_mode == "accumulate" or (step + 1) % self.config.update_interval == 0
-        )
+        return self.config.update_mode == "accumulate" or (step + 1) % self.config.update_interval == 0
 
     def _forward_with_graph(self, images: Tensor, step: int) -> Tensor:
         self.net.train()
@@ -370,9 +360,7 @@ class Peer:
         )
 
 
-def build_peer(
-    config: Config, position: int, num_classes: int, device: torch.device, initial_weights: bool
-) -> Peer:
+def build_peer(config: Config, position: int, num_classes: int, device: torch.device, initial_weights: bool) -> Peer:
     """The peer at a position of ``cohort.peers``.
 
     Args:

@@ -130,9 +130,7 @@ class Coordinator:
         now = time.monotonic()
         return {
             name: PeerStatus(num_sent, num_chunks, 0.0 if beat is None else now - beat)
-            for name, (num_sent, num_chunks), beat in zip(
-                self._names, self._progress, self._heartbeats, strict=True
-            )
+            for name, (num_sent, num_chunks), beat in zip(self._names, self._progress, self._heartbeats, strict=True)
         }
 
     async def _gather(self, key: str, rank: int, value: Any) -> list[Any]:

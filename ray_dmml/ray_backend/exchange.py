@@ -47,9 +47,7 @@ def checksum(rows: Tensor) -> Tensor:
 def verify(rows: Tensor, expected: int, teacher: str, step: int) -> Tensor:
     """Returns the rows. Raises PeerLostError if they are not the ones that were sent."""
     if int(checksum(rows)) != expected:
-        raise PeerLostError(
-            f"the embeddings of {teacher} at step {step + 1} were damaged on their way"
-        )
+        raise PeerLostError(f"the embeddings of {teacher} at step {step + 1} were damaged on their way")
     return rows
 
 
@@ -254,14 +252,8 @@ class DirectExchange:
         }
         self._pending = dist.batch_isend_irecv(
             [
-                *(
-                    dist.P2POp(dist.isend, sent, student)
-                    for student in students(teachers, self._rank)
-                ),
-                *(
-                    dist.P2POp(dist.irecv, rows, teacher)
-                    for teacher, rows in self._received.items()
-                ),
+                *(dist.P2POp(dist.isend, sent, student) for student in students(teachers, self._rank)),
+                *(dist.P2POp(dist.irecv, rows, teacher) for teacher, rows in self._received.items()),
             ]
         )
 

@@ -47,9 +47,7 @@ def first_cause(failures: Mapping[str, Exception], num_sent: Mapping[str, int]) 
         if isinstance(cause, RayActorError):
             return PeerLostError(f"the coordinator died: {reason_of(cause)}")
     # Every other failure looks like a lost exchange to the other peers, so that is believed last.
-    cause = min(
-        causes, key=lambda c: (isinstance(c, PeerLostError), isinstance(c, ExchangeLostError))
-    )
+    cause = min(causes, key=lambda c: (isinstance(c, PeerLostError), isinstance(c, ExchangeLostError)))
     return PeerLostError(reason_of(cause)) if isinstance(cause, RayError) else cause
 
 

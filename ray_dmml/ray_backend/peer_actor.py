@@ -185,9 +185,7 @@ class PeerActor:
         images = getattr(self._splits, split)
         batch_size = self._config.evaluation.batch_size
         with explain_out_of_memory(self._peer), self._replicas.explain_loss():
-            return self._peer.embed_images(
-                images, batch_size, ema=ema, after_chunk=self._finish_chunk
-            )
+            return self._peer.embed_images(images, batch_size, ema=ema, after_chunk=self._finish_chunk)
 
     def state(self) -> PeerFiles:
         """The peer's state, as a checkpoint stores it."""
@@ -233,9 +231,7 @@ class PeerActor:
             time.sleep(HEARTBEAT_S)
 
 
-def _require_same_images(
-    splits: Splits, digests: Mapping[str, str], config: Config, peer_name: str
-) -> None:
+def _require_same_images(splits: Splits, digests: Mapping[str, str], config: Config, peer_name: str) -> None:
     """An image's number must mean the same image to all peers, because they exchange embeddings by it.
 
     Raises:
@@ -248,9 +244,7 @@ def _require_same_images(
     if data.name == "characters":
         advice = "install the same versions of ray-dmml and matplotlib on all nodes"
     elif data.source is not None:
-        advice = (
-            "bring every copy up to date by `ray-dmml data fetch`, with --address for all nodes"
-        )
+        advice = "bring every copy up to date by `ray-dmml data fetch`, with --address for all nodes"
     else:
         advice = "give all nodes the same data.root, with the same files and lists in it"
     raise UserError(

@@ -114,8 +114,7 @@ def plan(config: Config, alive: Sequence[Node], growth: Sequence[Node]) -> list[
     has_gpus = any(node.get("GPU") for node in [*alive, *growth])
     # None: a share. Each replica needs a GPU of its own where there are any.
     gpus_asked = [
-        p.num_replicas if p.num_gpus is None and p.num_replicas > 1 and has_gpus else p.num_gpus
-        for p in peers
+        p.num_replicas if p.num_gpus is None and p.num_replicas > 1 and has_gpus else p.num_gpus for p in peers
     ]
 
     def bundles(cpus: float, gpus: float) -> list[dict[str, float]]:
@@ -162,8 +161,7 @@ def have_places(bundles: Sequence[Node], nodes: Sequence[Node]) -> bool:
     largest_first = sorted(nodes, key=_size, reverse=True)
     rooms = [(dict(node), [1.0] * int(node.get("GPU", 0.0))) for node in largest_first]
     return all(
-        any(_take(asked, left, gpus) for left, gpus in rooms)
-        for asked in sorted(bundles, key=_size, reverse=True)
+        any(_take(asked, left, gpus) for left, gpus in rooms) for asked in sorted(bundles, key=_size, reverse=True)
     )
 
 
@@ -193,8 +191,7 @@ def can_never_fit(bundles: Sequence[Node], nodes: Sequence[Node]) -> bool:
         able = [node for node in nodes if asked.keys() <= node.keys()]
         as_large = [other for other in alike if all(other[kind] >= asked[kind] for kind in asked)]
         if not have_places([asked] * len(as_large), able) or any(
-            sum(other[kind] for other in alike) > sum(node[kind] for node in able) + _TOLERANCE
-            for kind in asked
+            sum(other[kind] for other in alike) > sum(node[kind] for node in able) + _TOLERANCE for kind in asked
         ):
             return True
     return False

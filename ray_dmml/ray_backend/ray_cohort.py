@@ -191,9 +191,7 @@ class RayCohort:
         self._has_new_peers = self._has_new_peers or bool(starting)
         for name in starting:
             self.actors[name] = self.start_actor(name)
-        if (
-            not is_first
-        ):  # a peer was lost, perhaps with its node: another node may have to start first
+        if not is_first:  # a peer was lost, perhaps with its node: another node may have to start first
             pings = {name: self.actors[name].ping.remote() for name in starting}
             self._gather(pings, cohort.placement_timeout_s)
         if data.source is not None:
@@ -212,9 +210,7 @@ class RayCohort:
             for name in starting
         }
         self._gather(refs, cohort.start_timeout_s)
-        refs = {
-            name: self.actors[name].join.remote(self.coordinator, self.names) for name in self.names
-        }
+        refs = {name: self.actors[name].join.remote(self.coordinator, self.names) for name in self.names}
         self.places = self._gather(refs, cohort.start_timeout_s)
         is_direct = self.transport == "direct"
         self._uses_nccl = is_direct and all(d.startswith("cuda") for d in self.devices)

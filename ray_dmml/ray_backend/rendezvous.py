@@ -120,9 +120,7 @@ def _join_group(
             own_store = store_at(host, timeout)
             address = (host, own_store.port)
         except DIST_ERRORS as error:
-            reason = (
-                f"no store on {host}: {error}"  # raised below: the other peers wait for this offer
-            )
+            reason = f"no store on {host}: {error}"  # raised below: the other peers wait for this offer
     group: Group | None = ray.get(coordinator.form_group.remote(rank, Offer(name, address)))
     if group is None:
         raise RuntimeError(reason)

@@ -53,9 +53,7 @@ class ReplicaActors:
         ReplicaLostError: a replica died at its start.
     """
 
-    def __init__(
-        self, peer: Peer, run_seed: int, threads: int, options: Mapping[str, Any], patience: float
-    ) -> None:
+    def __init__(self, peer: Peer, run_seed: int, threads: int, options: Mapping[str, Any], patience: float) -> None:
         self.is_complete = True
         """False once a replica is lost."""
 
@@ -63,10 +61,7 @@ class ReplicaActors:
         self._serving: list[Any] = []
         if self.num_replicas == 1:
             return
-        self._actors = [
-            ray.remote(ReplicaActor).options(**options).remote()
-            for _ in range(1, self.num_replicas)
-        ]
+        self._actors = [ray.remote(ReplicaActor).options(**options).remote() for _ in range(1, self.num_replicas)]
         try:
             ray.get([actor.build.remote(peer.config, run_seed, threads) for actor in self._actors])
         except RayActorError as error:
@@ -78,9 +73,7 @@ class ReplicaActors:
             for rank, actor in enumerate(self._actors, start=1)
         ]
         with self.explain_loss():
-            peer.replicas = Replicas(
-                ReplicaChannel(store, 0, self.num_replicas, peer.device, peer.name, patience)
-            )
+            peer.replicas = Replicas(ReplicaChannel(store, 0, self.num_replicas, peer.device, peer.name, patience))
 
     @contextmanager
     def explain_loss(self) -> Iterator[None]:

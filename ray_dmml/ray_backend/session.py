@@ -72,9 +72,7 @@ def _require_token_file() -> None:
     """Without the file Ray would abort the process and print memory addresses."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     if os.environ.get("RAY_AUTH_MODE") == "token" and path and not os.path.isfile(path):
-        raise UserError(
-            f"RAY_AUTH_TOKEN_PATH {path} is not a file: it must contain the cluster's token"
-        )
+        raise UserError(f"RAY_AUTH_TOKEN_PATH {path} is not a file: it must contain the cluster's token")
 
 
 def _require_reachable(address: str) -> None:
@@ -85,9 +83,7 @@ def _require_reachable(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise UserError(
-            f"RAY_ADDRESS {address} does not answer ({error}); unset it to run on this machine"
-        ) from None
+        raise UserError(f"RAY_ADDRESS {address} does not answer ({error}); unset it to run on this machine") from None
 
 
 def _require_accepted(address: str) -> None:

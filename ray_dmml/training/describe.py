@@ -23,8 +23,7 @@ def describe_cohort(config: Config, splits: Splits, facts: Mapping[str, Any]) ->
     yield f"data      {config.data.name}: train {len(train):,} images of {train.num_classes} classes"
     if validation is not None:
         yield (
-            f"          validation {len(validation):,} images of {validation.num_classes} classes, "
-            "held out of training"
+            f"          validation {len(validation):,} images of {validation.num_classes} classes, held out of training"
         )
     yield f"          test {len(splits.test):,} images of {splits.test.num_classes} classes"
     num_classes, num_images = config.data.classes_per_batch, config.data.images_per_class
@@ -49,10 +48,7 @@ def _describe_peer(peer: PeerConfig) -> str:
     role = "frozen" if peer.frozen else f"update every {every}"
     if peer.update_mode == "skip" and peer.update_interval > 1:
         role += " (skip)"
-    return (
-        f"{peer.name:<9} {peer.backbone}, {peer.embedding_size}-d, seed {peer.seed}, "
-        f"view {view}, {role}"
-    )
+    return f"{peer.name:<9} {peer.backbone}, {peer.embedding_size}-d, seed {peer.seed}, view {view}, {role}"
 
 
 def describe_waits(cohort: Cohort, train_s: float) -> Iterator[str]:

@@ -62,9 +62,5 @@ class RecoveryPolicy:
 
     @staticmethod
     def _end(failure: PeerLostError, reason: str, checkpoint_step: int | None) -> UserError:
-        kept = (
-            ""
-            if checkpoint_step is None
-            else f". The checkpoint of step {checkpoint_step} is complete"
-        )
+        kept = "" if checkpoint_step is None else f". The checkpoint of step {checkpoint_step} is complete"
         return UserError(f"{failure}; {reason}{kept}")

@@ -223,9 +223,7 @@ def _initial_weights(config: Config) -> Mapping[str, PeerFiles] | None:
     peers = store.load("best" if "best" in store.index() else "last").peers
     missing = [str(peer.name) for peer in config.cohort.peers if peer.name not in peers]
     if missing:
-        raise UserError(
-            f"train.init_from {source} has no peer {', '.join(missing)}; it has {', '.join(peers)}"
-        )
+        raise UserError(f"train.init_from {source} has no peer {', '.join(missing)}; it has {', '.join(peers)}")
     return {str(peer.name): peers[str(peer.name)] for peer in config.cohort.peers}
 
 
@@ -236,8 +234,7 @@ def _refuse_changes(config: Config, checkpoint: Checkpoint, run_dir: RunDir) -> 
     changes = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE_ON_RESUME)
+        if before.get(key) != now.get(key) and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE_ON_RESUME)
     ]
     if changes:
         raise UserError(

@@ -71,8 +71,7 @@ class RunDir:
             not self.path.is_dir() or any(path.suffix != ".tmp" for path in self.path.iterdir())
         ):
             raise UserError(
-                f"{self.path} already exists; give another {option}, or continue it with "
-                f"--resume {self.path}"
+                f"{self.path} already exists; give another {option}, or continue it with --resume {self.path}"
             )
 
     def create(self) -> None:

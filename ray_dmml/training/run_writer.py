@@ -32,9 +32,7 @@ class RunWriter:
         remote: where the run is copied to; None: nowhere.
     """
 
-    def __init__(
-        self, run_dir: RunDir, metrics_file: JsonlLogger, remote: RemoteRun | None
-    ) -> None:
+    def __init__(self, run_dir: RunDir, metrics_file: JsonlLogger, remote: RemoteRun | None) -> None:
         self._run_dir, self._metrics_file, self._remote = run_dir, metrics_file, remote
         self._lock = ExitStack()
 

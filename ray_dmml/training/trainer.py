@@ -135,9 +135,7 @@ class Trainer:
         checkpoint = self.run_dir.checkpoints.load("last") if has_checkpoint else None
         decision = self.policy.decide(failure, checkpoint.step if checkpoint else None)
         if self._cohort is None or checkpoint is None:
-            logger.warning(
-                "%s; all peers start again (%s)", failure, self.policy.describe(decision)
-            )
+            logger.warning("%s; all peers start again (%s)", failure, self.policy.describe(decision))
             self.close()
             self.start(checkpoint)
         else:
@@ -196,9 +194,7 @@ class Trainer:
         """Builds the peers: in the state of a checkpoint, or with initial weights."""
         logger.debug("starting the peers")
         has_weights = checkpoint is not None or self._initial_weights is not None
-        self._cohort = self._cohort_factory(
-            self.config, self.splits, initial_weights=not has_weights
-        )
+        self._cohort = self._cohort_factory(self.config, self.splits, initial_weights=not has_weights)
         if checkpoint is not None:
             self.cohort.load(checkpoint.peers)
         elif self._initial_weights is not None:
@@ -297,9 +293,7 @@ class Trainer:
                 if "skipped_nonfinite" in terms:
                     steps = self._nonfinite.setdefault(name, set())
                     steps.add(step)
-                    logger.warning(
-                        "%s has left out %d batches whose values were not finite", name, len(steps)
-                    )
+                    logger.warning("%s has left out %d batches whose values were not finite", name, len(steps))
         images_per_second = self._batch_size * len(rows) / seconds
         self._loggers.log({"images_per_second": images_per_second}, self.state.step)
         self._loggers.flush()

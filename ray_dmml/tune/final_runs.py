@@ -76,18 +76,14 @@ def final_runs(
                 logger.warning("final run: %s, seed %d failed: %s", name, seed, error)
                 runs.append({"seed": seed, "error": str(error)})
                 errors.append(error)
-        values = {
-            key: search.config.space[key].value(sample) for key, sample in params[name].items()
-        }
+        values = {key: search.config.space[key].value(sample) for key, sample in params[name].items()}
         final[name] = {"params": values, "validation": validation[name], "test": runs}
     if errors and all("error" in run for part in final.values() for run in part["test"]):
         raise errors[0]
     return final
 
 
-def _final_run(
-    folder: Path, config: Config, seed: int, make_logger: LoggerFactory, local: bool
-) -> dict[str, Any]:
+def _final_run(folder: Path, config: Config, seed: int, make_logger: LoggerFactory, local: bool) -> dict[str, Any]:
     run = RunDir(folder)
     if run.results_file.exists():
         results = json.loads(run.results_file.read_text())
@@ -106,11 +102,7 @@ def _final_config(config: Config, seed: int) -> Config:
     data = config.data.model_copy(update={"validation_fraction": 0.0})
     # Without validation classes there are no best weights.
     weights = "ema" if config.evaluation.weights == "ema" else None
-    evaluation = config.evaluation.model_copy(
-        update={"split": "test", "untrained": False, "weights": weights}
-    )
+    evaluation = config.evaluation.model_copy(update={"split": "test", "untrained": False, "weights": weights})
     # A storage has room for one run.
     checkpoint = config.checkpoint.model_copy(update={"storage_path": None})
-    return config.model_copy(
-        update={"seed": seed, "data": data, "evaluation": evaluation, "checkpoint": checkpoint}
-    )
+    return config.model_copy(update={"seed": seed, "data": data, "evaluation": evaluation, "checkpoint": checkpoint})

@@ -107,8 +107,7 @@ def at_common_step(trials: Sequence[Trial]) -> list[Trial]:
     common = set.intersection(*({r["step"] for r in trial.reports} for trial in trials))
     step = max(common, default=0)
     return [
-        replace(trial, reports=[r for r in trial.reports if r["step"] <= step] or trial.reports)
-        for trial in trials
+        replace(trial, reports=[r for r in trial.reports if r["step"] <= step] or trial.reports) for trial in trials
     ]
 
 

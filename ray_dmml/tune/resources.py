@@ -30,9 +30,7 @@ def known_nodes() -> list[Node]:
     return [*alive, *growth]
 
 
-def trial_resources(
-    config: Config, nodes: Sequence[Node], gpus_per_trial: float | None
-) -> tune.PlacementGroupFactory:
+def trial_resources(config: Config, nodes: Sequence[Node], gpus_per_trial: float | None) -> tune.PlacementGroupFactory:
     """The bundles of a trial. The first one is for the trial's own process, which computes next to nothing and runs
     on this node, because the files of the search are here.
 
@@ -68,9 +66,7 @@ def trial_resources(
     return tune.PlacementGroupFactory(bundles(cpus), bundle_label_selector=labels)
 
 
-def require_resources(
-    search: Search, nodes: Sequence[Node], gpus_per_trial: float | None = None
-) -> None:
+def require_resources(search: Search, nodes: Sequence[Node], gpus_per_trial: float | None = None) -> None:
     """Checks every kind of trial. Ray would wait without end for what a trial lacks.
 
     A cluster (RAY_ADDRESS) may grow by nodes that are not known here, so only a private Ray is checked.
@@ -92,14 +88,9 @@ def require_room(trial: tune.PlacementGroupFactory, nodes: Sequence[Node]) -> No
     for kind, needed in trial.required_resources.items():
         available = sum(node.get(kind, 0.0) for node in nodes)
         if needed > available + 1e-6:
-            raise UserError(
-                f"a trial needs {needed:g} {kind}s ({settings}) and this machine has {available:g}"
-            )
+            raise UserError(f"a trial needs {needed:g} {kind}s ({settings}) and this machine has {available:g}")
     if not have_places(trial.bundles, nodes):
-        peers = {
-            " and ".join(f"{amount:g} {kind}" for kind, amount in peer.items())
-            for peer in trial.bundles[1:]
-        }
+        peers = {" and ".join(f"{amount:g} {kind}" for kind, amount in peer.items()) for peer in trial.bundles[1:]}
         raise UserError(
             f"the peers of a trial do not fit on this machine, which has {shown(nodes)}: each of them needs "
             f"{', '.join(sorted(peers))}, and a fraction of a GPU must come from one GPU ({settings})"

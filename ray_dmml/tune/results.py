@@ -73,9 +73,7 @@ class SearchDir:
             config = SearchConfig.model_validate(content["search"])
         except ValidationError as error:
             reason = explain(error, str(self.search_file), SearchConfig)
-            raise UserError(
-                f"{reason}. A search of another version of ray-dmml cannot be resumed"
-            ) from None
+            raise UserError(f"{reason}. A search of another version of ray-dmml cannot be resumed") from None
         return Search(content["settings"], config)
 
     def trial_folder(self, name: str) -> Path:

@@ -29,12 +29,8 @@ from ray_dmml.errors import UserError
 DEFAULT_SEARCH = Path(__file__).parent / "search.yaml"
 
 _FIXED_IN_TRIALS = {
-    "trials and final runs use the same images": (
-        *("data.name", "data.root", "data.source", "data.manifest"),
-    ),
-    "trials would train on classes that the final runs are tested on": (
-        *("data.train_fraction", "data.split_seed"),
-    ),
+    "trials and final runs use the same images": (*("data.name", "data.root", "data.source", "data.manifest"),),
+    "trials would train on classes that the final runs are tested on": (*("data.train_fraction", "data.split_seed"),),
     "trials and final runs are evaluated alike": ("evaluation.recall_at", "evaluation.weights"),
     "the search sets it": (
         *("data.validation_fold", "evaluation.split", "evaluation.untrained"),
@@ -77,9 +73,7 @@ class Distribution(Section):
             raise ValueError(f"give one of {', '.join(type(self).model_fields)}, not {len(given)}")
         limits = self.limits
         if limits is not None and not limits[0] < limits[1]:
-            raise ValueError(
-                f"{given[0]} needs two numbers, the lower one first, not {list(limits)}"
-            )
+            raise ValueError(f"{given[0]} needs two numbers, the lower one first, not {list(limits)}")
         if self.loguniform is not None and self.loguniform[0] <= 0:
             raise ValueError("loguniform needs numbers above 0")
         return self
@@ -92,9 +86,7 @@ class Distribution(Section):
     @property
     def labels(self) -> list[str]:
         """Names of the choices: a string stands for itself, every other value is written as JSON."""
-        return [
-            value if isinstance(value, str) else json.dumps(value) for value in self.choice or ()
-        ]
+        return [value if isinstance(value, str) else json.dumps(value) for value in self.choice or ()]
 
     def value(self, sample: Any) -> Any:
         """The setting's value for a sampled parameter."""
@@ -197,9 +189,7 @@ class Search:
         if config.sampler == "optuna" and importlib.util.find_spec("optuna") is None:
             raise UserError("sampler: optuna needs the extra: pip install 'ray-dmml[search]'")
         if config.metric not in self.metrics:
-            raise UserError(
-                f"metric {config.metric!r} is not available; choose one of {', '.join(self.metrics)}"
-            )
+            raise UserError(f"metric {config.metric!r} is not available; choose one of {', '.join(self.metrics)}")
         self._check_space()
         self.baseline = {key: self._own_sample(key) for key in config.space}
         """The sampled parameters that leave the config unchanged."""
@@ -230,16 +220,12 @@ class Search:
         # A trial resumes at a checkpoint. It needs one at each report, and the config may have more.
         reports, own = config.train.evaluate_every, config.checkpoint.every_steps
         every_steps = reports if not own or reports % own else own
-        checkpoint = config.checkpoint.model_copy(
-            update={"every_steps": every_steps, "storage_path": None}
-        )
+        checkpoint = config.checkpoint.model_copy(update={"every_steps": every_steps, "storage_path": None})
         fold += config.data.validation_fold
         data = config.data.model_copy(update={"validation_fold": fold})
         # Not the best weights: the final runs hold out no classes that could select them.
         weights = "ema" if config.evaluation.weights == "ema" else "last"
-        evaluation = config.evaluation.model_copy(
-            update={"split": "validation", "weights": weights}
-        )
+        evaluation = config.evaluation.model_copy(update={"split": "validation", "weights": weights})
         return config.model_copy(
             update={
                 "seed": config.seed + seed,
@@ -299,13 +285,9 @@ class Search:
         """Raises UserError if there are none, or too few for the folds."""
         folds, fraction = self.config.folds, self.trial_config({}).data.validation_fraction
         if not fraction:
-            raise UserError(
-                "a search compares trials on validation classes: set data.validation_fraction above 0"
-            )
+            raise UserError("a search compares trials on validation classes: set data.validation_fraction above 0")
         if folds > (most := round(1 / fraction)):
-            raise UserError(
-                f"folds {folds}: data.validation_fraction {fraction} gives at most {most}"
-            )
+            raise UserError(f"folds {folds}: data.validation_fraction {fraction} gives at most {most}")
         if folds > 1 and self.base.data.validation_fold:
             raise UserError(f"folds {folds} count from 0: leave out data.validation_fold")
 

@@ -134,9 +134,7 @@ def run_trial(
         if len(reports) > 1:
             objectives = [each[OBJECTIVE] for each in reports]
             journal.report({**_mean(reports), STEP: reports[0][STEP], "objectives": objectives})
-        elif (
-            not journal.trial.finished
-        ):  # It was killed between its last checkpoint and its report.
+        elif not journal.trial.finished:  # It was killed between its last checkpoint and its report.
             journal.report(reports[0])
     except Exception as error:
         journal.trial.error = first_line(error)
@@ -152,9 +150,7 @@ def first_line(error: Exception) -> str:
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
-def _train_run(
-    params: Params, fold: int, seed: int, search: Search, journal: _Journal, local: bool
-) -> Report:
+def _train_run(params: Params, fold: int, seed: int, search: Search, journal: _Journal, local: bool) -> Report:
     """Trains one run, or continues it, and returns its last report."""
     config = search.trial_config(params, fold, seed)
     run = RunDir(journal.folder / f"fold{fold}-seed{seed}")
@@ -185,9 +181,7 @@ def _mean(values: Sequence[Any]) -> Any:
 class _Journal:
     """Writes the record of a trial, and reports to the scheduler."""
 
-    def __init__(
-        self, folder: Path, params: Params, search: Search, report: Callable[[Report], None]
-    ) -> None:
+    def __init__(self, folder: Path, params: Params, search: Search, report: Callable[[Report], None]) -> None:
         self.folder, self._file, self._report = folder, folder / "trial.json", report
         self.last_step = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -247,10 +241,7 @@ def _report_of(search: Search, run: RunDir, step: int, figures: Mapping[str, Any
 def _cost(search: Search, run: RunDir, figures: Mapping[str, Any]) -> float:
     """Millions of parameters of the networks that the objective uses."""
     folder = run.checkpoints.path("last")
-    millions = {
-        peer: (folder / peer / "weights.safetensors").stat().st_size / 4e6
-        for peer in figures["peers"]
-    }
+    millions = {peer: (folder / peer / "weights.safetensors").stat().st_size / 4e6 for peer in figures["peers"]}
     if search.config.objective == "ensemble":
         return sum(millions.values())
     if search.config.objective == "mean_peer":

@@ -97,9 +97,7 @@ def run_search(
     return final
 
 
-def _run_trials(
-    files: SearchDir, search: Search, resume: bool, gpus_per_trial: float | None, watch: Watch
-) -> None:
+def _run_trials(files: SearchDir, search: Search, resume: bool, gpus_per_trial: float | None, watch: Watch) -> None:
     """Runs all trials, and meanwhile keeps ``results.csv`` up to date."""
     _configure_tune()
     nodes = known_nodes()
@@ -111,13 +109,9 @@ def _run_trials(
             config = search.trial_config({})
         return trial_resources(config, nodes, gpus_per_trial)
 
-    trainable = tune.with_resources(
-        tune.with_parameters(_trainable, search=search, folder=files.path), resources
-    )
+    trainable = tune.with_resources(tune.with_parameters(_trainable, search=search, folder=files.path), resources)
     if resume and can_restore(files, search.config.sampler_name):
-        tuner = tune.Tuner.restore(
-            str(files.tune_state), trainable, resume_unfinished=True, resume_errored=True
-        )
+        tuner = tune.Tuner.restore(str(files.tune_state), trainable, resume_unfinished=True, resume_errored=True)
     else:
         tuner = tune.Tuner(
             trainable,
@@ -280,9 +274,7 @@ class EndedTrials(tune.Callback):
     def __init__(self, baseline: Params) -> None:
         self.baseline = dict(baseline)
 
-    def on_trial_complete(
-        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
-    ) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """A trial that the scheduler stops is killed within its last report."""
         file = _record_of(trial)
         # If the disk is full: run_search sets it again when the search has ended.
@@ -292,9 +284,7 @@ class EndedTrials(tune.Callback):
                 record.ended = True
                 record.save(file)
 
-    def on_trial_error(
-        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
-    ) -> None:
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """A process that is killed at its start has no record, which :func:`record_lost_trials` needs."""
         file = _record_of(trial)
         with suppress(OSError, CheckpointError):
@@ -322,9 +312,7 @@ def record_lost_trials(files: SearchDir, results: Iterable[tune.Result]) -> None
             trial.save(files.trial_file(trial.name))
 
 
-def watch_trials(
-    files: SearchDir, search: Search, watch: Watch, stop: Event, completed: Event
-) -> None:
+def watch_trials(files: SearchDir, search: Search, watch: Watch, stop: Event, completed: Event) -> None:
     """Passes changed trials to ``watch`` and to ``results.csv``, until ``stop`` and once more after it.
 
     Args:

@@ -155,9 +155,7 @@ def test_a_manifest_cannot_name_files_elsewhere(checkpoint: Path, name: str) -> 
         ({"files": {"a/x": {"size": 1}}}, "'a/x' has no size or no checksum"),
     ],
 )
-def test_impossible_fields_are_damage(
-    checkpoint: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_impossible_fields_are_damage(checkpoint: Path, changes: dict[str, Any], message: str) -> None:
     rewrite_manifest(checkpoint, **changes)
     with pytest.raises(DamagedError, match=rf"manifest\.json is damaged: .*{message}"):
         read_manifest(checkpoint)

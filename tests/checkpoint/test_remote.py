@@ -97,9 +97,7 @@ class FailingFiles:
         return self._files.open_output_stream(name)
 
 
-def test_a_pushed_run_is_fetched(
-    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_pushed_run_is_fetched(uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Every file for resuming comes back to the byte, and nothing else. One file is larger than a part of
     an upload."""
     run = tmp_path / "run"
@@ -154,9 +152,7 @@ def test_all_kept_checkpoints_are_copied(tmp_path: Path) -> None:
     assert stored(remote) == files_of(run)
 
 
-def test_an_interrupted_push_leaves_a_complete_run(
-    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_interrupted_push_leaves_a_complete_run(uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """After any number of files: the copy is fetched without a warning and is the run of before or of
     after. The run's own folder is unchanged, and the next push succeeds."""
     run, remote = tmp_path / "run", RemoteRun(uri)
@@ -210,9 +206,7 @@ def test_a_step_saved_again_overwrites_no_checkpoint(
     assert len(new.names()) == 2
 
 
-def test_a_damaged_copy_falls_back(
-    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_copy_falls_back(uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The checkpoint before the damaged one is used, and the warning names the file in the storage. With
     no checkpoint left the fetch fails and leaves no folder."""
     run, remote = tmp_path / "run", RemoteRun(uri)
@@ -333,9 +327,7 @@ def test_messages_show_uris_without_secrets(uri: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
-def test_server_and_keys_from_the_environment(
-    name: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_and_keys_from_the_environment(name: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Like other S3 clients: a URI in a config does not need to contain them."""
     monkeypatch.setenv(name, f"http://127.0.0.1:{s3.port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
@@ -352,9 +344,7 @@ def test_a_missing_bucket_is_an_error(s3: S3Server, tmp_path: Path) -> None:
     """The message has its name and the service's reason, and no secret."""
     make_run(tmp_path / "run", 2)
     remote = RemoteRun(s3.uri("no-such-bucket/run"))
-    with pytest.raises(
-        CheckpointError, match=r"s3://no-such-bucket/run cannot be written"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"s3://no-such-bucket/run cannot be written") as caught:
         remote.push(tmp_path / "run")
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
@@ -414,9 +404,7 @@ def test_a_server_without_an_answer_ends_the_push(
         assert time.monotonic() - began < 60
 
 
-def test_a_run_goes_on_from_its_copy(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_from_its_copy(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training copies each checkpoint. On another machine the command line fetches the copy, and the run
     ends with the bits of an uninterrupted one."""
     uri = f"file://{tmp_path}/copy"
@@ -427,14 +415,10 @@ def test_a_run_goes_on_from_its_copy(
     with pytest.raises(Interrupted):
         train(config, "first", local=True, should_stop=copied.exists)
     shutil.rmtree("first")
-    result = CliRunner().invoke(
-        app, ["train", "--local", "--resume", uri, "--out", "second"], catch_exceptions=False
-    )
+    result = CliRunner().invoke(app, ["train", "--local", "--resume", uri, "--out", "second"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     train(Config.parse(tiny(image_folder)), "uninterrupted", local=True)
-    peers = [
-        RunDir(Path(run)).checkpoints.load("last").peers for run in ("second", "uninterrupted")
-    ]
+    peers = [RunDir(Path(run)).checkpoints.load("last").peers for run in ("second", "uninterrupted")]
     assert peers[0] == peers[1]
     assert (tmp_path / "copy" / "results.json").exists()
     with pytest.raises(UserError, match="already"):

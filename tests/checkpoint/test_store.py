@@ -399,9 +399,7 @@ def test_other_damage_is_named(tmp_path: Path) -> None:
     path = store.save(3, FILES, META, best=False)
     victim = path / "b" / "weights.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1])
-    with pytest.raises(
-        UserError, match=r"b/weights.safetensors is damaged: 999 bytes .*1000 bytes"
-    ):
+    with pytest.raises(UserError, match=r"b/weights.safetensors is damaged: 999 bytes .*1000 bytes"):
         store.load("last")
     victim.unlink()
     with pytest.raises(UserError, match=r"b/weights\.safetensors"):

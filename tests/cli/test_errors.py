@@ -93,9 +93,7 @@ BASE = ("cohort", "base")
         ),
     ],
 )  # fmt: skip
-def test_a_wrong_config(
-    config_file: Callable[..., Path], tmp_path: Path, edit: Edit, message: str
-) -> None:
+def test_a_wrong_config(config_file: Callable[..., Path], tmp_path: Path, edit: Edit, message: str) -> None:
     """It is known before training: one sentence, no run folder."""
     out = tmp_path / "run"
     error = complaint("train", "--local", "--config", config_file(edit), "--out", out)
@@ -155,9 +153,7 @@ def test_wrong_images(config_file: Callable[..., Path], tmp_path: Path, image_fo
     assert not out.exists()
 
 
-def test_a_label_in_both_splits(
-    config_file: Callable[..., Path], tmp_path: Path, image_folder: Path
-) -> None:
+def test_a_label_in_both_splits(config_file: Callable[..., Path], tmp_path: Path, image_folder: Path) -> None:
     """A manifest is refused if a test class is also a training class. The label is named."""
     rows = ["path,label,split"]
     for number in range(16):
@@ -208,9 +204,7 @@ def test_a_changed_run_is_not_resumed(run: Path, tmp_path: Path) -> None:
     error = complaint("train", "--local", "--resume", folder, "--set", f"{key}=0.5")
     assert f"its config was changed: {key} was 0.001 and is 0.5" in error
     text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(
-        text.replace("classes_per_batch: 4", "classes_per_batch: 5")
-    )
+    (folder / "config.yaml").write_text(text.replace("classes_per_batch: 4", "classes_per_batch: 5"))
     error = complaint("train", "--local", "--resume", folder)
     assert "data.classes_per_batch was 4 and is 5" in error
     (folder / "config.yaml").write_text(text)
@@ -259,9 +253,7 @@ def test_a_loss_that_is_not_finite(config_file: Callable[..., Path], tmp_path: P
     assert "peer1: the embedding is not finite at step 2" in again
 
 
-def test_embeddings_that_are_not_finite_in_an_evaluation(
-    config_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_embeddings_that_are_not_finite_in_an_evaluation(config_file: Callable[..., Path], tmp_path: Path) -> None:
     """If the evaluation after an update is the first to see them, it names the peer too."""
     ruin = {"name": "sgd", "lr": 1e30}
     config = config_file(

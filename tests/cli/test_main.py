@@ -50,6 +50,4 @@ def test_the_log_of_the_package_is_shown(capsys: pytest.CaptureFixture[str]) -> 
         with ConsoleLogger(Console(width=20), Config()):
             logger.info("said once")
     logger.warning("later")
-    assert capsys.readouterr().out == (
-        "trials 0, 2 are equally [good]\nwarning: a final run failed\nsaid once\n"
-    )
+    assert capsys.readouterr().out == ("trials 0, 2 are equally [good]\nwarning: a final run failed\nsaid once\n")

@@ -97,9 +97,7 @@ def test_once_stops_after_the_step(
     assert_nothing_left(process.pid)
 
     config = folder.config()
-    short = config.model_copy(
-        update={"train": config.train.model_copy(update={"steps": last.step})}
-    )
+    short = config.model_copy(update={"train": config.train.model_copy(update={"steps": last.step})})
     train(short, tmp_path / "undisturbed", local=True)
     assert RunDir(tmp_path / "undisturbed").checkpoints.load("last").peers == last.peers
 

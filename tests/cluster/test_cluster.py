@@ -90,8 +90,7 @@ class Hosts:
             f"{sys.base_prefix}/bin/{version} -m venv --without-pip ~/env",
             f"echo {packages} > ~/env/lib/{version}/site-packages/image.pth",
             f"printf '{ray}' > ~/env/bin/ray && chmod +x ~/env/bin/ray",
-            "~/env/bin/python -m pip install -q --no-index --no-deps --no-build-isolation"
-            " -e ~/ray-dmml",
+            "~/env/bin/python -m pip install -q --no-index --no-deps --no-build-isolation -e ~/ray-dmml",
             path,
             f"echo 'export {keys}' >> ~/.bashrc",
         ]
@@ -132,9 +131,7 @@ class Hosts:
         """
         options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
         ssh = ["ssh", "-i", self.folder / "key", *options.split(), f"root@10.77.0.1{host}"]
-        result = subprocess.run(
-            self.command(*ssh, command), capture_output=True, text=True, timeout=60
-        )
+        result = subprocess.run(self.command(*ssh, command), capture_output=True, text=True, timeout=60)
         output = result.stdout + result.stderr
         assert not check or result.returncode == 0, f"{command}: {result.returncode}\n{output}"
         return output
@@ -222,9 +219,7 @@ class Hosts:
         subprocess.run(self.command("ip", "link", "set", f"wire{host}", state), check=True)
 
     def num_nodes(self) -> int:
-        output = self.ray(
-            "exec", "ray list nodes --format json | grep -o ALIVE | wc -l", check=False
-        )
+        output = self.ray("exec", "ray list nodes --format json | grep -o ALIVE | wc -l", check=False)
         counts = re.findall(r"^(\d+)\s*$", output, re.MULTILINE)
         return int(counts[-1]) if counts else 0
 
@@ -262,9 +257,7 @@ def hosts(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     missing = [tool for tool in NEEDED if shutil.which(tool) is None]
     if os.geteuid() != 0 or missing:
         pytest.skip(f"needs root and {', '.join(NEEDED)} (missing: {', '.join(missing) or 'root'})")
-    unshare = subprocess.run(
-        ["unshare", "--net", "--mount", "true"], capture_output=True, text=True
-    )
+    unshare = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, text=True)
     if unshare.returncode:
         pytest.skip(f"namespaces are not allowed here: {unshare.stderr.strip()}")
     hosts = Hosts(tmp_path_factory.mktemp("hosts"), image_folder)
@@ -292,9 +285,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
 
 
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep is not installed")
-def test_a_failed_start_of_hosts_is_reported(
-    tmp_path: Path, commands: Callable[[str, str], None]
-) -> None:
+def test_a_failed_start_of_hosts_is_reported(tmp_path: Path, commands: Callable[[str, str], None]) -> None:
     """Soon, with the message of unshare."""
     commands("unshare", "echo 'unshare failed: Operation not permitted' >&2; exit 1")
     for name in ("key", "host_key"):
@@ -305,9 +296,7 @@ def test_a_failed_start_of_hosts_is_reported(
     assert time.monotonic() - start < TIMEOUT_S / 4
 
 
-def test_a_failed_command_on_a_host_is_reported(
-    tmp_path: Path, commands: Callable[[str, str], None]
-) -> None:
+def test_a_failed_command_on_a_host_is_reported(tmp_path: Path, commands: Callable[[str, str], None]) -> None:
     """Missing output of a failed command must not count as a result."""
     commands("nsenter", "echo 'no route to host' >&2; exit 255")
     hosts = object.__new__(Hosts)
@@ -355,12 +344,8 @@ def local_results(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(
-    "transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)]
-)
-def test_peers_on_three_hosts(
-    hosts: Hosts, image_folder: Path, local_results: tuple[Any, str], transport: str
-) -> None:
+@pytest.mark.parametrize("transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)])
+def test_peers_on_three_hosts(hosts: Hosts, image_folder: Path, local_results: tuple[Any, str], transport: str) -> None:
     """One peer on each host, with the weights and metrics of one process, for both transports."""
     config, out = hosts.folder / f"{transport}.yaml", hosts.folder / transport
     config.write_text(yamlio.dump(settings(image_folder, transport)))
@@ -459,9 +444,7 @@ def test_each_line_of_the_docs(hosts: Hosts, image_folder: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_host_that_is_cut_off(
-    hosts: Hosts, image_folder: Path, local_results: tuple[Any, str]
-) -> None:
+def test_a_host_that_is_cut_off(hosts: Hosts, image_folder: Path, local_results: tuple[Any, str]) -> None:
     """During a run: its peer starts again on another host, with the same results. Later the host comes back to
     the cluster, and the old peer that still runs there reaches nobody."""
     config, out = hosts.folder / "cut.yaml", hosts.folder / "cut"
@@ -471,8 +454,7 @@ def test_a_host_that_is_cut_off(
     metrics = out / "metrics.jsonl"
     hosts.wait_for(
         lambda: (
-            run.poll() is not None
-            or (metrics.exists() and metrics.read_text().count("\n") >= NUM_LINES_BEFORE_THE_CUT)
+            run.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= NUM_LINES_BEFORE_THE_CUT)
         )
     )
     assert run.poll() is None, run.communicate()[0]

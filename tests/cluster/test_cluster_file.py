@@ -214,9 +214,7 @@ def test_the_kubernetes_job_is_valid() -> None:
     spec = job["spec"]["rayClusterSpec"]
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["rayVersion"] == ray.__version__
-    head, *workers = [
-        group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
-    ]
+    head, *workers = [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
     assert "nvidia.com/gpu" not in head["containers"][0]["resources"]["limits"]
     assert all("nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"] for pod in workers)
     for pod in (head, *workers):

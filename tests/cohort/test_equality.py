@@ -58,12 +58,8 @@ def test_ray_equals_in_process(
         assert_same(outcome(cohort), local_outcome)
 
 
-@pytest.mark.parametrize(
-    "transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)]
-)
-def test_ray_equals_in_process_with_few_teachers(
-    ray_start_4_cpus: None, image_folder: Path, transport: str
-) -> None:
+@pytest.mark.parametrize("transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)])
+def test_ray_equals_in_process_with_few_teachers(ray_start_4_cpus: None, image_folder: Path, transport: str) -> None:
     """4 peers of unlike, also odd embedding sizes that learn from 2 others each, drawn anew at every step;
     embeddings of several blocks."""
     from ray_dmml.ray_backend.ray_cohort import RayCohort
@@ -80,9 +76,7 @@ def test_ray_equals_in_process_with_few_teachers(
         assert_same(outcome(cohort, stop=5), expected)
 
 
-def test_two_runs_of_one_seed_are_equal_of_two_seeds_are_not(
-    image_folder: Path, local_outcome: dict[str, Any]
-) -> None:
+def test_two_runs_of_one_seed_are_equal_of_two_seeds_are_not(image_folder: Path, local_outcome: dict[str, Any]) -> None:
     """The run's seed decides everything; another one changes draws and initial weights."""
     assert_same(run_locally(unlike_peers(image_folder)), local_outcome)
     other = run_locally(unlike_peers(image_folder, seed=1))
@@ -115,9 +109,7 @@ def test_mutual_weights_of_zero_equal_separate_runs(image_folder: Path) -> None:
     together = unlike_peers(image_folder, loss=loss)
     joint = run_locally(together)
     for peer in together.cohort.peers:
-        alone = together.model_copy(
-            update={"cohort": together.cohort.model_copy(update={"peers": (peer,)})}
-        )
+        alone = together.model_copy(update={"cohort": together.cohort.model_copy(update={"peers": (peer,)})})
         single = run_locally(alone)
         name = str(peer.name)
         assert_same(single["state"][name], joint["state"][name], name)

@@ -10,9 +10,7 @@ from ray_dmml.cohort.teachers import Teachers, students
 
 
 @given(st.integers(1, 20), st.integers(1, 25), st.integers(0, 10**6), st.integers(0, 10**6))
-def test_everyone_learns_from_k_others_and_teaches_k(
-    num_peers: int, at_most: int, seed: int, step: int
-) -> None:
+def test_everyone_learns_from_k_others_and_teaches_k(num_peers: int, at_most: int, seed: int, step: int) -> None:
     """k different others each, ascending, and never oneself; as many learn from everybody."""
     found = Teachers(num_peers, at_most, seed).at(step)
     expected = min(at_most, num_peers - 1)

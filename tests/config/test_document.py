@@ -15,9 +15,7 @@ from ray_dmml.config.document import documented_yaml
 from ray_dmml.config.loading import BUILT_IN_WEIGHTS
 from ray_dmml.config.schema import Config, PeerConfig, Section, TrainConfig
 
-TEXT = st.text(
-    st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=8
-)
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=8)
 FREE = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-9, 9) | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
@@ -73,13 +71,9 @@ CONFIG = st.fixed_dictionaries(
     {"cohort": st.fixed_dictionaries({"peers": st.lists(PEER, min_size=1, max_size=3)})},
     optional={
         "seed": st.integers(-(2**40), 2**40),
-        "data": st.fixed_dictionaries(
-            {"name": st.just("imagefolder"), "root": st.just("/some where/# images")}
-        ),
+        "data": st.fixed_dictionaries({"name": st.just("imagefolder"), "root": st.just("/some where/# images")}),
         "loss": st.fixed_dictionaries({"metric": METRIC}),
-        "evaluation": st.fixed_dictionaries(
-            {"recall_at": st.lists(st.integers(1, 9), min_size=1, max_size=3)}
-        ),
+        "evaluation": st.fixed_dictionaries({"recall_at": st.lists(st.integers(1, 9), min_size=1, max_size=3)}),
     },
 )
 

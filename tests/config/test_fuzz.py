@@ -157,9 +157,7 @@ VALID = [f"{key}={yamlio.dump(value)}" for key, value in dotted(WHOLE).items()]
 @fuzz(
     st.lists(
         st.one_of(
-            st.tuples(st.one_of(st.sampled_from(KEYS), st.text(max_size=20)), YAML_LIKE).map(
-                "=".join
-            ),
+            st.tuples(st.one_of(st.sampled_from(KEYS), st.text(max_size=20)), YAML_LIKE).map("=".join),
             st.tuples(st.sampled_from(KEYS), VALUES).map(lambda pair: f"{pair[0]}={pair[1]!r}"),
             st.text(max_size=30),
             st.sampled_from(VALID),
@@ -181,18 +179,16 @@ CELLS = st.one_of(
 CSV_LIKE = st.lists(st.lists(CELLS, max_size=6).map(",".join), max_size=8)
 COLUMNS = "path,label,split,is_query,is_gallery"
 HEADED = CSV_LIKE.map(lambda lines: [COLUMNS, *lines])
-ROWS = st.tuples(
-    *(st.lists(st.sampled_from(["", "0", "1", " TRUE", "x"]) | CELLS, max_size=2),) * 2
-).map(
+ROWS = st.tuples(*(st.lists(st.sampled_from(["", "0", "1", " TRUE", "x"]) | CELLS, max_size=2),) * 2).map(
     lambda flags: [
         COLUMNS,
         ",".join(["a.png", "x", "train", *flags[0]]),
         ",".join(["b.png", "y", "validation", *flags[1]]),
     ]
 )
-TABLES = st.tuples(
-    st.one_of(CSV_LIKE, HEADED, ROWS), st.sampled_from(["\n", "\r\n", "\r", "\n\n"])
-).map(lambda pair: pair[1].join(pair[0]).encode(errors="surrogatepass"))
+TABLES = st.tuples(st.one_of(CSV_LIKE, HEADED, ROWS), st.sampled_from(["\n", "\r\n", "\r", "\n\n"])).map(
+    lambda pair: pair[1].join(pair[0]).encode(errors="surrogatepass")
+)
 
 
 @fuzz(st.one_of(TABLES, st.binary(max_size=300)))

@@ -124,9 +124,7 @@ def test_a_dollar_sign_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Nothing in a value is replaced, not even what other tools take for a variable."""
     monkeypatch.setenv("SECRET", "leaked")
     file = tmp_path / "c.yaml"
-    file.write_text(
-        "loss: {metric: {name: A, args: {a: '${oc.env:SECRET}', b: '${', c: $SECRET}}}\n"
-    )
+    file.write_text("loss: {metric: {name: A, args: {a: '${oc.env:SECRET}', b: '${', c: $SECRET}}}\n")
     args = Config.load(file, ["loss.metric.args.d=${seed}"]).loss.metric.args
     assert args == {"a": "${oc.env:SECRET}", "b": "${", "c": "$SECRET", "d": "${seed}"}
 
@@ -134,9 +132,7 @@ def test_a_dollar_sign_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_setting_part_of_a_value_is_refused() -> None:
     """A number has no settings, and it is not replaced by a mapping."""
     raw = {"train": {"steps": 5}}
-    with pytest.raises(
-        UserError, match=r"^here: train\.steps is 5 and has no settings of its own$"
-    ):
+    with pytest.raises(UserError, match=r"^here: train\.steps is 5 and has no settings of its own$"):
         set_setting(raw, "train.steps.a.b", 1, "here")
     assert raw == {"train": {"steps": 5}}
 
@@ -149,8 +145,7 @@ def test_settings_of_an_older_version_are_refused(old: dict[str, Any], tmp_path:
     with pytest.raises(UserError) as refused:
         refuse_old(old, file)
     assert str(refused.value) == (
-        f"{file} was written by an older version of ray-dmml, whose runs this version cannot read; "
-        "train it again"
+        f"{file} was written by an older version of ray-dmml, whose runs this version cannot read; train it again"
     )
 
 

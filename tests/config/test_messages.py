@@ -87,9 +87,7 @@ def test_a_mistake_in_the_base_is_reported_once(tmp_path: Path) -> None:
         "cohort.peers.3.typ",
     ]
     assert "did you mean 'backbone'?" in str(refused.value)
-    with pytest.raises(
-        UserError, match=r"^config: cohort\.base\.bakbone: unknown .* 'backbone'\?$"
-    ):
+    with pytest.raises(UserError, match=r"^config: cohort\.base\.bakbone: unknown .* 'backbone'\?$"):
         Config.parse({"cohort": {"base": {"bakbone": "a"}}})
 
 
@@ -109,9 +107,7 @@ def test_a_mistake_in_the_base_is_reported_once(tmp_path: Path) -> None:
         ({}, [{"embedding_size": 0}], ["peers.0.embedding_size"]),
     ],
 )
-def test_a_mistake_is_reported_where_it_is_written(
-    base: Any, peers: list[Any] | None, places: list[str]
-) -> None:
+def test_a_mistake_is_reported_where_it_is_written(base: Any, peers: list[Any] | None, places: list[str]) -> None:
     """It is reported once, even if several peers inherit it from the base."""
     raw = {"base": base, "peers": peers}
     with pytest.raises(UserError) as refused:

@@ -64,9 +64,7 @@ def test_unreadable_images_are_listed_with_the_reason(root: Path) -> None:
     assert ended.exit_code == 1 and "unreadable images: 4" in ended.stdout
     flat = " ".join(ended.stdout.split())
     assert "image c1/bad0.png cannot be read: the file is empty" in flat and "and 1 more" in flat
-    assert [name for name, _ in audit(settings(root)).unreadable] == [
-        f"c1/bad{number}.png" for number in range(4)
-    ]
+    assert [name for name, _ in audit(settings(root)).unreadable] == [f"c1/bad{number}.png" for number in range(4)]
 
 
 def test_exact_duplicates(root: Path) -> None:

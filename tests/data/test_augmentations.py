@@ -79,9 +79,7 @@ def test_a_list_of_transforms_is_applied_in_order(images: Tensor) -> None:
         Transform(name="RandomInvert", args={"p": 1.0}),
     ]
     views = training_view(listed, 30, 40, "peer0")(images)
-    expected = F.resize(
-        images[:, :, 10:30, 10:30], [30, 30], interpolation=v2.InterpolationMode.NEAREST
-    )
+    expected = F.resize(images[:, :, 10:30, 10:30], [30, 30], interpolation=v2.InterpolationMode.NEAREST)
     assert torch.equal(views, 255 - expected)
     assert torch.equal(training_view([], 40, 40, "peer0")(images), images)
 

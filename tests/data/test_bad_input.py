@@ -42,9 +42,7 @@ def test_10_000_unknown_keys_are_refused(tmp_path: Path, where: str) -> None:
 def test_unknown_keys_of_the_base_and_of_a_peer_are_refused(tmp_path: Path) -> None:
     """Each is looked for where it was written, which takes no longer in a long list than in a short one."""
     base, peer = ("".join(f", {of}{n}: 1" for n in range(14_000)) for of in ("seed", "name"))
-    told = config_refusal(
-        tmp_path, f"cohort: {{base: {{view: weak{base}}}, peers: [{{view: weak{peer}}}]}}"
-    )
+    told = config_refusal(tmp_path, f"cohort: {{base: {{view: weak{base}}}, peers: [{{view: weak{peer}}}]}}")
     assert "cohort.base.seed0: unknown setting" in told
     assert told.endswith("... and 27980 more")
 
@@ -53,10 +51,7 @@ def test_the_whole_base_can_be_set_beside_peers(tmp_path: Path) -> None:
     """Only a setting that every peer states itself would do nothing."""
     path = tmp_path / "c.yaml"
     path.write_text("cohort: {base: {embedding_size: 8}, peers: [{}, {view: weak}]}")
-    sizes = [
-        peer.embedding_size
-        for peer in Config.load(path, ["cohort.base={embedding_size: 16}"]).cohort.peers
-    ]
+    sizes = [peer.embedding_size for peer in Config.load(path, ["cohort.base={embedding_size: 16}"]).cohort.peers]
     assert sizes == [16, 16]
 
 

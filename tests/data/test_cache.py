@@ -55,9 +55,7 @@ def settings(folder: Path, **changes: object) -> DataConfig:
 
 
 def every_image(splits: Splits) -> list[Tensor]:
-    return [
-        images.source.read(i) for images in (splits.train, splits.test) for i in range(len(images))
-    ]
+    return [images.source.read(i) for images in (splits.train, splits.test) for i in range(len(images))]
 
 
 def same(images: list[Tensor], expected: list[Tensor]) -> bool:
@@ -106,9 +104,7 @@ def test_cached_images_are_the_decoded_ones_and_are_decoded_once(folder: Path) -
         assert same(every_image(first), expected)
         assert same(every_image(load_splits(settings(folder))), expected)
         drawn = every_image(load_splits(settings(folder, split_seed=3)))
-        assert {image.numpy().tobytes() for image in drawn} == {
-            image.numpy().tobytes() for image in expected
-        }
+        assert {image.numpy().tobytes() for image in drawn} == {image.numpy().tobytes() for image in expected}
         with pytest.raises(BadImageError, match="was decoded"):
             uncached(folder)
 
@@ -157,9 +153,7 @@ def test_a_record_that_changes_under_a_reader_is_checked_again(folder: Path) -> 
         lambda f: os.truncate(f, f.stat().st_size - 1),
         lambda f: os.truncate(f, 10),
         lambda f: os.truncate(f, 0),
-        lambda f: f.write_bytes(
-            f.read_bytes().replace(b"ray-dmml images\n", b"ray-dmml images\n0")
-        ),
+        lambda f: f.write_bytes(f.read_bytes().replace(b"ray-dmml images\n", b"ray-dmml images\n0")),
         lambda f: f.write_bytes(b"another program's".ljust(f.stat().st_size, b"\0")),
     ],
 )
@@ -233,9 +227,7 @@ def gib(num_images: int) -> float:
     return (HEADER_BYTES + num_images * RECORD) / 2**30
 
 
-def test_a_data_set_that_does_not_fit_is_not_cached(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_data_set_that_does_not_fit_is_not_cached(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """There is one warning with the name of the setting; other data sets keep their files."""
     expected = uncached(folder)
     every_image(load_splits(settings(folder, cache_gib=gib(12), resize="center_crop")))
@@ -305,9 +297,7 @@ def test_a_full_disk_costs_a_warning(folder: Path, caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.ray
-def test_a_full_file_system_costs_a_warning(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_file_system_costs_a_warning(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Another program fills a real file system."""
     expected = uncached(folder)
     disk = tmp_path / "disk"
@@ -328,9 +318,7 @@ def test_a_full_file_system_costs_a_warning(
     assert "cannot be kept" in message and "No space left on device" in message
 
 
-def test_a_disk_that_fails_later_costs_a_warning(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_disk_that_fails_later_costs_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Writing stops, reading goes on."""
     expected = uncached(folder)
     splits = load_splits(settings(folder))
@@ -341,9 +329,7 @@ def test_a_disk_that_fails_later_costs_a_warning(
     assert same(every_image(splits), expected)
 
 
-def test_a_folder_that_cannot_be_made_costs_a_warning(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_that_cannot_be_made_costs_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A file is in its place."""
     (folder.parent / "kept").write_text("")
     splits = load_splits(settings(folder))

@@ -59,9 +59,7 @@ def test_subset_renumbers_everything():
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.integers(2, 6), min_size=4, max_size=20), st.floats(0.01, 0.9), st.integers(0, 9)
-)
+@given(st.lists(st.integers(2, 6), min_size=4, max_size=20), st.floats(0.01, 0.9), st.integers(0, 9))
 def test_held_out_classes_are_disjoint_and_complete(class_sizes, fraction, seed):
     """Both parts together are the whole, no class is in both, and the count is as stated."""
     images = numbered(class_sizes)

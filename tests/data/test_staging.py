@@ -33,9 +33,7 @@ from ray_dmml.filesystem import open_uri
 
 
 def config(source: str | Path, **changes: Any) -> DataConfig:
-    return DataConfig.model_validate(
-        {"name": "imagefolder", "source": str(source), "decode_size": 36, **changes}
-    )
+    return DataConfig.model_validate({"name": "imagefolder", "source": str(source), "decode_size": 36, **changes})
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -232,9 +230,7 @@ def test_fetching_again_copies_what_is_missing_or_differs_in_size(
     assert not messages()
 
 
-def test_a_copy_of_another_source_is_not_replaced(
-    images: Path, tmp_path: Path, messages: Messages
-) -> None:
+def test_a_copy_of_another_source_is_not_replaced(images: Path, tmp_path: Path, messages: Messages) -> None:
     """A run and `data fetch` refuse, also if it is not finished: the two would be mixed."""
     other, root = tmp_path / "other", tmp_path / "copy"
     shutil.copytree(images / "class00", other / "class00")
@@ -287,9 +283,7 @@ def test_a_disk_that_is_too_small_is_refused(images: Path, tmp_path: Path) -> No
     assert not files_of(tmp_path / "copy")
 
 
-def test_a_copy_is_on_the_disk_before_it_counts(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_is_on_the_disk_before_it_counts(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the machine dies, the mark must not survive without the files."""
     root, synced = tmp_path / "copy", list[bool]()
 
@@ -338,10 +332,7 @@ def test_the_command_prepares_this_machine(images: Path, tmp_path: Path) -> None
     file.write_text(yamlio.dump(raw))
     ended = CliRunner().invoke(app, ["data", "fetch", "--config", str(file)])
     assert ended.exit_code == 0, ended.output
-    assert (
-        "30 training images of 6 classes" in ended.output
-        and f"in {images.parent}/../copy" in ended.output
-    )
+    assert "30 training images of 6 classes" in ended.output and f"in {images.parent}/../copy" in ended.output
     assert files_of(tmp_path / "copy") == files_of(images)
     write_image(images / "class00" / "new.png", np.random.default_rng(0), 0)
     ended = CliRunner().invoke(app, ["data", "fetch", "--config", str(file)])

@@ -86,9 +86,7 @@ def test_copies_of_two_times_are_not_trained_on(
     from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     config = Config.parse(tiny(images, data={"root": None, "source": str(images)}))
-    monkeypatch.setenv(
-        "XDG_CACHE_HOME", str(tmp_path / "the driver's")
-    )  # Ray's processes have another
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "the driver's"))  # Ray's processes have another
     splits = load_splits(config.data)
     write_image(images / "class00" / "added.png", np.random.default_rng(0), 0)
     with pytest.raises(UserError, match=f"{OTHERS}: .*data fetch"):

@@ -288,8 +288,7 @@ def test_settings_exist(page: Path) -> None:
     keys = [
         match[0]
         for span in spans_of(page)
-        if (match := re.match(rf"({'|'.join(SECTIONS)})(\.(\w+|\*))+", span))
-        and not match[0].endswith((".py", ".md"))
+        if (match := re.match(rf"({'|'.join(SECTIONS)})(\.(\w+|\*))+", span)) and not match[0].endswith((".py", ".md"))
     ]
     assert [key for key in keys if not is_setting(key)] == []
 

@@ -43,9 +43,7 @@ def naive_metrics(
     chunk=st.sampled_from([None, 1, 5]),
     subset=st.booleans(),
 )
-def test_metrics_equal_the_loops(
-    seed: int, num: int, num_classes: int, chunk: int | None, subset: bool
-) -> None:
+def test_metrics_equal_the_loops(seed: int, num: int, num_classes: int, chunk: int | None, subset: bool) -> None:
     """Ties, classes of one image, K beyond the gallery, overlapping query and gallery, chunks."""
     rng = np.random.default_rng(seed)
     x, labels = grid(num, 3, seed), rng.integers(0, num_classes, num)

@@ -29,9 +29,7 @@ def collect(*args: object, **kwargs: object) -> np.ndarray:
     chunk=st.sampled_from([None, 1, 7, 1000]),
     exclude=st.booleans(),
 )
-def test_ties_go_to_the_lower_index(
-    seed: int, num: int, size: int, k: int, chunk: int | None, exclude: bool
-) -> None:
+def test_ties_go_to_the_lower_index(seed: int, num: int, size: int, k: int, chunk: int | None, exclude: bool) -> None:
     """For embeddings of integers, full of ties and equal rows, the order is that of a stable sort."""
     x = grid(num, size, seed)
     own = np.arange(num) if exclude else np.full(num, -1)

@@ -80,9 +80,7 @@ def plan(ablations: Any, folder: Path) -> Any:
     return ablations.arms.Plan(folder, [])
 
 
-def test_arms_differ_in_what_their_names_say_and_in_nothing_else(
-    ablations: Any, folder: Path
-) -> None:
+def test_arms_differ_in_what_their_names_say_and_in_nothing_else(ablations: Any, folder: Path) -> None:
     """Checks mutual weights, initial weights, views and intervals of every arm."""
     arms, made = ablations.arms.ARMS, plan(ablations, folder)
     for name, arm in arms.items():
@@ -96,18 +94,14 @@ def test_arms_differ_in_what_their_names_say_and_in_nothing_else(
         assert len({peer.seed for peer in peers}) == len(peers)  # random views of their own
         if len(peers) == 2:
             assert (peers[0].view == peers[1].view) == ("view" not in arm.diversities)
-            assert [peer.update_interval for peer in peers] == (
-                [1, 2] if "temporal" in arm.diversities else [1, 1]
-            )
+            assert [peer.update_interval for peer in peers] == ([1, 2] if "temporal" in arm.diversities else [1, 1])
         assert all((peer.ema is not None) == arm.ema for peer in peers)
         if arm.mutual:
             assert relational.normalize == name.endswith(", unit length")
         else:
             assert peers[0].optimizer.lr == 0.002
     both = arms["mutual + all"]
-    assert (
-        len(made.config(both, 0).cohort.peers) == 2 and arms["mutual + all, M = 4"].num_peers == 4
-    )
+    assert len(made.config(both, 0).cohort.peers) == 2 and arms["mutual + all, M = 4"].num_peers == 4
 
 
 @pytest.mark.parametrize(
@@ -124,9 +118,7 @@ def test_an_arm_s_figures_are_those_of_a_run_of_its_config(
     row["ema"] = row["last"]
     for at in weights:
         evaluation = config.evaluation.model_copy(update={"weights": at, "untrained": False})
-        results = train(
-            config.model_copy(update={"evaluation": evaluation}), tmp_path / at, local=True
-        )
+        results = train(config.model_copy(update={"evaluation": evaluation}), tmp_path / at, local=True)
         assert results["step"] == row[at]["step"]
         for mine, theirs in [
             *zip(row[at]["test"]["peers"], results["peers"].values(), strict=True),
@@ -159,10 +151,7 @@ def test_self_distillation_learns_from_a_finished_frozen_net(ablations: Any, fol
     (folder / "arms.yaml").write_text(yaml.safe_dump({**PARTS, "independent": {}, "mutual": {}}))
     made, arms = plan(ablations, folder), ablations.arms.ARMS
     splits = load_splits(made.config(arms["single net"], 0).data)
-    rows = [
-        ablations.measure.measure(made, arms[name], 0, splits)
-        for name in ("single net", "self-distillation")
-    ]
+    rows = [ablations.measure.measure(made, arms[name], 0, splits) for name in ("single net", "self-distillation")]
     assert all(len(row["last"]["test"]["peers"]) == 1 for row in rows)
     assert rows[0]["curve"][-1]["metric_loss"] != rows[1]["curve"][-1]["metric_loss"]
     alone = made.config(arms["self-distillation"], 0).model_copy(
@@ -196,9 +185,7 @@ def test_the_teacher_of_self_distillation_is_the_single_net_at_its_end(
     assert changed_arms == {name for name in arms if not name.startswith("mutual")}
 
 
-def test_agreement_and_overlap_are_those_of_a_naive_loop(
-    ablations: Any, image_folder: Path
-) -> None:
+def test_agreement_and_overlap_are_those_of_a_naive_loop(ablations: Any, image_folder: Path) -> None:
     """Three members have embeddings of different sizes; query against gallery, and all against all."""
     rng = np.random.default_rng(0)
     images = load_splits(Config.parse(tiny(image_folder)).data).test
@@ -224,9 +211,7 @@ def test_agreement_and_overlap_are_those_of_a_naive_loop(
                 nearest = max((j for j in searched if j != i), key=lambda j: float(m[i] @ m[j]))
                 correct += images.labels[nearest] == images.labels[i]
             expected += correct == 1
-        assert ablations.measure.only_one(members, subset) == pytest.approx(
-            expected / len(queries), abs=1e-5
-        )
+        assert ablations.measure.only_one(members, subset) == pytest.approx(expected / len(queries), abs=1e-5)
 
 
 def test_the_interval_is_that_of_a_paired_t_test(ablations: Any) -> None:
@@ -260,9 +245,7 @@ def test_mutual_learning_over_all_diversities(ablations: Any) -> None:
     for who, figures in (("mean peer", recall[..., :2].mean(-1)), ("ensemble", recall[..., 2])):
         mutual, independent = 100 * figures[:, :, :3].mean(1)
         low, high = stats.ttest_rel(mutual, independent).confidence_interval(0.95)
-        assert (
-            f"{who} R@1 {np.mean(mutual - independent):+.1f} [{low:+.1f}, {high:+.1f}]" in sentence
-        )
+        assert f"{who} R@1 {np.mean(mutual - independent):+.1f} [{low:+.1f}, {high:+.1f}]" in sentence
     assert "3 seeds" in sentence and "†" not in sentence
     rows[-1]["device"] = "GPU"
     assert ablations.report.mutual_learning(rows, "last") == sentence  # a seed that is not compared
@@ -314,9 +297,7 @@ def test_the_report_stands_in_the_folder_of_its_rows(ablation: ModuleType, folde
 def test_the_arms_of_the_experiments_are_valid(ablations: Any, tmp_path: Path, name: str) -> None:
     """Every arm parses, and each diversity makes the peers different."""
     made = ablations.arms.Plan(EXPERIMENTS / "ablations" / name, [f"data.root={tmp_path}"])
-    backbones = [
-        peer.backbone for peer in made.config(ablations.arms.ARMS["mutual + all"], 0).cohort.peers
-    ]
+    backbones = [peer.backbone for peer in made.config(ablations.arms.ARMS["mutual + all"], 0).cohort.peers]
     if name == "grocery":  # whose nets start from ImageNet weights of their own
         assert len(set(backbones)) == 2 and set(backbones) <= set(OFFLINE_BACKBONES)
     else:
@@ -407,11 +388,7 @@ def test_rows_are_kept_and_finished_ones_are_not_run_again(
     line = next(line for line in page.splitlines() if line.startswith("| mutual + all |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     mean = np.mean(
-        [
-            [peer["recall@1"] for peer in row["last"]["test"]["peers"]]
-            for row in rows
-            if row["arm"] == "mutual + all"
-        ]
+        [[peer["recall@1"] for peer in row["last"]["test"]["peers"]] for row in rows if row["arm"] == "mutual + all"]
     )
     assert cells[1] == "2" and cells[2].startswith(f"{100 * mean:.1f} ±")
     assert all(cell[0] in "+-" and "[" not in cell for cell in cells[-4:-2])
@@ -469,9 +446,7 @@ def test_rows_that_were_edited_by_hand_are_kept(ablations: Any, tmp_path: Path) 
         pass
 
 
-def test_a_folder_without_arms_is_refused(
-    ablation: ModuleType, folder: Path, tmp_path: Path, refused: Refused
-) -> None:
+def test_a_folder_without_arms_is_refused(ablation: ModuleType, folder: Path, tmp_path: Path, refused: Refused) -> None:
     """An unknown arm and a report without rows are refused, too."""
     with refused(r"arms\.yaml"):
         ablation.main(str(tmp_path))
@@ -505,9 +480,7 @@ def test_of_arms_with_the_same_settings_one_is_run(
     page = (folder / "report.md").read_text()
     validation = page.partition("At the last step, on validation classes")[2]
     line = next(line for line in validation.splitlines() if line.startswith(f"| {one} |"))
-    ensembles = [
-        100 * row["last"]["validation"]["ensemble"]["recall@1"] for row in rows if row["arm"] == one
-    ]
+    ensembles = [100 * row["last"]["validation"]["ensemble"]["recall@1"] for row in rows if row["arm"] == one]
     assert line.split(" | ")[4].startswith(f"{np.mean(ensembles):.1f} ± ")
     assert f"| {other} (same settings as {one}) | 2 |" in page and "4 rows and 2 copies, " in page
 
@@ -529,9 +502,7 @@ def test_of_arms_with_the_same_settings_one_is_run(
         ablation.main(str(folder), arm=[one, other], seeds=2)
 
 
-def test_averaged_weights_of_the_same_settings_are_no_copy(
-    ablation: ModuleType, ablations: Any, folder: Path
-) -> None:
+def test_averaged_weights_of_the_same_settings_are_no_copy(ablation: ModuleType, ablations: Any, folder: Path) -> None:
     """Where config.yaml gives all peers an average, an arm and the arm "+ ema" are trained with the same
     settings, but evaluated with other weights."""
     settings = yaml.safe_load((folder / "config.yaml").read_text())

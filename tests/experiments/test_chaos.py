@@ -17,9 +17,7 @@ CHAOS = Path(__file__).parents[2] / "experiments" / "reliability" / "chaos.py"
 
 def rows_of(seeds: tuple[int, ...], rows: Path) -> list[dict[str, object]]:
     chosen = [word for seed in seeds for word in ("--seed", str(seed))]
-    done = subprocess.run(
-        [sys.executable, CHAOS, *chosen, "--rows", rows], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, CHAOS, *chosen, "--rows", rows], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in rows.read_text().splitlines()]
 

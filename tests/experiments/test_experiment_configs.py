@@ -1,4 +1,4 @@
-"""The configs of the published settings, on tiny folders laid out like the real archives."""
+"""The configs of the published settings, on tiny folders with the layout of the real archives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
-from conftest import write_image
+from conftest import EXPERIMENTS, write_image
 
 from ray_dmml.config.schema import Config
 from ray_dmml.training.run import train
@@ -16,7 +16,7 @@ from ray_dmml.training.run import train
 pytestmark = pytest.mark.ray
 
 
-CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
+CONFIGS = EXPERIMENTS / "configs"
 PER_CLASS = 4
 SMALL = [
     *("cohort.base.backbone=test_resnet", "cohort.base.weights=none", "cohort.base.num_gpus=0"),
@@ -91,7 +91,7 @@ def make_inshop(root: Path) -> None:
 def test_a_published_setting_runs(
     tmp_path: Path, name: str, make: Callable[[Path], None], recall_at: tuple[int, ...]
 ) -> None:
-    """From the config file to a test result, with a small net in place of ResNet-50."""
+    """The config file leads to test results, with a small net in place of ResNet-50."""
     (tmp_path / "data").mkdir()
     make(tmp_path / "data")
     file = CONFIGS / f"{name}.yaml"

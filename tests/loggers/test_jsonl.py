@@ -44,9 +44,7 @@ def test_rewind_drops_later_rows_written_or_not(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\nno JSON\n{"step": 2}\n{"step": 3, "peers": {}}\n'
 
 
-def test_rows_are_kept_until_they_can_be_written(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_are_kept_until_they_can_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One warning for all attempts; write() itself raises."""
     path = tmp_path / "gone" / "metrics.jsonl"
     logger = JsonlLogger(path)

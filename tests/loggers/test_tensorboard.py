@@ -29,11 +29,7 @@ def read(folder: Path) -> list[Event]:
 
 
 def scalars(folder: Path) -> list[tuple[int, str, float]]:
-    return [
-        (event.step, value.tag, value.simple_value)
-        for event in read(folder)
-        for value in event.summary.value
-    ]
+    return [(event.step, value.tag, value.simple_value) for event in read(folder) for value in event.summary.value]
 
 
 def log(logger: TensorBoardLogger, step: int, loss: float) -> None:
@@ -77,9 +73,7 @@ def test_a_peer_that_skips_a_step_shows_its_latest_terms(tmp_path: Path) -> None
     assert losses(tmp_path / "tensorboard") == [(1, 0.5), (2, 0.5)]
 
 
-def test_a_folder_that_cannot_be_written_is_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The run goes on, and so do the events once they can."""
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
     logger = TensorBoardLogger(tmp_path / "tensorboard")
@@ -95,9 +89,7 @@ def test_a_folder_that_cannot_be_written_is_one_warning(
     assert losses(tmp_path / "tensorboard") == [(3, 3.0)]
 
 
-def test_a_file_cut_short_hides_nothing_that_comes_later(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_cut_short_hides_nothing_that_comes_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A disk that was full for some time, here a limit on the size of files."""
     logger = TensorBoardLogger(tmp_path / "tensorboard")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -14,9 +14,7 @@ def build(num_classes: int = 10, size: int = 16, **config: object) -> MetricLoss
     return MetricLoss(MetricLossConfig.model_validate(config), num_classes, size)
 
 
-def batch(
-    num_classes: int, images: int, size: int, spread: float = 1.0, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def batch(num_classes: int, images: int, size: int, spread: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Normalised float64 embeddings and labels. Those of one class are within about ``spread``."""
     generator = torch.Generator().manual_seed(seed)
     centres = F.normalize(torch.randn(num_classes, size, generator=generator, dtype=torch.float64))

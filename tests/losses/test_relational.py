@@ -236,9 +236,7 @@ def test_the_students_mean_distance_keeps_its_gradient() -> None:
     size=st.integers(2, 6),
     scale=st.floats(1e-3, 1e3),
 )
-def test_scale_rotation_and_shift_change_nothing(
-    seed: int, num: int, size: int, scale: float
-) -> None:
+def test_scale_rotation_and_shift_change_nothing(seed: int, num: int, size: int, scale: float) -> None:
     """Relations are relative: student and teacher may be scaled, rotated and shifted."""
     student = embeddings("spread", num, size, seed)
     teacher = embeddings("spread", num, size, seed + 1)

@@ -68,10 +68,7 @@ def test_standardize_keeps_images_and_layout(images: Tensor, layout: torch.memor
 def test_avgmax_is_the_mean_of_average_and_maximum(images: Tensor) -> None:
     """The two poolings share a head and see the same feature map."""
     images = images.repeat(1, 1, 3, 3)  # large enough for a feature map of several places
-    avg, avgmax = (
-        build_embedding_net(peer(pooling=pooling, input_size=96), 0).eval()
-        for pooling in ("avg", "avgmax")
-    )
+    avg, avgmax = (build_embedding_net(peer(pooling=pooling, input_size=96), 0).eval() for pooling in ("avg", "avgmax"))
     scaled = (images - avg.mean) / avg.std
     feature_map = avg.backbone.forward_features(scaled)  # (B, F, h, w)
     assert feature_map.shape[2:] != (1, 1)
@@ -110,8 +107,7 @@ def test_initial_weights_follow_the_init_seed() -> None:
 def test_the_head_does_not_depend_on_the_backbone() -> None:
     """Two backbones with features of the same size get the same head."""
     heads = [
-        build_embedding_net(peer(backbone=backbone), 0).head
-        for backbone in ("test_resnet", "resnet18", "resnet34")
+        build_embedding_net(peer(backbone=backbone), 0).head for backbone in ("test_resnet", "resnet18", "resnet34")
     ]
     assert heads[0].weight.shape != heads[1].weight.shape
     assert torch.equal(heads[1].weight, heads[2].weight)

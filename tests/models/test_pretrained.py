@@ -128,9 +128,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
         build_embedding_net(peer(weights=str(path)), 0)
     net = build_embedding_net(peer(), 0)
     other = build_embedding_net(peer(embedding_size=9), 0).state_dict()
-    with pytest.raises(
-        UserError, match=r"weights of x do not fit: head.weight is \(9, 96\) instead"
-    ):
+    with pytest.raises(UserError, match=r"weights of x do not fit: head.weight is \(9, 96\) instead"):
         load_net_weights(net, other, "of x")
 
 

@@ -47,13 +47,10 @@ def share(processes: Any, tmp_path: Path) -> Share:
     """Builds a peer with replicas: ``with share(config, size, **loss) as (peer, replicas)``."""
 
     @contextmanager
-    def shared(
-        config: PeerConfig, size: int, **loss: Any
-    ) -> Iterator[tuple[Peer, list[BaseProcess]]]:
+    def shared(config: PeerConfig, size: int, **loss: Any) -> Iterator[tuple[Peer, list[BaseProcess]]]:
         path = str(tmp_path / "store")
         replicas = [
-            processes.Process(target=replica_process.serve, args=(path, rank, size, config))
-            for rank in range(1, size)
+            processes.Process(target=replica_process.serve, args=(path, rank, size, config)) for rank in range(1, size)
         ]
         for replica in replicas:
             replica.start()
@@ -106,9 +103,7 @@ def test_replicas_learn_what_one_device_learns_from_the_whole_batch(
     torch.testing.assert_close(*published, rtol=0, atol=1e-3)
     for old, a, b in zip(before, peer.net.parameters(), alone.net.parameters(), strict=True):
         assert (a - b).norm() <= 0.01 * (b - old).norm() + 1e-6
-    assert any(
-        not torch.equal(old, p) for old, p in zip(before, peer.net.parameters(), strict=True)
-    )
+    assert any(not torch.equal(old, p) for old, p in zip(before, peer.net.parameters(), strict=True))
 
 
 def test_fewer_images_than_replicas(share: Share) -> None:

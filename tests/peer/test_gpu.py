@@ -92,14 +92,10 @@ def test_the_state_moves_between_devices(image_folder: Path) -> None:
     assert all(p.grad is None or p.grad.is_cuda for p in second.net.parameters())
     for one, other in zip(train(first, config, 5, 8), train(second, config, 5, 8), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.05)
-    on_cpu = build_peer(
-        config_of(image_folder), 0, splits.train.num_classes, torch.device("cpu"), True
-    )
+    on_cpu = build_peer(config_of(image_folder), 0, splits.train.num_classes, torch.device("cpu"), True)
     on_cpu.load_weights(decode_peer(files)["net"])
     expected = on_cpu.embed_images(splits.test, 16)
-    peer = build_peer(
-        config_of(image_folder), 0, splits.train.num_classes, torch.device("cuda"), True
-    )
+    peer = build_peer(config_of(image_folder), 0, splits.train.num_classes, torch.device("cuda"), True)
     peer.load_weights(decode_peer(files)["net"])
     assert peer.embed_images(splits.test, 16) == pytest.approx(expected, abs=5e-3)
 
@@ -134,9 +130,7 @@ def test_peers_share_a_gpu_on_ray(image_folder: Path) -> None:
             embeddings = cohort.embeddings("test")
     finally:
         ray.shutdown()
-    assert all(
-        math.isfinite(value) for row in rows for terms in row.values() for value in terms.values()
-    )
+    assert all(math.isfinite(value) for row in rows for terms in row.values() for value in terms.values())
     assert [each.shape for each in embeddings.values()] == [(40, 16), (40, 16)]
 
 

@@ -53,9 +53,7 @@ def settings(**given: Any) -> PeerConfig:
     return PeerConfig.model_validate({"name": "peer0", "seed": 3, "init_seed": 4, **small, **given})
 
 
-def build(
-    config: PeerConfig | None = None, numbers: dict[str, Any] | None = None, **loss: Any
-) -> Peer:
+def build(config: PeerConfig | None = None, numbers: dict[str, Any] | None = None, **loss: Any) -> Peer:
     loss_config = LossConfig.model_validate({"metric": MS_LOSS, **loss})
     return Peer(
         config or settings(**STILL),
@@ -125,9 +123,7 @@ def test_a_cohort_of_one_is_plain_metric_learning(image_folder: Path) -> None:
     net = build_embedding_net(config.cohort.peers[0], 5).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-5)
     view = v2.Compose([v2.RandomResizedCrop([32, 32], scale=(0.2, 1.0)), v2.RandomHorizontalFlip()])
-    criterion = losses.TripletMarginLoss(
-        margin=0.2, distance=ExactEuclideanDistance(), reducer=reducers.MeanReducer()
-    )
+    criterion = losses.TripletMarginLoss(margin=0.2, distance=ExactEuclideanDistance(), reducer=reducers.MeanReducer())
     miner = DistanceWeightedNegativeMiner()
     sampler = build_sampler(config, splits)
     net.train()
@@ -173,9 +169,7 @@ def naive_angle(student: Tensor, teacher: Tensor) -> float:
 @pytest.mark.parametrize("embeddings", ["unit", "raw"])
 def test_the_loss_is_metric_plus_the_mean_over_teachers(embeddings: str) -> None:
     """metric + 1/(M-1) * sum of w_d * distance + w_a * angle, from the published embeddings."""
-    peer = build(
-        relational={"distance_weight": 3.0, "angle_weight": 5.0, "normalize": embeddings == "unit"}
-    )
+    peer = build(relational={"distance_weight": 3.0, "angle_weight": 5.0, "normalize": embeddings == "unit"})
     others = teachers(0, 8, 5, 16)
     out = peer.forward(batch(0))
     published = out.published
@@ -200,9 +194,7 @@ def test_raw_embeddings_are_published_before_normalisation(learns: bool) -> None
     head past the normalisation. A peer that skips the batch publishes alike."""
     more = {} if learns else {"update_interval": 2, "update_mode": "skip"}
     config = settings(**{**STILL, "batch_norm": "frozen", **more})
-    peer = build(
-        config, relational={"distance_weight": 3.0, "angle_weight": 5.0, "normalize": False}
-    )
+    peer = build(config, relational={"distance_weight": 3.0, "angle_weight": 5.0, "normalize": False})
     net, others = copy.deepcopy(peer.net), teachers(0, 8, 5)
     raw = net.train(learns).head(net.backbone((center(batch(0).images) - net.mean) / net.std))
     out = peer.forward(batch(0))
@@ -215,9 +207,7 @@ def test_raw_embeddings_are_published_before_normalisation(learns: bool) -> None
     loss = losses.MultiSimilarityLoss()(F.normalize(raw), batch(0).labels)
     loss = loss + 3 * mutual.distance + 5 * mutual.angle
     (gradient,) = torch.autograd.grad(loss, [net.head.weight])
-    torch.testing.assert_close(
-        peer.net.head.weight, net.head.weight - PLAIN_SGD["lr"] * gradient, rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(peer.net.head.weight, net.head.weight - PLAIN_SGD["lr"] * gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_teachers_get_no_gradient() -> None:
@@ -253,9 +243,7 @@ def test_a_non_finite_term_stops_before_anything_is_learned(image_folder: Path) 
     out = peer.forward(batch(2))
     broken = teachers(2, 8)
     broken[0][3, 1] = math.nan
-    with pytest.raises(
-        NonFiniteLossError, match=r"peer0: the distance loss is not finite at step 3;"
-    ):
+    with pytest.raises(NonFiniteLossError, match=r"peer0: the distance loss is not finite at step 3;"):
         finish(peer, out, broken)
     after = peer.state_dict()
     assert_same(after["optimizer"], before["optimizer"])
@@ -285,11 +273,7 @@ def step_of(peer: Peer, number: int, others: list[Tensor]) -> tuple[Tensor, dict
 
 
 def weights_of(peer: Peer) -> dict[str, Any]:
-    return {
-        k: v
-        for k, v in copy.deepcopy(peer.state_dict()).items()
-        if k != "num_consecutive_nonfinite"
-    }
+    return {k: v for k, v in copy.deepcopy(peer.state_dict()).items() if k != "num_consecutive_nonfinite"}
 
 
 def test_nonfinite_values_of_its_own_are_skipped() -> None:
@@ -502,9 +486,7 @@ def test_rates_of_backbone_head_and_proxies() -> None:
                 if not key.startswith(moving):
                     assert torch.equal(parameter, before[key]), key
         assert any(
-            not torch.equal(
-                dict(named[key.split(".")[0]].named_parameters())[key.split(".", 1)[1]], p
-            )
+            not torch.equal(dict(named[key.split(".")[0]].named_parameters())[key.split(".", 1)[1]], p)
             for key, p in before.items()
             if key.startswith(moving)
         )

@@ -47,9 +47,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         deadline = time.monotonic() + 60
         while "Ray runtime started" not in (folder / "log").read_text():
-            assert process.poll() is None and time.monotonic() < deadline, (
-                folder / "log"
-            ).read_text()
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.2)
         yield f"127.0.0.1:{port}"
     finally:
@@ -86,7 +84,4 @@ def test_no_token(cluster: str) -> None:
 def test_a_missing_token_file(cluster: str, tmp_path: Path) -> None:
     missing = str(tmp_path / "token")
     output = join(cluster, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=missing)
-    assert (
-        output
-        == f"refused: RAY_AUTH_TOKEN_PATH {missing} is not a file: it must contain the cluster's token\n"
-    )
+    assert output == f"refused: RAY_AUTH_TOKEN_PATH {missing} is not a file: it must contain the cluster's token\n"

@@ -26,10 +26,7 @@ def test_everyone_gets_the_others_in_peer_order() -> None:
         coordinator = Coordinator(NAMES)
         sent = {(s, p): np.full((2, p + 1), 10 * s + p) for s in (0, 1) for p in range(3)}
         order = [(0, 2), (0, 0), (1, 2), (1, 0), (0, 1), (1, 1)]
-        calls = [
-            coordinator.exchange(step, peer, OTHERS[peer], peer + 7, sent[step, peer])
-            for step, peer in order
-        ]
+        calls = [coordinator.exchange(step, peer, OTHERS[peer], peer + 7, sent[step, peer]) for step, peer in order]
         for (step, peer), (checksums, *others) in zip(order, await both(*calls), strict=True):
             assert checksums == [other + 7 for other in OTHERS[peer]]
             expected = [sent[step, other] for other in range(3) if other != peer]
@@ -63,8 +60,7 @@ def test_nobody_goes_on_before_the_last_has_come() -> None:
     async def scenario() -> None:
         coordinator = Coordinator(NAMES)
         early = [
-            asyncio.create_task(coordinator.exchange(4, peer, OTHERS[peer], 0, np.zeros((1, 1))))
-            for peer in (0, 1)
+            asyncio.create_task(coordinator.exchange(4, peer, OTHERS[peer], 0, np.zeros((1, 1)))) for peer in (0, 1)
         ]
         for _ in range(20):
             await asyncio.sleep(0)
@@ -81,10 +77,7 @@ def test_finished_exchanges_are_forgotten() -> None:
 
     async def scenario() -> None:
         for step in range(50):
-            calls = [
-                coordinator.exchange(step, peer, OTHERS[peer], 0, np.zeros((1, 1)))
-                for peer in range(3)
-            ]
+            calls = [coordinator.exchange(step, peer, OTHERS[peer], 0, np.zeros((1, 1))) for peer in range(3)]
             await asyncio.gather(*calls)
 
     asyncio.run(scenario())

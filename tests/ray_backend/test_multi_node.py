@@ -59,9 +59,7 @@ def results_of(run: Path) -> tuple[Any, str]:
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 4], indirect=True)
-def test_any_number_of_nodes_gives_the_same_bits(
-    cluster: Any, image_folder: Path, tmp_path: Path
-) -> None:
+def test_any_number_of_nodes_gives_the_same_bits(cluster: Any, image_folder: Path, tmp_path: Path) -> None:
     """Peers that are spread over all nodes end with the weights and metrics of one process."""
     raw = settings(image_folder)
     raw["cohort"]["placement_strategy"] = "spread"

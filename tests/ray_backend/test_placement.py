@@ -26,9 +26,7 @@ def plan(num_peers: int, *nodes: dict[str, float], **first: Any) -> list[dict[st
     return plan_on(nodes, [first, *({} for _ in range(num_peers - 1))])
 
 
-@pytest.mark.parametrize(
-    ("num_peers", "cpus", "share"), [(2, 4, 2), (3, 4, 1), (2, 5, 2), (4, 2, 0.5), (3, 1, 1 / 3)]
-)
+@pytest.mark.parametrize(("num_peers", "cpus", "share"), [(2, 4, 2), (3, 4, 1), (2, 5, 2), (4, 2, 0.5), (3, 1, 1 / 3)])
 def test_cpus_are_shared_evenly(num_peers: int, cpus: int, share: float) -> None:
     """Shares are whole cores where there are enough, else fractions."""
     bundles = plan(num_peers, {"CPU": cpus})
@@ -114,9 +112,7 @@ def test_nothing_left_for_the_others() -> None:
         (3, [{"CPU": 4, "GPU": 1}, {"CPU": 8, "GPU": 1}], [{"CPU": 4, "GPU": 1 / 2}] * 3),
     ],
 )
-def test_shares_fit_each_node(
-    num_peers: int, nodes: list[dict[str, float]], bundles: list[dict[str, float]]
-) -> None:
+def test_shares_fit_each_node(num_peers: int, nodes: list[dict[str, float]], bundles: list[dict[str, float]]) -> None:
     """A share that is even over the whole cluster may be too large for its nodes."""
     for order in (nodes, nodes[::-1]):
         assert plan(num_peers, *order) == [pytest.approx(bundle) for bundle in bundles]
@@ -179,9 +175,7 @@ def test_what_can_never_fit_is_refused_at_once(
     ("cpus", "nodes"),
     [([4, 3, 3], [{"CPU": 6}, {"CPU": 4}]), ([4, 4, 3, 3, 3, 3], [{"CPU": 10}, {"CPU": 10}])],
 )
-def test_what_fits_in_another_order_is_not_refused(
-    cpus: list[int], nodes: list[dict[str, float]]
-) -> None:
+def test_what_fits_in_another_order_is_not_refused(cpus: list[int], nodes: list[dict[str, float]]) -> None:
     """First-fit fails here, but the bundles fit: 3 + 3 and 4; twice 4 + 3 + 3. Ray decides."""
     assert not placement.have_places([{"CPU": num_cpus} for num_cpus in cpus], nodes)
     bundles = plan_on(nodes, [{"num_cpus": num_cpus} for num_cpus in cpus])
@@ -237,9 +231,7 @@ def write_cluster_file(home: Path, max_workers: int, **types: dict[str, Any]) ->
 GPU_TYPE = {"resources": {"CPU": 48, "GPU": 4}}
 
 
-def test_only_the_head_knows_what_may_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_head_knows_what_may_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers alive are subtracted. A file on a worker says nothing about this cluster."""
     monkeypatch.setenv("HOME", str(tmp_path))
     write_cluster_file(tmp_path, 2, gpu=GPU_TYPE)
@@ -271,9 +263,7 @@ def test_each_replica_has_a_gpu() -> None:
     assert plan(2, {"CPU": 8.0}, replicas=3) == [{"CPU": 4}, {"CPU": 4}]
     config = Config.parse({"cohort": {"peers": [{"num_gpus": 2}, {}, {"num_gpus": 0.5}]}})
     assert [peer.num_replicas for peer in config.cohort.peers] == [2, 1, 1]
-    with pytest.raises(
-        UserError, match=r"peer0: a share of the CPUs, 2 GPU; .* 2 x \(4 CPU, 1 GPU\)"
-    ):
+    with pytest.raises(UserError, match=r"peer0: a share of the CPUs, 2 GPU; .* 2 x \(4 CPU, 1 GPU\)"):
         plan(2, {"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}, num_gpus=2)
     for wrong in (
         {"num_gpus": 1.5},
@@ -297,9 +287,7 @@ def test_other_resources_and_labels_of_a_node() -> None:
     with pytest.raises(UserError, match=r"peer0: .* 0.001 accelerator_type:A100; .* \(4 CPU\)"):
         plan(2, small, resources=asked)
     config = Config.parse({"cohort": {"peers": [{"labels": {"zone": "a"}}, {}]}})
-    placement.require_labels(
-        config, [labelled({"zone": "b"}), labelled({"zone": "a", "disk": "ssd"})]
-    )
+    placement.require_labels(config, [labelled({"zone": "b"}), labelled({"zone": "a", "disk": "ssd"})])
     node = labelled({"zone": "b", "ray.io/node-id": "1"})
     with pytest.raises(UserError, match=r"no node has the labels .* of peer0 .*\(zone: b\)$"):
         placement.require_labels(config, [node])
@@ -320,9 +308,7 @@ def test_a_peer_is_placed_where_its_labels_are() -> None:
     nodes = [labelled({"zone": "a"}, CPU=8), labelled({"zone": "b"}, CPU=4)]
     in_b: dict[str, Any] = {"num_cpus": 4, "labels": {"zone": "b"}}
     both = Config.parse({"cohort": {"base": in_b, "peers": [{}] * 2}})
-    with pytest.raises(
-        UserError, match=r"peer0, peer1: 4 CPU, .*, zone: b\. .* \(4 CPU, zone: b\)"
-    ):
+    with pytest.raises(UserError, match=r"peer0, peer1: 4 CPU, .*, zone: b\. .* \(4 CPU, zone: b\)"):
         placement.plan(both, nodes, [])
     # The share is of the nodes that a peer may use.
     one = Config.parse({"cohort": {"base": {"labels": {"zone": "b"}}, "peers": [{}] * 2}})

@@ -29,14 +29,10 @@ print(before, faults())
 """
 
 
-@pytest.mark.skipif(
-    not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="a setting of glibc's"
-)
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="a setting of glibc's")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     """Tensors as large as activations are made and freed without asking the kernel for new pages."""
-    ended = subprocess.run(
-        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
-    )
+    ended = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     before, after = map(int, ended.stdout.split())
     assert before > 100
     assert after < before / 20

@@ -111,9 +111,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert RunDir(found).metrics_file.read_text() == RunDir(expected).metrics_file.read_text()
 
 
-@pytest.mark.parametrize(
-    "transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_peer_is_replaced(
     image_folder: Path,
@@ -158,10 +156,7 @@ def test_lost_before_the_first_checkpoint(
     faults = BeforeFirstSave()
     train(settings(image_folder), tmp_path / "run", loggers=[faults], cohort_factory=Watched)
     assert_same_run(tmp_path / "run", undisturbed)
-    assert any(
-        "peer1 died" in note and "all peers start again (restart 1 of 5)" in note
-        for note in sentences()
-    )
+    assert any("peer1 died" in note and "all peers start again (restart 1 of 5)" in note for note in sentences())
 
 
 @pytest.mark.slow
@@ -200,9 +195,7 @@ def parent_of(pid: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_lost_replica_is_replaced(
-    image_folder: Path, tmp_path: Path, sentences: Callable[[], list[str]]
-) -> None:
+def test_a_lost_replica_is_replaced(image_folder: Path, tmp_path: Path, sentences: Callable[[], list[str]]) -> None:
     """One of two processes that share a peer's batches: the peer is started anew, and the end is that of
     a run without it, to the bit; peers in one process learn the same, to rounding."""
     raw = settings(image_folder).model_dump(mode="json")
@@ -292,9 +285,7 @@ def test_going_on_without_a_peer(
     assert set(evaluate(out)["peers"]) == {"peer0", "peer2"}
 
     # The two that are left are, from step 4 on, a cohort of two.
-    two = config.cohort.model_copy(
-        update={"peers": (config.cohort.peers[0], config.cohort.peers[2])}
-    )
+    two = config.cohort.model_copy(update={"peers": (config.cohort.peers[0], config.cohort.peers[2])})
     with closing(LocalCohort(config, load_splits(config.data))) as three:
         three.run(0, 4, lambda finished: None)
         at_4 = three.state()
@@ -305,9 +296,7 @@ def test_going_on_without_a_peer(
         local.run(4, STEPS, lambda finished: None)
         assert local.state() == {name: last.peers[name] for name in ("peer0", "peer2")}
 
-    longer = config.model_copy(
-        update={"train": config.train.model_copy(update={"steps": STEPS + 4})}
-    )
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": STEPS + 4})})
     results = train(longer, resume=out)
     assert set(results["peers"]) == {"peer0", "peer1", "peer2"} and "dropped" not in results
     assert "peer1, dropped at step 4, takes part again" in sentences()
@@ -326,9 +315,7 @@ def test_nobody_left(image_folder: Path, tmp_path: Path, cohorts: list[Watched])
     assert RunDir.open(tmp_path / "run").checkpoints.load("last").step == 4
 
 
-def test_a_busy_peer_is_not_dropped(
-    image_folder: Path, tmp_path: Path, cohorts: list[Watched]
-) -> None:
+def test_a_busy_peer_is_not_dropped(image_folder: Path, tmp_path: Path, cohorts: list[Watched]) -> None:
     """One that was not lost and gives no answer in time is started anew: only the killed one is
     dropped."""
     flag = tmp_path / "slept"
@@ -429,16 +416,12 @@ def test_an_embedding_damaged_on_its_way(
     sentences: Callable[[], list[str]],
 ) -> None:
     """It is refused by its checksum, and the steps are done again."""
-    flag = (
-        tmp_path / "damaged"
-    )  # the next generation has another process, which must not do so again
+    flag = tmp_path / "damaged"  # the next generation has another process, which must not do so again
 
     class Damaging(Coordinator):
         """Flips a bit of one embedding."""
 
-        async def exchange(
-            self, step: int, rank: int, teachers: Any, expected: int, *parts: Any
-        ) -> list[Any]:
+        async def exchange(self, step: int, rank: int, teachers: Any, expected: int, *parts: Any) -> list[Any]:
             if step == 6 and rank == 1 and not flag.exists():
                 flag.touch()
                 parts = (parts[0].copy(), *parts[1:])
@@ -456,8 +439,5 @@ def test_an_embedding_damaged_on_its_way(
         cohort_factory=DamagingCohort,
     )
     [told] = [note for note in sentences() if "all peers go back" in note]
-    assert (
-        "embeddings of peer1 at step 7 were damaged on their way; all peers go back from step 6"
-        in told
-    )
+    assert "embeddings of peer1 at step 7 were damaged on their way; all peers go back from step 6" in told
     assert_same_run(tmp_path / "run", undisturbed)

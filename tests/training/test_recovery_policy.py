@@ -21,9 +21,7 @@ def test_restart_until_the_failures_are_used_up() -> None:
     assert restart.decide(LOST, None) is Decision.RESTART
     assert restart.describe(Decision.RESTART) == "restart 1 of 2"
     assert restart.decide(LOST, 4) is Decision.RESTART
-    with pytest.raises(
-        UserError, match=r"peer1 died; failure\.max_failures is 2.*step 4 is complete"
-    ):
+    with pytest.raises(UserError, match=r"peer1 died; failure\.max_failures is 2.*step 4 is complete"):
         restart.decide(LOST, 4)
     assert restart.num_failures == 3
 

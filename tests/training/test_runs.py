@@ -120,9 +120,7 @@ def test_results_have_their_form(run: Path) -> None:
 
 def test_training_learns(image_folder: Path, tmp_path: Path) -> None:
     """Every peer is better on unseen classes after 40 steps than before, and its loss has fallen."""
-    raw = tiny(
-        image_folder, train={"steps": 40, "evaluate_every": 0}, checkpoint={"every_steps": 0}
-    )
+    raw = tiny(image_folder, train={"steps": 40, "evaluate_every": 0}, checkpoint={"every_steps": 0})
     raw["data"]["validation_fraction"] = 0
     results = train(Config.parse(raw), tmp_path / "run", local=True)
     rows = metrics(tmp_path / "run")
@@ -171,9 +169,7 @@ def noisy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("monitor", ["ensemble", "mean_peer"])
-def test_the_best_is_kept_when_later_ones_are_worse(
-    noisy_folder: Path, tmp_path: Path, monitor: str
-) -> None:
+def test_the_best_is_kept_when_later_ones_are_worse(noisy_folder: Path, tmp_path: Path, monitor: str) -> None:
     """A run that ends worse than it was: the checkpoint judged is that of the best validation
     Recall@1 of what `monitor` names."""
 
@@ -200,9 +196,7 @@ def test_the_best_is_kept_when_later_ones_are_worse(
     train(settings(9), tmp_path / "look", local=True)
     values = judged(tmp_path / "look")
     # The first step that is worse than one before it: there the run is to end.
-    stop = next(
-        step for step in range(2, 10) if values[step] < max(values[i] for i in range(1, step))
-    )
+    stop = next(step for step in range(2, 10) if values[step] < max(values[i] for i in range(1, step)))
     results = train(settings(stop), tmp_path / "run", local=True)
     values = judged(tmp_path / "run")
     best = max(values, key=lambda step: (values[step], -step))
@@ -212,9 +206,7 @@ def test_the_best_is_kept_when_later_ones_are_worse(
     assert evaluate(tmp_path / "run", "last")["peers"] != results["peers"]
 
 
-def test_without_validation_classes_the_last_weights_count(
-    image_folder: Path, tmp_path: Path
-) -> None:
+def test_without_validation_classes_the_last_weights_count(image_folder: Path, tmp_path: Path) -> None:
     """No `best` is made or chosen on the test classes; untrained figures can be left out."""
     raw = tiny(image_folder, evaluation={"untrained": False}, train={"steps": 2})
     raw["data"]["validation_fraction"] = 0
@@ -251,9 +243,7 @@ def test_evaluate_gives_the_runs_own_figures(run: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", ["last", "ema"])
-def test_other_weights_can_be_judged(
-    run: Path, settings: dict[str, Any], tmp_path: Path, weights: str
-) -> None:
+def test_other_weights_can_be_judged(run: Path, settings: dict[str, Any], tmp_path: Path, weights: str) -> None:
     """`evaluate RUN --weights W` is what a run with `evaluation.weights: W` reports."""
     config = changed(settings, evaluation={"weights": weights})
     results = train(config, tmp_path / "run", local=True)
@@ -289,9 +279,7 @@ def test_another_seed_is_another_run(run: Path, settings: dict[str, Any], tmp_pa
     assert metrics(tmp_path / "run")[0] != metrics(run)[0]
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_killed_run_goes_on_as_if_nothing_had_been(settings: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL at an arbitrary moment, then --resume: weights, optimisers, metrics.jsonl and results
     of a run that was never disturbed."""
     endless = {**settings, "train": {**EVERY_TWO, "steps": 1_000_000}}
@@ -353,9 +341,7 @@ def test_only_the_number_of_steps_and_what_is_written_may_change(
     shutil.copytree(run, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     other = Config.parse({**settings, "loss": {"relational": {"angle_weight": 9.0}}})
-    with pytest.raises(
-        UserError, match=r"loss\.relational\.angle_weight was 2.0 and is 9.0.*--init-from"
-    ):
+    with pytest.raises(UserError, match=r"loss\.relational\.angle_weight was 2.0 and is 9.0.*--init-from"):
         train(other, resume=tmp_path / "run", local=True)
     with pytest.raises(UserError, match=r"finished 6 steps already, train\.steps is 5"):
         train(changed(settings, train={"steps": 5}), resume=tmp_path / "run", local=True)
@@ -374,9 +360,7 @@ def test_only_the_number_of_steps_and_what_is_written_may_change(
     assert metrics(tmp_path / "run")[-2]["step"] == 7
 
 
-def test_init_from_starts_from_the_weights_of_another_run(
-    run: Path, settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_init_from_starts_from_the_weights_of_another_run(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """What is `untrained` now is what was trained before; the first loss is another; steps count
     from the beginning."""
     results = train(changed(settings, train={"init_from": run}), tmp_path / "run", local=True)
@@ -389,9 +373,7 @@ def test_init_from_starts_from_the_weights_of_another_run(
         assert rows[0]["peers"][name]["loss"] != metrics(run)[0]["peers"][name]["loss"]
 
 
-def test_init_from_what_does_not_fit_leaves_nothing(
-    run: Path, settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_init_from_what_does_not_fit_leaves_nothing(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """Other peers or other nets are told before a folder is made."""
     start = {"init_from": run}
     renamed = changed(settings, train=start, cohort={"peers": [{"name": "x"}, {}]})
@@ -467,9 +449,7 @@ def test_sentences_go_through_logging(
     by_level: dict[int, list[str]] = {logging.INFO: [], logging.DEBUG: []}
     for record in caplog.records:
         by_level.setdefault(record.levelno, []).append(record.getMessage())
-    assert any(
-        line.startswith("data      imagefolder: train 30") for line in by_level[logging.INFO]
-    )
+    assert any(line.startswith("data      imagefolder: train 30") for line in by_level[logging.INFO])
     activities = by_level[logging.DEBUG]
     assert "training" in activities and "saving a checkpoint" in activities
     assert activities.index("starting the peers") < activities.index("training")

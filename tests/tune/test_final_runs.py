@@ -53,9 +53,7 @@ def test_the_best_trial_and_the_baseline_are_trained_on_all_training_classes(
     assert sorted(tmp_path.rglob("*")) == files_before
 
 
-def test_a_baseline_that_did_not_finish_has_no_validation_metric(
-    raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_baseline_that_did_not_finish_has_no_validation_metric(raw: dict[str, Any], tmp_path: Path) -> None:
     """The metric of an earlier step would not compare with the best trial's."""
     search, files, best = make_search(raw, final_seeds=0), SearchDir(tmp_path), ended("b", 3.0)
     for finished, expected in ((True, 0.2), (False, None)):

@@ -20,15 +20,11 @@ def raw(image_folder: Path) -> dict[str, Any]:
     return tiny(image_folder)
 
 
-def test_the_report_says_nothing_about_settings_that_few_trials_tried(
-    raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_report_says_nothing_about_settings_that_few_trials_tried(raw: dict[str, Any], tmp_path: Path) -> None:
     """Nor if all trials are equal. Every plot has a description."""
     search = make_search(raw)
     for values, plots in [([0.1, 0.2, 0.3], 3), ([0.5] * 9, 3), (list(np.linspace(0, 1, 9)), 4)]:
-        trials = [
-            make_trial(n, float(value), params={ANGLE: n / 3}) for n, value in enumerate(values)
-        ]
+        trials = [make_trial(n, float(value), params={ANGLE: n / 3}) for n, value in enumerate(values)]
         write_report(tmp_path / "report.html", search, trials, best_trial(trials), None)
         page = (tmp_path / "report.html").read_text()
         assert page.count("<img") == plots and 'alt=""' not in page
@@ -36,9 +32,7 @@ def test_the_report_says_nothing_about_settings_that_few_trials_tried(
         assert "used by no run" in page and "Test classes" not in page
 
 
-def test_the_report_has_the_final_runs_and_the_pareto_front(
-    raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_report_has_the_final_runs_and_the_pareto_front(raw: dict[str, Any], tmp_path: Path) -> None:
     search = make_search(raw, cost=True)
     trials = [make_trial(n, n / 10, params={ANGLE: float(n)}, is_baseline=n == 0) for n in range(3)]
     figures = {"recall@1": 0.5, "map@r": 0.25}

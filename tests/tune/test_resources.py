@@ -21,9 +21,7 @@ from ray_dmml.tune.resources import (
 )
 
 
-def trial(
-    peers: list[dict[str, Any]], *nodes: dict[str, float], gpus: float | None = None
-) -> list[dict[str, float]]:
+def trial(peers: list[dict[str, Any]], *nodes: dict[str, float], gpus: float | None = None) -> list[dict[str, float]]:
     """The peers' bundles of a trial, on these nodes beside this process's own."""
     import ray
 
@@ -64,9 +62,7 @@ def test_a_trial_finds_places_on_the_nodes_as_they_are(ray_start_4_cpus: None) -
     gpu_node = {"CPU": 8.0, "GPU": 2.0}
     assert trial([{}, {}], {"CPU": 64.0}, gpu_node) == [{"CPU": 2, "GPU": 0.5}] * 2
     assert trial([{}] * 3, {"CPU": 1.0}, {"CPU": 1.0}) == [{"CPU": 0.5}] * 3
-    assert (
-        trial([{}, {}], {"CPU": 64.0}, {"CPU": 1.0, "GPU": 8.0}) == [{"CPU": 0.5, "GPU": 0.5}] * 2
-    )
+    assert trial([{}, {}], {"CPU": 64.0}, {"CPU": 1.0, "GPU": 8.0}) == [{"CPU": 0.5, "GPU": 0.5}] * 2
     assert trial([{}, {}], {"CPU": 4.0}) == [{"CPU": 1}] * 2
 
 

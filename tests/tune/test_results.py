@@ -58,10 +58,7 @@ def test_equally_good_trials_are_named() -> None:
 def test_no_trial_dominates_one_of_the_pareto_front() -> None:
     """Against the definition, pair by pair."""
     rng = np.random.default_rng(0)
-    trials = [
-        make_trial(n, float(value), float(cost))
-        for n, (value, cost) in enumerate(rng.integers(0, 6, (40, 2)))
-    ]
+    trials = [make_trial(n, float(value), float(cost)) for n, (value, cost) in enumerate(rng.integers(0, 6, (40, 2)))]
     expected = {
         one.number
         for one in trials
@@ -115,9 +112,7 @@ def test_a_resumed_search_keeps_its_sampler(
     without, with_it = SearchDir(tmp_path / "a"), SearchDir(tmp_path / "b")
     with_it.create(make_search(raw, sampler=None))
     with monkeypatch.context() as patch:
-        patch.setattr(
-            importlib.util, "find_spec", lambda name: None if name == "optuna" else find_spec(name)
-        )
+        patch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else find_spec(name))
         without.create(make_search(raw, sampler=None))
         with pytest.raises(UserError, match=r"pip install 'ray-dmml\[search\]'"):
             with_it.search()

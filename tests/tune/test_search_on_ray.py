@@ -41,9 +41,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_search_from_end_to_end(
-    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_search_from_end_to_end(ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path) -> None:
     """Trial 0 is the baseline. A failed trial is named and ends nothing. The best trial on the
     validation classes becomes best.yaml, and is trained beside the baseline with each seed."""
     folder = tmp_path / "search"
@@ -91,9 +89,7 @@ def test_a_search_from_end_to_end(
         run_search(folder, search)
 
 
-def test_a_search_that_never_fits_is_not_begun(
-    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_search_that_never_fits_is_not_begun(ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path) -> None:
     """It would wait without end for what this machine does not have."""
     raw["cohort"]["base"]["num_cpus"] = 3
     with pytest.raises(UserError, match=r"a trial needs 6 CPUs .* and this machine has 4"):
@@ -101,9 +97,7 @@ def test_a_search_that_never_fits_is_not_begun(
     assert not (tmp_path / "search").exists()
 
 
-def test_a_search_runs_in_one_process_at_a_time(
-    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_search_runs_in_one_process_at_a_time(ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path) -> None:
     files = SearchDir(tmp_path / "search")
     files.create(make_search(raw))
     with (
@@ -115,9 +109,7 @@ def test_a_search_runs_in_one_process_at_a_time(
 
 
 @pytest.mark.slow
-def test_two_searches_of_one_seed_are_equal(
-    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_two_searches_of_one_seed_are_equal(ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path) -> None:
     """The sampled parameters and their results. Optuna's samples follow from the results."""
     raw["cohort"]["base"]["num_cpus"] = 2  # one trial at a time
     outcomes = []
@@ -263,9 +255,7 @@ def test_a_killed_search_with_seeds_is_resumed(raw: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_asha_stops_the_worse_trials(
-    ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_asha_stops_the_worse_trials(ray_start_4_cpus: None, raw: dict[str, Any], tmp_path: Path) -> None:
     """A trial that reached its last step is finished, and the best is one of them. The others were
     stopped early."""
     rng = np.random.default_rng(0)

@@ -139,9 +139,7 @@ def test_a_trial_has_a_run_for_each_fold_and_seed(raw: dict[str, Any]) -> None:
     assert search(raw, {ANGLE: {"uniform": [0, 4]}}).runs == [(0, 0)]
 
 
-@pytest.mark.parametrize(
-    ("reports", "own", "expected"), [(6, 0, 6), (6, 2, 2), (6, 4, 6), (6, 12, 6), (0, 3, 3)]
-)
+@pytest.mark.parametrize(("reports", "own", "expected"), [(6, 0, 6), (6, 2, 2), (6, 4, 6), (6, 12, 6), (0, 3, 3)])
 def test_trials_have_a_checkpoint_at_each_report_and_where_the_config_has_one(
     raw: dict[str, Any], reports: int, own: int, expected: int
 ) -> None:
@@ -202,9 +200,7 @@ def test_every_kind_of_setting_can_be_searched(raw: dict[str, Any]) -> None:
 
 def test_a_search_needs_validation_classes_and_a_known_metric(raw: dict[str, Any]) -> None:
     space = {"seed": {"choice": [0]}}
-    with pytest.raises(
-        UserError, match="metric 'recall@5' is not available; choose one of recall@1, rec"
-    ):
+    with pytest.raises(UserError, match="metric 'recall@5' is not available; choose one of recall@1, rec"):
         search(raw, space, metric="recall@5")
     raw["data"]["validation_fraction"] = 0
     with pytest.raises(UserError, match=r"set data\.validation_fraction above 0"):
@@ -230,9 +226,7 @@ def test_a_search_keeps_its_sampler(raw: dict[str, Any], monkeypatch: pytest.Mon
     space = {ANGLE: {"uniform": [0, 4]}}
     find_spec = importlib.util.find_spec
     assert search(raw, space, sampler="random").config.sampler_name == "random"
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "optuna" else find_spec(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else find_spec(name))
     assert search(raw, space).config.sampler_name == "random"
     with pytest.raises(UserError, match=r"pip install 'ray-dmml\[search\]'"):
         search(raw, space, sampler="optuna")

@@ -42,9 +42,7 @@ def test_a_trial_of_one_run_reports_at_each_evaluation(raw: dict[str, Any], tmp_
     assert trial.reports[-1]["figures"]["peers"] == results["peers"]
 
 
-def test_the_objective_is_the_mean_over_folds_and_seeds(
-    raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_objective_is_the_mean_over_folds_and_seeds(raw: dict[str, Any], tmp_path: Path) -> None:
     """Each fold holds out other classes, and each seed trains other weights. One report at the end."""
     trial, reports = trained(make_search(raw, folds=2, seeds=2), tmp_path / "a")
     values, maps, metrics = [], [], set()
@@ -66,9 +64,7 @@ def test_the_objective_is_the_mean_over_folds_and_seeds(
     assert trial.finished and trial.finished_runs == 4 and trial.starts == [0] * 4
 
 
-def test_the_first_seed_is_the_run_of_a_trial_without_seeds(
-    raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_first_seed_is_the_run_of_a_trial_without_seeds(raw: dict[str, Any], tmp_path: Path) -> None:
     """And the second one is that of a config with the next seed."""
     several, _ = trained(make_search(raw, seeds=2), tmp_path / "several")
     first, _ = trained(make_search(raw), tmp_path / "first")
@@ -85,9 +81,7 @@ def test_a_killed_trial_continues_with_the_run_it_stood_at(
     def killed_in_the_second(config: Config, *arguments: Any, **options: Any) -> None:
         seeds.append(config.seed)
         if len(seeds) == 2:
-            config = config.model_copy(
-                update={"train": config.train.model_copy(update={"steps": 2})}
-            )
+            config = config.model_copy(update={"train": config.train.model_copy(update={"steps": 2})})
             train(config, *arguments, **options)
             (tmp_path / "a" / "fold0-seed1" / "results.json").unlink()
             raise KeyboardInterrupt
@@ -105,9 +99,7 @@ def test_a_killed_trial_continues_with_the_run_it_stood_at(
     assert reports == expected and trial.reports == undisturbed.reports
 
 
-def test_a_report_that_the_scheduler_never_received_is_repeated(
-    raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_report_that_the_scheduler_never_received_is_repeated(raw: dict[str, Any], tmp_path: Path) -> None:
     """The process was killed within its last report: it trains no step again."""
     search = make_search(raw)
     before, reports = trained(search, tmp_path / "a")
@@ -144,9 +136,7 @@ def test_an_error_is_one_line() -> None:
     assert first_line(UserError("the view's size is wrong")) == "the view's size is wrong"
 
 
-@pytest.mark.parametrize(
-    ("objective", "peers"), [("ensemble", 2), ("mean_peer", 1), ("best_peer", 1)]
-)
+@pytest.mark.parametrize(("objective", "peers"), [("ensemble", 2), ("mean_peer", 1), ("best_peer", 1)])
 def test_the_cost_is_the_parameters_of_the_networks_in_use(
     raw: dict[str, Any], tmp_path: Path, objective: str, peers: int
 ) -> None:

@@ -34,12 +34,8 @@ def raw(image_folder: Path) -> dict[str, Any]:
     return tiny(image_folder, train={"steps": 4, "evaluate_every": 2})
 
 
-@pytest.mark.parametrize(
-    "state", [{}, {"experiment_state-2026-01-01_00-00-00.json": '{"trial_data": ['}]
-)
-def test_a_search_without_its_state_does_not_start_again_over_its_trials(
-    tmp_path: Path, state: dict[str, str]
-) -> None:
+@pytest.mark.parametrize("state", [{}, {"experiment_state-2026-01-01_00-00-00.json": '{"trial_data": ['}])
+def test_a_search_without_its_state_does_not_start_again_over_its_trials(tmp_path: Path, state: dict[str, str]) -> None:
     """If it was killed before any trial trained, it does, and its remains are removed."""
     files = SearchDir(tmp_path)
     (tmp_path / "ray").mkdir()
@@ -154,15 +150,11 @@ def test_a_killed_trial_is_not_mistaken_for_one_with_the_same_parameters(tmp_pat
     }
 
 
-def test_a_resumed_search_compares_trials_at_equal_steps(
-    raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_resumed_search_compares_trials_at_equal_steps(raw: dict[str, Any], tmp_path: Path) -> None:
     """ASHA receives the earlier reports again. Otherwise the next report, of a later step, would be
     compared with other trials' reports of earlier steps."""
     storage = StorageContext(str(tmp_path), "ray")
-    before, new = (
-        TuneTrial("trial", trial_id=name, stub=True, storage=storage) for name in ("a", "b")
-    )
+    before, new = (TuneTrial("trial", trial_id=name, stub=True, storage=storage) for name in ("a", "b"))
     reports = [{"step": step, "objective": step / 10, "cost": 1.0} for step in (2, 4)]
     write_trial(SearchDir(tmp_path), Trial("a", {ANGLE: 1.0}, reports))
     steps = {"train": {"steps": 8, "evaluate_every": 2}}

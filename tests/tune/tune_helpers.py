@@ -12,9 +12,7 @@ from ray_dmml.tune.trial import Trial
 ANGLE = "loss.relational.angle_weight"
 
 
-def make_search(
-    raw: dict[str, Any], space: dict[str, Any] | None = None, **settings: Any
-) -> Search:
+def make_search(raw: dict[str, Any], space: dict[str, Any] | None = None, **settings: Any) -> Search:
     """A search of the angle weight, or of another space, by two random trials."""
     config = {
         "space": space or {ANGLE: {"uniform": [0, 4]}},

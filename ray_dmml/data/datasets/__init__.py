@@ -18,9 +18,7 @@ from ray_dmml.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def load_splits(
-    config: DataConfig, skip: frozenset[str] = frozenset(), check: bool = True
-) -> Splits:
+def load_splits(config: DataConfig, skip: frozenset[str] = frozenset(), check: bool = True) -> Splits:
     """Train, validation and test images: the same, in the same order, in every process.
 
     The process that loads first checks the images. It passes its ``Splits.skipped`` to the others
@@ -101,9 +99,7 @@ def _without_unreadable(
     messages = [message for part in unreadable for _, message in part]
     if messages and config.on_bad_image == "fail":
         more = f" ({len(messages) - 1} more are unreadable)" if len(messages) > 1 else ""
-        raise UserError(
-            f"{messages[0]}{more}; set data.on_bad_image=skip to train without such images"
-        )
+        raise UserError(f"{messages[0]}{more}; set data.on_bad_image=skip to train without such images")
     train, test = (
         _without(images, [index for index, _ in part], skipped)
         for images, part in zip((train, test), unreadable, strict=True)
@@ -128,6 +124,4 @@ def _without(images: ImageSet, indices: list[int], skipped: list[str]) -> ImageS
 
 def _require_two_classes(images: ImageSet, split: str) -> None:
     if images.num_classes < 2:
-        raise UserError(
-            f"the {split} images are of {images.num_classes} classes; at least 2 are needed"
-        )
+        raise UserError(f"the {split} images are of {images.num_classes} classes; at least 2 are needed")

@@ -140,13 +140,11 @@ def load(
         train, test = read(folder, decode_size, resize)
     except FileNotFoundError as error:
         raise UserError(
-            f"{benchmark.title} in {folder} is incomplete, {error.filename} is missing: "
-            f"{benchmark.by_hand}"
+            f"{benchmark.title} in {folder} is incomplete, {error.filename} is missing: {benchmark.by_hand}"
         ) from None
     except (ValueError, IndexError, KeyError) as error:
         raise UserError(
-            f"the lists of {benchmark.title} in {folder} are not in the official format "
-            f"({error}): {benchmark.by_hand}"
+            f"the lists of {benchmark.title} in {folder} are not in the official format ({error}): {benchmark.by_hand}"
         ) from error
     counts = (len(train), train.num_classes, len(test), test.num_classes)
     if counts != benchmark.counts:
@@ -177,9 +175,7 @@ def fetch(archive: Archive, root: Path, folder: str, by_hand: str) -> None:
             if not (root / folder).exists():  # another process may have been faster
                 os.replace(unpacked / folder, root / folder)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{archive.url} could not be downloaded to {root} ({error}); by hand: {by_hand}"
-        ) from error
+        raise UserError(f"{archive.url} could not be downloaded to {root} ({error}); by hand: {by_hand}") from error
 
 
 def _find(benchmark: Benchmark, root: Path) -> Path | None:
@@ -266,9 +262,7 @@ def _by_class(
     )
 
 
-def _image_set(
-    rows: Rows, names: dict[int, str], folder: Path, decode_size: int, resize: Resize
-) -> ImageSet:
+def _image_set(rows: Rows, names: dict[int, str], folder: Path, decode_size: int, resize: Resize) -> ImageSet:
     classes, labels = np.unique([label for _, label in rows], return_inverse=True)
     return ImageSet(
         FileImages(folder, [path for path, _ in rows], decode_size, resize),

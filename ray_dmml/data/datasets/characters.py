@@ -96,9 +96,7 @@ def _image_set(rows: list[list[str]], decode_size: int) -> ImageSet:
         glyphs += [(code, face) for face in faces]
         labels += [label] * len(faces)
         names.append(f"U+{code:04X} {unicodedata.name(chr(code))}")
-    return ImageSet(
-        CharacterImages(glyphs, decode_size), np.array(labels, dtype=np.int64), tuple(names)
-    )
+    return ImageSet(CharacterImages(glyphs, decode_size), np.array(labels, dtype=np.int64), tuple(names))
 
 
 @cache
@@ -120,9 +118,7 @@ def _font(face: int, em: int) -> ImageFont.FreeTypeFont:
     fonts: dict[tuple[int, int], ImageFont.FreeTypeFont] = _local.__dict__.setdefault("fonts", {})
     if (face, em) not in fonts:
         # Pillow has the basic layout built in. The other one depends on a library of the system.
-        fonts[face, em] = ImageFont.truetype(
-            str(_face_file(face)), em, layout_engine=ImageFont.Layout.BASIC
-        )
+        fonts[face, em] = ImageFont.truetype(str(_face_file(face)), em, layout_engine=ImageFont.Layout.BASIC)
     return fonts[face, em]
 
 
@@ -143,9 +139,7 @@ def choose_characters(em: int = 40) -> dict[int, int]:
     """
     faces_of = _coverage()
     side = int(LARGEST * em)
-    glyphs = {
-        code: np.zeros((len(FACES), side * side), dtype=np.float32) for code in sorted(faces_of)
-    }
+    glyphs = {code: np.zeros((len(FACES), side * side), dtype=np.float32) for code in sorted(faces_of)}
     for code, pictures in list(glyphs.items()):
         for face in range(len(FACES)):
             if faces_of[code] >> face & 1:

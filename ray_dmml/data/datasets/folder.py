@@ -44,8 +44,7 @@ def load(
         images_of_class = _images_under(root, name)
         if not images_of_class:
             raise UserError(
-                f"class folder {printable(str(root / name))} has no images ({', '.join(SUFFIXES)}): fill or "
-                "remove it"
+                f"class folder {printable(str(root / name))} has no images ({', '.join(SUFFIXES)}): fill or remove it"
             )
         paths += images_of_class
         labels += [label] * len(images_of_class)
@@ -65,9 +64,7 @@ def load(
 def _class_folders(root: Path) -> list[str]:
     """Names in order. A class may be a link to a folder elsewhere, but not to one around it."""
     try:
-        names = sorted(
-            name for name in os.listdir(root) if name[0] != "." and (root / name).is_dir()
-        )
+        names = sorted(name for name in os.listdir(root) if name[0] != "." and (root / name).is_dir())
     except OSError as error:
         raise _not_readable(error) from None
     around = os.path.realpath(root)
@@ -96,9 +93,5 @@ def _images_under(root: Path, name: str) -> list[str]:
     for folder, subfolders, files in os.walk(root / name, onerror=refuse):
         subfolders[:] = [subfolder for subfolder in subfolders if subfolder[0] != "."]
         inside = Path(folder).relative_to(root)
-        paths += [
-            (inside / file).as_posix()
-            for file in files
-            if file[0] != "." and file.lower().endswith(SUFFIXES)
-        ]
+        paths += [(inside / file).as_posix() for file in files if file[0] != "." and file.lower().endswith(SUFFIXES)]
     return sorted(paths)

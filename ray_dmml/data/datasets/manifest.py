@@ -60,8 +60,7 @@ def load(manifest: Path, root: Path, decode_size: int, resize: Resize) -> tuple[
     missing = [row.path for row in rows if not os.path.isfile(os.path.join(root, row.path))]
     if missing:
         raise UserError(
-            f"manifest {manifest} lists {_cut(missing[0])}, which is not in {root} "
-            f"({len(missing)} files are missing)"
+            f"manifest {manifest} lists {_cut(missing[0])}, which is not in {root} ({len(missing)} files are missing)"
         )
     return (
         _image_set(train, root, decode_size, resize),
@@ -137,9 +136,7 @@ def _parse(cells: dict[str, str | None], root: Path, base: str, where: str) -> _
     def flag(column: str) -> bool:
         text = cell(column)
         if text.lower() not in FLAGS:
-            raise UserError(
-                f"{where}: {column} is {_cut(text)!r}; allowed: 0, 1, True, False or empty"
-            )
+            raise UserError(f"{where}: {column} is {_cut(text)!r}; allowed: 0, 1, True, False or empty")
         return FLAGS[text.lower()]
 
     for column in ("path", "label"):

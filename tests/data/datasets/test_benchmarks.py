@@ -53,9 +53,7 @@ def make_cub(root: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", ["", "CUB_200_2011"])
-def test_cub_splits_at_class_100(
-    tmp_path: Path, inside: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_cub_splits_at_class_100(tmp_path: Path, inside: str, caplog: pytest.LogCaptureFixture) -> None:
     """Classes 1-100 train, 101-200 test, from the folder or the one around it. Other counts warn."""
     make_cub(tmp_path)
     train, test = benchmark("cub200", tmp_path / inside)

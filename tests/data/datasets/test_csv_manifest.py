@@ -58,9 +58,7 @@ def test_manifest_query_and_gallery(tmp_path):
 
 def test_flags_of_training_rows_count_once_they_are_held_out(tmp_path):
     """Held-out training classes are evaluated by the flags of their rows."""
-    train = "".join(
-        f"a/{c}{i}.png,{c},train,{int(i == 0)},{int(i > 0)}\n" for c in "pqrs" for i in range(3)
-    )
+    train = "".join(f"a/{c}{i}.png,{c},train,{int(i == 0)},{int(i > 0)}\n" for c in "pqrs" for i in range(3))
     test = "b/1.png,x,validation,1,0\nb/2.png,x,validation,0,1\nb/3.png,y,validation,0,1\n"
     config = listed(tmp_path, FULL_HEAD + train + test, validation_fraction=0.5)
     validation = load_splits(config).validation
@@ -166,9 +164,7 @@ def all_names(config: DataConfig) -> list[str]:
 
 
 def rows(labels: str = "aabbccdd") -> str:
-    return "".join(
-        f"{n}.png,{label},{'train' if n < 4 else 'validation'}\n" for n, label in enumerate(labels)
-    )
+    return "".join(f"{n}.png,{label},{'train' if n < 4 else 'validation'}\n" for n, label in enumerate(labels))
 
 
 def manifest_refusal(folder: Path, content: str | bytes) -> str:
@@ -213,9 +209,7 @@ def test_a_missing_or_double_column_is_refused(tmp_path: Path, column: str) -> N
 
 @pytest.mark.parametrize("end", ["\r\n", "\r", "\n\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_a_byte_order_mark_and_other_line_ends_are_used(
-    tmp_path: Path, mark: str, end: str
-) -> None:
+def test_a_byte_order_mark_and_other_line_ends_are_used(tmp_path: Path, mark: str, end: str) -> None:
     """Spreadsheets write them."""
     config = manifest_config(tmp_path, mark + (HEAD + rows()).replace("\n", end))
     assert all_names(config) == [f"{n}.png" for n in range(8)]
@@ -232,9 +226,7 @@ def test_lines_without_end_are_refused(tmp_path: Path) -> None:
     """The file may not be a table, a cell may be too long, or no file can have such a path."""
     assert "a line has more than" in manifest_refusal(tmp_path, HEAD + "x," * 2**20)
     assert "field larger than" in manifest_refusal(tmp_path, HEAD + "x" * 200_000)
-    assert "files are missing" in manifest_refusal(
-        tmp_path, HEAD + rows() + "y" * 5000 + ",a,train"
-    )
+    assert "files are missing" in manifest_refusal(tmp_path, HEAD + rows() + "y" * 5000 + ",a,train")
 
 
 def test_a_manifest_that_is_no_file_is_refused(tmp_path: Path) -> None:
@@ -271,9 +263,7 @@ def test_one_image_a_class_is_refused(tmp_path: Path) -> None:
         ClassBalancedSampler(np.arange(100), 4, 2, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("count", "seconds"), [(10_000, 10), pytest.param(100_000, 30, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("count", "seconds"), [(10_000, 10), pytest.param(100_000, 30, marks=pytest.mark.slow)])
 def test_a_manifest_of_100_000_classes_is_used(tmp_path: Path, count: int, seconds: int) -> None:
     """Its classes of two rows are read in seconds."""
     save(tmp_path / "x.png")

@@ -85,9 +85,7 @@ def test_imagefolder_mistakes_are_named(tmp_path):
         load_splits(folder_config(tmp_path, train_fraction=0.9))
 
 
-def test_unreadable_images_fail_or_are_skipped(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreadable_images_fail_or_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """`fail` names the first; `skip` leaves all out with a warning, and other loaders take the names."""
     make_folder(tmp_path)
     for name in ("c1/1.png", "c4/0.png"):
@@ -139,9 +137,7 @@ def open_root() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_an_unreadable_file_is_refused_or_skipped(
-    open_root: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unreadable_file_is_refused_or_skipped(open_root: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its permissions forbid reading."""
     config = folder_of(open_root, each=3).model_copy(update={"cache_gib": 0.0})
     (open_root / "c0" / "0.png").chmod(0)
