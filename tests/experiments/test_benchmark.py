@@ -11,16 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-<<<<<<< HEAD
-
-pytestmark = pytest.mark.ray
-
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-=======
 import typer
 from conftest import EXPERIMENTS
->>>>>>> room-experiments
 
 
 def benchmark(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -50,9 +42,7 @@ def test_a_row_gives_a_table_and_json(tmp_path: Path) -> None:
     assert images["ratio"] == pytest.approx(images["a"] / images["b"])
 
 
-def test_an_unknown_row_is_refused_with_the_known_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_row_is_refused_with_the_known_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong name ends the command before anything is measured."""
     monkeypatch.syspath_prepend(EXPERIMENTS)
     import benchmark

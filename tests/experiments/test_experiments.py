@@ -11,34 +11,9 @@ import typer
 from conftest import EXPERIMENTS
 from PIL import Image
 
-from ray_dmml.config.loading import read_settings
-from ray_dmml.config.schema import Config
+from ray_dmml.config.schema import Config, read_settings
 from ray_dmml.tune.search_space import Search, load_search
 
-<<<<<<< HEAD
-pytestmark = pytest.mark.ray
-
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
-
-@pytest.mark.parametrize(
-    "path", sorted((EXPERIMENTS / "configs").glob("*.yaml")), ids=lambda p: p.stem
-)
-def test_every_config_is_valid(path: Path) -> None:
-    """Each experiment's config loads once it is told where its images are."""
-    assert Config.load(path, ["data.root=somewhere"]).cohort.peers
-
-
-@pytest.mark.parametrize(
-    "path", sorted((EXPERIMENTS / "searches").glob("*.yaml")), ids=lambda p: p.stem
-)
-def test_every_search_is_valid(path: Path) -> None:
-    """It is of the config of the same name, whose own values are in its space."""
-    raw = read_settings(EXPERIMENTS / "configs" / path.name, ["data.root=somewhere"])
-    search = Search(raw, load_search(path))
-    assert search.config_of(search.baseline) == search.base
-=======
 
 @pytest.mark.parametrize("name", ["cars196", "cub200", "grocery", "inshop", "sop"])
 def test_every_config_is_valid(name: str) -> None:
@@ -53,12 +28,9 @@ def test_the_example_of_a_search_is_valid() -> None:
     raw = read_settings(EXPERIMENTS / "configs" / "grocery.yaml", ["data.root=somewhere"])
     search = Search(raw, load_search(EXPERIMENTS / "searches" / "grocery.yaml"))
     assert search.config_of(search.default) == search.base
->>>>>>> room-experiments
 
 
-def test_grocery_photos_get_the_names_of_the_manifest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grocery_photos_get_the_names_of_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script turns a clone into files that grocery.csv lists, 128 px on the shorter side."""
     monkeypatch.syspath_prepend(EXPERIMENTS)
     import prepare_grocery
@@ -83,9 +55,7 @@ def test_grocery_photos_get_the_names_of_the_manifest(
         prepare_grocery.main(clone, out)
 
 
-def test_the_commit_of_a_row_is_unknown_without_git(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commit_of_a_row_is_unknown_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXPERIMENTS)
     import provenance
 
