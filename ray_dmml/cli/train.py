@@ -61,11 +61,11 @@ def train(
             settings = _resumed_config(run, config, overrides)
         signals.run = run
         with ray_and_torch(local):
-            from ray_dmml.loggers.console import ConsoleLogger
+            from ray_dmml.loggers.console import show_run
             from ray_dmml.training.run import train as train_cohort
 
             signals.listen()
-            with ConsoleLogger(console, settings) as console_logger:
+            with show_run(console, settings) as console_logger:
                 results = train_cohort(
                     settings,
                     None if resume else run,

@@ -94,7 +94,7 @@ def tune(
             _require_none(given | changes)
             search = _search_in(folder)
         with ray_and_torch():
-            from ray_dmml.loggers.console import ConsoleLogger
+            from ray_dmml.loggers.console import show_run
             from ray_dmml.tune.progress import TrialsTable, final_table
             from ray_dmml.tune.tuner import run_search
 
@@ -102,7 +102,7 @@ def tune(
 
                 def make_logger(run_config: Config) -> AbstractContextManager[Logger]:
                     table.stop()  # The trials have ended.
-                    return ConsoleLogger(console, run_config)
+                    return show_run(console, run_config)
 
                 final = run_search(
                     folder,

@@ -93,11 +93,5 @@ class CohortFactory(Protocol):
     """Builds a cohort; both cohort classes are one."""
 
     def __call__(self, config: Config, splits: Splits, *, initial_weights: bool = True) -> Cohort:
-        """Builds the peers.
-
-        Args:
-            config: the experiment.
-            splits: its images.
-            initial_weights: False leaves the initial weights unread, because a state is loaded next.
-        """
+        """Builds the peers. ``initial_weights=False`` leaves these unread, because a state is loaded next."""
         ...

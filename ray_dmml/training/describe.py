@@ -14,11 +14,7 @@ LONG_WAIT = 0.1
 
 
 def describe_cohort(config: Config, splits: Splits, facts: Mapping[str, Any]) -> Iterator[str]:
-    """Images, batches, peers and devices.
-
-    Args:
-        facts: what run.json holds.
-    """
+    """Images, batches, peers and devices; ``facts`` are those of run.json."""
     train, validation = splits.train, splits.validation
     yield f"data      {config.data.name}: train {len(train):,} images of {train.num_classes} classes"
     if validation is not None:
@@ -52,11 +48,7 @@ def _describe_peer(peer: PeerConfig) -> str:
 
 
 def describe_waits(cohort: Cohort, train_s: float) -> Iterator[str]:
-    """Names a peer that is the slowest by far: the cores or GPUs of the others are idle meanwhile.
-
-    Args:
-        train_s: seconds of training in all.
-    """
+    """Names a peer that is the slowest by far: the cores or GPUs of the others are idle meanwhile."""
     waited = {name: cohort.waited[name] for name in cohort.names}
     slowest = min(waited, key=lambda name: waited[name])
     if max(waited.values()) - waited[slowest] > LONG_WAIT * train_s:

@@ -43,11 +43,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path | str) -> RunDir:
-        """An existing run.
-
-        Raises:
-            UserError: the folder is not the folder of a run.
-        """
+        """An existing run. Raises UserError if the folder is not one."""
         run_dir = cls(Path(path))
         if not run_dir.exists():
             raise UserError(f"{path} is not the folder of a run: it has no config.yaml")
@@ -58,14 +54,7 @@ class RunDir:
         return self.config_file.is_file()
 
     def ensure_empty(self, option: str = "--out") -> None:
-        """A new run never writes into a folder that holds something.
-
-        Args:
-            option: the command-line option that names another folder.
-
-        Raises:
-            UserError: the folder is taken.
-        """
+        """Raises UserError if the folder holds something; ``option`` of the command line names another one."""
         # A run that was killed before it had a config leaves nothing but files with this suffix.
         if self.path.exists() and (
             not self.path.is_dir() or any(path.suffix != ".tmp" for path in self.path.iterdir())
@@ -83,9 +72,7 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """No other process trains in this folder inside the block.
-
-        A file system without locks does not protect the folder.
+        """Keeps other processes from training in this folder; a file system without locks does not protect it.
 
         Raises:
             UserError: another process trains in it.
@@ -134,16 +121,11 @@ class RunDir:
         return environment
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Writes results.json."""
         replace_file(self.results_file, json.dumps(results, indent=1) + "\n")
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file aside and renames it, so that nobody reads half of it.
-
-    Raises:
-        CheckpointError: the file cannot be written; the old one is unchanged.
-    """
+    """Replaces a file in one move. Raises CheckpointError if that is not possible; the old one is then unchanged."""
     aside = path.with_name(path.name + ".tmp")
     try:
         aside.write_text(text, encoding="utf-8")

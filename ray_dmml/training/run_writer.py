@@ -24,27 +24,14 @@ RETRY_S = 60.0
 
 
 class RunWriter:
-    """The writing side of a run's folder.
-
-    Args:
-        run_dir: the folder.
-        metrics_file: metrics.jsonl. No checkpoint is ahead of it.
-        remote: where the run is copied to; None: nowhere.
-    """
+    """The writing side of a run's folder, and of its copy at ``remote``."""
 
     def __init__(self, run_dir: RunDir, metrics_file: JsonlLogger, remote: RemoteRun | None) -> None:
         self._run_dir, self._metrics_file, self._remote = run_dir, metrics_file, remote
         self._lock = ExitStack()
 
     def open(self, config: Config, facts: Mapping[str, Any]) -> None:
-        """Creates and locks the folder of a new run; writes config.yaml and run.json.
-
-        Args:
-            facts: what run.json holds besides versions.
-
-        Raises:
-            UserError: another run has taken the folder meanwhile, or it cannot be written.
-        """
+        """Creates and locks the folder of a new run; writes config.yaml, and ``facts`` into run.json."""
         run_dir = self._run_dir
         if not run_dir.exists():
             run_dir.create()
@@ -75,19 +62,12 @@ class RunWriter:
     ) -> bool:
         """Writes a checkpoint and copies the run.
 
-        Args:
-            is_last: nothing is trained after it, so a full disk is waited for.
-
-        Returns:
-            False if it cannot be written now. The steps are worth more than their checkpoint, and the next
-            one may find room again.
-
-        Raises:
-            CheckpointError: the checkpoint of step 0 or the last one cannot be written.
+        Returns False if it cannot be written now: the steps are worth more than their checkpoint, and the next one
+        may find room again. For the first and the last checkpoint that is a CheckpointError.
         """
 
         def write() -> None:
-            self._metrics_file.write(sync=True)
+            self._metrics_file.write(sync=True)  # no checkpoint is ahead of the metrics
             self._run_dir.checkpoints.save(step, peers, meta, best=best)
 
         if step == 0:
@@ -104,16 +84,13 @@ class RunWriter:
         return True
 
     def write_metrics(self) -> None:
-        """Writes all of metrics.jsonl. Raises CheckpointError."""
         retry_write(self._metrics_file.write)
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Writes results.json. Raises CheckpointError."""
         retry_write(lambda: self._run_dir.write_results(results))
         self._copy_to_remote()
 
     def close(self) -> None:
-        """Unlocks the folder of a new run."""
         self._lock.close()
 
     def _copy_to_remote(self) -> None:
@@ -127,11 +104,7 @@ class RunWriter:
 
 
 def retry_write(write: Callable[[], object]) -> None:
-    """Tries again for a while what a full disk forbids.
-
-    Raises:
-        CheckpointError: there was no room in time.
-    """
+    """Tries again for a while what a full disk forbids. Raises CheckpointError if there was no room in time."""
     deadline, last_message = time.monotonic() + RETRY_S, ""
     while True:
         try:

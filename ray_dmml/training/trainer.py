@@ -64,14 +64,8 @@ class Trainer:
     """Trains a cohort in a run's folder.
 
     Args:
-        config: the experiment.
-        run_dir: the run's folder. It is created once the peers of a new run are built.
-        splits: the images.
-        cohort_factory: builds the cohort.
         initial_weights: weights from another run, by peer name; None: the peers' own.
         checkpoint: the checkpoint to go on from; None: a new run.
-        writer: writes the run's files.
-        loggers: sinks of all metrics.
         should_stop: asked about once a second whether the run is to end after the current step.
     """
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ray_dmml.cli.main import app
 from ray_dmml.cli.output import show_log
 from ray_dmml.config.schema import Config
-from ray_dmml.loggers.console import ConsoleLogger
+from ray_dmml.loggers.console import show_run
 
 
 def test_the_version() -> None:
@@ -47,7 +47,7 @@ def test_the_log_of_the_package_is_shown(capsys: pytest.CaptureFixture[str]) -> 
         logger.debug("reading the images")
         logger.info("trials 0, 2 are equally [good]")
         logger.warning("%s failed", "a final run")
-        with ConsoleLogger(Console(width=20), Config()):
+        with show_run(Console(width=20), Config()):
             logger.info("said once")
     logger.warning("later")
     assert capsys.readouterr().out == ("trials 0, 2 are equally [good]\nwarning: a final run failed\nsaid once\n")

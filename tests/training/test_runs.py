@@ -279,6 +279,7 @@ def test_another_seed_is_another_run(run: Path, settings: dict[str, Any], tmp_pa
     assert metrics(tmp_path / "run")[0] != metrics(run)[0]
 
 
+@pytest.mark.ray
 def test_a_killed_run_goes_on_as_if_nothing_had_been(settings: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL at an arbitrary moment, then --resume: weights, optimisers, metrics.jsonl and results
     of a run that was never disturbed."""
