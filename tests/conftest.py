@@ -49,10 +49,16 @@ def _refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_refuse_processes)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the tests whose fixtures start processes; leaves out `slow` and `cluster` unless `-m` names them."""
+    left_out = {name for name in ("slow", "cluster") if name not in config.option.markexpr}
     for item in items:
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ray)
+    deselected = [item for item in items if left_out & {marker.name for marker in item.iter_markers()}]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.hookimpl(wrapper=True)
