@@ -9,7 +9,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ray_dmml.tune.results import baseline_is_best, final_columns, final_rows, short
+from ray_dmml.tune.results import (
+    baseline_is_best,
+    final_columns,
+    final_rows,
+    short_name,
+    short_value,
+)
 from ray_dmml.tune.search_space import Search
 from ray_dmml.tune.trial import Trial
 
@@ -46,8 +52,9 @@ class TrialsTable:
             if self._seen.get(trial.name) == (state, trial.step):
                 continue
             if trial.name not in self._seen:
-                params = ", ".join(f"{key} {short(value)}" for key, value in trial.params.items())
-                self._print(f"trial {trial.number}: {params}")
+                params = trial.params.items()
+                values = [f"{key} {short_value(self.search, key, value)}" for key, value in params]
+                self._print(f"trial {trial.number}: {', '.join(values)}")
             self._seen[trial.name] = (state, trial.step)
             if trial.status == "failed":
                 self._print(f"trial {trial.number}: failed: {trial.error}")
@@ -73,8 +80,7 @@ class TrialsTable:
         table.add_column("", no_wrap=True)
         for name in ("step", self.search.config.metric, "time"):
             table.add_column(name, justify="right", no_wrap=True)
-        for key in self.search.config.space:
-            table.add_column(".".join(key.split(".")[-2:]), overflow="fold")
+        table.add_column("changed parameters")
         best = max((t.objective or 0.0 for t in trials if t.finished), default=None)
         for trial in trials:
             state = self._state(trial)
@@ -84,7 +90,11 @@ class TrialsTable:
                 str(trial.step),
                 "-" if trial.objective is None else f"{100 * trial.objective:.1f} %",
                 f"{trial.seconds:.0f} s",
-                *(short(trial.params[key]) for key in self.search.config.space),
+                ", ".join(
+                    f"{short_name(key)} {short_value(self.search, key, value)}"
+                    for key, value in trial.params.items()
+                    if value != self.search.baseline[key]
+                ),
                 style="bold" if trial.finished and trial.objective == best else "",
             )
         return table

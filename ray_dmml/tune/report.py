@@ -15,7 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ray_dmml.training.run_dir import replace_file
-from ray_dmml.tune.results import baseline_is_best, final_columns, final_rows, short
+from ray_dmml.tune.results import (
+    baseline_is_best,
+    final_columns,
+    final_rows,
+    short_name,
+    short_value,
+)
 from ray_dmml.tune.search_space import Search
 from ray_dmml.tune.trial import Trial
 
@@ -147,18 +153,10 @@ def _ticks(search: Search, key: str) -> tuple[list[float], list[str]]:
     if distribution.choice is not None:
         labels = distribution.labels
         positions = [_position(search, key, label) for label in labels]
-        is_long = max(map(len, labels)) > 12
-        return positions, [f"no. {n + 1}" if is_long else label for n, label in enumerate(labels)]
+        return positions, [short_value(search, key, label) for label in labels]
     low, high = distribution.limits or (0, 1)
     middle = float(np.sqrt(low * high)) if distribution.loguniform is not None else (low + high) / 2
     return [0, 0.5, 1], [f"{value:.3g}" for value in (low, middle, high)]
-
-
-def _last_part(key: str) -> str:
-    """The end of a dotted key, with the number of its peer."""
-    parts = key.split(".")
-    peer = f"peer {parts[2]}: " if parts[:2] == ["cohort", "peers"] and len(parts) > 2 else ""
-    return peer + parts[-1]
 
 
 def _history(trials: Sequence[Trial], objective: str) -> Figure:
@@ -206,7 +204,7 @@ def _parallel(trials: Sequence[Trial], search: Search, best: int) -> Figure:
     axes.axvline(len(keys), color="#ccc", linewidth=0.8, zorder=0)
     for position, value in ((0.0, low), (1.0, high)) if low < high else ((0.5, low),):
         axes.text(len(keys) + 0.03, position, f"{value:.3f}", fontsize=8, va="center")
-    names = [*(_last_part(key) for key in keys), search.config.metric]
+    names = [*(short_name(key) for key in keys), search.config.metric]
     axes.set_ylim(-0.05, 1.05)
     axes.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
     axes.set(yticks=[], xlim=(-0.1, len(keys) + 0.35))
@@ -217,7 +215,7 @@ def _importance(trials: Sequence[Trial], search: Search) -> Figure:
     shares = importance(trials, search)
     figure = Figure(figsize=(7, 0.6 + 0.35 * len(shares)), layout="constrained")
     axes = figure.add_subplot()
-    names = [_last_part(key) for key in shares][::-1]
+    names = [short_name(key) for key in shares][::-1]
     axes.barh(range(len(shares)), list(shares.values())[::-1], color=GOOD)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlim=(0, 1), xlabel="share of variance")
@@ -238,7 +236,7 @@ def _marginals(trials: Sequence[Trial], search: Search) -> Figure:
                 color=GOOD if trial.finished else BAD,
                 s=22,
             )
-        axes.set_title(_last_part(key), fontsize=9)
+        axes.set_title(short_name(key), fontsize=9)
         axes.set_xticks(*_ticks(search, key), fontsize=8)
         axes.set_xlim(-0.08, 1.08)
         axes.tick_params(axis="y", labelsize=8)
@@ -284,22 +282,22 @@ def _pareto_table(front: Sequence[Trial], search: Search) -> str:
     head = ["trial", search.config.metric, "million parameters", *search.config.space]
     rows = []
     for trial in front:
-        params = [short(trial.params[key]) for key in search.config.space]
+        params = [short_value(search, key, trial.params[key]) for key in search.config.space]
         cost = f"{trial.reports[-1]['cost']:.2f}"
         rows.append(("", [str(trial.number), f"{trial.objective or 0:.4f}", cost, *params]))
     return _table(head, rows)
 
 
 def _trials_table(trials: Sequence[Trial], search: Search, best: int) -> str:
-    names = map(_last_part, search.config.space)
+    names = map(short_name, search.config.space)
     head = ["trial", "status", "step", search.config.metric, "s", *names]
     rows = []
     for trial in trials:
         kind = "best" if trial.number == best else "" if trial.finished else "bad"
         value = "-" if trial.objective is None else f"{trial.objective:.4f}"
-        params = [short(trial.params[key]) for key in search.config.space]
+        params = [short_value(search, key, trial.params[key]) for key in search.config.space]
         failed = trial.status == "failed"
-        status = f"failed: {short(trial.error, 60)}" if failed else trial.status
+        status = f"failed: {(trial.error or '')[:60]}" if failed else trial.status
         number = f"{trial.number} (baseline)" if trial.is_baseline else str(trial.number)
         cells = [number, status, str(trial.step), value, f"{trial.seconds:.0f}", *params]
         rows.append((kind, cells))

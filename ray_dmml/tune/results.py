@@ -195,10 +195,19 @@ def final_rows(final: Mapping[str, Any], search: Search) -> list[list[str]]:
     return rows
 
 
-def short(value: Any, width: int = 24) -> str:
-    """A sampled parameter in at most ``width`` characters."""
-    text = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= width else text[: width - 1] + "…"
+def short_name(key: str) -> str:
+    """The last part of a setting's name, with the number of its peer."""
+    parts = key.split(".")
+    peer = f"peer {parts[2]}: " if parts[:2] == ["cohort", "peers"] and len(parts) > 2 else ""
+    return peer + parts[-1]
+
+
+def short_value(search: Search, key: str, sample: Any) -> str:
+    """A sampled parameter in a few characters: one of several long choices is given by its number."""
+    labels = search.config.space[key].labels
+    if sample in labels and max(map(len, labels)) > 12:
+        return f"no. {labels.index(sample) + 1}"
+    return f"{sample:.3g}" if isinstance(sample, float) else str(sample)
 
 
 def _shown(search: Search) -> list[str]:

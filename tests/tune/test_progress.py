@@ -12,6 +12,7 @@ from rich.console import Console
 from tune_helpers import ANGLE, make_search, make_trial
 
 from ray_dmml.tune.progress import TrialsTable, final_table
+from ray_dmml.tune.results import short_name, short_value
 
 
 @pytest.fixture
@@ -74,4 +75,16 @@ def test_a_live_table_on_a_terminal(raw: dict[str, Any]) -> None:
         table.stop()
     text = output.getvalue()
     assert "0 (baseline)" in text and "75.0 %" in text and "finished" in text
+    assert "angle_weight 3" in text and "angle_weight 2" not in text  # which is the baseline's
     assert "\x1b[1m1 " in text
+
+
+def test_parameters_are_shown_in_a_few_characters(raw: dict[str, Any]) -> None:
+    """A long choice, such as a list of transforms, by its number."""
+    views = [[{"name": "CenterCrop", "args": {"size": 32}}], "weak"]
+    key = "cohort.peers.1.view"
+    search = make_search(raw, {key: {"choice": views}, ANGLE: {"uniform": [0, 4]}})
+    labels = search.config.space[key].labels
+    assert [short_value(search, key, label) for label in labels] == ["no. 1", "no. 2"]
+    assert short_value(search, ANGLE, 1.23456) == "1.23"
+    assert (short_name(key), short_name(ANGLE)) == ("peer 1: view", "angle_weight")
