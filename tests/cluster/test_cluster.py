@@ -49,7 +49,7 @@ class Hosts:
     def __init__(self, folder: Path, images: Path) -> None:
         self.folder = folder
         self._beside: list[subprocess.Popen[str]] = []
-        self._home = folder / "home"
+        self._home, self._commands = folder / "home", folder / "commands"
         self.cluster = folder / "cluster.yaml"
         # The hosts hide the home folder and /tmp. They must still see the interpreter and its packages.
         kept = {sys.base_prefix, sys.prefix, str(images)}
@@ -65,6 +65,11 @@ class Hosts:
             (self._home / ".ray").mkdir(parents=True)
             (self._home / ".ray" / "auth_token").write_text(os.urandom(32).hex())
             self.cluster.write_text(yamlio.dump(self._settings()))
+            self._commands.mkdir()
+            for name, module in (("ray", "ray.scripts.scripts"), ("ray-dmml", "ray_dmml.cli.main")):
+                script = self._commands / name
+                script.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+                script.chmod(0o755)
         except BaseException:
             self.close()
             raise
@@ -138,17 +143,11 @@ class Hosts:
 
     def start_beside(self, line: str, cwd: Path) -> subprocess.Popen[str]:
         """Starts a line of bash beside the hosts, with the commands ray and ray-dmml on the PATH."""
-        commands = self.folder / "commands"
-        commands.mkdir(exist_ok=True)
-        for name, module in (("ray", "ray.scripts.scripts"), ("ray-dmml", "ray_dmml.cli.main")):
-            script = commands / name
-            script.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
-            script.chmod(0o755)
         environment = {
             **os.environ,
             **S3_KEYS,
             "HOME": str(self._home),
-            "PATH": f"{commands}:{os.environ['PATH']}",
+            "PATH": f"{self._commands}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "RAY_UP_enable_autoscaler_v2": "0",
         }
