@@ -288,8 +288,7 @@ class Trainer:
                     steps = self._nonfinite.setdefault(name, set())
                     steps.add(step)
                     logger.warning("%s has left out %d batches whose values were not finite", name, len(steps))
-        images_per_second = self._batch_size * len(rows) / seconds
-        self._loggers.log({"images_per_second": images_per_second}, self.state.step)
+        self._loggers.log({"images_per_second": self._batch_size * len(rows) / seconds}, self.state.step)
         self._loggers.flush()
 
     def validate(self) -> bool:
@@ -302,20 +301,15 @@ class Trainer:
         figures = self._evaluate("validation", self.splits.validation, ema=uses_ema)
         self._loggers.log({"validation": figures}, state.step)
         self._loggers.flush()
-        value = (
-            figures["ensemble"]["recall@1"]
-            if self.config.train.monitor == "ensemble"
-            else float(np.mean([row["recall@1"] for row in figures["peers"].values()]))
-        )
+        value = figures["ensemble"]["recall@1"]
+        if self.config.train.monitor == "mean_peer":
+            value = float(np.mean([row["recall@1"] for row in figures["peers"].values()]))
         if value > state.best:
             state.best, state.best_step = value, state.step
             return True
         if state.best == 1:
-            logger.warning(
-                "validation Recall@1 is 100 %% since step %d and cannot choose a later checkpoint; hold out "
-                "more classes, or evaluate with --weights last",
-                state.best_step,
-            )
+            advice = "hold out more classes, or evaluate with --weights last"
+            logger.warning("validation Recall@1 is 100 %% since step %d: %s", state.best_step, advice)
         return False
 
     def _evaluate(self, split: str, images: ImageSet, *, ema: bool = False) -> Figures:

@@ -56,9 +56,7 @@ def ray_cohort(image_folder: Path, failure: dict[str, Any] | None = None, **coho
     return RayCohort(config, load_splits(config.data))
 
 
-@pytest.mark.parametrize(
-    "transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)])
 def test_a_killed_peer_is_named(ray_start_4_cpus: None, image_folder: Path, transport: str) -> None:
     """SIGKILL from outside ends the run with the peer's name, long before any deadline."""
     with closing(ray_cohort(image_folder, transport=transport)) as cohort:
@@ -72,14 +70,10 @@ def test_a_killed_peer_is_named(ray_start_4_cpus: None, image_folder: Path, tran
             cohort.run(0, 1_000_000, kill)
 
 
-@pytest.mark.parametrize(
-    "transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)])
 def test_a_silent_peer_is_named(ray_start_4_cpus: None, image_folder: Path, transport: str) -> None:
     """A peer that hangs reaches the deadline. It is named, and not the peer that waited for it."""
-    with closing(
-        ray_cohort(image_folder, {"heartbeat_timeout_s": 6}, transport=transport)
-    ) as cohort:
+    with closing(ray_cohort(image_folder, {"heartbeat_timeout_s": 6}, transport=transport)) as cohort:
         victim = cohort.places["peer1"].pid
 
         def stop(finished: int) -> None:
