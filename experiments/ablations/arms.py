@@ -161,7 +161,7 @@ class Plan:
         """Digest of everything that an arm's figures depend on, except seed, images and code.
 
         Settings that have their default are left out, so that rows stay valid when the package
-        gains or loses a setting that they do not use.
+        gains or loses a setting that they do not use. A default that changes is therefore not noticed.
         """
         teacher = arm.teacher and self._settings(TEACHER)
         content = [self._settings(arm), arm.snapshots, arm.ema, teacher]
