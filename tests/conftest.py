@@ -34,7 +34,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 NUM_CLASSES, IMAGES_PER_CLASS = 16, 5
 
 
-PROCESS_FIXTURES = {"ray_start_4_cpus", "s3"}
+PROCESS_FIXTURES = {"ray_start_4_cpus", "private_ray", "s3"}
 """Fixtures that start processes: tests that use one have the marker `ray`."""
 
 _PROCESS_EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"}

@@ -1,4 +1,4 @@
-"""Rows `input` and `input-cached`: JPEG files to the normalised views of four peers, on one core.
+"""Rows `input` and `input-cached`: JPEG files to the standardized views of four peers, on one core.
 
     echo 4 | PYTHONPATH=experiments python -m benchmarks.images FOLDER CACHE fresh
 
@@ -26,7 +26,7 @@ from benchmarks.worker import Worker, serve
 from ray_dmml.data.augmentations import training_view
 from ray_dmml.data.cache import through_cache
 from ray_dmml.data.dataset import FileImages, ImageSet
-from ray_dmml.models.embedding_net import normalised
+from ray_dmml.models.embedding_net import standardize
 from ray_dmml.ray_backend.process import tune_malloc
 
 NUM_PEERS, NUM_IMAGES, SIDE = 4, 64, 500
@@ -72,15 +72,15 @@ class Input:
     def __init__(self, paths: list[Path], cache: Path) -> None:
         files = FileImages(paths[0].parent, [path.name for path in paths], DECODE_SIZE)
         images = ImageSet(files, np.zeros(len(paths), np.int64), ("all",))
-        (images,) = through_cache([images], cache, LIMIT_BYTES, print)
+        (images,) = through_cache([images], cache, LIMIT_BYTES)
         self._source = images.source
         self._view = training_view("standard", INPUT_SIZE, DECODE_SIZE, "the peer")
         self._mean, self._std = (255 * torch.tensor(values).reshape(1, 3, 1, 1) for values in (MEAN, STD))
 
     def batch(self) -> Tensor:
-        """(B, 3, 224, 224) float32, normalised as the net does it."""
+        """(B, 3, 224, 224) float32, standardized as the net does it."""
         decoded = torch.stack([self._source.read(i) for i in range(len(self._source))])
-        return normalised(self._view(decoded), self._mean, self._std)
+        return standardize(self._view(decoded), self._mean, self._std)
 
 
 def main(folder: str, cache: str, which: str) -> None:

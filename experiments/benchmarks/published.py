@@ -82,7 +82,7 @@ def published(settings: Settings) -> list[dict[str, Any]]:
             for number in range(STEPS):
                 step[option].append(seconds(peer, STEPS * (1 + turn) + number))
                 began = time.perf_counter()
-                peer._augment(peer.view, images)  # the view alone, once more
+                peer.view(images.to(device))  # the view alone, once more
                 torch.cuda.synchronize()
                 view[option].append(time.perf_counter() - began)
     return [
