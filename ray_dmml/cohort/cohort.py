@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ray_dmml.checkpoint.store import PeerFiles
-    from ray_dmml.config.schema import Config
-    from ray_dmml.data.dataset import Splits
     from ray_dmml.errors import PeerLostError
 
 StepRow = dict[str, dict[str, float]]
@@ -48,13 +46,9 @@ class Cohort(Protocol):
     """Seconds that each peer has waited for embeddings of the others."""
 
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
-        """Trains steps ``start .. stop - 1``.
+        """Trains steps ``start .. stop - 1``; calls ``on_step`` with the number of steps that every peer has finished.
 
-        Args:
-            on_step: called with the number of steps that every peer has finished.
-
-        Raises:
-            PeerLostError: a peer is gone; :meth:`recover` comes next.
+        Raises PeerLostError if a peer is gone; :meth:`recover` comes next.
         """
         ...
 
@@ -75,13 +69,8 @@ class Cohort(Protocol):
         ...
 
     def recover(self, failure: PeerLostError, *, drop: bool = False) -> None:
-        """Starts new peers in the places of the lost ones, or goes on without them. All peers must be given
-        a state next.
-
-        Args:
-            failure: what :meth:`run`, or another method, raised.
-            drop: go on without the lost peers.
-        """
+        """Starts new peers in the places of those that ``failure`` names, or goes on without them. All peers must be
+        given a state next."""
         ...
 
     def close(self) -> None:
@@ -89,9 +78,6 @@ class Cohort(Protocol):
         ...
 
 
-class CohortFactory(Protocol):
-    """Builds a cohort; both cohort classes are one."""
-
-    def __call__(self, config: Config, splits: Splits, *, initial_weights: bool = True) -> Cohort:
-        """Builds the peers. ``initial_weights=False`` leaves these unread, because a state is loaded next."""
-        ...
+CohortFactory = Callable[..., Cohort]
+"""``factory(config, splits, initial_weights=True)`` builds a cohort; both cohort classes are one. False leaves the
+initial weights unread, because a state is loaded next."""

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from ray_dmml.config.schema import Config
-from ray_dmml.loggers.logger import LatestTerms, Logger
+from ray_dmml.loggers.logger import Logger, learned_terms
 
 TERMS = ("loss", "metric", "distance", "angle")
 
@@ -63,7 +63,7 @@ class LinesLogger(Logger):
 
     def __init__(self, console: Console, config: Config) -> None:
         self._console, self._num_steps = console, config.train.steps
-        self._latest = LatestTerms()
+        self._latest: dict[str, Mapping[str, float]] = {}
 
     def print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -73,11 +73,11 @@ class LinesLogger(Logger):
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         if "peers" in metrics:
-            self._latest.update(metrics["peers"])
+            self._latest |= learned_terms(metrics["peers"])
         if "images_per_second" in metrics:
             peers = (
                 f"{name} " + " ".join(f"{term} {terms[term]:.4f}" for term in TERMS if term in terms)
-                for name, terms in self._latest.by_peer.items()
+                for name, terms in self._latest.items()
             )
             rate = f"{metrics['images_per_second']:.1f} images/s"
             self.print("  ".join([f"step {step}/{self._num_steps}", *peers, rate]))
@@ -112,7 +112,7 @@ class LiveLogger(LinesLogger):
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         if "peers" in metrics:
-            self._latest.update(metrics["peers"])
+            self._latest |= learned_terms(metrics["peers"])
         if "images_per_second" in metrics:
             self._bar.update(self._task, rate=f"{metrics['images_per_second']:.0f} images/s")
         for split, shown in (("untrained", "untrained"), ("validation", f"validation, step {step}")):
@@ -141,7 +141,7 @@ class LiveLogger(LinesLogger):
         for heading in (*TERMS, self._evaluated):
             table.add_column(heading, justify="right")
         for name in self._names:
-            terms = self._latest.by_peer.get(name, {})
+            terms = self._latest.get(name, {})
             table.add_row(name, *(f"{terms[t]:.4f}" if t in terms else "-" for t in TERMS), self._percent(name))
         if len(self._names) > 1:
             table.add_row("ensemble", *([""] * len(TERMS)), self._percent("ensemble"))

@@ -60,14 +60,6 @@ class Loggers(Logger):
             logger.close()
 
 
-class LatestTerms:
-    """The latest loss terms of each peer. A peer in ``skip`` mode has none at most steps."""
-
-    def __init__(self) -> None:
-        self.by_peer: dict[str, dict[str, float]] = {}
-
-    def update(self, row: Mapping[str, Mapping[str, float]]) -> None:
-        """Takes the row of one step."""
-        for name, terms in row.items():
-            if "loss" in terms:
-                self.by_peer[name] = dict(terms)
+def learned_terms(row: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """The peers of a step that learned from it. A peer in ``skip`` mode has no terms at most steps."""
+    return {name: terms for name, terms in row.items() if "loss" in terms}

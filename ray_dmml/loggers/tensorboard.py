@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from ray_dmml.loggers.logger import LatestTerms, Logger
+from ray_dmml.loggers.logger import Logger, learned_terms
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +34,13 @@ class TensorBoardLogger(Logger):
         self._writer: EventsWriter | None = None
         self._num_files = 0
         self._has_warned = False
-        self._latest = LatestTerms()
+        self._latest: dict[str, Mapping[str, float]] = {}
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         if "peers" in metrics:
-            self._latest.update(metrics["peers"])
+            self._latest |= learned_terms(metrics["peers"])
         if "images_per_second" in metrics:
-            scalars = {
-                f"{term}/{peer}": value for peer, terms in self._latest.by_peer.items() for term, value in terms.items()
-            }
+            scalars = {f"{term}/{peer}": value for peer, terms in self._latest.items() for term, value in terms.items()}
             self._write(step, {**scalars, "images_per_second": metrics["images_per_second"]})
         if "validation" in metrics:
             figures = metrics["validation"]
