@@ -464,6 +464,6 @@ def test_a_host_that_is_cut_off(hosts: Hosts, image_folder: Path, local_results:
         hosts.cut(3, off=False)
         run.kill()
     assert run.returncode == 0, output
-    assert "10.77.0.13" in output and "all go back from step" in output, output
+    assert "10.77.0.13" in output and "all peers go back from step" in output, output
     assert results_of(out) == local_results, output
     hosts.wait_for(lambda: hosts.num_nodes() == 3)
