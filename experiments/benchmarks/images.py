@@ -72,7 +72,7 @@ class Input:
     def __init__(self, paths: list[Path], cache: Path) -> None:
         files = FileImages(paths[0].parent, [path.name for path in paths], DECODE_SIZE)
         images = ImageSet(files, np.zeros(len(paths), np.int64), ("all",))
-        (images,) = through_cache([images], cache, LIMIT_BYTES, print)
+        (images,) = through_cache([images], cache, LIMIT_BYTES)
         self._source = images.source
         self._view = training_view("standard", INPUT_SIZE, DECODE_SIZE, "the peer")
         self._mean, self._std = (255 * torch.tensor(values).reshape(1, 3, 1, 1) for values in (MEAN, STD))

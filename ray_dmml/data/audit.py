@@ -11,15 +11,17 @@ pairs of 60,000 images are one matrix product of a minute or two.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from ray_dmml.config.schema import DataConfig
@@ -28,25 +30,16 @@ from ray_dmml.data.dataset import BadImageError, ImageSet
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.decoding import printable
 
-NEAR = 0.98
-"""The least cosine of the thumbnails of near duplicates."""
-
+NEAR = 0.98  # the least cosine of the thumbnails of near duplicates
 NEIGHBOURS = 8
 SIDE = 16
-_FLAT = 2.0  # grey levels: thumbnails that vary less show nothing, and resemble no other
-
-SHOWN = 3
-"""Findings of a kind that are printed; the JSON has all."""
-
-_BAR = 40
-
-Watch = Callable[[int, int], None]
+FLAT = 2.0  # grey levels: thumbnails that vary less show nothing, and resemble no other
+SHOWN = 3  # findings of a kind that are printed; the JSON has all
+BAR = 40
 
 
 @dataclass(frozen=True)
 class Member:
-    """An image of a group."""
-
     name: str
     label: str
     split: str
@@ -54,11 +47,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Images that are duplicates, each of at least one other of the group."""
+    """Images that are duplicates (exact or near), each of at least one other of the group."""
 
     members: tuple[Member, ...]
     exact: bool
-    """Exact duplicates; else near ones."""
 
     @property
     def in_two_classes(self) -> bool:
@@ -72,45 +64,28 @@ class Group:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The findings of an audit."""
+    """The findings of an audit.
+
+    Attributes:
+        splits: (images, classes) of train, validation (if there is one) and test.
+        unreadable: (name, reason) of each image that cannot be read.
+        groups: duplicates, the exact ones first.
+        images_per_class: K, the images of each class in a batch.
+        small_classes: (class, images) of each class of train or validation with fewer than K.
+        class_sizes: images of each class of all splits, ascending.
+    """
 
     splits: dict[str, tuple[int, int]]
-    """(images, classes) of train, validation (if there is one) and test."""
-
     unreadable: tuple[tuple[str, str], ...]
-    """(name, reason) of each image that cannot be read."""
-
     groups: tuple[Group, ...]
-    """Duplicates, the exact ones first."""
-
     images_per_class: int
-    """K: a batch has so many images of each class."""
-
     small_classes: tuple[tuple[str, int], ...]
-    """(class, images) of each class of train or validation with fewer than K."""
-
     class_sizes: tuple[int, ...]
-    """Images of each class of all splits, ascending."""
-
-    @property
-    def exact(self) -> list[Group]:
-        return [group for group in self.groups if group.exact]
-
-    @property
-    def near(self) -> list[Group]:
-        return [group for group in self.groups if not group.exact]
-
-    @property
-    def in_two_classes(self) -> list[Group]:
-        return [group for group in self.groups if group.in_two_classes]
-
-    @property
-    def in_train_and_test(self) -> list[Group]:
-        return [group for group in self.groups if group.in_train_and_test]
 
     def is_clean(self) -> bool:
         """Nothing needs repair. Near duplicates within a class are no fault: photos of one object."""
-        return not (self.unreadable or self.exact or self.in_two_classes or self.small_classes)
+        duplicates = any(group.exact or group.in_two_classes for group in self.groups)
+        return not (self.unreadable or duplicates or self.small_classes)
 
     def to_json(self) -> dict[str, Any]:
         """All findings, with every name, as JSON has them."""
@@ -135,7 +110,7 @@ class AuditReport:
         }
 
 
-def audit(config: DataConfig, watch: Watch | None = None) -> AuditReport:
+def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -> AuditReport:
     """Decodes every image once (into the cache of decoded images, if there is one).
 
     Args:
@@ -148,29 +123,36 @@ def audit(config: DataConfig, watch: Watch | None = None) -> AuditReport:
     loaded = load_splits(config, check=False)
     sets = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
     splits = {split: images for split, images in sets.items() if images is not None}
-    members: list[Member] = []
-    fingerprints: list[bytes] = []
-    thumbnails: list[np.ndarray] = []
+    images_of: dict[bytes, list[Member]] = {}
+    thumbnails: dict[bytes, np.ndarray] = {}
     unreadable: list[tuple[str, str]] = []
-    total = sum(map(len, splits.values()))
+    done, total = 0, sum(map(len, splits.values()))
     with ThreadPoolExecutor(num_cores()) as pool:
         for split, images in splits.items():
-            for index, result in enumerate(_examine(pool, images)):
-                name = images.source.name(index)
-                if isinstance(result, str):
-                    unreadable.append((name, result))
-                else:
-                    label = images.class_names[images.labels[index]]
-                    members.append(Member(name, label, split))
-                    fingerprints.append(result[0])
-                    thumbnails.append(result[1])
-                if watch is not None:
-                    watch(len(members) + len(unreadable), total)
+            for start in range(0, len(images), 1024):  # so that not all are submitted at once
+                chunk = range(start, min(start + 1024, len(images)))
+                for index, result in zip(chunk, pool.map(partial(_examine, images), chunk), strict=True):
+                    name = images.source.name(index)
+                    if isinstance(result, str):
+                        unreadable.append((name, result))
+                    else:
+                        fingerprint, thumbnails[fingerprint] = result
+                        label = images.class_names[images.labels[index]]
+                        images_of.setdefault(fingerprint, []).append(Member(name, label, split))
+                    done += 1
+                    if watch is not None:
+                        watch(done, total)
     sizes = {split: np.bincount(images.labels).tolist() for split, images in splits.items()}
+    copies = list(images_of.values())
+    near = _similar(np.stack(list(thumbnails.values()))) if len(copies) > 1 else []
     return AuditReport(
         splits={split: (len(images), images.num_classes) for split, images in splits.items()},
         unreadable=tuple(unreadable),
-        groups=tuple(_groups(members, fingerprints, thumbnails)),
+        groups=(
+            *(Group(tuple(members), exact=True) for members in copies if len(members) > 1),
+            # One of each is compared: a thousand copies of an image must not hide what else resembles it.
+            *(Group(tuple(member for i in group for member in copies[i]), exact=False) for group in near),
+        ),
         images_per_class=config.images_per_class,
         small_classes=tuple(
             (label, size)
@@ -183,18 +165,13 @@ def audit(config: DataConfig, watch: Watch | None = None) -> AuditReport:
     )
 
 
-def _examine(pool: ThreadPoolExecutor, images: ImageSet) -> Iterator[tuple[bytes, np.ndarray] | str]:
-    """(SHA-256 of the pixels, thumbnail) of each image, or why it cannot be read."""
-
-    def examine(index: int) -> tuple[bytes, np.ndarray] | str:
-        try:
-            image = images.source.read(index)
-        except BadImageError as error:
-            return str(error)
-        return hashlib.sha256(image.numpy().data).digest(), thumbnail(image)
-
-    for start in range(0, len(images), 1024):  # so that not all are submitted at once
-        yield from pool.map(examine, range(start, min(start + 1024, len(images))))
+def _examine(images: ImageSet, index: int) -> tuple[bytes, np.ndarray] | str:
+    """(SHA-256 of the pixels, thumbnail) of an image, or why it cannot be read."""
+    try:
+        image = images.source.read(index)
+    except BadImageError as error:
+        return str(error)
+    return hashlib.sha256(image.numpy().data).digest(), thumbnail(image)
 
 
 def thumbnail(image: Tensor) -> np.ndarray:
@@ -202,25 +179,7 @@ def thumbnail(image: Tensor) -> np.ndarray:
     small = torch.nn.functional.interpolate(image[None].float(), (SIDE, SIDE), mode="area")
     vector: np.ndarray = small.numpy().ravel()
     vector = vector - vector.mean()
-    return vector / max(float(np.linalg.norm(vector)), _FLAT * vector.size**0.5)
-
-
-def _groups(
-    members: Sequence[Member], fingerprints: Sequence[bytes], thumbnails: Sequence[np.ndarray]
-) -> Iterator[Group]:
-    """Exact groups, then near ones of at least two different images."""
-    by_fingerprint: dict[bytes, list[int]] = {}
-    for index, fingerprint in enumerate(fingerprints):
-        by_fingerprint.setdefault(fingerprint, []).append(index)
-    copies = list(by_fingerprint.values())
-    for indices in copies:
-        if len(indices) > 1:
-            yield Group(tuple(members[i] for i in indices), exact=True)
-    if len(copies) < 2:
-        return
-    # One of each: a thousand copies of an image must not hide what else resembles it.
-    for near in _similar(np.stack([thumbnails[indices[0]] for indices in copies])):
-        yield Group(tuple(members[i] for part in near for i in copies[part]), exact=False)
+    return vector / max(float(np.linalg.norm(vector)), FLAT * vector.size**0.5)
 
 
 def _similar(vectors: np.ndarray) -> Iterable[list[int]]:
@@ -244,57 +203,49 @@ def _similar(vectors: np.ndarray) -> Iterable[list[int]]:
 
 def print_report(report: AuditReport, console: Console) -> None:
     """Prints sizes, findings, and a histogram of the classes' sizes within 80 columns."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("split", "images", "classes"):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
+    table = Table(
+        "split", Column("images", justify="right"), Column("classes", justify="right"), box=None, pad_edge=False
+    )
     for split, (images, classes) in report.splits.items():
         table.add_row(split, str(images), str(classes))
     console.print(table)
-    messages = [message for _, message in report.unreadable]
+    out = partial(console.print, highlight=False, markup=False)
+    exact = [group for group in report.groups if group.exact]
+    near = [group for group in report.groups if not group.exact]
+    in_two_classes = [group for group in report.groups if group.in_two_classes]
+    in_train_and_test = [group for group in report.groups if group.in_train_and_test]
     small = [f"{printable(label)}: {images}" for label, images in report.small_classes]
-    few = f"training classes of fewer than {report.images_per_class} images"
     for title, lines, unit in (
-        ("unreadable images", messages, ""),
-        ("exact duplicates", list(map(_describe, report.exact)), "groups"),
-        ("near duplicates", list(map(_describe, report.near)), "groups"),
-        ("one image under two labels", list(map(_describe, report.in_two_classes)), "groups"),
-        ("one image in train and test", list(map(_describe, report.in_train_and_test)), "groups"),
-        (few, small, ""),
+        ("unreadable images", [message for _, message in report.unreadable], ""),
+        ("exact duplicates", list(map(_describe, exact)), " groups"),
+        ("near duplicates", list(map(_describe, near)), " groups"),
+        ("one image under two labels", list(map(_describe, in_two_classes)), " groups"),
+        ("one image in train and test", list(map(_describe, in_train_and_test)), " groups"),
+        (f"training classes of fewer than {report.images_per_class} images", small, ""),
     ):
-        count = f"{len(lines)} {unit}".strip() if lines else "none"
-        _print(console, f"\n{title}: {count}")
+        out(f"\n{title}: " + (f"{len(lines)}{unit}" if lines else "none"))
         for line in lines[:SHOWN]:
-            _print(console, f"  {line}")
+            out(f"  {line}")
         if len(lines) > SHOWN:
-            _print(console, f"  ... and {len(lines) - SHOWN} more")
-    _print(console, "\nclasses by number of images")
+            out(f"  ... and {len(lines) - SHOWN} more")
+    out("\nclasses by number of images")
     for line in histogram(report.class_sizes):
-        _print(console, f"  {line}")
-    _print(console, "\nno problems" if report.is_clean() else "\nthere are problems to repair")
+        out(f"  {line}")
+    out("\nno problems" if report.is_clean() else "\nthere are problems to repair")
 
 
 def histogram(sizes: Iterable[int]) -> list[str]:
     """A line for each power of two: 1, 2-3, 4-7, and so on."""
-    counts: dict[int, int] = {}
-    for size in sizes:
-        power = size.bit_length() - 1
-        counts[power] = counts.get(power, 0) + 1
+    counts = Counter(size.bit_length() - 1 for size in sizes)
     lines = []
     for power in range(min(counts), max(counts) + 1):
         low, high = 2**power, 2 ** (power + 1) - 1
-        count = counts.get(power, 0)
-        bar = "#" * -(-_BAR * count // max(counts.values()))
-        lines.append(f"{low if low == high else f'{low}-{high}':>13}  {count:>7}  {bar}".rstrip())
+        bar = "#" * -(-BAR * counts[power] // max(counts.values()))
+        lines.append(f"{low if low == high else f'{low}-{high}':>13}  {counts[power]:>7}  {bar}".rstrip())
     return lines
 
 
 def _describe(group: Group) -> str:
-    lines = [
-        f"{printable(member.name)} ({printable(member.label)}, {member.split})" for member in group.members[:SHOWN]
-    ]
+    lines = [f"{printable(image.name)} ({printable(image.label)}, {image.split})" for image in group.members[:SHOWN]]
     more = len(group.members) - SHOWN
     return "\n    = ".join(lines) + (f"\n    and {more} more" if more > 0 else "")
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False)

@@ -73,13 +73,13 @@ def test_exact_duplicates(root: Path) -> None:
     scene(1).save(root / "c1" / "copy.bmp")
     scene(2).save(root / "c5" / "copy.png", compress_level=0)
     report = audit(settings(root))
-    groups = {tuple(names(group)): group for group in report.exact}
+    groups = {tuple(names(group)): group for group in report.groups}
     assert set(groups) == {
         ("c0/0.png", "c0/copy.png"), ("c0/1.png", "c1/copy.bmp"), ("c0/2.png", "c5/copy.png"),
     }  # fmt: skip
     kinds = [(group.in_two_classes, group.in_train_and_test) for group in groups.values()]
     assert sorted(kinds) == [(False, False), (True, False), (True, True)]
-    assert not report.near and not report.is_clean() and check(root).exit_code == 1
+    assert all(group.exact for group in report.groups) and not report.is_clean() and check(root).exit_code == 1
 
 
 @pytest.mark.parametrize("how", ["saved again", "half as large", "brighter"])
@@ -110,8 +110,7 @@ def test_many_copies_hide_nothing(root: Path) -> None:
         scene(0).save(root / "c0" / f"copy{number:02d}.png")
     scene(0).save(root / "c7" / "near.jpg")
     report = audit(settings(root))
-    assert [len(group.members) for group in report.exact] == [21]
-    assert [len(group.members) for group in report.near] == [22]
+    assert [(group.exact, len(group.members)) for group in report.groups] == [(True, 21), (False, 22)]
 
 
 def test_flat_images_are_not_alike(root: Path) -> None:
