@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.cores import num_cores
-from ray_dmml.data.dataset import BadImageError, ImageSet
+from ray_dmml.data.dataset import BadImageError
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.decoding import printable
 
@@ -123,25 +123,34 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
     loaded = load_splits(config, check=False)
     sets = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
     splits = {split: images for split, images in sets.items() if images is not None}
+    places = [(split, index) for split, images in splits.items() for index in range(len(images))]
     images_of: dict[bytes, list[Member]] = {}
     thumbnails: dict[bytes, np.ndarray] = {}
     unreadable: list[tuple[str, str]] = []
-    done, total = 0, sum(map(len, splits.values()))
+
+    def examine(place: tuple[str, int]) -> tuple[bytes, np.ndarray] | str:
+        """(SHA-256 of the pixels, thumbnail) of an image, or why it cannot be read."""
+        try:
+            image = splits[place[0]].source.read(place[1])
+        except BadImageError as error:
+            return str(error)
+        return hashlib.sha256(image.numpy().data).digest(), thumbnail(image)
+
     with ThreadPoolExecutor(num_cores()) as pool:
-        for split, images in splits.items():
-            for start in range(0, len(images), 1024):  # so that not all are submitted at once
-                chunk = range(start, min(start + 1024, len(images)))
-                for index, result in zip(chunk, pool.map(partial(_examine, images), chunk), strict=True):
-                    name = images.source.name(index)
-                    if isinstance(result, str):
-                        unreadable.append((name, result))
-                    else:
-                        fingerprint, thumbnails[fingerprint] = result
-                        label = images.class_names[images.labels[index]]
-                        images_of.setdefault(fingerprint, []).append(Member(name, label, split))
-                    done += 1
-                    if watch is not None:
-                        watch(done, total)
+        chunks = (places[start : start + 1024] for start in range(0, len(places), 1024))
+        results = (result for chunk in chunks for result in pool.map(examine, chunk))  # not all at once
+        for done, ((split, index), result) in enumerate(zip(places, results, strict=True), start=1):
+            images = splits[split]
+            name = images.source.name(index)
+            if isinstance(result, str):
+                unreadable.append((name, result))
+            else:
+                fingerprint, small = result
+                thumbnails[fingerprint] = small
+                member = Member(name, images.class_names[images.labels[index]], split)
+                images_of.setdefault(fingerprint, []).append(member)
+            if watch is not None:
+                watch(done, len(places))
     sizes = {split: np.bincount(images.labels).tolist() for split, images in splits.items()}
     copies = list(images_of.values())
     near = _similar(np.stack(list(thumbnails.values()))) if len(copies) > 1 else []
@@ -163,15 +172,6 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
         ),
         class_sizes=tuple(sorted(size for part in sizes.values() for size in part)),
     )
-
-
-def _examine(images: ImageSet, index: int) -> tuple[bytes, np.ndarray] | str:
-    """(SHA-256 of the pixels, thumbnail) of an image, or why it cannot be read."""
-    try:
-        image = images.source.read(index)
-    except BadImageError as error:
-        return str(error)
-    return hashlib.sha256(image.numpy().data).digest(), thumbnail(image)
 
 
 def thumbnail(image: Tensor) -> np.ndarray:
