@@ -10,16 +10,15 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from pyarrow import fs
 
 CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S = 10, 30
-"""Limits of one attempt; S3 makes three. A Google server that accepts a request and falls silent fails
-after two minutes, because pyarrow does not pass a timeout to its client."""
+"""Limits of one attempt; S3 makes three. A Google server that accepts a request and falls silent fails after two
+minutes, because pyarrow does not pass a timeout to its client."""
 
 
 def open_uri(uri: str, *, make: bool = True) -> tuple[fs.FileSystem, str]:
     """Returns the file system and the folder in it.
 
     Args:
-        uri: a folder, ``file://``, ``s3://bucket/folder`` or ``gs://bucket/folder``, with options as
-            a query.
+        uri: a folder, ``file://``, ``s3://bucket/folder`` or ``gs://bucket/folder``, with options as a query.
         make: create a folder of this machine that does not exist.
 
     Raises:
@@ -70,8 +69,8 @@ def reason(error: Exception) -> str:
 def without_secrets(text: str) -> str:
     """The text with each URI stripped of user name, password and query.
 
-    Secrets of AWS contain slashes, and not everybody escapes them, so everything up to the last @ is
-    removed. If that is behind a question mark, a secret looks like a query, and nothing is shown.
+    Secrets of AWS contain slashes, and not everybody escapes them, so everything up to the last @ is removed. If that
+    is behind a question mark, a secret looks like a query, and nothing is shown.
     """
     return re.sub(r"(\w*:)?//(\S*)", _strip, text)
 

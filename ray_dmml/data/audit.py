@@ -1,11 +1,10 @@
 """Audits a data set before a long run: unreadable and duplicate images, and small classes.
 
-Two images are exact duplicates if their decoded squares are equal to the bit (SHA-256); equal files
-always are. They are near duplicates if their 16 x 16 colour thumbnails, each minus its mean, have a
-cosine of at least 0.98. A copy that was saved again, scaled or brightened has that (0.995 and above
-on photos), and so have two photos of one scene moments apart. A copy cut by 4 % or turned grey has
-not. Only the 8 most similar others of each image are compared, which bounds time and memory: all
-pairs of 60,000 images are one matrix product of a minute or two.
+Two images are exact duplicates if their decoded squares are equal to the bit (SHA-256); equal files always are. They
+are near duplicates if their 16 x 16 colour thumbnails, each minus its mean, have a cosine of at least 0.98. A copy that
+was saved again, scaled or brightened has that (0.995 and above on photos), and so have two photos of one scene moments
+apart. A copy cut by 4 % or turned grey has not. Only the 8 most similar others of each image are compared, which bounds
+time and memory: all pairs of 60,000 images are one matrix product of a minute or two.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Views of images: the augmentation of a peer, or the resize and crop of evaluation.
 
-A view takes decoded uint8 images (3, S, S) and gives uint8 images (3, H, H). The net normalises them
-by the mean and standard deviation of its backbone. All random numbers come from torch's global
-generator, which the peer seeds for each batch.
+A view takes decoded uint8 images (3, S, S) and gives uint8 images (3, H, H). The net normalises them by the mean and
+standard deviation of its backbone. All random numbers come from torch's global generator, which the peer seeds for each
+batch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _ON_ANY_DEVICE = {
     *("RandomGrayscale", "RandomHorizontalFlip", "RandomPerspective", "RandomResizedCrop", "RandomRotation"),
     *("RandomVerticalFlip", "Resize"),
 }
-"""Transforms that take tensors and draw their parameters on the CPU, so that they draw the same on any
-device (except RandomErasing with random pixels). Others may need Pillow's images, or the CPU."""
+"""Transforms that take tensors and draw their parameters on the CPU, so that they draw the same on any device (except
+RandomErasing with random pixels). Others may need Pillow's images, or the CPU."""
 
 
 def _preset(name: str, size: int) -> list[Transform]:
@@ -100,8 +100,8 @@ class View:
 def training_view(
     config: str | Sequence[Transform], size: int, decode_size: int, owner: str, device: torch.device = CPU
 ) -> View:
-    """The augmentation named or listed in the config, computed on ``device`` if all of its
-    transforms can be, else on the CPU.
+    """The augmentation named or listed in the config, computed on ``device`` if all of its transforms can be, else on
+    the CPU.
 
     Raises:
         UserError: a transform is unknown (with the nearest known name) or refuses its arguments.

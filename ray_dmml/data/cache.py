@@ -5,14 +5,14 @@ The file has a header and one record an image, in the order of the images' names
     header: magic, SHA-256 of the images' paths and decoders, zeros to HEADER_BYTES
     record: crc32 of the pixels | stamp of the image's file | uint8 pixels (3, S, S) | zeros
 
-Whichever process decodes an image first writes its record; two that decode the same image write the
-same bytes. A reader trusts a record only if its checksum is right (at every read) and its stamp is
-that of the image's file (at the first read of each process). It decodes other images again. Records
-are read and written without a memory map, which would kill the process where the file is cut short
-or the disk is full. The kernel shares the pages of a file between processes in either case.
+Whichever process decodes an image first writes its record; two that decode the same image write the same bytes. A
+reader trusts a record only if its checksum is right (at every read) and its stamp is that of the image's file (at the
+first read of each process). It decodes other images again. Records are read and written without a memory map, which
+would kill the process where the file is cut short or the disk is full. The kernel shares the pages of a file between
+processes in either case.
 
-A process holds a shared lock on each cache file that it has open, so that no other process removes
-the file to make room. It holds the lock of the folder while it opens or creates one.
+A process holds a shared lock on each cache file that it has open, so that no other process removes the file to make
+room. It holds the lock of the folder while it opens or creates one.
 """
 
 from __future__ import annotations
@@ -176,9 +176,8 @@ def through_cache(sets: Sequence[ImageSet], folder: Path | None, limit_bytes: in
 def open_cache(sources: Sequence[FileImages], folder: Path, limit_bytes: int) -> ImageCache:
     """Opens the cache file of these images, and creates it where needed.
 
-    Its name depends on the images and their decoders, but not on the splits, so that every run on
-    the images uses the same file. Other files that are not in use are removed, the longest unused
-    first, until it fits within the limit.
+    Its name depends on the images and their decoders, but not on the splits, so that every run on the images uses the
+    same file. Other files that are not in use are removed, the longest unused first, until it fits within the limit.
 
     Raises:
         OSError: it does not fit, or the disk fails.

@@ -18,8 +18,8 @@ from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 
 Stamp = tuple[int, int]
-"""Size and time of change of an image's file. Another stamp means another content. The time is the
-file system's own (ctime), because archives and copies set the other one back."""
+"""Size and time of change of an image's file. Another stamp means another content. The time is the file system's own
+(ctime), because archives and copies set the other one back."""
 
 
 class BadImageError(UserError):
@@ -52,8 +52,8 @@ class FileImages:
         root: the folder.
         paths: the files, relative to it.
         decode_size: S, in pixels.
-        resize: ``stretch`` resizes both sides to S. ``center_crop`` resizes the shorter side to S
-            and cuts out the middle.
+        resize: ``stretch`` resizes both sides to S. ``center_crop`` resizes the shorter side to S and cuts out the
+            middle.
     """
 
     def __init__(self, root: Path, paths: Iterable[str], decode_size: int, resize: Resize = "stretch") -> None:
@@ -141,8 +141,8 @@ class ImageSet:
     def subset(self, indices: np.ndarray | Sequence[int]) -> ImageSet:
         """The images at these indices (each at most once), in this order.
 
-        Classes without an image are dropped, and the others are renumbered in their old order.
-        Images that are not in the subset also leave query and gallery.
+        Classes without an image are dropped, and the others are renumbered in their old order. Images that are not in
+        the subset also leave query and gallery.
         """
         indices = np.asarray(indices, dtype=np.int64)
         kept, labels = np.unique(self.labels[indices], return_inverse=True)
@@ -165,8 +165,8 @@ class ImageSet:
 class Splits:
     """A data set split by class: no class is in two of the three.
 
-    ``validation`` are training classes held out to choose checkpoints and settings; None: none are.
-    ``skipped`` are the names of unreadable images that were left out.
+    ``validation`` are training classes held out to choose checkpoints and settings; None: none are. ``skipped`` are the
+    names of unreadable images that were left out.
     """
 
     train: ImageSet
@@ -187,8 +187,8 @@ class Splits:
 def hold_out_classes(images: ImageSet, fraction: float, seed: int, fold: int = 0) -> tuple[ImageSet, ImageSet | None]:
     """Splits a set by class into (the rest, held-out classes); fraction 0 holds out none.
 
-    ``seed`` shuffles the classes, and the first ``round(fraction * C)`` are held out, but at least
-    2: any embedding retrieves a single class perfectly. Each further ``fold`` takes the next ones.
+    ``seed`` shuffles the classes, and the first ``round(fraction * C)`` are held out, but at least 2: any embedding
+    retrieves a single class perfectly. Each further ``fold`` takes the next ones.
 
     Raises:
         UserError: fewer than 2 held-out classes have 2 images, or fewer than 2 classes are left.

@@ -37,8 +37,8 @@ _MAX_ASPECT_RATIO = 16
 def decode(path: Path) -> Tensor:
     """Decodes an image file to uint8 (3, H, W), upright according to its EXIF orientation.
 
-    The content decides the format, not the suffix. The first frame of an animation is decoded. The
-    size in the file's header is checked before memory is reserved for the pixels.
+    The content decides the format, not the suffix. The first frame of an animation is decoded. The size in the file's
+    header is checked before memory is reserved for the pixels.
 
     Raises:
         OSError: the file is missing, empty, too large, or not an image.

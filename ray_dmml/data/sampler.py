@@ -17,15 +17,14 @@ Batch = dict[int, np.ndarray]  # class: the indices of its images in the batch
 class ClassBalancedSampler:
     """Batches of P classes x K images in which every image of an epoch appears at least once.
 
-    The images of each class are shuffled and cut into groups of K. Further images of the class
-    complete the last group. A class with fewer than K images is one short group. The groups are
-    dealt to the batches of the epoch so that no batch gets two of one class, and further images
-    fill the batches that are not full. So every batch has exactly P x K different images of at
-    least P classes, and the images of a class are side by side.
+    The images of each class are shuffled and cut into groups of K. Further images of the class complete the last group.
+    A class with fewer than K images is one short group. The groups are dealt to the batches of the epoch so that no
+    batch gets two of one class, and further images fill the batches that are not full. So every batch has exactly P x K
+    different images of at least P classes, and the images of a class are side by side.
 
-    The images that complete groups and batches appear twice in an epoch. An epoch has at least as
-    many batches as the largest class has groups. In a very imbalanced set that class is therefore
-    in every batch, and the images of small classes appear many times.
+    The images that complete groups and batches appear twice in an epoch. An epoch has at least as many batches as the
+    largest class has groups. In a very imbalanced set that class is therefore in every batch, and the images of small
+    classes appear many times.
 
     Args:
         labels: (N,) integer class of each image.
@@ -34,8 +33,7 @@ class ClassBalancedSampler:
         seed: determines the permutations of the epochs.
 
     Raises:
-        UserError: there are fewer classes than P, fewer images than P x K, or no class has two
-            images.
+        UserError: there are fewer classes than P, fewer images than P x K, or no class has two images.
     """
 
     def __init__(self, labels: np.ndarray, classes_per_batch: int, images_per_class: int, seed: int) -> None:
@@ -134,8 +132,8 @@ class ClassBalancedSampler:
     def _fill(self, batches: list[Batch], images: Images, rng: np.random.Generator) -> None:
         """Fills every batch to P x K images: with further classes, then with more of its own.
 
-        Classes are taken in turn, those with a positive pair first. If one image is missing, it is
-        of a class in the batch, so that it has positives.
+        Classes are taken in turn, those with a positive pair first. If one image is missing, it is of a class in the
+        batch, so that it has positives.
         """
         order = rng.permutation(len(images)).tolist()
         turns = [

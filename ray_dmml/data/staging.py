@@ -1,9 +1,8 @@
 """Copies the images from a folder or bucket to each node: once, verified, and shared by all runs.
 
-The first process to come holds the folder's lock and copies what is missing, and the others wait. A
-file gets its name when it is complete, so an interrupted copy continues where it was. A run trusts a
-finished copy. `ray-dmml data fetch` compares it with the source again: it copies what is missing or
-differs in size or digest, and removes nothing.
+The first process to come holds the folder's lock and copies what is missing, and the others wait. A file gets its name
+when it is complete, so an interrupted copy continues where it was. A run trusts a finished copy. `ray-dmml data fetch`
+compares it with the source again: it copies what is missing or differs in size or digest, and removes nothing.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from ray_dmml.data.cache import default_folder
 from ray_dmml.errors import UserError
 
 DIGESTS = "SHA256SUMS"
-"""A file of the source, as `sha256sum` writes it. Files that it lists are verified by content, all
-others by size."""
+"""A file of the source, as `sha256sum` writes it. Files that it lists are verified by content, all others by size."""
 
 MARK = ".fetched.json"  # the source of the copy, and whether the copy is finished
 LOCK = ".fetch.lock"
@@ -60,8 +58,8 @@ def fetch(config: DataConfig, *, again: bool = False) -> Path:
         The folder of the images.
 
     Raises:
-        UserError: the source cannot be read or is damaged, the disk is full, or the folder holds a
-            copy of another source.
+        UserError: the source cannot be read or is damaged, the disk is full, or the folder holds a copy of another
+            source.
     """
     root = local_root(config)
     if config.source is None or (not again and _is_finished(root, config.source)):

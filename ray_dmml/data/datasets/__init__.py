@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 def load_splits(config: DataConfig, skip: frozenset[str] = frozenset(), check: bool = True) -> Splits:
     """Train, validation and test images: the same, in the same order, in every process.
 
-    The process that loads first checks the images. It passes its ``Splits.skipped`` to the others
-    as ``skip``; they need no check of their own, and an index means the same image to all.
+    The process that loads first checks the images. It passes its ``Splits.skipped`` to the others as ``skip``; they
+    need no check of their own, and an index means the same image to all.
 
     Args:
         config: the data set and where it is; ``check_images`` and ``on_bad_image`` apply.

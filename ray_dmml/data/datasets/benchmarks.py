@@ -1,10 +1,9 @@
 """The four usual benchmarks with their official class-disjoint splits.
 
-CUB-200-2011 (https://www.vision.caltech.edu/datasets/cub_200_2011/), Cars-196 (Krause et al.,
-3dRR 2013), Stanford Online Products (https://cvgl.stanford.edu/projects/lifted_struct/) and In-Shop
-Clothes Retrieval (https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html). The train and test lists
-of CUB and Cars split every class, for classification. Retrieval trains on the first half of the
-classes and tests on the second half.
+CUB-200-2011 (https://www.vision.caltech.edu/datasets/cub_200_2011/), Cars-196 (Krause et al., 3dRR 2013), Stanford
+Online Products (https://cvgl.stanford.edu/projects/lifted_struct/) and In-Shop Clothes Retrieval
+(https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html). The train and test lists of CUB and Cars split every class,
+for classification. Retrieval trains on the first half of the classes and tests on the second half.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The built-in data set: characters rendered in the 16 text faces that matplotlib ships.
 
-A class is a letter, digit or sign. Its images are that character in 13 to 16 faces, so retrieval has
-to match a character across typefaces. Characters that look the same in a face (Latin A, Greek
-Alpha) are one class, named by the lowest code point. It takes seconds to compare them all, so the
-list is in ``characters.txt``; ``python experiments/make_characters.py`` writes it.
+A class is a letter, digit or sign. Its images are that character in 13 to 16 faces, so retrieval has to match a
+character across typefaces. Characters that look the same in a face (Latin A, Greek Alpha) are one class, named by the
+lowest code point. It takes seconds to compare them all, so the list is in ``characters.txt``; ``python
+experiments/make_characters.py`` writes it.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet]:
     """Train and test images of ROOT/CLASS/**/IMAGE. Hidden files and folders (.name) are left out.
 
-    The first ``round(train_fraction * C)`` classes in name order train, or as many drawn by
-    ``split_seed``. The others are the test classes.
+    The first ``round(train_fraction * C)`` classes in name order train, or as many drawn by ``split_seed``. The others
+    are the test classes.
 
     Raises:
         UserError: there are too few classes, or one has no images or cannot be read.

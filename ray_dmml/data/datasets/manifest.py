@@ -1,7 +1,7 @@
 """A CSV file that lists images, classes and the retrieval protocol, as in open-metric-learning.
 
-Its columns are ``path``, ``label``, ``split`` (``train``, or ``validation`` for the test classes)
-and, for query against gallery, ``is_query`` and ``is_gallery``. Other columns are ignored.
+Its columns are ``path``, ``label``, ``split`` (``train``, or ``validation`` for the test classes) and, for query
+against gallery, ``is_query`` and ``is_gallery``. Other columns are ignored.
 https://open-metric-learning.readthedocs.io/en/latest/oml/data.html
 """
 
@@ -38,8 +38,8 @@ class _Row(NamedTuple):
 def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet]:
     """Train and test images of a manifest, whose paths are relative to ``root`` or inside it.
 
-    Rows with flags are evaluated as queries against gallery. Without flags it is all against all.
-    The flags of training rows apply if their class is held out for validation.
+    Rows with flags are evaluated as queries against gallery. Without flags it is all against all. The flags of training
+    rows apply if their class is held out for validation.
 
     Raises:
         UserError: the manifest is wrong; the message names the file and the line.
