@@ -48,16 +48,11 @@ def open_uri(uri: str, *, make: bool = True) -> tuple[fs.FileSystem, str]:
                 options.setdefault("endpoint_override", os.environ[name])
         if "region" not in options and "endpoint_override" not in options:
             options["region"] = fs.resolve_s3_region(bucket)
-        options = {
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "request_timeout": REQUEST_TIMEOUT_S,
-            **options,
-        }
+        options = {"connect_timeout": CONNECT_TIMEOUT_S, "request_timeout": REQUEST_TIMEOUT_S, **options}
         return fs.S3FileSystem(**options), (bucket + parts.path).rstrip("/")
     if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
         uri += f"{'&' if parts.query else '?'}retry_limit_seconds={REQUEST_TIMEOUT_S}"
-    opened: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
-    return opened
+    return fs.FileSystem.from_uri(uri)
 
 
 def reason(error: Exception) -> str:
@@ -72,12 +67,12 @@ def without_secrets(text: str) -> str:
     Secrets of AWS contain slashes, and not everybody escapes them, so everything up to the last @ is removed. If that
     is behind a question mark, a secret looks like a query, and nothing is shown.
     """
-    return re.sub(r"(\w*:)?//(\S*)", _strip, text)
 
+    def strip(uri: re.Match[str]) -> str:
+        scheme = uri[1] or ""
+        place, _, query = uri[2].partition("?")
+        if scheme.lower() != "file:":  # folders may have an @
+            place = "..." if "@" in query else place.rpartition("@")[2]
+        return f"{scheme}//{place}"
 
-def _strip(uri: re.Match[str]) -> str:
-    scheme = uri[1] or ""
-    place, _, query = uri[2].partition("?")
-    if scheme.lower() != "file:":  # folders may have an @
-        place = "..." if "@" in query else place.rpartition("@")[2]
-    return f"{scheme}//{place}"
+    return re.sub(r"(\w*:)?//(\S*)", strip, text)

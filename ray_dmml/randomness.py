@@ -18,7 +18,7 @@ import torch
 
 
 def derive_seed(*key: int | str) -> int:
-    """Derives a 63-bit seed from a key. The result is the same on every machine and in every process."""
+    """A 63-bit seed from a key, the same on every machine and in every process."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

@@ -38,7 +38,7 @@ BAR = 40
 
 
 @dataclass(frozen=True)
-class Member:
+class AuditedImage:
     name: str
     label: str
     split: str
@@ -46,19 +46,15 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Images that are duplicates (exact or near), each of at least one other of the group."""
+    """Images that are duplicates (exact or near), each of at least one other of the group.
 
-    members: tuple[Member, ...]
+    ``train_and_test``: training classes held out for validation count as train, because another seed trains on them.
+    """
+
     exact: bool
-
-    @property
-    def in_two_classes(self) -> bool:
-        return len({member.label for member in self.members}) > 1
-
-    @property
-    def in_train_and_test(self) -> bool:
-        """Training classes held out for validation count as train: another seed trains on them."""
-        return len({member.split == "test" for member in self.members}) > 1
+    two_classes: bool
+    train_and_test: bool
+    images: list[AuditedImage]
 
 
 @dataclass(frozen=True)
@@ -66,47 +62,28 @@ class AuditReport:
     """The findings of an audit.
 
     Attributes:
-        splits: (images, classes) of train, validation (if there is one) and test.
-        unreadable: (name, reason) of each image that cannot be read.
-        groups: duplicates, the exact ones first.
+        splits: ``images`` and ``classes`` of train, validation (if there is one) and test.
+        unreadable: ``name`` and ``reason`` of each image that cannot be read.
+        duplicates: groups of images, the exact duplicates first.
         images_per_class: K, the images of each class in a batch.
-        small_classes: (class, images) of each class of train or validation with fewer than K.
+        small_classes: ``label`` and ``images`` of each class of train or validation with fewer than K.
         class_sizes: images of each class of all splits, ascending.
     """
 
-    splits: dict[str, tuple[int, int]]
-    unreadable: tuple[tuple[str, str], ...]
-    groups: tuple[Group, ...]
+    splits: dict[str, dict[str, int]]
+    unreadable: list[dict[str, str]]
+    duplicates: list[Group]
     images_per_class: int
-    small_classes: tuple[tuple[str, int], ...]
-    class_sizes: tuple[int, ...]
+    small_classes: list[dict[str, Any]]
+    class_sizes: list[int]
 
     def is_clean(self) -> bool:
         """Nothing needs repair. Near duplicates within a class are no fault: photos of one object."""
-        duplicates = any(group.exact or group.in_two_classes for group in self.groups)
-        return not (self.unreadable or duplicates or self.small_classes)
+        faults = any(group.exact or group.two_classes for group in self.duplicates)
+        return not (self.unreadable or faults or self.small_classes)
 
     def to_json(self) -> dict[str, Any]:
-        """All findings, with every name, as JSON has them."""
-        return {
-            "clean": self.is_clean(),
-            "splits": {
-                split: {"images": images, "classes": classes} for split, (images, classes) in self.splits.items()
-            },
-            "unreadable": [{"name": name, "reason": reason} for name, reason in self.unreadable],
-            "duplicates": [
-                {
-                    "exact": group.exact,
-                    "two_classes": group.in_two_classes,
-                    "train_and_test": group.in_train_and_test,
-                    "images": [asdict(member) for member in group.members],
-                }
-                for group in self.groups
-            ],
-            "images_per_class": self.images_per_class,
-            "small_classes": [{"label": label, "images": images} for label, images in self.small_classes],
-            "class_sizes": list(self.class_sizes),
-        }
+        return {"clean": self.is_clean(), **asdict(self)}
 
 
 def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -> AuditReport:
@@ -123,9 +100,9 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
     sets = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
     splits = {split: images for split, images in sets.items() if images is not None}
     places = [(split, index) for split, images in splits.items() for index in range(len(images))]
-    images_of: dict[bytes, list[Member]] = {}
+    images_of: dict[bytes, list[AuditedImage]] = {}
     thumbnails: dict[bytes, np.ndarray] = {}
-    unreadable: list[tuple[str, str]] = []
+    unreadable: list[dict[str, str]] = []
 
     def examine(place: tuple[str, int]) -> tuple[bytes, np.ndarray] | str:
         """(SHA-256 of the pixels, thumbnail) of an image, or why it cannot be read."""
@@ -142,35 +119,40 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
             images = splits[split]
             name = images.source.name(index)
             if isinstance(result, str):
-                unreadable.append((name, result))
+                unreadable.append({"name": name, "reason": result})
             else:
                 fingerprint, small = result
                 thumbnails[fingerprint] = small
-                member = Member(name, images.class_names[images.labels[index]], split)
-                images_of.setdefault(fingerprint, []).append(member)
+                image = AuditedImage(name, images.class_names[images.labels[index]], split)
+                images_of.setdefault(fingerprint, []).append(image)
             if watch is not None:
                 watch(done, len(places))
     sizes = {split: np.bincount(images.labels).tolist() for split, images in splits.items()}
     copies = list(images_of.values())
     near = _similar(np.stack(list(thumbnails.values()))) if len(copies) > 1 else []
     return AuditReport(
-        splits={split: (len(images), images.num_classes) for split, images in splits.items()},
-        unreadable=tuple(unreadable),
-        groups=(
-            *(Group(tuple(members), exact=True) for members in copies if len(members) > 1),
+        splits={split: {"images": len(images), "classes": images.num_classes} for split, images in splits.items()},
+        unreadable=unreadable,
+        duplicates=[
+            *(_group(images, exact=True) for images in copies if len(images) > 1),
             # One of each is compared: a thousand copies of an image must not hide what else resembles it.
-            *(Group(tuple(member for i in group for member in copies[i]), exact=False) for group in near),
-        ),
+            *(_group([image for i in indices for image in copies[i]], exact=False) for indices in near),
+        ],
         images_per_class=config.images_per_class,
-        small_classes=tuple(
-            (label, size)
+        small_classes=[
+            {"label": label, "images": size}
             for split, images in splits.items()
             if split != "test"
             for label, size in zip(images.class_names, sizes[split], strict=True)
             if size < config.images_per_class
-        ),
-        class_sizes=tuple(sorted(size for part in sizes.values() for size in part)),
+        ],
+        class_sizes=sorted(size for part in sizes.values() for size in part),
     )
+
+
+def _group(images: list[AuditedImage], exact: bool) -> Group:
+    labels, in_test = {image.label for image in images}, {image.split == "test" for image in images}
+    return Group(exact, len(labels) > 1, len(in_test) > 1, images)
 
 
 def thumbnail(image: Tensor) -> np.ndarray:
@@ -205,21 +187,18 @@ def print_report(report: AuditReport, console: Console) -> None:
     table = Table(
         "split", Column("images", justify="right"), Column("classes", justify="right"), box=None, pad_edge=False
     )
-    for split, (images, classes) in report.splits.items():
-        table.add_row(split, str(images), str(classes))
+    for split, size in report.splits.items():
+        table.add_row(split, str(size["images"]), str(size["classes"]))
     console.print(table)
     out = partial(console.print, highlight=False, markup=False)
-    exact = [group for group in report.groups if group.exact]
-    near = [group for group in report.groups if not group.exact]
-    in_two_classes = [group for group in report.groups if group.in_two_classes]
-    in_train_and_test = [group for group in report.groups if group.in_train_and_test]
-    small = [f"{printable(label)}: {images}" for label, images in report.small_classes]
+    groups = [(group, _describe(group)) for group in report.duplicates]
+    small = [f"{printable(row['label'])}: {row['images']}" for row in report.small_classes]
     for title, lines, unit in (
-        ("unreadable images", [message for _, message in report.unreadable], ""),
-        ("exact duplicates", list(map(_describe, exact)), " groups"),
-        ("near duplicates", list(map(_describe, near)), " groups"),
-        ("one image under two labels", list(map(_describe, in_two_classes)), " groups"),
-        ("one image in train and test", list(map(_describe, in_train_and_test)), " groups"),
+        ("unreadable images", [row["reason"] for row in report.unreadable], ""),
+        ("exact duplicates", [text for group, text in groups if group.exact], " groups"),
+        ("near duplicates", [text for group, text in groups if not group.exact], " groups"),
+        ("one image under two labels", [text for group, text in groups if group.two_classes], " groups"),
+        ("one image in train and test", [text for group, text in groups if group.train_and_test], " groups"),
         (f"training classes of fewer than {report.images_per_class} images", small, ""),
     ):
         out(f"\n{title}: " + (f"{len(lines)}{unit}" if lines else "none"))
@@ -245,6 +224,6 @@ def histogram(sizes: Iterable[int]) -> list[str]:
 
 
 def _describe(group: Group) -> str:
-    lines = [f"{printable(image.name)} ({printable(image.label)}, {image.split})" for image in group.members[:SHOWN]]
-    more = len(group.members) - SHOWN
+    lines = [f"{printable(image.name)} ({printable(image.label)}, {image.split})" for image in group.images[:SHOWN]]
+    more = len(group.images) - SHOWN
     return "\n    = ".join(lines) + (f"\n    and {more} more" if more > 0 else "")
