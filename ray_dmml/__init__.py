@@ -1,12 +1,11 @@
 """ray-dmml: diversified mutual learning for deep metric learning, on Ray.
 
-Park, Kim, You, Cho, *Diversified Mutual Learning for Deep Metric Learning* (DM2), ECCV 2020
-Workshops, https://arxiv.org/abs/2009.04170
+Park, Kim, You, Cho, *Diversified Mutual Learning for Deep Metric Learning* (DM2), ECCV 2020 Workshops,
+https://arxiv.org/abs/2009.04170
 
     from ray_dmml import Config, train, evaluate, load_cohort
 
-Names are handed on lazily: importing a module below the Ray floor loads no Ray, and the
-coordinator's process loads no torch.
+Names are imported at their first use, so that the coordinator's process loads no torch, and most modules no Ray.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
-The command line prints the message of a :class:`UserError` without a traceback and exits with a non-zero
-code. Any other exception is a bug in this package and keeps its traceback.
+The command line prints the message of a :class:`UserError` without a traceback and exits with a non-zero code. Any
+other exception is a bug in this package and keeps its traceback.
 """
 
 
@@ -14,14 +14,12 @@ class NonFiniteLossError(UserError):
 
 
 class PeerLostError(UserError):
-    """A peer, the coordinator or a node has died or hangs, or its data arrived damaged. The message names
-    it. The cohort can recover.
+    """A peer, the coordinator or a node has died or hangs, or its data arrived damaged. The cohort can recover.
 
     Args:
-        message: the message for the user.
+        message: the message for the user, which names what was lost.
         stuck: names of peers that hang. Their processes may still exist and have to be killed.
-        suspects: names of peers of which one hangs, while the others may only wait for it. They have to be
-            killed too.
+        suspects: names of peers of which one hangs, while the others may only wait for it. They have to be killed too.
     """
 
     def __init__(self, message: str, stuck: tuple[str, ...] = (), suspects: tuple[str, ...] = ()) -> None:

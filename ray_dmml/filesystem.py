@@ -10,16 +10,15 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from pyarrow import fs
 
 CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S = 10, 30
-"""Limits of one attempt; S3 makes three. A Google server that accepts a request and falls silent fails
-after two minutes, because pyarrow does not pass a timeout to its client."""
+"""Limits of one attempt; S3 makes three. A Google server that accepts a request and falls silent fails after two
+minutes, because pyarrow does not pass a timeout to its client."""
 
 
 def open_uri(uri: str, *, make: bool = True) -> tuple[fs.FileSystem, str]:
     """Returns the file system and the folder in it.
 
     Args:
-        uri: a folder, ``file://``, ``s3://bucket/folder`` or ``gs://bucket/folder``, with options as
-            a query.
+        uri: a folder, ``file://``, ``s3://bucket/folder`` or ``gs://bucket/folder``, with options as a query.
         make: create a folder of this machine that does not exist.
 
     Raises:
@@ -49,16 +48,11 @@ def open_uri(uri: str, *, make: bool = True) -> tuple[fs.FileSystem, str]:
                 options.setdefault("endpoint_override", os.environ[name])
         if "region" not in options and "endpoint_override" not in options:
             options["region"] = fs.resolve_s3_region(bucket)
-        options = {
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "request_timeout": REQUEST_TIMEOUT_S,
-            **options,
-        }
+        options = {"connect_timeout": CONNECT_TIMEOUT_S, "request_timeout": REQUEST_TIMEOUT_S, **options}
         return fs.S3FileSystem(**options), (bucket + parts.path).rstrip("/")
     if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
         uri += f"{'&' if parts.query else '?'}retry_limit_seconds={REQUEST_TIMEOUT_S}"
-    opened: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
-    return opened
+    return fs.FileSystem.from_uri(uri)
 
 
 def reason(error: Exception) -> str:
@@ -70,15 +64,15 @@ def reason(error: Exception) -> str:
 def without_secrets(text: str) -> str:
     """The text with each URI stripped of user name, password and query.
 
-    Secrets of AWS contain slashes, and not everybody escapes them, so everything up to the last @ is
-    removed. If that is behind a question mark, a secret looks like a query, and nothing is shown.
+    Secrets of AWS contain slashes, and not everybody escapes them, so everything up to the last @ is removed. If that
+    is behind a question mark, a secret looks like a query, and nothing is shown.
     """
-    return re.sub(r"(\w*:)?//(\S*)", _strip, text)
 
+    def strip(uri: re.Match[str]) -> str:
+        scheme = uri[1] or ""
+        place, _, query = uri[2].partition("?")
+        if scheme.lower() != "file:":  # folders may have an @
+            place = "..." if "@" in query else place.rpartition("@")[2]
+        return f"{scheme}//{place}"
 
-def _strip(uri: re.Match[str]) -> str:
-    scheme = uri[1] or ""
-    place, _, query = uri[2].partition("?")
-    if scheme.lower() != "file:":  # folders may have an @
-        place = "..." if "@" in query else place.rpartition("@")[2]
-    return f"{scheme}//{place}"
+    return re.sub(r"(\w*:)?//(\S*)", strip, text)

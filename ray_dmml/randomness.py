@@ -1,9 +1,9 @@
 """Random numbers that depend only on a key: (run seed, the peer's own seed, step, phase).
 
 torch, numpy and Python each have a global generator that libraries use (torchvision's transforms,
-pytorch-metric-learning's miners, dropout). :func:`seeded` sets all of them inside a block and restores
-them afterwards. Numbers drawn inside the block therefore depend only on the key, and not on what ran
-before, on the process, or on other peers in it.
+pytorch-metric-learning's miners, dropout). :func:`seeded` sets all of them inside a block and restores them afterwards.
+Numbers drawn inside the block therefore depend only on the key, and not on what ran before, on the process, or on other
+peers in it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 
 def derive_seed(*key: int | str) -> int:
-    """Derives a 63-bit seed from a key. The result is the same on every machine and in every process."""
+    """A 63-bit seed from a key, the same on every machine and in every process."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

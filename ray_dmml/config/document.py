@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any
 
 from pydantic import BaseModel
 
 from ray_dmml.config import yamlio
 from ray_dmml.config.schema import Config
-
-_WIDTH = 78
 
 
 def documented_yaml(config: Config) -> str:
@@ -19,11 +16,8 @@ def documented_yaml(config: Config) -> str:
 
 
 def _lines(section: BaseModel, depth: int, documented: set[str]) -> list[str]:
-    """The lines of a section. ``documented`` collects the fields that have had their comment: the first
-    peer has it, the others do not repeat it."""
-    indent = "  " * depth
-    plain = section.model_dump(mode="json")
-    lines: list[str] = []
+    """The lines of a section. Fields in ``documented`` have had their comment, which other peers do not repeat."""
+    indent, plain, lines = "  " * depth, section.model_dump(mode="json"), list[str]()
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if depth == 0:
@@ -31,8 +25,7 @@ def _lines(section: BaseModel, depth: int, documented: set[str]) -> list[str]:
         key = f"{type(section).__name__}.{name}"
         if key not in documented:
             documented.add(key)
-            width = _WIDTH - len(indent) - 2
-            comment = textwrap.wrap(field.description or "", width, break_on_hyphens=False)
+            comment = textwrap.wrap(field.description or "", 76 - len(indent), break_on_hyphens=False)
             lines.extend(f"{indent}# {line}" for line in comment)
         if isinstance(value, BaseModel):
             lines.append(f"{indent}{name}:")
@@ -46,10 +39,6 @@ def _lines(section: BaseModel, depth: int, documented: set[str]) -> list[str]:
                 entry_lines[first] = f"{indent}  - {entry_lines[first].lstrip(' ')}"
                 lines.extend(entry_lines)
         else:
-            lines.append(f"{indent}{_assignment(name, plain[name])}")
+            text = yamlio.dump(plain[name], default_flow_style=True, width=10_000)
+            lines.append(f"{indent}{name}: {text.rstrip(chr(10)).removesuffix('...').rstrip(chr(10))}")
     return lines
-
-
-def _assignment(name: str, value: Any) -> str:
-    text = yamlio.dump(value, default_flow_style=True, width=10_000)
-    return f"{name}: {text.removesuffix(chr(10)).removesuffix('...').rstrip(chr(10))}"

@@ -15,8 +15,7 @@ from ray_dmml.errors import UserError
 
 QUICKSTART = Path(__file__).parent / "quickstart.yaml"
 MAX_CONFIG_BYTES = 8 * 2**20
-BUILT_IN_WEIGHTS = ("none", "pretrained", "offline")
-"""Values of a peer's `weights` that are not a path."""
+BUILT_IN_WEIGHTS = ("none", "pretrained", "offline")  # values of a peer's `weights` that are not a path
 
 
 def read_settings(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -86,8 +85,7 @@ def set_setting(raw: dict[str, Any], key: str, value: Any, source: str) -> None:
     """Sets the setting with the dotted ``key``, in place.
 
     Raises:
-        UserError: there is no such place, or the value would have no effect there. The message starts
-            with ``source``.
+        UserError: there is no such place, or the value would have no effect there. The message starts with ``source``.
     """
     parts = key.split(".")
     _refuse_ineffective_base(raw, parts, source)
@@ -105,8 +103,7 @@ def set_setting(raw: dict[str, Any], key: str, value: Any, source: str) -> None:
                 raise UserError(f"{source}: {where} has entries 0 to {len(node) - 1}, not {part!r}")
             index = int(part)
         elif not isinstance(node, dict):
-            shown = shorten(repr(node))
-            raise UserError(f"{source}: {where} is {shown} and has no settings of its own")
+            raise UserError(f"{source}: {where} is {shorten(repr(node))} and has no settings of its own")
         if depth == len(parts) - 1:
             node[index] = value
         else:
@@ -117,15 +114,12 @@ def set_setting(raw: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 
 def dotted(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Flattens nested settings to dotted keys, as `set_setting` takes them. Empty lists and mappings
-    are values."""
+    """Flattens nested settings to dotted keys, as `set_setting` takes them. Empty lists and mappings are values."""
     pairs = settings.items() if isinstance(settings, Mapping) else enumerate(settings)
     flat: dict[str, Any] = {}
     for key, value in pairs:
-        if isinstance(value, (Mapping, list)) and value:
-            flat |= dotted(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        is_nested = isinstance(value, (Mapping, list)) and value
+        flat |= dotted(value, f"{prefix}{key}.") if is_nested else {f"{prefix}{key}": value}
     return flat
 
 
@@ -137,16 +131,14 @@ def is_set(settings: Any, path: list[str]) -> bool:
         if not isinstance(settings, Mapping):
             return False
         # A YAML key may be null, a boolean or an integer. Looking up these few is quick in large files.
-        key: Any = part if part in settings else _YAML_KEYS.get(part, part)
-        if key not in settings and re.fullmatch(r"-?[0-9]{1,18}", part):
-            key = int(part)
-        if key not in settings:
+        keys: list[Any] = [part, {"None": None, "True": True, "False": False}.get(part, part)]
+        if re.fullmatch(r"-?[0-9]{1,18}", part):
+            keys.append(int(part))
+        keys = [key for key in keys if key in settings]
+        if not keys:
             return False
-        settings = settings[key]
+        settings = settings[keys[0]]
     return True
-
-
-_YAML_KEYS: dict[str, Any] = {"None": None, "True": True, "False": False}
 
 
 def shorten(text: str, longest: int = 200) -> str:
@@ -156,8 +148,7 @@ def shorten(text: str, longest: int = 200) -> str:
 
 def _refuse_ineffective_base(raw: dict[str, Any], parts: list[str], source: str) -> None:
     """A run's saved config states every setting of every peer, so a new value in the base has no effect."""
-    cohort = raw.get("cohort")
-    peers = cohort.get("peers") if isinstance(cohort, dict) else None
+    peers = _mapping(raw.get("cohort")).get("peers")
     if parts[:2] != ["cohort", "base"] or len(parts) < 3 or not isinstance(peers, list):
         return
     if peers and all(is_set(peer, parts[2:]) for peer in peers):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, get_origin
 
@@ -12,34 +12,25 @@ from pydantic_core import ErrorDetails
 
 from ray_dmml.config.loading import is_set, shorten
 
-MAX_LISTED = 20
-"""Maximum number of mistakes that a message lists. It counts the others."""
+MAX_LISTED = 20  # mistakes that a message lists; it counts the others
 
 
-def explain(
-    error: ValidationError,
-    source: str,
-    model: type[BaseModel],
-    raw: Mapping[str, Any] | None = None,
-) -> str:
+def explain(error: ValidationError, source: str, model: type[BaseModel], raw: Mapping[str, Any] | None = None) -> str:
     """Describes each mistake in one line: its place, what was given, and what is allowed.
 
     Args:
         error: pydantic's error.
         source: the config's name in the message, such as its path.
         model: the model that the config does not fit.
-        raw: the config as it was written. With it, a mistake in `cohort.base` is reported once and there,
-            not for each peer that inherits it.
+        raw: the config as it was written. With it, a mistake in `cohort.base` is reported once and there, not for each
+            peer that inherits it.
     """
     mistakes: dict[tuple[str, str, str], tuple[list[str], ErrorDetails]] = {}
     for problem in error.errors(include_url=False):
         # pydantic adds the tags of the union `view` to the location; the user never wrote them.
         parts = [str(part) for part in problem["loc"]]
-        location = [
-            part
-            for before, part in zip(["", *parts], parts, strict=False)
-            if not (before == "view" and part in ("preset", "list"))
-        ]
+        pairs = zip(["", *parts], parts, strict=False)
+        location = [part for before, part in pairs if not (before == "view" and part in ("preset", "list"))]
         where = shorten(".".join(_as_written(location, raw or {}))) or "config"
         mistakes.setdefault((where, problem["type"], problem["msg"]), (location, problem))
     lines = []
@@ -100,14 +91,12 @@ def _section_at(location: list[str], model: type[BaseModel]) -> type[BaseModel] 
     return model
 
 
-def _all_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+def _all_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The dotted names of all settings in a section."""
-    names = []
     for name, field in model.model_fields.items():
-        names.append(prefix + name)
+        yield prefix + name
         for inner in sections_in(field.annotation):
-            names.extend(_all_names(inner, f"{prefix}{name}."))
-    return names
+            yield from _all_names(inner, f"{prefix}{name}.")
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:

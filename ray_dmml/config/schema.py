@@ -1,7 +1,7 @@
 """The settings of an experiment: frozen, validated pydantic models with one docstring per field.
 
-A config file states only what differs from the defaults below. `loading` reads it, and `messages`
-describes what is wrong with it. The field docstrings are the reference that `ray-dmml config` prints.
+A config file states only what differs from the defaults below. `loading` reads it, and `messages` describes what is
+wrong with it. The field docstrings are the reference that `ray-dmml config` prints.
 """
 
 from __future__ import annotations
@@ -10,16 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ray_dmml.config import yamlio
 from ray_dmml.config.loading import BUILT_IN_WEIGHTS, QUICKSTART, read_settings
@@ -32,8 +23,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    extra_keys: ClassVar[tuple[str, ...]] = ()
-    """Keys that a file may contain here besides the fields. A validator replaces them by fields."""
+    extra_keys: ClassVar[tuple[str, ...]] = ()  # a file may have these here too; a validator replaces them by fields
 
 
 def _no_bool(value: Any) -> Any:
@@ -49,93 +39,80 @@ def _off(value: Any) -> Any:
 
 
 Seed = Annotated[int, BeforeValidator(_no_bool)]
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
-NonNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
-Rate = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e30)]  # fits into float32
-Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
+Count = Annotated[Seed, Field(ge=1)]
+Whole = Annotated[Seed, Field(ge=0)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Rate = Annotated[Number, Field(ge=0, le=1e30)]  # fits into float32
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class DataConfig(Section):
     """Which images are used, how they are split by class, and how a batch is drawn."""
 
     name: Literal["characters", "cub200", "cars196", "sop", "inshop", "imagefolder", "manifest"] = "characters"
-    """The data set. `characters` is built in and needs no files. `imagefolder` and `manifest` read your
-    own images."""
+    """The data set. `characters` is built in and needs no files. `imagefolder` and `manifest` read your own images."""
 
     root: Path | None = None
     """Folder of the images, or of the data set's unpacked archive. `characters` does not use it."""
 
     source: str | None = None
-    """Folder or URI (as in `checkpoint.storage_path`) from which the images are copied. Every node makes
-    one copy and verifies it before it reads. The copy is in `root`, or in `cache_dir` if `root` is null.
-    null: nothing is copied, and the images are in `root`."""
+    """Folder or URI (as in `checkpoint.storage_path`) from which every node copies the images once and verifies them.
+    The copy is in `root`, or in `cache_dir` if `root` is null. null: the images are in `root`."""
 
     manifest: Path | None = None
-    """CSV file of the data set `manifest`. It has the columns path, label and split (train or validation);
-    the columns is_query and is_gallery are optional."""
+    """`manifest`: a CSV file with columns path, label, split (train or validation), perhaps is_query and is_gallery."""
 
     download: bool = True
-    """Download `cub200` into `root` if it is missing there, and verify its checksum. For the other data
-    sets, the error message says where to get them."""
+    """Download `cub200` into `root` if it is missing, and verify it. Errors say where to get other data sets."""
 
-    train_fraction: Annotated[float, BeforeValidator(_no_bool), Field(gt=0, lt=1)] = 0.5
+    train_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """`imagefolder`: share of the classes used for training. The other classes are the test classes."""
 
     split_seed: Seed | None = None
-    """`imagefolder`: seed that selects the training classes. null: the first classes in name order are
-    the training classes."""
+    """`imagefolder`: seed that selects the training classes. null: they are the first in name order."""
 
     validation_fraction: Fraction = 0.2
-    """Share of the *training* classes that is held out to select checkpoints and settings. 0: no class is
-    held out, and the peers train on all of them."""
+    """Share of the *training* classes that is held out to select checkpoints and settings. 0: none is held out."""
 
     validation_seed: Seed = 0
-    """Seed that selects the held-out classes. It is independent of `seed`, so runs with different seeds
-    are compared on the same classes."""
+    """Seed that selects the held-out classes. Runs with different `seed` are compared on the same classes."""
 
     validation_fold: Whole = 0
-    """Which part of the training classes, as shuffled by `validation_seed`, is held out; 0 is the first.
-    Folds 0 to round(1 / validation_fraction) - 1 hold out each class once."""
+    """Which part of the shuffled training classes is held out; 0 is the first. Folds 0 to round(1 /
+    validation_fraction) - 1 hold out each class once."""
 
-    classes_per_batch: Annotated[int, BeforeValidator(_no_bool), Field(ge=2)] = 16
+    classes_per_batch: Annotated[Seed, Field(ge=2)] = 16
     """P: number of classes in a batch."""
 
-    images_per_class: Annotated[int, BeforeValidator(_no_bool), Field(ge=2)] = 4
+    images_per_class: Annotated[Seed, Field(ge=2)] = 4
     """K: number of images of each class in a batch. A smaller class contributes all its images."""
 
-    decode_size: Annotated[int, BeforeValidator(_no_bool), Field(ge=8)] = 256
+    decode_size: Annotated[Seed, Field(ge=8)] = 256
     """Every image is decoded to a square with this side, in pixels, before it is augmented."""
 
     resize: Literal["stretch", "center_crop"] = "stretch"
-    """How an image becomes square. `stretch` resizes both sides. `center_crop` resizes the shorter side
-    and cuts out the middle."""
+    """`stretch` resizes both sides of an image. `center_crop` resizes the shorter side and cuts out the middle."""
 
     on_bad_image: Literal["fail", "skip"] = "fail"
-    """What happens if an image cannot be read. `fail` ends the run and names the image. `skip` leaves the
-    image out and reports how many were left out."""
+    """If an image cannot be read, `fail` ends the run and names it, and `skip` leaves it out and reports it."""
 
     check_images: bool = True
-    """Decode every image once before training, so that a corrupt image is reported at the start and not
-    hours later."""
+    """Decode every image once before training, so that a corrupt image is reported at the start."""
 
     cache_gib: NonNegative = 8.0
-    """Disk space in GiB for the cache of decoded images. All data sets share it, and all peers and runs of
-    a machine use it, so an image is decoded once. An image that does not fit is decoded at every use. 0:
-    nothing is cached."""
+    """Disk space in GiB for the cache of decoded images, which all runs and data sets of a machine share. A data set
+    that does not fit is not cached, and its images are decoded at every use. 0: nothing is cached."""
 
     cache_dir: Path | None = None
-    """Folder of this cache. null: `ray-dmml` in `$XDG_CACHE_HOME` or in `~/.cache`. If all data sets
-    together exceed `cache_gib`, the least recently used one is removed first."""
+    """Folder of this cache. null: `ray-dmml` in `$XDG_CACHE_HOME` or in `~/.cache`. If all data sets together exceed
+    `cache_gib`, the least recently used one is removed first."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> DataConfig:
         if self.name != "characters" and self.root is None and self.source is None:
-            raise ValueError(
-                f"data.name '{self.name}' needs data.root, the folder of its images, or data.source, "
-                "from where they are copied"
-            )
+            raise ValueError(f"data.name '{self.name}' needs data.root, the folder of its images, or data.source")
         if self.name == "characters" and self.source is not None:
             raise ValueError("data.name 'characters' is built in and has no data.source")
         if self.on_bad_image == "skip" and not self.check_images:
@@ -177,8 +154,7 @@ class OptimizerConfig(Section):
     """Momentum of sgd. The other optimisers do not use it."""
 
     clip_norm: Positive | None = None
-    """Maximum L2 norm of the network's gradient as a whole; a larger gradient is scaled down to it. null:
-    gradients are not clipped."""
+    """Maximum L2 norm of the network's whole gradient; a larger one is scaled down. null: gradients are not clipped."""
 
 
 class ScheduleConfig(Section):
@@ -197,12 +173,10 @@ class ScheduleConfig(Section):
     """Factor of the schedule `step`."""
 
     steps: Count | None = None
-    """Step at which `cosine` reaches 0. It usually equals train.steps. It is a setting of its own, so that
-    a longer run does not change the steps before."""
+    """Step at which `cosine` reaches 0, usually train.steps. A longer run then does not change the steps before."""
 
     cycles: Count = 1
-    """How many times `cosine` falls within `steps`. It starts from the full rate each time, as snapshot
-    ensembles do."""
+    """How many times `cosine` falls within `steps`, from the full rate each time, as snapshot ensembles do."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> ScheduleConfig:
@@ -230,8 +204,8 @@ class PeerConfig(Section):
     """Name of the peer in tables, logs and files. null: it is peer0, peer1, ... by position."""
 
     seed: Seed | None = None
-    """Seed of the peer. Together with the run's seed it determines all random numbers of the peer. null: it
-    is the position of the peer. The results of a peer depend on its seed, not on its position."""
+    """Seed of the peer. With the run's seed it determines all random numbers of the peer, whatever its position. null:
+    it is the position of the peer."""
 
     init_seed: Seed | None = None
     """Seed of the initial weights. null: it is `seed`. Peers with the same one start with equal weights."""
@@ -240,9 +214,9 @@ class PeerConfig(Section):
     """Name of the network. Any timm model name is allowed."""
 
     weights: str = "none"
-    """Initial weights. `none`: random ones. `pretrained`: timm downloads them. `offline`: those of ImageNet
-    for tf_efficientnet_lite0, 1 and 2, from the extra offline-weights. Anything else is a file: weights of
-    the backbone, or a peer's weights.safetensors from another run."""
+    """Initial weights. `none`: random ones. `pretrained`: timm downloads them. `offline`: ImageNet's for
+    tf_efficientnet_lite0, 1 and 2, from the extra offline-weights. Else a file: weights of the backbone, or a peer's
+    weights.safetensors of another run."""
 
     embedding_size: Count = 128
     """D: number of dimensions of an embedding."""
@@ -253,7 +227,7 @@ class PeerConfig(Section):
     batch_norm: Literal["frozen", "train"] = "frozen"
     """`frozen` keeps the loaded statistics of BatchNorm, for fine-tuning. `train` updates them."""
 
-    input_size: Annotated[int, BeforeValidator(_no_bool), Field(ge=8)] | None = None
+    input_size: Annotated[Seed, Field(ge=8)] | None = None
     """Side, in pixels, of the square that the network receives. null: it is the backbone's own."""
 
     view: Annotated[
@@ -263,15 +237,13 @@ class PeerConfig(Section):
     """Augmentation of the training images: the name of a preset, or a list of torchvision v2 transforms."""
 
     eval_crop: Annotated[float, Field(ge=0.1, le=1)] | None = None
-    """Share of the side that the centre crop keeps in evaluation. null: it is the backbone's own, often
-    0.875."""
+    """Share of the side that the centre crop keeps in evaluation. null: it is the backbone's own, often 0.875."""
 
     update_interval: Count = 1
     """k: the optimiser steps at every k-th batch."""
 
     update_mode: Literal["accumulate", "skip"] = "accumulate"
-    """What happens at the k-1 batches between. `accumulate` averages their gradients. `skip` only publishes
-    embeddings."""
+    """At the k-1 batches between, `accumulate` averages the gradients, and `skip` only publishes embeddings."""
 
     frozen: bool = False
     """The peer teaches and does not learn. Its weights must come from a file that includes the head."""
@@ -292,25 +264,22 @@ class PeerConfig(Section):
     """Use the channels-last memory layout, which makes convolutions faster on CPUs and newer GPUs."""
 
     compile: bool = False
-    """Compile the training pass of the network with torch.compile. The first step then takes one to two
-    minutes more, and the other peers wait for it (cohort.start_timeout_s). A CPU needs a C++ compiler.
-    Results differ from those without compilation by rounding and by what dropout draws."""
+    """Compile the training pass with torch.compile. The first step takes minutes more (cohort.start_timeout_s), a CPU
+    needs a C++ compiler, and results differ by rounding and by what dropout draws."""
 
     num_gpus: NonNegative | None = None
-    """Number of GPUs, all on one node. A fraction shares a GPU with other peers. With 2 or more, each batch
-    is split (see `replicas`). null: the GPUs of the cluster are divided evenly, at most one per peer."""
+    """Number of GPUs, all on one node. A fraction shares a GPU with other peers. 2 or more split each batch (see
+    `replicas`). null: the GPUs of the cluster are divided evenly, at most one per peer."""
 
     num_cpus: Positive | None = None
     """Number of CPUs, all on one node. null: the CPUs of the cluster are divided evenly."""
 
     replicas: Count | None = None
-    """Number of processes that share each batch of the peer. Its GPUs and CPUs are divided evenly among
-    them. null: there is one for each GPU. With frozen batch_norm they learn what one process would learn
-    from the whole batch."""
+    """Number of processes that share each batch of the peer and divide its GPUs and CPUs evenly. null: one for each
+    GPU. With frozen batch_norm they learn what one process would learn from the whole batch."""
 
     resources: dict[str, Positive] = Field(default_factory=dict)
-    """Other resources that the peer's node must have, by their names in the cluster, such as
-    `accelerator_type:A100: 0.001`."""
+    """Other resources that the peer's node must have, by name, such as `accelerator_type:A100: 0.001`."""
 
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels that the peer's node must have, such as `ray.io/accelerator-type: H100`."""
@@ -331,8 +300,7 @@ class PeerConfig(Section):
         if self.frozen and self.weights in BUILT_IN_WEIGHTS:
             raise ValueError(
                 "a frozen peer needs weights from a file that includes its head "
-                "(RUN/checkpoints/step-.../PEER/weights.safetensors), "
-                f"not weights: {self.weights}"
+                f"(RUN/checkpoints/step-.../PEER/weights.safetensors), not weights: {self.weights}"
             )
         if self.frozen and self.ema is not None:
             raise ValueError("a frozen peer never changes, so it has nothing to average")
@@ -341,10 +309,7 @@ class PeerConfig(Section):
 
 def _deep_merge(base: Any, over: Any) -> Any:
     if isinstance(base, Mapping) and isinstance(over, Mapping):
-        merged = dict(base)
-        for key, value in over.items():
-            merged[key] = _deep_merge(base[key], value) if key in base else value
-        return merged
+        return {**base, **{key: _deep_merge(base.get(key), value) for key, value in over.items()}}
     return over
 
 
@@ -357,31 +322,28 @@ class CohortConfig(Section):
         PeerConfig(name="peer0", seed=0, init_seed=0),
         PeerConfig(name="peer1", seed=1, init_seed=1),
     )
-    """The peers, one entry each. If the file has `cohort.base`, an entry states only what differs from
-    it."""
+    """The peers, one entry each. If the file has `cohort.base`, an entry states only what differs from it."""
 
     transport: Literal["direct", "coordinator"] = "direct"
-    """How embeddings travel. `direct`: from peer to peer, in a torch.distributed group that the coordinator
-    forms. `coordinator`: the coordinator carries them."""
+    """`direct`: embeddings travel from peer to peer, by torch.distributed. `coordinator`: it carries them."""
 
     max_teachers: Count | None = None
-    """Maximum number of other peers that a peer learns from at each step. The seed and the step determine
-    which. It keeps the cost of a peer constant in large cohorts. null: a peer learns from all others."""
+    """Maximum number of other peers that a peer learns from at each step, drawn by the seed and the step. It keeps the
+    cost of a peer constant in large cohorts. null: a peer learns from all others."""
 
     placement_strategy: Literal["pack", "spread"] = "pack"
-    """`pack` places the peers on as few nodes as possible, so that embeddings travel short ways. `spread`
-    places them on as many as possible, so that few peers are lost with a node."""
+    """`pack` uses as few nodes as possible, so that embeddings travel short ways. `spread` uses as many as possible, so
+    that few peers are lost with a node."""
 
     placement_timeout_s: Positive = 1800.0
-    """Maximum time, in seconds, to wait until the cluster has room for the peers: until nodes have started
-    or other work has ended."""
+    """Maximum time, in seconds, to wait until the cluster has room for the peers."""
 
     start_timeout_s: Positive = 300.0
     """Maximum time, in seconds, to wait for the peers to start, and again for their first step."""
 
     threads_per_peer: Count | None = None
-    """Number of torch threads of a peer. On a CPU, results depend on it in their last bits. null: it is the
-    number of the peer's CPUs, at least 1."""
+    """Number of torch threads of a peer. On a CPU, results depend on it in their last bits. null: it is the number of
+    the peer's CPUs, at least 1."""
 
     @model_validator(mode="before")
     @classmethod
@@ -390,13 +352,11 @@ class CohortConfig(Section):
         if not isinstance(raw, Mapping):
             return raw
         raw = dict(raw)
-        base = raw.pop("base", None)
-        peers = raw.get("peers")
-        if base is not None:
-            if not isinstance(base, Mapping):
-                raise ValueError("cohort.base must be a mapping of peer settings")
-            if peers is None:
-                peers = [{}, {}]
+        base, peers = raw.pop("base", None), raw.get("peers")
+        if base is not None and not isinstance(base, Mapping):
+            raise ValueError("cohort.base must be a mapping of peer settings")
+        if base is not None and peers is None:
+            peers = [{}, {}]
         if isinstance(peers, (list, tuple)):
             raw["peers"] = [cls._expand_peer(peer, base or {}, n) for n, peer in enumerate(peers)]
         return raw
@@ -419,21 +379,20 @@ class CohortConfig(Section):
 
     @model_validator(mode="after")
     def _peers_differ(self) -> CohortConfig:
-        names = [peer.name for peer in self.peers]
+        names = [str(peer.name) for peer in self.peers]
         if "ensemble" in names:
             raise ValueError("no peer may be named ensemble, which is the name of all peers together")
-        twice = sorted({str(name) for name in names if names.count(name) > 1})
+        twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"peer names must be unique; used twice: {', '.join(twice)}")
-        alike: dict[str, str | None] = {}
-        for peer in self.peers:
-            settings = peer.model_dump_json(exclude={"name"})
-            if settings in alike and not peer.frozen:
+        alike: dict[str, str] = {}
+        for name, peer in zip(names, self.peers, strict=True):
+            first = alike.setdefault(peer.model_dump_json(exclude={"name"}), name)
+            if first != name and not peer.frozen:
                 raise ValueError(
-                    f"{alike[settings]} and {peer.name} have the same seed and settings and would "
-                    "remain the same network: give one of them another seed"
+                    f"{first} and {name} have the same seed and settings and would remain the same network: "
+                    "give one of them another seed"
                 )
-            alike.setdefault(settings, peer.name)
         if not self.peers:
             raise ValueError("peers is empty: a cohort has at least one peer")
         if all(peer.frozen for peer in self.peers):
@@ -465,16 +424,15 @@ class MetricLossConfig(Section):
     """A class of pytorch_metric_learning.losses."""
 
     args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of its constructor. num_classes and embedding_size are filled in if the loss requires them.
-    The margin of TripletMarginLoss is 0.2 unless it is given here."""
+    """Arguments of its constructor. num_classes and embedding_size are filled in if the loss requires them. The margin
+    of TripletMarginLoss is 0.2 unless it is given here."""
 
     miner: MinerConfig | None = None
-    """The miner. null: there is none. TripletMarginLoss uses distance-weighted negatives unless a miner is
-    given here."""
+    """The miner. null: there is none. TripletMarginLoss has distance-weighted negatives unless one is given here."""
 
     reducer: str | None = None
-    """A class of pytorch_metric_learning.reducers. null: it is the loss's own. TripletMarginLoss uses
-    MeanReducer unless a reducer is given here."""
+    """A class of pytorch_metric_learning.reducers. null: it is the loss's own. TripletMarginLoss has MeanReducer unless
+    a reducer is given here."""
 
     @model_validator(mode="before")
     @classmethod
@@ -497,8 +455,8 @@ class RelationalConfig(Section):
     """w_a: weight of the angle term."""
 
     normalize: bool = True
-    """Scale embeddings to unit length before they are compared, as retrieval does. false: the output of the
-    head is compared, so the lengths count too. The metric loss always receives unit length."""
+    """Scale embeddings to unit length before they are compared, as retrieval does. false: the output of the head is
+    compared, so the lengths count too. The metric loss always receives unit length."""
 
     warmup_steps: Whole = 0
     """Number of first steps over which both weights rise linearly from 0."""
@@ -521,18 +479,17 @@ class TrainConfig(Section):
     """Number of batches that every peer is trained on."""
 
     init_from: Path | None = None
-    """Folder of a run. Each peer starts from the weights of the peer with the same name there: the best
-    ones if there are any, else the last. null: peers start as `weights` says."""
+    """Folder of a run. Each peer starts from the weights of the peer with the same name there: the best ones if there
+    are any, else the last. null: peers start as `weights` says."""
 
     log_every: Count = 10
     """Steps between two reports of progress. metrics.jsonl contains every step."""
 
     evaluate_every: Whole = 100
-    """Steps between two evaluations on the validation classes. 0: they are evaluated at the end only."""
+    """Steps between two evaluations on the validation classes. 0: only at the end."""
 
     monitor: Literal["ensemble", "mean_peer"] = "ensemble"
-    """The checkpoint with the highest validation Recall@1 is the best. This is whose Recall@1 counts: that
-    of the ensemble, or the mean of the peers."""
+    """The best checkpoint has the highest validation Recall@1: that of the ensemble, or the mean of the peers."""
 
     tensorboard: bool = True
     """Write TensorBoard events to RUN/tensorboard."""
@@ -542,41 +499,39 @@ class CheckpointConfig(Section):
     """When checkpoints are written, and which are kept."""
 
     every_steps: Whole = 100
-    """Steps between two checkpoints, and so the most that the loss of a peer costs. 0: checkpoints are
-    written before the first step and after the last only."""
+    """Steps between two checkpoints, and so the most that the loss of a peer costs. 0: checkpoints are written before
+    the first step and after the last only."""
 
     num_to_keep: Count = 2
-    """Number of latest checkpoints to keep, in addition to the best one. With 2, there is another if the
-    latest turns out to be damaged."""
+    """Number of latest checkpoints to keep beside the best one. With 2, there is another if the latest is damaged."""
 
     storage_path: str | None = None
-    """Folder or URI (`s3://bucket/folder`, `gs://`, a mount) to which each checkpoint and the other files
-    of the run are copied. `--resume` accepts it too. null: the run is in its own folder only."""
+    """Folder or URI (`s3://bucket/folder`, `gs://`, a mount) to which each checkpoint and the other files of the run
+    are copied. `--resume` accepts it too. null: the run is in its own folder only."""
 
 
 class FailureConfig(Section):
     """What happens if something fails."""
 
     on_peer_loss: Literal["restart", "drop", "fail"] = "restart"
-    """What happens if a peer dies or hangs. `restart` starts it again, and all peers return to the last
-    checkpoint. `drop` does the same until `max_failures` is reached, and then continues without the peer
-    (which returns at the next `--resume`). `fail` ends the run."""
+    """If a peer dies or hangs, `restart` starts it again, and all peers return to the last checkpoint. `drop` does so
+    until `max_failures`, and then continues without the peer until the next `--resume`. `fail` ends the run."""
 
     max_failures: Whole = 5
-    """Maximum number of restarts in a run, all peers together. After that the run ends with its last
-    checkpoint intact, or continues without the peer (`drop`)."""
+    """Maximum number of restarts in a run, all peers together. After that the run ends with its last checkpoint intact,
+    or continues without the peer (`drop`)."""
 
     node_timeout_s: Positive = 10.0
-    """Time, in seconds, within which a lost node is noticed if the run starts Ray itself. A cluster has its
-    own settings for this. A lost process is noticed at once."""
+    """Time, in seconds, within which a lost node is noticed if the run starts Ray itself. A cluster has its own
+    settings for this. A lost process is noticed at once."""
 
     heartbeat_timeout_s: Positive = 60.0
-    """Time, in seconds, after which a peer that neither advances nor answers counts as stuck. Ten median
-    steps apply if they take longer. A stuck peer is named, killed, and treated as lost."""
+    """Time, in seconds, after which a peer that neither advances nor answers counts as stuck; ten median steps if they
+    take longer. A stuck peer is named, killed, and treated as lost."""
 
     on_nonfinite: Literal["fail", "skip"] = "fail"
-    """What happens if a loss, gradient or embedding is NaN or infinite. `fail` ends the run. `skip` omits
-    this update of the peer, and the other peers do not receive its embeddings."""
+    """What happens if a loss, gradient or embedding is NaN or infinite. `fail` ends the run. `skip` omits this update
+    of the peer, and the other peers do not receive its embeddings."""
 
     max_consecutive_nonfinite: Count = 10
     """`skip`: number of consecutive batches that a peer may omit before the run ends."""
@@ -592,12 +547,10 @@ class EvaluationConfig(Section):
     """Number of images that are embedded at a time."""
 
     weights: Literal["last", "best", "ema"] | None = None
-    """The weights that the final evaluation uses. null: they are the best if there are validation classes,
-    else the last."""
+    """The weights of the final evaluation. null: the best if there are validation classes, else the last."""
 
     split: Literal["test", "validation"] = "test"
-    """Classes of the final evaluation. Searches use `validation`, because they must not use the test
-    classes."""
+    """Classes of the final evaluation. Searches use `validation`, because they must not use the test classes."""
 
     untrained: bool = True
     """Also evaluate the untrained peers on the test classes, for comparison."""
@@ -633,9 +586,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _is_consistent(self) -> Config:
         if self.evaluation.split == "validation" and not self.data.validation_fraction:
-            raise ValueError(
-                "evaluation.split is validation, but data.validation_fraction is 0: there are no validation classes"
-            )
+            raise ValueError("evaluation.split is validation, but there are none: data.validation_fraction is 0")
         try:
             self.weights_to_evaluate()
         except UserError as error:
@@ -643,8 +594,8 @@ class Config(Section):
         return self
 
     def weights_to_evaluate(self, requested: str | None = None) -> str:
-        """``last``, ``best`` or ``ema``: the requested weights, else `evaluation.weights`, else its default.
-        None of them is selected on the test classes.
+        """``last``, ``best`` or ``ema``: the requested weights, else `evaluation.weights`, else its default. None of
+        them is selected on the test classes.
 
         Raises:
             UserError: the run has no such weights.
@@ -654,8 +605,7 @@ class Config(Section):
             allowed.append("best")
         if any(peer.ema for peer in self.cohort.peers):
             allowed.append("ema")
-        default = "best" if "best" in allowed else "last"
-        which = requested or self.evaluation.weights or default
+        which = requested or self.evaluation.weights or ("best" if "best" in allowed else "last")
         if which not in allowed:
             raise UserError(
                 f"there are no weights {which!r}; there are {' and '.join(allowed)} (best needs "
@@ -670,8 +620,8 @@ class Config(Section):
         Relative paths in the file are relative to its folder; those in overrides to the current one.
 
         Raises:
-            UserError: the file is missing or not valid YAML, or settings are unknown or out of range. The
-                message lists all of them.
+            UserError: the file is missing or not valid YAML, or settings are unknown or out of range. The message lists
+                all of them.
         """
         path, overrides = QUICKSTART if path is None else Path(path), tuple(overrides)
         raw = read_settings(path, overrides)

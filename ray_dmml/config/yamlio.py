@@ -1,12 +1,11 @@
 """Reads and writes YAML: plain values only, of bounded size, with the numbers and dates of YAML 1.2.
 
-PyYAML follows YAML 1.1, where ``1e-4`` is text, although its author means a number. PyYAML also accepts
-a key twice, nests until Python's stack overflows, and lets a few lines of aliases expand to billions of
-values. All of that is an error here.
+PyYAML follows YAML 1.1, where ``1e-4`` is text, although its author means a number. PyYAML also accepts a key twice,
+nests until Python's stack overflows, and lets a few lines of aliases expand to billions of values. All of that is an
+error here.
 
-Why not OmegaConf: it builds paths and bytes from tags, limits no depth, fails on a text with a ``${``
-that is no interpolation, and replaces a number by a mapping if a dotted key leads through it. The wrapper
-that closes these gaps and keeps our messages is about as long as this module.
+OmegaConf would not help: it builds paths and bytes from tags, limits no depth, fails on a text with a ``${`` that is no
+interpolation, and replaces a number by a mapping if a dotted key leads through it.
 """
 
 from __future__ import annotations
@@ -19,16 +18,9 @@ import yaml
 
 YAMLError = yaml.YAMLError
 
-MAX_DEPTH = 50
-"""Maximum nesting of lists and mappings."""
-
-MAX_VALUES = 1_000_000
-"""Maximum number of keys and values. An alias counts as everything it stands for."""
-
-MAX_INT_BITS = 4096
-"""Maximum size of an integer. Python refuses to print far longer ones."""
-
-_KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
+MAX_DEPTH = 50  # of lists and mappings in each other
+MAX_VALUES = 1_000_000  # keys and values; an alias counts as everything it stands for
+MAX_INT_BITS = 4096  # Python refuses to print far longer integers
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _FORBIDDEN = re.compile("[\0\ud800-\udfff]")  # NUL ends a file name; surrogates are not text
 _TOO_DEEP = f"more than {MAX_DEPTH} levels in each other"
@@ -55,8 +47,7 @@ class _Loader(yaml.SafeLoader):
     def _check(self, node: yaml.Node) -> tuple[int, int]:
         """Number of values and of levels in the node. Raises YAMLError if something is not allowed."""
         if node in self._sizes:
-            size = self._sizes[node]
-            if size is None:
+            if (size := self._sizes[node]) is None:
                 raise _refused("an alias to what it is itself a part of", node)
             return size
         self._sizes[node] = None  # until everything inside is counted
@@ -76,8 +67,7 @@ class _Loader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
         except YAMLError:
             raise
-        except (ValueError, LookupError, AttributeError, TypeError, OverflowError):
-            # PyYAML's converters raise these for `!!int x` and the like.
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError):  # of `!!int x` and the like
             raise _refused(f"what is no {node.tag.rsplit(':', 1)[-1]}", node) from None
         if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
             raise _refused(f"a number of more than {MAX_INT_BITS} bits", node)
@@ -119,7 +109,7 @@ for _side in (_Loader, _Dumper):
 _Loader.yaml_constructors = {  # no sets, bytes or dates, which a config cannot be written with
     tag: constructor
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
-    if tag is None or tag.rsplit(":", 1)[-1] in _KINDS
+    if tag is None or tag.rsplit(":", 1)[-1] in ("null", "bool", "int", "float", "str", "seq", "map")
 }
 
 

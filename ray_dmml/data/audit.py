@@ -1,52 +1,44 @@
 """Audits a data set before a long run: unreadable and duplicate images, and small classes.
 
-Two images are exact duplicates if their decoded squares are equal to the bit (SHA-256); equal files
-always are. They are near duplicates if their 16 x 16 colour thumbnails, each minus its mean, have a
-cosine of at least 0.98. A copy that was saved again, scaled or brightened has that (0.995 and above
-on photos), and so have two photos of one scene moments apart. A copy cut by 4 % or turned grey has
-not. Only the 8 most similar others of each image are compared, which bounds time and memory: all
-pairs of 60,000 images are one matrix product of a minute or two.
+Two images are exact duplicates if their decoded squares are equal to the bit (SHA-256); equal files always are. They
+are near duplicates if their 16 x 16 colour thumbnails, each minus its mean, have a cosine of at least 0.98. A copy that
+was saved again, scaled or brightened has that (0.995 and above on photos), and so have two photos of one scene moments
+apart. A copy cut by 4 % or turned grey has not. Only the 8 most similar others of each image are compared, which bounds
+time and memory: all pairs of 60,000 images are one matrix product of a minute or two.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.cores import num_cores
-from ray_dmml.data.dataset import BadImageError, ImageSet
+from ray_dmml.data.dataset import BadImageError
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.decoding import printable
 
-NEAR = 0.98
-"""The least cosine of the thumbnails of near duplicates."""
-
+NEAR = 0.98  # the least cosine of the thumbnails of near duplicates
 NEIGHBOURS = 8
 SIDE = 16
-_FLAT = 2.0  # grey levels: thumbnails that vary less show nothing, and resemble no other
-
-SHOWN = 3
-"""Findings of a kind that are printed; the JSON has all."""
-
-_BAR = 40
-
-Watch = Callable[[int, int], None]
+FLAT = 2.0  # grey levels: thumbnails that vary less show nothing, and resemble no other
+SHOWN = 3  # findings of a kind that are printed; the JSON has all
+BAR = 40
 
 
 @dataclass(frozen=True)
-class Member:
-    """An image of a group."""
-
+class AuditedImage:
     name: str
     label: str
     split: str
@@ -54,88 +46,47 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Images that are duplicates, each of at least one other of the group."""
+    """Images that are duplicates (exact or near), each of at least one other of the group.
 
-    members: tuple[Member, ...]
+    ``train_and_test``: training classes held out for validation count as train, because another seed trains on them.
+    """
+
     exact: bool
-    """Exact duplicates; else near ones."""
-
-    @property
-    def in_two_classes(self) -> bool:
-        return len({member.label for member in self.members}) > 1
-
-    @property
-    def in_train_and_test(self) -> bool:
-        """Training classes held out for validation count as train: another seed trains on them."""
-        return len({member.split == "test" for member in self.members}) > 1
+    two_classes: bool
+    train_and_test: bool
+    images: list[AuditedImage]
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The findings of an audit."""
+    """The findings of an audit.
 
-    splits: dict[str, tuple[int, int]]
-    """(images, classes) of train, validation (if there is one) and test."""
+    Attributes:
+        splits: ``images`` and ``classes`` of train, validation (if there is one) and test.
+        unreadable: ``name`` and ``reason`` of each image that cannot be read.
+        duplicates: groups of images, the exact duplicates first.
+        images_per_class: K, the images of each class in a batch.
+        small_classes: ``label`` and ``images`` of each class of train or validation with fewer than K.
+        class_sizes: images of each class of all splits, ascending.
+    """
 
-    unreadable: tuple[tuple[str, str], ...]
-    """(name, reason) of each image that cannot be read."""
-
-    groups: tuple[Group, ...]
-    """Duplicates, the exact ones first."""
-
+    splits: dict[str, dict[str, int]]
+    unreadable: list[dict[str, str]]
+    duplicates: list[Group]
     images_per_class: int
-    """K: a batch has so many images of each class."""
-
-    small_classes: tuple[tuple[str, int], ...]
-    """(class, images) of each class of train or validation with fewer than K."""
-
-    class_sizes: tuple[int, ...]
-    """Images of each class of all splits, ascending."""
-
-    @property
-    def exact(self) -> list[Group]:
-        return [group for group in self.groups if group.exact]
-
-    @property
-    def near(self) -> list[Group]:
-        return [group for group in self.groups if not group.exact]
-
-    @property
-    def in_two_classes(self) -> list[Group]:
-        return [group for group in self.groups if group.in_two_classes]
-
-    @property
-    def in_train_and_test(self) -> list[Group]:
-        return [group for group in self.groups if group.in_train_and_test]
+    small_classes: list[dict[str, Any]]
+    class_sizes: list[int]
 
     def is_clean(self) -> bool:
         """Nothing needs repair. Near duplicates within a class are no fault: photos of one object."""
-        return not (self.unreadable or self.exact or self.in_two_classes or self.small_classes)
+        faults = any(group.exact or group.two_classes for group in self.duplicates)
+        return not (self.unreadable or faults or self.small_classes)
 
     def to_json(self) -> dict[str, Any]:
-        """All findings, with every name, as JSON has them."""
-        return {
-            "clean": self.is_clean(),
-            "splits": {
-                split: {"images": images, "classes": classes} for split, (images, classes) in self.splits.items()
-            },
-            "unreadable": [{"name": name, "reason": reason} for name, reason in self.unreadable],
-            "duplicates": [
-                {
-                    "exact": group.exact,
-                    "two_classes": group.in_two_classes,
-                    "train_and_test": group.in_train_and_test,
-                    "images": [asdict(member) for member in group.members],
-                }
-                for group in self.groups
-            ],
-            "images_per_class": self.images_per_class,
-            "small_classes": [{"label": label, "images": images} for label, images in self.small_classes],
-            "class_sizes": list(self.class_sizes),
-        }
+        return {"clean": self.is_clean(), **asdict(self)}
 
 
-def audit(config: DataConfig, watch: Watch | None = None) -> AuditReport:
+def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -> AuditReport:
     """Decodes every image once (into the cache of decoded images, if there is one).
 
     Args:
@@ -148,53 +99,60 @@ def audit(config: DataConfig, watch: Watch | None = None) -> AuditReport:
     loaded = load_splits(config, check=False)
     sets = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
     splits = {split: images for split, images in sets.items() if images is not None}
-    members: list[Member] = []
-    fingerprints: list[bytes] = []
-    thumbnails: list[np.ndarray] = []
-    unreadable: list[tuple[str, str]] = []
-    total = sum(map(len, splits.values()))
-    with ThreadPoolExecutor(num_cores()) as pool:
-        for split, images in splits.items():
-            for index, result in enumerate(_examine(pool, images)):
-                name = images.source.name(index)
-                if isinstance(result, str):
-                    unreadable.append((name, result))
-                else:
-                    label = images.class_names[images.labels[index]]
-                    members.append(Member(name, label, split))
-                    fingerprints.append(result[0])
-                    thumbnails.append(result[1])
-                if watch is not None:
-                    watch(len(members) + len(unreadable), total)
-    sizes = {split: np.bincount(images.labels).tolist() for split, images in splits.items()}
-    return AuditReport(
-        splits={split: (len(images), images.num_classes) for split, images in splits.items()},
-        unreadable=tuple(unreadable),
-        groups=tuple(_groups(members, fingerprints, thumbnails)),
-        images_per_class=config.images_per_class,
-        small_classes=tuple(
-            (label, size)
-            for split, images in splits.items()
-            if split != "test"
-            for label, size in zip(images.class_names, sizes[split], strict=True)
-            if size < config.images_per_class
-        ),
-        class_sizes=tuple(sorted(size for part in sizes.values() for size in part)),
-    )
+    places = [(split, index) for split, images in splits.items() for index in range(len(images))]
+    images_of: dict[bytes, list[AuditedImage]] = {}
+    thumbnails: dict[bytes, np.ndarray] = {}
+    unreadable: list[dict[str, str]] = []
 
-
-def _examine(pool: ThreadPoolExecutor, images: ImageSet) -> Iterator[tuple[bytes, np.ndarray] | str]:
-    """(SHA-256 of the pixels, thumbnail) of each image, or why it cannot be read."""
-
-    def examine(index: int) -> tuple[bytes, np.ndarray] | str:
+    def examine(place: tuple[str, int]) -> tuple[bytes, np.ndarray] | str:
+        """(SHA-256 of the pixels, thumbnail) of an image, or why it cannot be read."""
         try:
-            image = images.source.read(index)
+            image = splits[place[0]].source.read(place[1])
         except BadImageError as error:
             return str(error)
         return hashlib.sha256(image.numpy().data).digest(), thumbnail(image)
 
-    for start in range(0, len(images), 1024):  # so that not all are submitted at once
-        yield from pool.map(examine, range(start, min(start + 1024, len(images))))
+    with ThreadPoolExecutor(num_cores()) as pool:
+        chunks = (places[start : start + 1024] for start in range(0, len(places), 1024))
+        results = (result for chunk in chunks for result in pool.map(examine, chunk))  # not all at once
+        for done, ((split, index), result) in enumerate(zip(places, results, strict=True), start=1):
+            images = splits[split]
+            name = images.source.name(index)
+            if isinstance(result, str):
+                unreadable.append({"name": name, "reason": result})
+            else:
+                fingerprint, small = result
+                thumbnails[fingerprint] = small
+                image = AuditedImage(name, images.class_names[images.labels[index]], split)
+                images_of.setdefault(fingerprint, []).append(image)
+            if watch is not None:
+                watch(done, len(places))
+    sizes = {split: np.bincount(images.labels).tolist() for split, images in splits.items()}
+    copies = list(images_of.values())
+    near = _similar(np.stack(list(thumbnails.values()))) if len(copies) > 1 else []
+    return AuditReport(
+        splits={split: {"images": len(images), "classes": images.num_classes} for split, images in splits.items()},
+        unreadable=unreadable,
+        duplicates=[
+            *(_group(images, exact=True) for images in copies if len(images) > 1),
+            # One of each is compared: a thousand copies of an image must not hide what else resembles it.
+            *(_group([image for i in indices for image in copies[i]], exact=False) for indices in near),
+        ],
+        images_per_class=config.images_per_class,
+        small_classes=[
+            {"label": label, "images": size}
+            for split, images in splits.items()
+            if split != "test"
+            for label, size in zip(images.class_names, sizes[split], strict=True)
+            if size < config.images_per_class
+        ],
+        class_sizes=sorted(size for part in sizes.values() for size in part),
+    )
+
+
+def _group(images: list[AuditedImage], exact: bool) -> Group:
+    labels, in_test = {image.label for image in images}, {image.split == "test" for image in images}
+    return Group(exact, len(labels) > 1, len(in_test) > 1, images)
 
 
 def thumbnail(image: Tensor) -> np.ndarray:
@@ -202,25 +160,7 @@ def thumbnail(image: Tensor) -> np.ndarray:
     small = torch.nn.functional.interpolate(image[None].float(), (SIDE, SIDE), mode="area")
     vector: np.ndarray = small.numpy().ravel()
     vector = vector - vector.mean()
-    return vector / max(float(np.linalg.norm(vector)), _FLAT * vector.size**0.5)
-
-
-def _groups(
-    members: Sequence[Member], fingerprints: Sequence[bytes], thumbnails: Sequence[np.ndarray]
-) -> Iterator[Group]:
-    """Exact groups, then near ones of at least two different images."""
-    by_fingerprint: dict[bytes, list[int]] = {}
-    for index, fingerprint in enumerate(fingerprints):
-        by_fingerprint.setdefault(fingerprint, []).append(index)
-    copies = list(by_fingerprint.values())
-    for indices in copies:
-        if len(indices) > 1:
-            yield Group(tuple(members[i] for i in indices), exact=True)
-    if len(copies) < 2:
-        return
-    # One of each: a thousand copies of an image must not hide what else resembles it.
-    for near in _similar(np.stack([thumbnails[indices[0]] for indices in copies])):
-        yield Group(tuple(members[i] for part in near for i in copies[part]), exact=False)
+    return vector / max(float(np.linalg.norm(vector)), FLAT * vector.size**0.5)
 
 
 def _similar(vectors: np.ndarray) -> Iterable[list[int]]:
@@ -244,57 +184,46 @@ def _similar(vectors: np.ndarray) -> Iterable[list[int]]:
 
 def print_report(report: AuditReport, console: Console) -> None:
     """Prints sizes, findings, and a histogram of the classes' sizes within 80 columns."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("split", "images", "classes"):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
-    for split, (images, classes) in report.splits.items():
-        table.add_row(split, str(images), str(classes))
+    table = Table(
+        "split", Column("images", justify="right"), Column("classes", justify="right"), box=None, pad_edge=False
+    )
+    for split, size in report.splits.items():
+        table.add_row(split, str(size["images"]), str(size["classes"]))
     console.print(table)
-    messages = [message for _, message in report.unreadable]
-    small = [f"{printable(label)}: {images}" for label, images in report.small_classes]
-    few = f"training classes of fewer than {report.images_per_class} images"
+    out = partial(console.print, highlight=False, markup=False)
+    groups = [(group, _describe(group)) for group in report.duplicates]
+    small = [f"{printable(row['label'])}: {row['images']}" for row in report.small_classes]
     for title, lines, unit in (
-        ("unreadable images", messages, ""),
-        ("exact duplicates", list(map(_describe, report.exact)), "groups"),
-        ("near duplicates", list(map(_describe, report.near)), "groups"),
-        ("one image under two labels", list(map(_describe, report.in_two_classes)), "groups"),
-        ("one image in train and test", list(map(_describe, report.in_train_and_test)), "groups"),
-        (few, small, ""),
+        ("unreadable images", [row["reason"] for row in report.unreadable], ""),
+        ("exact duplicates", [text for group, text in groups if group.exact], " groups"),
+        ("near duplicates", [text for group, text in groups if not group.exact], " groups"),
+        ("one image under two labels", [text for group, text in groups if group.two_classes], " groups"),
+        ("one image in train and test", [text for group, text in groups if group.train_and_test], " groups"),
+        (f"training classes of fewer than {report.images_per_class} images", small, ""),
     ):
-        count = f"{len(lines)} {unit}".strip() if lines else "none"
-        _print(console, f"\n{title}: {count}")
+        out(f"\n{title}: " + (f"{len(lines)}{unit}" if lines else "none"))
         for line in lines[:SHOWN]:
-            _print(console, f"  {line}")
+            out(f"  {line}")
         if len(lines) > SHOWN:
-            _print(console, f"  ... and {len(lines) - SHOWN} more")
-    _print(console, "\nclasses by number of images")
+            out(f"  ... and {len(lines) - SHOWN} more")
+    out("\nclasses by number of images")
     for line in histogram(report.class_sizes):
-        _print(console, f"  {line}")
-    _print(console, "\nno problems" if report.is_clean() else "\nthere are problems to repair")
+        out(f"  {line}")
+    out("\nno problems" if report.is_clean() else "\nthere are problems to repair")
 
 
 def histogram(sizes: Iterable[int]) -> list[str]:
     """A line for each power of two: 1, 2-3, 4-7, and so on."""
-    counts: dict[int, int] = {}
-    for size in sizes:
-        power = size.bit_length() - 1
-        counts[power] = counts.get(power, 0) + 1
+    counts = Counter(size.bit_length() - 1 for size in sizes)
     lines = []
     for power in range(min(counts), max(counts) + 1):
         low, high = 2**power, 2 ** (power + 1) - 1
-        count = counts.get(power, 0)
-        bar = "#" * -(-_BAR * count // max(counts.values()))
-        lines.append(f"{low if low == high else f'{low}-{high}':>13}  {count:>7}  {bar}".rstrip())
+        bar = "#" * -(-BAR * counts[power] // max(counts.values()))
+        lines.append(f"{low if low == high else f'{low}-{high}':>13}  {counts[power]:>7}  {bar}".rstrip())
     return lines
 
 
 def _describe(group: Group) -> str:
-    lines = [
-        f"{printable(member.name)} ({printable(member.label)}, {member.split})" for member in group.members[:SHOWN]
-    ]
-    more = len(group.members) - SHOWN
+    lines = [f"{printable(image.name)} ({printable(image.label)}, {image.split})" for image in group.images[:SHOWN]]
+    more = len(group.images) - SHOWN
     return "\n    = ".join(lines) + (f"\n    and {more} more" if more > 0 else "")
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False)

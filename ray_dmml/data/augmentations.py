@@ -1,8 +1,8 @@
 """Views of images: the augmentation of a peer, or the resize and crop of evaluation.
 
-A view takes decoded uint8 images (3, S, S) and gives uint8 images (3, H, H). The net normalises them
-by the mean and standard deviation of its backbone. All random numbers come from torch's global
-generator, which the peer seeds for each batch.
+A view takes decoded uint8 images (3, S, S) and gives uint8 images (3, H, H). The net normalises them by the mean and
+standard deviation of its backbone. All random numbers come from torch's global generator, which the peer seeds for each
+batch.
 """
 
 from __future__ import annotations
@@ -24,48 +24,33 @@ RESIZE_BEFORE_CROP = 256 / 224
 
 CPU = torch.device("cpu")
 
-_ON_ANY_DEVICE = frozenset(
-    {
-        "CenterCrop",
-        "ColorJitter",
-        "GaussianBlur",
-        "Pad",
-        "RandomAffine",
-        "RandomCrop",
-        "RandomErasing",
-        "RandomGrayscale",
-        "RandomHorizontalFlip",
-        "RandomPerspective",
-        "RandomResizedCrop",
-        "RandomRotation",
-        "RandomVerticalFlip",
-        "Resize",
-    }
-)
-"""Transforms that take tensors and draw their parameters on the CPU, so that they draw the same on any
-device (except RandomErasing with random pixels). Others may need Pillow's images, or the CPU."""
+_ON_ANY_DEVICE = {
+    *("CenterCrop", "ColorJitter", "GaussianBlur", "Pad", "RandomAffine", "RandomCrop", "RandomErasing"),
+    *("RandomGrayscale", "RandomHorizontalFlip", "RandomPerspective", "RandomResizedCrop", "RandomRotation"),
+    *("RandomVerticalFlip", "Resize"),
+}
+"""Transforms that take tensors and draw their parameters on the CPU, so that they draw the same on any device (except
+RandomErasing with random pixels). Others may need Pillow's images, or the CPU."""
 
 
-def _presets(size: int) -> dict[str, list[Transform]]:
-    flip = Transform(name="RandomHorizontalFlip")
-    return {
+def _preset(name: str, size: int) -> list[Transform]:
+    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+    presets: dict[str, list[tuple[str, dict[str, Any]]]] = {
         "weak": [
-            Transform(name="Resize", args={"size": [round(size * RESIZE_BEFORE_CROP)] * 2}),
-            Transform(name="RandomCrop"),
-            flip,
+            ("Resize", {"size": [round(size * RESIZE_BEFORE_CROP)] * 2}),
+            ("RandomCrop", {}),
+            ("RandomHorizontalFlip", {}),
         ],
-        "standard": [Transform(name="RandomResizedCrop", args={"scale": [0.2, 1.0]}), flip],
+        "standard": [("RandomResizedCrop", {"scale": [0.2, 1.0]}), ("RandomHorizontalFlip", {})],
         "strong": [
-            Transform(name="RandomResizedCrop", args={"scale": [0.08, 1.0]}),
-            flip,
-            Transform(
-                name="ColorJitter",
-                args={"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
-            ),
-            Transform(name="RandomGrayscale", args={"p": 0.1}),
-            Transform(name="RandomErasing", args={"p": 0.25}),
+            ("RandomResizedCrop", {"scale": [0.08, 1.0]}),
+            ("RandomHorizontalFlip", {}),
+            ("ColorJitter", jitter),
+            ("RandomGrayscale", {"p": 0.1}),
+            ("RandomErasing", {"p": 0.25}),
         ],
     }
+    return [Transform(name=name, args=args) for name, args in presets[name]]
 
 
 class View:
@@ -84,14 +69,7 @@ class View:
     """
 
     def __init__(
-        self,
-        pipeline: v2.Transform,
-        size: int,
-        decode_size: int,
-        source: str,
-        *,
-        draws: bool,
-        device: torch.device = CPU,
+        self, pipeline: v2.Transform, size: int, decode_size: int, source: str, *, draws: bool, device: torch.device
     ) -> None:
         self._pipeline, self._draws, self._device = pipeline, draws, device
         generator_state = torch.get_rng_state()
@@ -104,14 +82,11 @@ class View:
             ) from None
         finally:
             torch.set_rng_state(generator_state)
-        output = type(result).__name__
-        if isinstance(result, Tensor):
-            output = f"{result.dtype} {tuple(result.shape)}"
+        output = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         if output != f"torch.uint8 {(3, size, size)}":
             raise UserError(
-                f"{source} gives {output}, but the net takes uint8 "
-                f"{(3, size, size)}: end it with a crop or a Resize, and leave scaling and "
-                "normalising to the net"
+                f"{source} gives {output}, but the net takes uint8 {(3, size, size)}: "
+                "end it with a crop or a Resize, and leave scaling and normalising to the net"
             )
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -123,30 +98,20 @@ class View:
 
 
 def training_view(
-    config: str | Sequence[Transform],
-    size: int,
-    decode_size: int,
-    owner: str,
-    device: torch.device = CPU,
+    config: str | Sequence[Transform], size: int, decode_size: int, owner: str, device: torch.device = CPU
 ) -> View:
-    """The augmentation named or listed in the config, computed on ``device`` if all of its
-    transforms can be, else on the CPU.
+    """The augmentation named or listed in the config, computed on ``device`` if all of its transforms can be, else on
+    the CPU.
 
     Raises:
         UserError: a transform is unknown (with the nearest known name) or refuses its arguments.
     """
-    transforms = _presets(size)[config] if isinstance(config, str) else config
+    transforms = _preset(config, size) if isinstance(config, str) else config
     source = f"view of {owner}"
     built = [_build(transform, size, source) for transform in transforms]
     everywhere = all(transform.name in _ON_ANY_DEVICE for transform in transforms)
-    return View(
-        v2.Compose(built) if built else v2.Identity(),
-        size,
-        decode_size,
-        source,
-        draws=True,
-        device=device if everywhere else CPU,
-    )
+    pipeline = v2.Compose(built) if built else v2.Identity()
+    return View(pipeline, size, decode_size, source, draws=True, device=device if everywhere else CPU)
 
 
 def evaluation_view(size: int, crop: float, decode_size: int, device: torch.device = CPU) -> View:
@@ -157,20 +122,16 @@ def evaluation_view(size: int, crop: float, decode_size: int, device: torch.devi
 
 
 def _build(transform: Transform, size: int, source: str) -> v2.Transform:
-    known = {
-        name: cls
-        for name, cls in vars(v2).items()
-        if inspect.isclass(cls) and issubclass(cls, v2.Transform) and cls is not v2.Transform
-    }
-    cls = known.get(transform.name)
+    transforms = {name: cls for name, cls in vars(v2).items() if inspect.isclass(cls) and issubclass(cls, v2.Transform)}
+    del transforms["Transform"]
+    cls = transforms.get(transform.name)
     if cls is None:
-        near = difflib.get_close_matches(transform.name, known, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(transform.name, transforms, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "see torchvision.transforms.v2"
         raise UserError(f"{source}: unknown transform {transform.name!r}; {hint}")
     args: dict[str, Any] = dict(transform.args)
-    takes = inspect.signature(cls).parameters
-    if "size" in takes and "size" not in args:
-        args["size"] = [size, size]
+    if "size" in inspect.signature(cls).parameters:
+        args.setdefault("size", [size, size])
     if isinstance(args.get("interpolation"), str):
         try:
             args["interpolation"] = InterpolationMode(args["interpolation"])

@@ -5,19 +5,18 @@ The file has a header and one record an image, in the order of the images' names
     header: magic, SHA-256 of the images' paths and decoders, zeros to HEADER_BYTES
     record: crc32 of the pixels | stamp of the image's file | uint8 pixels (3, S, S) | zeros
 
-Whichever process decodes an image first writes its record; two that decode the same image write the
-same bytes. A reader trusts a record only if its checksum is right (at every read) and its stamp is
-that of the image's file (at the first read of each process). It decodes other images again. Records
-are read and written without a memory map, which would kill the process where the file is cut short
-or the disk is full. The kernel shares the pages of a file between processes in either case.
+Whichever process decodes an image first writes its record; two that decode the same image write the same bytes. A
+reader trusts a record only if its checksum is right (at every read) and its stamp is that of the image's file (at the
+first read of each process). It decodes other images again. Records are read and written without a memory map, which
+would kill the process where the file is cut short or the disk is full. The kernel shares the pages of a file between
+processes in either case.
 
-A process holds a shared lock on each cache file that it has open, so that no other process removes
-the file to make room. It holds the lock of the folder while it opens or creates one.
+A process holds a shared lock on each cache file that it has open, so that no other process removes the file to make
+room. It holds the lock of the folder while it opens or creates one.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import logging
@@ -25,7 +24,8 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -36,13 +36,10 @@ from torch import Tensor
 
 from ray_dmml.data.dataset import FileImages, ImageSet, Stamp
 
-FORMAT = 3
-"""Increases with every change of the file's layout or of how images are decoded."""
-
+FORMAT = 3  # increases with every change of the file's layout or of how images are decoded
 HEADER_BYTES = 4096
 SUFFIX = ".images"
-LOCK_S = 20.0
-"""Seconds to wait for the folder's lock. A network file system may never grant it."""
+LOCK_S = 20.0  # a network file system may never grant the folder's lock
 
 _MAGIC = b"ray-dmml images\n"
 _RECORD = struct.Struct("<Iqq")  # checksum of the pixels, and the two numbers of the stamp
@@ -71,14 +68,16 @@ class ImageCache:
     Args:
         path: the file, made by :func:`open_cache`.
         size: S of the images, in pixels.
+        slots: slot of each image by its path.
 
     Raises:
         OSError: the file cannot be opened or locked.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, slots: Mapping[str, int]) -> None:
         import fcntl  # Windows has none, and no cache either
 
+        self.slots = slots
         self._path, self._shape, self._record_bytes = path, (3, size, size), record_bytes(size)
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -129,15 +128,10 @@ class ImageCache:
 
 
 class CachedImages:
-    """Image files read through a cache: the same pixels, decoded once.
+    """Image files read through a cache: the same pixels, decoded once."""
 
-    Args:
-        source: decodes the images that the cache lacks.
-        slots: each image's slot in the cache.
-    """
-
-    def __init__(self, source: FileImages, cache: ImageCache, slots: Sequence[int]) -> None:
-        self._source, self._cache, self._slots = source, cache, tuple(slots)
+    def __init__(self, source: FileImages, cache: ImageCache) -> None:
+        self._source, self._cache = source, cache
 
     def __len__(self) -> int:
         return len(self._source)
@@ -145,8 +139,11 @@ class CachedImages:
     def name(self, index: int) -> str:
         return self._source.name(index)
 
+    def subset(self, indices: Sequence[int]) -> CachedImages:
+        return CachedImages(self._source.subset(indices), self._cache)
+
     def read(self, index: int) -> Tensor:
-        slot = self._slots[index]
+        slot = self._cache.slots[self._source.paths[index]]
         image = self._cache.get(slot, lambda: self._source.stamp(index))
         if image is None:
             # The stamp is taken first: if the file changes meanwhile, it is decoded again.
@@ -164,40 +161,32 @@ def through_cache(sets: Sequence[ImageSet], folder: Path | None, limit_bytes: in
         folder: folder of the cache files; None: :func:`default_folder`.
         limit_bytes: the most that all cache files in the folder may take.
     """
-    sources = [images.files() for images in sets]
-    paths = sorted({path for source in sources for path in source.paths})
+    sources = [images.source for images in sets if isinstance(images.source, FileImages)]
     try:
         folder = folder or default_folder()
         if not hasattr(os, "preadv"):
             raise OSError(errno.ENOSYS, "this system has no os.preadv")
-        cache = open_cache(sources[0], paths, folder, limit_bytes)
+        cache = open_cache(sources, folder, limit_bytes)
     except OSError as error:
         _warn(error.filename or folder, error)
         return list(sets)
-    slot_of = {path: slot for slot, path in enumerate(paths)}
-    return [
-        dataclasses.replace(images, source=CachedImages(source, cache, [slot_of[path] for path in source.paths]))
-        for images, source in zip(sets, sources, strict=True)
-    ]
+    return [replace(images, source=CachedImages(source, cache)) for images, source in zip(sets, sources, strict=True)]
 
 
-def open_cache(like: FileImages, paths: Sequence[str], folder: Path, limit_bytes: int) -> ImageCache:
+def open_cache(sources: Sequence[FileImages], folder: Path, limit_bytes: int) -> ImageCache:
     """Opens the cache file of these images, and creates it where needed.
 
-    Its name depends on the images and their decoders, but not on the splits, so that every run on
-    the images uses the same file. Other files that are not in use are removed, the longest unused
-    first, until it fits within the limit.
-
-    Args:
-        like: root, size and resize of the images.
-        paths: all images, in the order of their slots.
+    Its name depends on the images and their decoders, but not on the splits, so that every run on the images uses the
+    same file. Other files that are not in use are removed, the longest unused first, until it fits within the limit.
 
     Raises:
         OSError: it does not fit, or the disk fails.
     """
-    size, num_bytes = like.decode_size, HEADER_BYTES + len(paths) * record_bytes(like.decode_size)
+    paths = sorted({path for source in sources for path in source.paths})
+    root, resize, size = sources[0].root, sources[0].resize, sources[0].decode_size
+    num_bytes = HEADER_BYTES + len(paths) * record_bytes(size)
     decoders = (torch.__version__, metadata.version("torchvision"), PIL.__version__)
-    key = (str(like.root.resolve()), like.resize, f"{FORMAT} {size}", *decoders, *paths)
+    key = (str(root.resolve()), resize, f"{FORMAT} {size}", *decoders, *paths)
     digest = hashlib.sha256("\0".join(key).encode(errors="surrogateescape")).hexdigest()
     header = (_MAGIC + digest.encode()).ljust(HEADER_BYTES, b"\0")
     path = folder / f"{digest[:24]}{SUFFIX}"
@@ -213,7 +202,7 @@ def open_cache(like: FileImages, paths: Sequence[str], folder: Path, limit_bytes
                 file.truncate(num_bytes)  # it takes disk only as images are decoded
             os.replace(partial, path)  # processes that have the old file open keep it
         os.utime(path)  # the time of its last use
-        return ImageCache(path, size)
+        return ImageCache(path, size, {path: slot for slot, path in enumerate(paths)})
 
 
 def record_bytes(size: int) -> int:
@@ -241,20 +230,20 @@ def _make_room(folder: Path, path: Path, num_bytes: int, limit: int) -> None:
     """
     for partial in folder.glob("*.part"):  # no other process is making one: we hold the lock
         partial.unlink(missing_ok=True)
-    size_of = {file: file.stat().st_size for file in folder.glob(f"*{SUFFIX}") if file != path}
-    total = num_bytes + sum(size_of.values())
-    if total <= limit:
+    status = {file: file.stat() for file in folder.glob(f"*{SUFFIX}") if file != path}
+    excess = num_bytes + sum(file.st_size for file in status.values()) - limit
+    if excess <= 0:
         return
-    unused = [file for file in size_of if not _in_use(file)]
-    if total - sum(size_of[file] for file in unused) > limit:
+    unused = [file for file in sorted(status, key=lambda file: status[file].st_mtime) if not _in_use(file)]
+    if sum(status[file].st_size for file in unused) < excess:
         if path.exists() and not _in_use(path):
             path.unlink()
         few = f"data.cache_gib {limit / 2**30:.3g} has no room for {num_bytes / 2**30:.3g} GiB"
         raise OSError(errno.ENOSPC, few, str(folder))
-    for file in sorted(unused, key=lambda file: file.stat().st_mtime):
-        if total > limit:
+    for file in unused:
+        if excess > 0:
             file.unlink(missing_ok=True)
-            total -= size_of[file]
+            excess -= status[file].st_size
 
 
 def _in_use(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 
 Stamp = tuple[int, int]
-"""Size and time of change of an image's file. Another stamp means another content. The time is the
-file system's own (ctime), because archives and copies set the other one back."""
+"""Size and time of change of an image's file. Another stamp means another content. The time is the file system's own
+(ctime), because archives and copies set the other one back."""
 
 
 class BadImageError(UserError):
@@ -29,8 +29,7 @@ class BadImageError(UserError):
 class ImageSource(Protocol):
     """Reads images by index."""
 
-    def __len__(self) -> int:
-        """The number of images."""
+    def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
         """The image's name in messages; unique within a data set."""
@@ -42,6 +41,9 @@ class ImageSource(Protocol):
             BadImageError: it cannot be read.
         """
 
+    def subset(self, indices: Sequence[int]) -> ImageSource:
+        """A source of the images at these indices, in this order."""
+
 
 class FileImages:
     """Image files under one folder, decoded to (3, S, S) uint8 RGB squares.
@@ -50,21 +52,21 @@ class FileImages:
         root: the folder.
         paths: the files, relative to it.
         decode_size: S, in pixels.
-        resize: ``stretch`` resizes both sides to S. ``center_crop`` resizes the shorter side to S
-            and cuts out the middle.
+        resize: ``stretch`` resizes both sides to S. ``center_crop`` resizes the shorter side to S and cuts out the
+            middle.
     """
 
-    def __init__(self, root: Path, paths: Sequence[str], decode_size: int, resize: Resize = "stretch") -> None:
-        self.root = root
-        self.paths = tuple(paths)
-        self.decode_size = decode_size
-        self.resize = resize
+    def __init__(self, root: Path, paths: Iterable[str], decode_size: int, resize: Resize = "stretch") -> None:
+        self.root, self.paths, self.decode_size, self.resize = root, tuple(paths), decode_size, resize
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
         return self.paths[index]
+
+    def subset(self, indices: Sequence[int]) -> FileImages:
+        return FileImages(self.root, (self.paths[index] for index in indices), self.decode_size, self.resize)
 
     def stamp(self, index: int) -> Stamp:
         """Size and time of change of the file now.
@@ -85,54 +87,32 @@ class FileImages:
             raise self._bad(index, error) from error
 
     def _bad(self, index: int, error: Exception) -> BadImageError:
-        name = printable(self.name(index))
-        return BadImageError(f"image {name} cannot be read: {reason_of(error)}")
-
-
-class _Selection:
-    """Some images of another source, in a given order."""
-
-    def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
-        self.source: ImageSource = source
-        self.indices = indices
-        if isinstance(source, _Selection):  # one look-up, however often a set is cut
-            self.source, self.indices = source.source, source.indices[indices]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.indices[index]))
-
-    def read(self, index: int) -> Tensor:
-        return self.source.read(int(self.indices[index]))
+        return BadImageError(f"image {printable(self.name(index))} cannot be read: {reason_of(error)}")
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images of one split with their classes."""
+    """Images of one split with their classes.
+
+    Attributes:
+        source: reads the images.
+        labels: (N,) int64: the class of each image, 0 to C-1. Every class has an image.
+        class_names: (C,) the names of the classes.
+        query: (Q,) int64 indices of the query images. None (with gallery): all against all.
+        gallery: (G,) int64 indices of the images that queries are matched with.
+    """
 
     source: ImageSource
-    """Reads them."""
-
     labels: np.ndarray
-    """(N,) int64: the class of each image, 0 to C-1. Every class has an image."""
-
     class_names: tuple[str, ...]
-    """(C,) the names of the classes."""
-
     query: np.ndarray | None = None
-    """(Q,) int64 indices of the query images. None (with gallery): all against all."""
-
     gallery: np.ndarray | None = None
-    """(G,) int64 indices of the images that queries are matched with."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def num_classes(self) -> int:
-        """C."""
         return len(self.class_names)
 
     def digest(self) -> str:
@@ -149,21 +129,6 @@ class ImageSet:
                 content.update(b"\0" + indices.astype("<i8").tobytes())
         return content.hexdigest()
 
-    def files(self) -> FileImages:
-        """The files of the images, in their order.
-
-        Raises:
-            TypeError: the images are not read from files.
-        """
-        source, indices = self.source, np.arange(len(self))
-        if isinstance(source, _Selection):
-            indices = source.indices
-            source = source.source
-        if not isinstance(source, FileImages):
-            raise TypeError(f"{type(source).__name__} reads no files")
-        paths = [source.paths[index] for index in indices]
-        return FileImages(source.root, paths, source.decode_size, source.resize)
-
     def can_be_evaluated(self) -> bool:
         """Whether any query has another image of its class in the gallery."""
         if self.query is None or self.gallery is None:
@@ -176,8 +141,8 @@ class ImageSet:
     def subset(self, indices: np.ndarray | Sequence[int]) -> ImageSet:
         """The images at these indices (each at most once), in this order.
 
-        Classes without an image are dropped, and the others are renumbered in their old order.
-        Images that are not in the subset also leave query and gallery.
+        Classes without an image are dropped, and the others are renumbered in their old order. Images that are not in
+        the subset also leave query and gallery.
         """
         indices = np.asarray(indices, dtype=np.int64)
         kept, labels = np.unique(self.labels[indices], return_inverse=True)
@@ -188,7 +153,7 @@ class ImageSet:
             return None if old is None else position[old][position[old] >= 0]
 
         return ImageSet(
-            source=_Selection(self.source, indices),
+            source=self.source.subset(indices.tolist()),
             labels=labels.astype(np.int64),
             class_names=tuple(self.class_names[c] for c in kept),
             query=renumbered(self.query),
@@ -198,31 +163,32 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """A data set split by class: no class is in two of the three."""
+    """A data set split by class: no class is in two of the three.
+
+    ``validation`` are training classes held out to choose checkpoints and settings; None: none are. ``skipped`` are the
+    names of unreadable images that were left out.
+    """
 
     train: ImageSet
-    """The peers learn from these."""
-
     validation: ImageSet | None
-    """Training classes held out to choose checkpoints and settings. None: none are held out."""
-
     test: ImageSet
-    """Results are reported on these classes."""
-
     skipped: tuple[str, ...] = ()
-    """Names of unreadable images that were left out."""
+
+    def parts(self) -> dict[str, ImageSet]:
+        """``training``, ``validation`` (if there is one) and ``test``."""
+        parts = {"training": self.train, "validation": self.validation, "test": self.test}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def digests(self) -> dict[str, str]:
         """The digest of each split. Processes compare them to know that they read the same images."""
-        parts = {"training": self.train, "validation": self.validation, "test": self.test}
-        return {name: part.digest() for name, part in parts.items() if part is not None}
+        return {name: part.digest() for name, part in self.parts().items()}
 
 
 def hold_out_classes(images: ImageSet, fraction: float, seed: int, fold: int = 0) -> tuple[ImageSet, ImageSet | None]:
     """Splits a set by class into (the rest, held-out classes); fraction 0 holds out none.
 
-    ``seed`` shuffles the classes, and the first ``round(fraction * C)`` are held out, but at least
-    2: any embedding retrieves a single class perfectly. Each further ``fold`` takes the next ones.
+    ``seed`` shuffles the classes, and the first ``round(fraction * C)`` are held out, but at least 2: any embedding
+    retrieves a single class perfectly. Each further ``fold`` takes the next ones.
 
     Raises:
         UserError: fewer than 2 held-out classes have 2 images, or fewer than 2 classes are left.
@@ -261,5 +227,5 @@ def check_images(images: ImageSet, threads: int) -> list[tuple[int, str]]:
         return None
 
     with ThreadPoolExecutor(threads) as pool:
-        messages = pool.map(check, range(len(images)), chunksize=1)
+        messages = pool.map(check, range(len(images)))
         return [(index, message) for index, message in enumerate(messages) if message is not None]

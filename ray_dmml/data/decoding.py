@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -16,11 +17,8 @@ from torch import Tensor
 
 Resize = Literal["stretch", "center_crop"]
 
-MAX_PIXELS = 178_956_970
-"""The largest image that is decoded: 0.5 GiB as uint8 RGB. Pillow's own limit is the same."""
-
-MAX_FILE_BYTES = 2**30
-"""The largest file that is read: as many pixels, with 16 bits a channel and no compression."""
+MAX_PIXELS = 178_956_970  # 0.5 GiB as uint8 RGB; Pillow's own limit is the same
+MAX_FILE_BYTES = 2**30  # as many pixels, with 16 bits a channel and no compression
 
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF"),
@@ -37,8 +35,8 @@ _MAX_ASPECT_RATIO = 16
 def decode(path: Path) -> Tensor:
     """Decodes an image file to uint8 (3, H, W), upright according to its EXIF orientation.
 
-    The content decides the format, not the suffix. The first frame of an animation is decoded. The
-    size in the file's header is checked before memory is reserved for the pixels.
+    The content decides the format, not the suffix. The first frame of an animation is decoded. The size in the file's
+    header is checked before memory is reserved for the pixels.
 
     Raises:
         OSError: the file is missing, empty, too large, or not an image.
@@ -46,20 +44,16 @@ def decode(path: Path) -> Tensor:
     """
     array = _read(path)
     with _open(array.tobytes()) as opened:
-        if opened.format not in _FORMATS_OF_TORCHVISION:
-            return _decode_with_pillow(opened)
-        # The import takes more than a second, and not every process decodes such files.
-        from torchvision.io import ImageReadMode, decode_image
+        if opened.format in _FORMATS_OF_TORCHVISION:
+            # The import takes more than a second, and not every process decodes such files.
+            from torchvision.io import ImageReadMode, decode_image
 
-        try:
-            image: Tensor = decode_image(torch.from_numpy(array), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError:  # rare kinds of JPEG; and Pillow's message says what is wrong
-            return _decode_with_pillow(opened)
-        return image
+            with suppress(RuntimeError):  # rare kinds of JPEG; and Pillow's message says what is wrong
+                return decode_image(torch.from_numpy(array), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        return _decode_with_pillow(opened)
 
 
 def _read(path: Path) -> np.ndarray:
-    """The content of a file, uint8."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
         raise OSError("it is not a regular file")
@@ -116,8 +110,7 @@ def to_square(image: Tensor, size: int, resize: Resize) -> Tensor:
     if (height, width) != target:
         image = torch.nn.functional.interpolate(image[None], size=target, mode="bilinear", antialias=True)[0]
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
-    square: Tensor = image[:, top : top + size, left : left + size].contiguous()
-    return square
+    return image[:, top : top + size, left : left + size].contiguous()
 
 
 def reason_of(error: Exception) -> str:
@@ -131,6 +124,4 @@ def reason_of(error: Exception) -> str:
 
 def printable(name: str) -> str:
     """A file's name for a message. Bytes that are not text and control characters are escaped."""
-    if name.isprintable():
-        return name
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in name)

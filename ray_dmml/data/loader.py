@@ -19,26 +19,22 @@ from ray_dmml.data.sampler import ClassBalancedSampler
 
 @dataclass(frozen=True)
 class Batch:
-    """The images of a step, the same for every peer."""
+    """The images of a step, the same for every peer. The first step is 0.
+
+    Attributes:
+        images: (B, 3, S, S) uint8, before any augmentation.
+        labels: (B,) int64.
+    """
 
     step: int
-    """The first is 0."""
-
     images: Tensor
-    """(B, 3, S, S) uint8, before any augmentation."""
-
     labels: Tensor
-    """(B,) int64."""
 
 
 def build_sampler(config: Config, splits: Splits) -> ClassBalancedSampler:
     """The sampler of a run; it draws the same batches in every process."""
-    return ClassBalancedSampler(
-        splits.train.labels,
-        config.data.classes_per_batch,
-        config.data.images_per_class,
-        config.seed,
-    )
+    data = config.data
+    return ClassBalancedSampler(splits.train.labels, data.classes_per_batch, data.images_per_class, config.seed)
 
 
 class BatchLoader:
@@ -51,8 +47,7 @@ class BatchLoader:
     """
 
     def __init__(self, images: ImageSet, sampler: ClassBalancedSampler, threads: int = 1) -> None:
-        self._images = images
-        self._sampler = sampler
+        self._images, self._sampler = images, sampler
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         # One more thread waits for the decoders, so that the caller need not.
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
@@ -60,8 +55,7 @@ class BatchLoader:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step. Steps may come in any order; ascending order is fast."""
-        is_ahead = self._next is not None and self._next[0] == step
-        batch = self._next[1].result() if self._next and is_ahead else self._load(step)
+        batch = self._next[1].result() if self._next and self._next[0] == step else self._load(step)
         self._next = (step + 1, self._ahead.submit(self._load, step + 1))
         return batch
 
@@ -78,16 +72,15 @@ class BatchLoader:
 
 def in_chunks(images: ImageSet, size: int) -> Iterator[Tensor]:
     """Decodes all images in order, ``size`` at a time: uint8 (<= size, 3, S, S)."""
+
+    def load(start: int) -> Tensor:
+        return torch.stack([images.source.read(index) for index in range(start, min(start + size, len(images)))])
+
+    pending: Future[Tensor] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as ahead:
-
-        def load(start: int) -> Tensor:
-            stop = min(start + size, len(images))
-            return torch.stack([images.source.read(i) for i in range(start, stop)])
-
-        starts = range(0, len(images), size)
-        pending = ahead.submit(load, 0) if starts else None
-        for start in starts:
-            assert pending is not None
-            chunk = pending.result()
-            pending = ahead.submit(load, start + size) if start + size < len(images) else None
-            yield chunk
+        for start in range(0, len(images), size):
+            previous, pending = pending, ahead.submit(load, start)
+            if previous is not None:
+                yield previous.result()
+        if pending is not None:
+            yield pending.result()

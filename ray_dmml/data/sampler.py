@@ -17,15 +17,14 @@ Batch = dict[int, np.ndarray]  # class: the indices of its images in the batch
 class ClassBalancedSampler:
     """Batches of P classes x K images in which every image of an epoch appears at least once.
 
-    The images of each class are shuffled and cut into groups of K. Further images of the class
-    complete the last group. A class with fewer than K images is one short group. The groups are
-    dealt to the batches of the epoch so that no batch gets two of one class, and further images
-    fill the batches that are not full. So every batch has exactly P x K different images of at
-    least P classes, and the images of a class are side by side.
+    The images of each class are shuffled and cut into groups of K. Further images of the class complete the last group.
+    A class with fewer than K images is one short group. The groups are dealt to the batches of the epoch so that no
+    batch gets two of one class, and further images fill the batches that are not full. So every batch has exactly P x K
+    different images of at least P classes, and the images of a class are side by side.
 
-    The images that complete groups and batches appear twice in an epoch. An epoch has at least as
-    many batches as the largest class has groups. In a very imbalanced set that class is therefore
-    in every batch, and the images of small classes appear many times.
+    The images that complete groups and batches appear twice in an epoch. An epoch has at least as many batches as the
+    largest class has groups. In a very imbalanced set that class is therefore in every batch, and the images of small
+    classes appear many times.
 
     Args:
         labels: (N,) integer class of each image.
@@ -33,24 +32,25 @@ class ClassBalancedSampler:
         images_per_class: K.
         seed: determines the permutations of the epochs.
 
+    Attributes:
+        batch_size: P x K.
+        small_classes: number of classes with fewer than K images.
+        steps_per_epoch: batches in an epoch, the same in all epochs.
+
     Raises:
-        UserError: there are fewer classes than P, fewer images than P x K, or no class has two
-            images.
+        UserError: there are fewer classes than P, fewer images than P x K, or no class has two images.
     """
 
     def __init__(self, labels: np.ndarray, classes_per_batch: int, images_per_class: int, seed: int) -> None:
         _, self._labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
         self._sizes: list[int] = sizes.tolist()
-        self._per_class = images_per_class
-        self._seed = seed
+        self._per_class, self._seed = images_per_class, seed
         self.batch_size: int = classes_per_batch * images_per_class
-        """Images in every batch: P x K."""
         self.small_classes: int = int(np.sum(sizes < images_per_class))
-        """Classes with fewer than K images."""
         if len(sizes) < classes_per_batch:
             raise UserError(
-                f"data.classes_per_batch is {classes_per_batch} but only {len(sizes)} classes are "
-                "trained on (held-out validation classes are not); lower it to that or less"
+                f"data.classes_per_batch is {classes_per_batch} but only {len(sizes)} classes are trained on "
+                "(held-out validation classes are not); lower it to that or less"
             )
         if images_per_class < 2 or sizes.max() < 2:
             raise UserError(
@@ -59,12 +59,10 @@ class ClassBalancedSampler:
             )
         if len(labels) < self.batch_size:
             raise UserError(
-                f"a batch of data.classes_per_batch {classes_per_batch} x data.images_per_class "
-                f"{images_per_class} = {self.batch_size} images needs more than the {len(labels)} "
-                "training images there are; lower one of the two"
+                f"a batch of {classes_per_batch} x {images_per_class} (data.classes_per_batch x data.images_per_class) "
+                f"= {self.batch_size} images needs more than the {len(labels)} training images there are"
             )
         self.steps_per_epoch: int = self._count_steps(classes_per_batch)
-        """Batches in an epoch, the same in all epochs."""
         self._plans: dict[int, np.ndarray] = {}
 
     def batch(self, step: int) -> np.ndarray:
@@ -75,8 +73,7 @@ class ClassBalancedSampler:
             plan = self._plan(epoch)
             newest = sorted(self._plans)[-1:]  # a prefetcher may be one epoch ahead of the trainer
             self._plans = {**{kept: self._plans[kept] for kept in newest}, epoch: plan}
-        row: np.ndarray = plan[position]
-        return row
+        return plan[position]
 
     def _count_steps(self, classes_per_batch: int) -> int:
         per_class = self._per_class
@@ -134,8 +131,8 @@ class ClassBalancedSampler:
     def _fill(self, batches: list[Batch], images: Images, rng: np.random.Generator) -> None:
         """Fills every batch to P x K images: with further classes, then with more of its own.
 
-        Classes are taken in turn, those with a positive pair first. If one image is missing, it is
-        of a class in the batch, so that it has positives.
+        Classes are taken in turn, those with a positive pair first. If one image is missing, it is of a class in the
+        batch, so that it has positives.
         """
         order = rng.permutation(len(images)).tolist()
         turns = [

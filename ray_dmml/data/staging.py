@@ -1,9 +1,8 @@
 """Copies the images from a folder or bucket to each node: once, verified, and shared by all runs.
 
-The first process to come holds the folder's lock and copies what is missing, and the others wait. A
-file gets its name when it is complete, so an interrupted copy continues where it was. A run trusts a
-finished copy. `ray-dmml data fetch` compares it with the source again: it copies what is missing or
-differs in size or digest, and removes nothing.
+The first process to come holds the folder's lock and copies what is missing, and the others wait. A file gets its name
+when it is complete, so an interrupted copy continues where it was. A run trusts a finished copy. `ray-dmml data fetch`
+compares it with the source again: it copies what is missing or differs in size or digest, and removes nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -26,16 +24,11 @@ from ray_dmml.data.cache import default_folder
 from ray_dmml.errors import UserError
 
 DIGESTS = "SHA256SUMS"
-"""A file of the source, as `sha256sum` writes it. Files that it lists are verified by content, all
-others by size."""
+"""A file of the source, as `sha256sum` writes it. Files that it lists are verified by content, all others by size."""
 
-MARK = ".fetched.json"
-"""The source of the copy, and whether the copy is finished."""
-
+MARK = ".fetched.json"  # the source of the copy, and whether the copy is finished
 LOCK = ".fetch.lock"
-
-NUM_THREADS = 16
-"""Files copied at a time. Small ones spend most of their time waiting."""
+NUM_THREADS = 16  # files copied at a time; small ones spend most of their time waiting
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +58,8 @@ def fetch(config: DataConfig, *, again: bool = False) -> Path:
         The folder of the images.
 
     Raises:
-        UserError: the source cannot be read or is damaged, the disk is full, or the folder holds a
-            copy of another source.
+        UserError: the source cannot be read or is damaged, the disk is full, or the folder holds a copy of another
+            source.
     """
     root = local_root(config)
     if config.source is None or (not again and _is_finished(root, config.source)):
@@ -88,7 +81,6 @@ def fetch(config: DataConfig, *, again: bool = False) -> Path:
 
 
 def _copy(source: str, name: str, root: Path) -> None:
-    """Copies what is missing. Raises UserError."""
     mark = _read_mark(root)
     if mark.get("source", _digest(source)) != _digest(source):
         raise UserError(
@@ -96,22 +88,19 @@ def _copy(source: str, name: str, root: Path) -> None:
             "give data.root another folder, or remove that copy"
         )
     listing = _list(source, name)
-    missing = [
-        path for path, size in listing.sizes.items() if _fault(root / path, size, listing.digests.get(path)) is not None
-    ]
+    missing = [path for path in listing.sizes if listing.fault(path, root / path)]
     num_bytes, free = sum(listing.sizes[path] for path in missing), shutil.disk_usage(root).free
     if num_bytes > free:
         raise UserError(
             f"data.source {name}: {_gib(num_bytes)} are to be copied to {root}, and {_gib(free)} "
             "are free: set data.root to a folder of a larger disk"
         )
-    paths = (path.relative_to(root).as_posix() for path in root.rglob("[!.]*") if path.is_file())
-    extra = sorted(set(paths) - listing.sizes.keys())
-    if extra:
+    paths = {path.relative_to(root).as_posix() for path in root.rglob("[!.]*") if path.is_file()}
+    if extra := sorted(paths - listing.sizes.keys()):
         logger.warning(
-            "%s has %d files that are not in %s, such as %s: remove them if they should not be used",
-            root, len(extra), name, extra[0],
-        )  # fmt: skip
+            f"{root} has {len(extra)} files that are not in {name}, such as {extra[0]}: "
+            "remove them if they should not be used"
+        )
     if not missing and mark.get("finished"):
         logger.info("%s has all %d files of %s", root, len(listing.sizes), name)
         return
@@ -121,7 +110,7 @@ def _copy(source: str, name: str, root: Path) -> None:
     logger.info("copying %s from %s to %s", counts, name, root)
     pool = ThreadPoolExecutor(NUM_THREADS)
     try:
-        list(pool.map(lambda path: _copy_file(listing, path, root), missing))
+        list(pool.map(lambda path: listing.copy(path, root / path), missing))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     os.sync()  # if the machine dies, the mark must not survive without the files
@@ -153,48 +142,65 @@ def _write_mark(root: Path, mark: dict[str, Any]) -> None:
     os.replace(partial, root / MARK)
 
 
-@dataclass(frozen=True)
-class _Listing:
-    """The files of a source by path."""
-
-    folder: Any
-    """Its file system."""
-
-    sizes: Mapping[str, int]
-    digests: Mapping[str, str]
-    """SHA-256 of the files that ``SHA256SUMS`` lists."""
+class _Listing(NamedTuple):
+    """The files of a source by path: their sizes, and the digests of those that ``SHA256SUMS`` lists."""
 
     name: str
-    """The source in messages."""
+    folder: Any
+    sizes: Mapping[str, int]
+    digests: Mapping[str, str]
+
+    def fault(self, path: str, file: Path) -> str | None:
+        """How a file differs from the source's; None: it does not."""
+        try:
+            if file.stat().st_size != self.sizes[path]:
+                return f"{file.stat().st_size} bytes came, not {self.sizes[path]}"
+            if path in self.digests:
+                with file.open("rb") as content:
+                    if hashlib.file_digest(content, "sha256").hexdigest() != self.digests[path]:
+                        return f"not that of {DIGESTS}"
+        except OSError as error:
+            return str(error)
+        return None
+
+    def copy(self, path: str, target: Path) -> None:
+        """Copies a file under another name, and renames it when it is complete and verified."""
+        from pyarrow import fs
+
+        partial = _partial(target)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        fs.copy_files(path, str(partial), self.folder, fs.LocalFileSystem())
+        if fault := self.fault(path, partial):
+            partial.unlink()
+            raise UserError(f"data.source {self.name}: the content of {path} is damaged ({fault})")
+        os.replace(partial, target)
 
 
 def _list(source: str, name: str) -> _Listing:
-    """Lists a source. Raises UserError."""
     from pyarrow import fs
 
     from ray_dmml.filesystem import open_uri
 
     files, base = open_uri(source, make=False)
     folder = fs.SubTreeFileSystem(base, files)
-    infos = folder.get_file_info(fs.FileSelector("", recursive=True))
-    # The source may be a copy itself.
-    own = (MARK, LOCK)
-    infos = [info for info in infos if info.type == fs.FileType.File and info.path not in own]
-    sizes = {info.path: int(info.size) for info in infos}
+    sizes = {
+        info.path: int(info.size)
+        for info in folder.get_file_info(fs.FileSelector("", recursive=True))
+        if info.type == fs.FileType.File and info.path not in (MARK, LOCK)  # the source may be a copy itself
+    }
     if not sizes:
         raise UserError(f"data.source {name} has no files")
     for path in sizes:
         if path.startswith("/") or ".." in PurePosixPath(path).parts:
             raise UserError(f"data.source {name}: {path!r} is outside the folder")
     digests = _digests(folder, name) if DIGESTS in sizes else {}
-    absent = sorted(digests.keys() - sizes.keys())
-    if absent:
-        raise UserError(f"data.source {name} has no {absent[0]}, which its {DIGESTS} lists")
-    return _Listing(folder, sizes, digests, name)
+    for path in digests:
+        if path not in sizes:
+            raise UserError(f"data.source {name} has no {path}, which its {DIGESTS} lists")
+    return _Listing(name, folder, sizes, digests)
 
 
 def _digests(folder: Any, name: str) -> Mapping[str, str]:
-    """Digest by path, as ``SHA256SUMS`` lists them. Raises UserError."""
     with folder.open_input_stream(DIGESTS) as stream:
         lines = stream.read().decode("utf-8", "replace").splitlines()
     digests = {}
@@ -204,33 +210,6 @@ def _digests(folder: Any, name: str) -> Mapping[str, str]:
             raise UserError(f"data.source {name}: line {number} of {DIGESTS} is not what sha256sum writes")
         digests[path] = digest
     return digests
-
-
-def _fault(file: Path, size: int, digest: str | None) -> str | None:
-    """How a file differs from the source's; None: it does not."""
-    try:
-        if file.stat().st_size != size:
-            return f"{file.stat().st_size} bytes came, not {size}"
-        if digest is not None:
-            with file.open("rb") as content:
-                if hashlib.file_digest(content, "sha256").hexdigest() != digest:
-                    return f"not that of {DIGESTS}"
-    except OSError as error:
-        return str(error)
-    return None
-
-
-def _copy_file(listing: _Listing, path: str, root: Path) -> None:
-    """Copies one file under another name, and renames it when it is complete and verified."""
-    from pyarrow import fs
-
-    partial = _partial(root / path)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    fs.copy_files(path, str(partial), listing.folder, fs.LocalFileSystem())
-    if fault := _fault(partial, listing.sizes[path], listing.digests.get(path)):
-        partial.unlink()
-        raise UserError(f"data.source {listing.name}: the content of {path} is damaged ({fault})")
-    os.replace(partial, root / path)
 
 
 def _partial(target: Path) -> Path:

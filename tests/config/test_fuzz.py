@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ray_dmml.config import yamlio
 from ray_dmml.config.loading import QUICKSTART, dotted
-from ray_dmml.config.schema import Config
+from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data.datasets import manifest
 from ray_dmml.errors import UserError
 
@@ -196,7 +196,7 @@ def test_anything_as_a_manifest(folder: Path, content: bytes) -> bool:
     """CSV-like text and arbitrary bytes."""
     (folder / "m.csv").write_bytes(content)
     try:
-        manifest.load(folder / "m.csv", folder, 8, "stretch")
+        manifest.load(DataConfig(name="manifest", manifest=folder / "m.csv", root=folder, decode_size=8), folder)
     except UserError as error:
         assert str(error)
         return False

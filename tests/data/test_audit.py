@@ -37,7 +37,7 @@ def settings(root: Path) -> DataConfig:
 
 
 def names(group: Group) -> list[str]:
-    return [member.name for member in group.members]
+    return [image.name for image in group.images]
 
 
 def check(root: Path, *more: str) -> Any:
@@ -52,8 +52,10 @@ def test_a_clean_data_set(root: Path) -> None:
     assert ended.exit_code == 0, ended.output
     assert ended.stdout.count(": none") == 6 and "no problems" in ended.stdout
     report = audit(settings(root))
-    assert report.splits == {"train": (16, 4), "test": (16, 4)} and report.groups == ()
-    assert report.class_sizes == (4,) * 8
+    assert (
+        report.splits == {part: {"images": 16, "classes": 4} for part in ("train", "test")} and report.duplicates == []
+    )
+    assert report.class_sizes == [4] * 8
 
 
 def test_unreadable_images_are_listed_with_the_reason(root: Path) -> None:
@@ -64,7 +66,7 @@ def test_unreadable_images_are_listed_with_the_reason(root: Path) -> None:
     assert ended.exit_code == 1 and "unreadable images: 4" in ended.stdout
     flat = " ".join(ended.stdout.split())
     assert "image c1/bad0.png cannot be read: the file is empty" in flat and "and 1 more" in flat
-    assert [name for name, _ in audit(settings(root)).unreadable] == [f"c1/bad{number}.png" for number in range(4)]
+    assert [row["name"] for row in audit(settings(root)).unreadable] == [f"c1/bad{number}.png" for number in range(4)]
 
 
 def test_exact_duplicates(root: Path) -> None:
@@ -73,13 +75,13 @@ def test_exact_duplicates(root: Path) -> None:
     scene(1).save(root / "c1" / "copy.bmp")
     scene(2).save(root / "c5" / "copy.png", compress_level=0)
     report = audit(settings(root))
-    groups = {tuple(names(group)): group for group in report.exact}
+    groups = {tuple(names(group)): group for group in report.duplicates}
     assert set(groups) == {
         ("c0/0.png", "c0/copy.png"), ("c0/1.png", "c1/copy.bmp"), ("c0/2.png", "c5/copy.png"),
     }  # fmt: skip
-    kinds = [(group.in_two_classes, group.in_train_and_test) for group in groups.values()]
+    kinds = [(group.two_classes, group.train_and_test) for group in groups.values()]
     assert sorted(kinds) == [(False, False), (True, False), (True, True)]
-    assert not report.near and not report.is_clean() and check(root).exit_code == 1
+    assert all(group.exact for group in report.duplicates) and not report.is_clean() and check(root).exit_code == 1
 
 
 @pytest.mark.parametrize("how", ["saved again", "half as large", "brighter"])
@@ -92,9 +94,9 @@ def test_near_duplicates_across_classes(root: Path, how: str) -> None:
         copy = ImageEnhance.Brightness(copy).enhance(1.1)
     copy.save(root / "c6" / "copy.jpg", **options)
     report = audit(settings(root))
-    (group,) = report.groups
+    (group,) = report.duplicates
     assert names(group) == ["c0/3.png", "c6/copy.jpg"] and not group.exact
-    assert group.in_two_classes and group.in_train_and_test and not report.is_clean()
+    assert group.two_classes and group.train_and_test and not report.is_clean()
 
 
 def test_near_duplicates_within_a_class_are_no_fault(root: Path) -> None:
@@ -110,8 +112,7 @@ def test_many_copies_hide_nothing(root: Path) -> None:
         scene(0).save(root / "c0" / f"copy{number:02d}.png")
     scene(0).save(root / "c7" / "near.jpg")
     report = audit(settings(root))
-    assert [len(group.members) for group in report.exact] == [21]
-    assert [len(group.members) for group in report.near] == [22]
+    assert [(group.exact, len(group.images)) for group in report.duplicates] == [(True, 21), (False, 22)]
 
 
 def test_flat_images_are_not_alike(root: Path) -> None:
@@ -120,7 +121,7 @@ def test_flat_images_are_not_alike(root: Path) -> None:
         pixels = np.full((64, 64, 3), grey, dtype=np.uint8)
         pixels[0, 0] += 1
         Image.fromarray(pixels).save(root / f"c{number}" / "flat.png")
-    assert audit(settings(root)).groups == ()
+    assert audit(settings(root)).duplicates == []
 
 
 def test_small_classes(root: Path) -> None:
@@ -129,7 +130,7 @@ def test_small_classes(root: Path) -> None:
         (root / name).unlink()
     ended = check(root)
     assert ended.exit_code == 1 and "classes of fewer than 4 images: 1" in ended.stdout
-    assert audit(settings(root)).small_classes == (("c2", 2),)
+    assert audit(settings(root)).small_classes == [{"label": "c2", "images": 2}]
     assert check(root, "--set", "data.images_per_class=2").exit_code == 0
 
 
@@ -166,7 +167,7 @@ def test_the_output_fits_a_screen(root: Path) -> None:
 def test_built_in_data_can_be_checked() -> None:
     """It needs no file, and every image can be read."""
     report = audit(DataConfig(decode_size=32))
-    assert isinstance(report, AuditReport) and report.unreadable == ()
+    assert isinstance(report, AuditReport) and report.unreadable == []
     assert set(report.splits) == {"train", "validation", "test"}
 
 

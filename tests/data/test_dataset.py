@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,23 +21,26 @@ from ray_dmml.errors import UserError
 class Numbers:
     """An image source whose pixels are the image's index."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, indices: Sequence[int]) -> None:
+        self.indices = indices
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.indices)
 
     def name(self, index: int) -> str:
-        return f"image{index}"
+        return f"image{self.indices[index]}"
 
     def read(self, index: int) -> torch.Tensor:
-        return torch.full((3, 2, 2), index, dtype=torch.uint8)
+        return torch.full((3, 2, 2), self.indices[index], dtype=torch.uint8)
+
+    def subset(self, indices: Sequence[int]) -> Numbers:
+        return Numbers([self.indices[index] for index in indices])
 
 
 def numbered(class_sizes: list[int], query=None, gallery=None) -> ImageSet:
     labels = np.repeat(np.arange(len(class_sizes)), class_sizes)
     names = tuple(f"class{i}" for i in range(len(class_sizes)))
-    return ImageSet(Numbers(len(labels)), labels, names, query, gallery)
+    return ImageSet(Numbers(range(len(labels))), labels, names, query, gallery)
 
 
 def names_of(images: ImageSet) -> list[str]:

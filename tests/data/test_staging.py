@@ -75,7 +75,7 @@ def images(image_folder: Path, tmp_path: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("kind", ["folder", "s3"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("s3", marks=pytest.mark.ray)])
 def test_the_copy_is_the_source(
     kind: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest, messages: Messages
 ) -> None:
@@ -199,7 +199,7 @@ def test_a_digest_list_names_files_of_the_source_only(s3: S3Server, tmp_path: Pa
     assert not (tmp_path / "deep" / "escaped").exists()
 
 
-@pytest.mark.parametrize("kind", ["folder", "s3"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("s3", marks=pytest.mark.ray)])
 def test_fetching_again_copies_what_is_missing_or_differs_in_size(
     kind: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest, messages: Messages
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from collections.abc import Collection
 
 import numpy as np
 
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 def load_splits(config: DataConfig, skip: frozenset[str] = frozenset(), check: bool = True) -> Splits:
     """Train, validation and test images: the same, in the same order, in every process.
 
-    The process that loads first checks the images. It passes its ``Splits.skipped`` to the others
-    as ``skip``; they need no check of their own, and an index means the same image to all.
+    The process that loads first checks the images. It passes its ``Splits.skipped`` to the others as ``skip``; they
+    need no check of their own, and an index means the same image to all.
 
     Args:
         config: the data set and where it is; ``check_images`` and ``on_bad_image`` apply.
@@ -34,15 +34,15 @@ def load_splits(config: DataConfig, skip: frozenset[str] = frozenset(), check: b
     """
     train, test = _read(config)
     if config.cache_gib and config.name != "characters":
-        limit = int(config.cache_gib * 2**30)
-        train, test = through_cache([train, test], config.cache_dir, limit)
+        train, test = through_cache([train, test], config.cache_dir, int(config.cache_gib * 2**30))
     skipped: list[str] = []
-    if skip:
-        train, test = (_without(images, _named(images, skip), skipped) for images in (train, test))
+    train, test = (_without(images, skip, skipped) for images in (train, test))
     if check and config.check_images and config.name != "characters":
-        train, test = _without_unreadable(config, train, test, skipped)
-    _require_two_classes(train, "training")
-    _require_two_classes(test, "test")
+        bad = _unreadable(config, train, test)
+        train, test = (_without(images, bad, skipped) for images in (train, test))
+    for split, images in (("training", train), ("test", test)):
+        if images.num_classes < 2:
+            raise UserError(f"the {split} images are of {images.num_classes} classes; at least 2 are needed")
     if not test.can_be_evaluated():
         raise UserError(
             "no test image has another of its class to find: every query needs an image of its "
@@ -66,62 +66,41 @@ def prepare(config: DataConfig) -> str:
         UserError: as :func:`load_splits`.
     """
     fetch(config, again=True)
-    splits = load_splits(config, check=False)
-    parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     counts = ", ".join(
-        f"{len(images)} {name} images of {images.num_classes} classes"
-        for name, images in parts.items()
-        if images is not None
+        f"{len(images)} {split} images of {images.num_classes} classes"
+        for split, images in load_splits(config, check=False).parts().items()
     )
     return f"{counts}, {'built in' if config.name == 'characters' else f'in {local_root(config)}'}"
 
 
 def _read(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    size, resize = config.decode_size, config.resize
     if config.name == "characters":
-        return characters.load(size)
+        return characters.load(config.decode_size)
     root = fetch(config)
     if not root.is_dir() and not (config.name == "cub200" and config.download):
         raise UserError(f"data.root {root} is not an existing folder")
-    if config.name == "imagefolder":
-        return folder.load(root, config.train_fraction, config.split_seed, size, resize)
-    if config.name == "manifest":
-        return manifest.load(config.manifest or Path(), root, size, resize)
-    return benchmarks.load(config.name, root, config.download, size, resize)
+    readers = {"imagefolder": folder.load, "manifest": manifest.load}
+    return readers.get(config.name, benchmarks.load)(config, root)
 
 
-def _without_unreadable(
-    config: DataConfig, train: ImageSet, test: ImageSet, skipped: list[str]
-) -> tuple[ImageSet, ImageSet]:
-    logger.debug("checking %s images", f"{len(train) + len(test):,}")
-    threads = num_cores()
-    unreadable = [check_images(images, threads) for images in (train, test)]
-    messages = [message for part in unreadable for _, message in part]
+def _unreadable(config: DataConfig, *sets: ImageSet) -> set[str]:
+    """The names of images that cannot be read."""
+    logger.debug("checking %s images", f"{sum(map(len, sets)):,}")
+    bad = {images.source.name(i): message for images in sets for i, message in check_images(images, num_cores())}
+    messages = list(bad.values())
     if messages and config.on_bad_image == "fail":
         more = f" ({len(messages) - 1} more are unreadable)" if len(messages) > 1 else ""
         raise UserError(f"{messages[0]}{more}; set data.on_bad_image=skip to train without such images")
-    train, test = (
-        _without(images, [index for index, _ in part], skipped)
-        for images, part in zip((train, test), unreadable, strict=True)
-    )
     if messages:
         shown = "; ".join(messages[:3]) + ("; ..." if len(messages) > 3 else "")
         logger.warning("left out %d unreadable images: %s", len(messages), shown)
-    return train, test
+    return set(bad)
 
 
-def _named(images: ImageSet, names: frozenset[str]) -> list[int]:
-    return [index for index in range(len(images)) if images.source.name(index) in names]
-
-
-def _without(images: ImageSet, indices: list[int], skipped: list[str]) -> ImageSet:
-    """The set without these images, whose names are appended to ``skipped``."""
-    if not indices:
+def _without(images: ImageSet, names: Collection[str], skipped: list[str]) -> ImageSet:
+    """The set without the images of these names. Those that it has are appended to ``skipped``."""
+    if not names:
         return images
-    skipped += [images.source.name(index) for index in indices]
-    return images.subset(np.setdiff1d(np.arange(len(images)), indices))
-
-
-def _require_two_classes(images: ImageSet, split: str) -> None:
-    if images.num_classes < 2:
-        raise UserError(f"the {split} images are of {images.num_classes} classes; at least 2 are needed")
+    bad = [index for index in range(len(images)) if images.source.name(index) in names]
+    skipped += [images.source.name(index) for index in bad]
+    return images.subset(np.delete(np.arange(len(images)), bad)) if bad else images

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import os
+from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
+from ray_dmml.config.schema import DataConfig
 from ray_dmml.data.dataset import FileImages, ImageSet
-from ray_dmml.data.decoding import Resize, printable
+from ray_dmml.data.decoding import printable
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def load(
-    root: Path, train_fraction: float, split_seed: int | None, decode_size: int, resize: Resize
-) -> tuple[ImageSet, ImageSet]:
+def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet]:
     """Train and test images of ROOT/CLASS/**/IMAGE. Hidden files and folders (.name) are left out.
 
-    The first ``round(train_fraction * C)`` classes in name order train, or as many drawn by
-    ``split_seed``. The others are the test classes.
+    The first ``round(train_fraction * C)`` classes in name order train, or as many drawn by ``split_seed``. The others
+    are the test classes.
 
     Raises:
         UserError: there are too few classes, or one has no images or cannot be read.
     """
     classes = _class_folders(root)
-    num_train = round(train_fraction * len(classes))
+    num_train = round(config.train_fraction * len(classes))
     if len(classes) < 4:
         raise UserError(
             f"{root} has {len(classes)} class folders; data.name 'imagefolder' needs at least 4 "
@@ -35,29 +36,18 @@ def load(
         )
     if not 2 <= num_train <= len(classes) - 2:
         raise UserError(
-            f"data.train_fraction {train_fraction} of {len(classes)} classes is {num_train} to "
+            f"data.train_fraction {config.train_fraction} of {len(classes)} classes is {num_train} to "
             "train; at least 2 must train and 2 be left to test"
         )
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        images_of_class = _images_under(root, name)
-        if not images_of_class:
-            raise UserError(
-                f"class folder {printable(str(root / name))} has no images ({', '.join(SUFFIXES)}): fill or remove it"
-            )
-        paths += images_of_class
-        labels += [label] * len(images_of_class)
-    images = ImageSet(
-        FileImages(root, paths, decode_size, resize),
-        np.array(labels, dtype=np.int64),
-        tuple(classes),
-    )
+    paths = [_images_under(root, name) for name in classes]
+    labels = np.repeat(np.arange(len(classes)), list(map(len, paths)))
+    files = FileImages(root, list(chain.from_iterable(paths)), config.decode_size, config.resize)
+    images = ImageSet(files, labels, tuple(classes))
     order = np.arange(len(classes))
-    if split_seed is not None:
-        generator = np.random.Generator(np.random.PCG64(derive_seed("split", split_seed)))
+    if config.split_seed is not None:
+        generator = np.random.Generator(np.random.PCG64(derive_seed("split", config.split_seed)))
         order = generator.permutation(order)
-    is_train = np.isin(images.labels, order[:num_train])
+    is_train = np.isin(labels, order[:num_train])
     return images.subset(np.flatnonzero(is_train)), images.subset(np.flatnonzero(~is_train))
 
 
@@ -66,32 +56,31 @@ def _class_folders(root: Path) -> list[str]:
     try:
         names = sorted(name for name in os.listdir(root) if name[0] != "." and (root / name).is_dir())
     except OSError as error:
-        raise _not_readable(error) from None
+        _refuse(error)
     around = os.path.realpath(root)
     for name in names:
-        if os.path.islink(root / name):
-            target = os.path.realpath(root / name)
-            if os.path.commonpath([target, around]) == target:
-                raise UserError(
-                    f"class folder {printable(str(root / name))} is a link to {printable(target)}, "
-                    "which holds the other classes too: remove it"
-                )
+        target = os.path.realpath(root / name)
+        if os.path.islink(root / name) and os.path.commonpath([target, around]) == target:
+            raise UserError(
+                f"class folder {printable(str(root / name))} is a link to {printable(target)}, "
+                "which holds the other classes too: remove it"
+            )
     return names
-
-
-def _not_readable(error: OSError) -> UserError:
-    return UserError(f"folder {printable(str(error.filename))} cannot be read: {error.strerror}")
 
 
 def _images_under(root: Path, name: str) -> list[str]:
     """Paths in order. Links to files are followed. Links to folders are not: they may form a circle."""
-
-    def refuse(error: OSError) -> None:
-        raise _not_readable(error)
-
     paths: list[str] = []
-    for folder, subfolders, files in os.walk(root / name, onerror=refuse):
+    for folder, subfolders, files in os.walk(root / name, onerror=_refuse):
         subfolders[:] = [subfolder for subfolder in subfolders if subfolder[0] != "."]
         inside = Path(folder).relative_to(root)
         paths += [(inside / file).as_posix() for file in files if file[0] != "." and file.lower().endswith(SUFFIXES)]
+    if not paths:
+        raise UserError(
+            f"class folder {printable(str(root / name))} has no images ({', '.join(SUFFIXES)}): fill or remove it"
+        )
     return sorted(paths)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"folder {printable(str(error.filename))} cannot be read: {error.strerror}") from None

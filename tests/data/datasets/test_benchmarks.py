@@ -185,12 +185,12 @@ def served_cub(tmp_path) -> Iterator[benchmarks.Archive]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/cub.tgz"
-        yield benchmarks.Archive(url, md5, "cub.tgz")
+        yield benchmarks.Archive(url, md5)
         server.shutdown()
 
 
 def load_cub(root: Path, archive: benchmarks.Archive, download: bool = True):
-    return benchmarks.load("cub200", root, download, 8, "stretch", archive)
+    return benchmarks.load(DataConfig(name="cub200", root=root, download=download, decode_size=8), root, archive)
 
 
 def test_cub_is_fetched_once(tmp_path, served_cub):
@@ -201,7 +201,7 @@ def test_cub_is_fetched_once(tmp_path, served_cub):
     train, test = load_cub(root, served_cub)
     assert len(train) == len(test) == 4 and train.source.read(0).shape == (3, 8, 8)
     assert [path.name for path in root.iterdir()] == ["CUB_200_2011"]
-    gone = benchmarks.Archive(served_cub.url + ".gone", served_cub.md5, "cub.tgz")
+    gone = benchmarks.Archive(served_cub.url + ".gone", served_cub.md5)
     assert names_of(load_cub(root, gone)[0]) == names_of(train)
 
 
@@ -210,15 +210,15 @@ def test_an_archive_fetched_by_hand_is_used(tmp_path, served_cub):
     root = tmp_path / "root"
     root.mkdir()
     (root / "cub.tgz").write_bytes((tmp_path / "served" / "cub.tgz").read_bytes())
-    gone = benchmarks.Archive("http://127.0.0.1:9/cub.tgz", served_cub.md5, "cub.tgz")
+    gone = benchmarks.Archive("http://127.0.0.1:9/cub.tgz", served_cub.md5)
     assert len(load_cub(root, gone)[0]) == 4
 
 
 def test_a_failed_fetch_leaves_nothing(tmp_path, served_cub):
     """After a wrong checksum or a dead link nothing is left; the message has URL and layout."""
     root = tmp_path / "root"
-    wrong = benchmarks.Archive(served_cub.url, "0" * 32, "cub.tgz")
-    gone = benchmarks.Archive(served_cub.url + ".gone", served_cub.md5, "cub.tgz")
+    wrong = benchmarks.Archive(served_cub.url, "0" * 32)
+    gone = benchmarks.Archive(served_cub.url + ".gone", served_cub.md5)
     for archive in (wrong, gone):
         with pytest.raises(UserError, match=r"could not be downloaded.*by hand: unpack") as error:
             load_cub(root, archive)
