@@ -140,7 +140,7 @@ class Hosts:
         """Starts a line of bash beside the hosts, with the commands ray and ray-dmml on the PATH."""
         commands = self.folder / "commands"
         commands.mkdir(exist_ok=True)
-        for name, module in (("ray", "ray.scripts.scripts"), ("ray-dmml", "ray_dmml.cli.main")):
+        for name, module in (("ray", "ray.scripts.scripts"), ("ray-dmml", "ray_dmml.cli")):
             script = commands / name
             script.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
             script.chmod(0o755)
