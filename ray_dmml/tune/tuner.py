@@ -256,14 +256,14 @@ class _ResumableASHA(ASHAScheduler):
 
 
 class EndedTrials(tune.Callback):
-    """Completes the records of trials that cannot do it themselves. If the disk is full, the end of the search does
-    it again."""
+    """Completes the records of trials that cannot do it themselves."""
 
     def __init__(self, baseline: Params) -> None:
         self.baseline = dict(baseline)
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """A trial that the scheduler stops is killed within its last report."""
+        # If the disk is full: run_search sets it again when the search has ended.
         with suppress(OSError, CheckpointError):
             record = Trial.load(_record_of(trial))
             if not record.finished:
