@@ -28,7 +28,7 @@ from ablations.rows import Row, images_digest, open_rows, require_same_images
 from provenance import commit
 from rich.console import Console
 
-from ray_dmml.cli.errors import user_errors
+from ray_dmml.cli.output import user_errors
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError

@@ -26,7 +26,7 @@ def first_step() -> float:
     with TemporaryDirectory(prefix="benchmark-") as name:
         metrics = Path(name) / "run" / "metrics.jsonl"
         settings = ["evaluation.untrained=false", "train.log_every=1"]
-        command = [sys.executable, "-m", "ray_dmml.cli.main", "train", "--out", str(metrics.parent)]
+        command = [sys.executable, "-m", "ray_dmml.cli", "train", "--out", str(metrics.parent)]
         for setting in settings:
             command += ["--set", setting]
         began = time.perf_counter()

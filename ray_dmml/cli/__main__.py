@@ -2,5 +2,5 @@
 
 from ray_dmml.cli.main import main
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # Processes that Python spawns import this module again.
     main()

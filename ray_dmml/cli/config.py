@@ -1,9 +1,7 @@
 """``ray-dmml config``"""
 
-from __future__ import annotations
-
-from ray_dmml.cli.errors import user_errors
 from ray_dmml.cli.options import ConfigFile, Overrides
+from ray_dmml.cli.output import user_errors
 from ray_dmml.config.document import documented_yaml
 from ray_dmml.config.schema import Config
 

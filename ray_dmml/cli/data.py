@@ -7,10 +7,9 @@ import os
 import typer
 from rich.console import Console
 
-from ray_dmml.cli.errors import FINDINGS, user_errors
 from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_address
-from ray_dmml.cli.output import print_json, print_line, show_log
-from ray_dmml.config.schema import Config, DataConfig
+from ray_dmml.cli.output import print_json, print_line, show_log, user_errors
+from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 
 data_app = typer.Typer(help="Audit the images of a data set, or fetch them.", no_args_is_help=True)
@@ -22,26 +21,22 @@ def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJso
 
     Exit code 0: there are no findings; 1: there are findings; 2: the data set cannot be loaded.
     """
-    progress_console = Console(stderr=True)
-    with user_errors(), show_log(progress_console):
+    console = Console(stderr=True)
+    with user_errors(), show_log(console):
         settings = Config.load(config, overrides or ()).data
         from rich.progress import Progress
 
         from ray_dmml.data.audit import audit, print_report
 
-        is_hidden = not progress_console.is_terminal
-        with Progress(console=progress_console, transient=True, disable=is_hidden) as progress:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("decoding", total=None)
-            report = audit(
-                settings,
-                watch=lambda done, total: progress.update(task, completed=done, total=total),
-            )
-        if as_json:
-            print_json(report.to_json())
-        else:
-            print_report(report, Console())
+            report = audit(settings, lambda done, total: progress.update(task, completed=done, total=total))
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print_report(report, Console())
     if not report.is_clean():
-        raise typer.Exit(FINDINGS)
+        raise typer.Exit(1)
 
 
 @data_app.command()
@@ -54,25 +49,20 @@ def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Addre
     use_address(address)
     with user_errors(), show_log(console):
         settings = Config.load(config, overrides or ()).data
-        if "RAY_ADDRESS" in os.environ:
-            _fetch_everywhere(settings, console)
-        else:
+        if "RAY_ADDRESS" not in os.environ:
             from ray_dmml.data.datasets import prepare
 
             print_line(console, prepare(settings))
+            return
+        from ray_dmml.ray_backend.data_staging import prepare_everywhere
+        from ray_dmml.ray_backend.session import ray_session
 
-
-def _fetch_everywhere(settings: DataConfig, console: Console) -> None:
-    """On every node of the cluster. Raises UserError if a node fails, after all have ended."""
-    from ray_dmml.ray_backend.data_staging import prepare_everywhere
-    from ray_dmml.ray_backend.session import ray_session
-
-    errors = []
-    with ray_session():
-        for node, outcome in prepare_everywhere(settings):
-            if isinstance(outcome, UserError):
-                errors.append(f"{node}: {outcome}")
-            else:
-                print_line(console, f"{node}: {outcome}")
-    if errors:
-        raise UserError("\n".join(errors))
+        errors = []
+        with ray_session():
+            for node, outcome in prepare_everywhere(settings):
+                if isinstance(outcome, UserError):
+                    errors.append(f"{node}: {outcome}")
+                else:
+                    print_line(console, f"{node}: {outcome}")
+        if errors:
+            raise UserError("\n".join(errors))

@@ -1,7 +1,5 @@
 """``ray-dmml evaluate``"""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,25 +7,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ray_dmml.cli.errors import user_errors
 from ray_dmml.cli.options import AsJson
-from ray_dmml.cli.output import print_json, show_log
+from ray_dmml.cli.output import print_json, show_log, user_errors
 from ray_dmml.cli.tables import results_table
 
-
-class Weights(StrEnum):
-    """The weights of a run that can be evaluated."""
-
-    last = "last"
-    best = "best"
-    ema = "ema"
+Weights = StrEnum("Weights", ["last", "best", "ema"])
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     weights: Annotated[
-        Weights | None,
-        typer.Option(help="Weights to evaluate. Default: those of the run's own results."),
+        Weights | None, typer.Option(help="Weights to evaluate. Default: those of the run's own results.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -36,7 +26,7 @@ def evaluate(
         from ray_dmml.training.run import evaluate as evaluate_run
 
         results = evaluate_run(run, weights.value if weights else None)
-        if as_json:
-            print_json(results)
-        else:
-            results_table(results, Console())
+    if as_json:
+        print_json(results)
+    else:
+        results_table(results, Console())

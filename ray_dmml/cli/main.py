@@ -51,7 +51,3 @@ def main() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -9,28 +9,21 @@ from typing import Annotated
 import typer
 
 ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", metavar="FILE", help="YAML config. Default: the quickstart."),
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML config. Default: the quickstart.")
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Change a setting, such as train.steps=500. Repeatable.",
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as train.steps=500. Repeatable."),
 ]
 Address = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="Ray cluster: auto (the cluster of this node) or HOST:PORT. Default: RAY_ADDRESS, or else a "
-        "private Ray on this machine.",
+        help="Ray cluster: auto (this node's) or HOST:PORT. Default: RAY_ADDRESS, or a private Ray on this machine.",
     ),
 ]
 AsJson = Annotated[
-    bool,
-    typer.Option("--json", help="Print the results as JSON. Everything else goes to standard error."),
+    bool, typer.Option("--json", help="Print the results as JSON. Everything else goes to standard error.")
 ]
 
 

@@ -1,4 +1,4 @@
-"""Lines on the console: plain sentences, Python's logging, and the time a command took."""
+"""What a command prints: lines, JSON, Python's logging, and the mistakes of its user."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich.console import Console
+
+from ray_dmml.errors import UserError
 
 
 def print_line(console: Console, line: str) -> None:
-    """Prints a line as it is, however long."""
+    """Prints a line unchanged, however long."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -22,13 +25,23 @@ def print_json(results: Any) -> None:
     print(json.dumps(results, indent=1))
 
 
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Prints a UserError as one message on standard error, without a traceback, and exits with code 2."""
+    try:
+        yield
+    except UserError as error:
+        print_line(Console(stderr=True), f"error: {error}")
+        raise typer.Exit(2) from None
+
+
 class _ConsoleHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        # A logger of a run inside the block shows these lines itself.
+        # Inside the block of a ConsoleLogger, that one shows these lines.
         if logging.getLogger("ray_dmml").handlers[-1] is self:
             kind = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
             print_line(self._console, f"{kind}{record.getMessage()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ray_dmml.cli.errors import user_errors
+from ray_dmml.cli.lifecycle import Interruptible, ray_and_torch
 from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_address
-from ray_dmml.cli.output import elapsed, print_json, print_line, show_log
-from ray_dmml.cli.signals import interruptible_run
-from ray_dmml.cli.startup import ray_and_torch
+from ray_dmml.cli.output import elapsed, print_json, print_line, show_log, user_errors
 from ray_dmml.cli.tables import results_table
 from ray_dmml.config.loading import read_settings, refuse_old
 from ray_dmml.config.schema import Config
@@ -26,8 +25,7 @@ def train(
     config: ConfigFile = None,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder of the new run. Default: runs/DATA-TIME."),
+        Path | None, typer.Option(metavar="DIR", help="Folder of the new run. Default: runs/DATA-TIME.")
     ] = None,
     resume: Annotated[
         str | None,
@@ -38,8 +36,7 @@ def train(
         ),
     ] = None,
     init_from: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="Start from the weights of another run's peers."),
+        Path | None, typer.Option(metavar="RUN", help="Start from the weights of another run's peers.")
     ] = None,
     address: Address = None,
     local: Annotated[bool, typer.Option("--local", help="Train all peers in this process, without Ray.")] = False,
@@ -51,16 +48,16 @@ def train(
     """
     console, began = Console(stderr=as_json), time.monotonic()
     use_address(address)
-    with user_errors(), interruptible_run(console) as signals:
+    with user_errors(), Interruptible(console) as signals, show_log(console):
         if resume is None:
             settings = _new_config(config, overrides, init_from)
             run = out or Path("runs") / f"{settings.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
             RunDir(run).ensure_empty()  # before anything takes time
         else:
-            run = _resumed_run(resume, out, init_from, console)
+            run = _resumed_run(resume, out, init_from)
             settings = _resumed_config(run, config, overrides)
-        signals.run = run
-        with ray_and_torch(local):
+        signals.resume_with(f"ray-dmml train --resume {run}", run / "checkpoints" / "index.json")
+        with nullcontext() if local else ray_and_torch():
             from ray_dmml.loggers.console import show_run
             from ray_dmml.training.run import train as train_cohort
 
@@ -89,7 +86,7 @@ def _new_config(config: Path | None, overrides: list[str] | None, init_from: Pat
     return settings.model_copy(update={"train": train_config})
 
 
-def _resumed_run(resume: str, out: Path | None, init_from: Path | None, console: Console) -> Path:
+def _resumed_run(resume: str, out: Path | None, init_from: Path | None) -> Path:
     """The folder of the run to resume. The copy at a URI is fetched into a folder first."""
     if init_from is not None:
         raise UserError("--resume continues from the run's own checkpoint: it takes no --init-from")
@@ -100,8 +97,7 @@ def _resumed_run(resume: str, out: Path | None, init_from: Path | None, console:
     from ray_dmml.checkpoint.remote import RemoteRun
 
     into = out or Path("runs") / resume.partition("?")[0].rstrip("/").rpartition("/")[2]
-    with show_log(console):
-        RemoteRun(resume).fetch(into)
+    RemoteRun(resume).fetch(into)
     return into
 
 

@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ray_dmml.cli.errors import user_errors
+from ray_dmml.cli.lifecycle import Interruptible, ray_and_torch
 from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_address
-from ray_dmml.cli.output import elapsed, print_json, print_line, show_log
-from ray_dmml.cli.signals import interruptible_search
-from ray_dmml.cli.startup import ray_and_torch
+from ray_dmml.cli.output import elapsed, print_json, print_line, show_log, user_errors
 from ray_dmml.config.loading import QUICKSTART, read_settings
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
@@ -31,42 +29,27 @@ def tune(
     overrides: Overrides = None,
     space: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="YAML of the search: its space, and defaults for the options below. Default: the quickstart's.",
-        ),
+        typer.Option(metavar="FILE", help="YAML of the space and the options below. Default: quickstart."),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder of the new search. Default: runs/tune-TIME."),
+        Path | None, typer.Option(metavar="DIR", help="Folder of the new search. Default: runs/tune-TIME.")
     ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Continue the search in this folder."),
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the search in this folder.")] = None,
     num_samples: Annotated[int | None, typer.Option(help="Number of trials. Default: 8.")] = None,
     sampler: Annotated[
-        str | None,
-        typer.Option(metavar="optuna|random", help="Default: optuna if it is installed, else random."),
+        str | None, typer.Option(metavar="optuna|random", help="Default: optuna if it is installed, else random.")
     ] = None,
     scheduler: Annotated[
-        str | None,
-        typer.Option(metavar="asha|none", help="asha stops worse trials early. Default: asha."),
+        str | None, typer.Option(metavar="asha|none", help="asha stops worse trials early. Default: asha.")
     ] = None,
     seeds: Annotated[
-        int | None,
-        typer.Option(
-            help="Train each trial with this many seeds and take the mean. More than 1 needs "
-            "--scheduler none. Default: 1."
-        ),
+        int | None, typer.Option(help="Seeds of each trial; more than 1 need --scheduler none. Default: 1.")
     ] = None,
     final_seeds: Annotated[
-        int | None,
-        typer.Option(help="Final runs of the best trial and of the baseline, on the test classes. Default: 3."),
+        int | None, typer.Option(help="Final runs of the best trial and of the baseline on test classes. Default: 3.")
     ] = None,
     gpus_per_trial: Annotated[
-        float | None,
-        typer.Option(min=0, help="GPUs that the peers of a trial share. Default: 1, if there is any."),
+        float | None, typer.Option(min=0, help="GPUs that the peers of a trial share. Default: 1, if there is any.")
     ] = None,
     address: Address = None,
     as_json: AsJson = False,
@@ -78,21 +61,14 @@ def tune(
     console, began = Console(stderr=as_json), time.monotonic()
     use_address(address)
     folder = resume or out or Path("runs") / f"tune-{datetime.now():%Y%m%d-%H%M%S}"
-    changes = {
-        "num_samples": num_samples,
-        "sampler": sampler,
-        "scheduler": scheduler,
-        "seeds": seeds,
-        "final_seeds": final_seeds,
-    }
-    with user_errors(), interruptible_search(console, folder), show_log(console):
+    changes = dict(num_samples=num_samples, sampler=sampler, scheduler=scheduler, seeds=seeds, final_seeds=final_seeds)
+    with user_errors(), Interruptible(console) as signals, show_log(console):
         if resume is None:
             RunDir(folder).ensure_empty()  # before anything takes time
             search = _new_search(config, overrides, space, changes)
         else:
-            given = {"config": config, "set": overrides, "space": space, "out": out}
-            _require_none(given | changes)
-            search = _search_in(folder)
+            search = _resumed_search(folder, config=config, set=overrides, space=space, out=out, **changes)
+        signals.resume_with(f"ray-dmml tune --resume {folder}", folder / "search.yaml")
         with ray_and_torch():
             from ray_dmml.loggers.console import show_run
             from ray_dmml.tune.progress import TrialsTable, final_table
@@ -115,34 +91,25 @@ def tune(
             print_json(final)
         elif final["best"]["test"]:
             final_table(final, search, console)
-        print_line(
-            console,
-            f"search: {folder}, best parameters: {folder / 'best.yaml'}  ({elapsed(began)})",
-        )
+        print_line(console, f"search: {folder}, best parameters: {folder / 'best.yaml'}  ({elapsed(began)})")
 
 
 def _new_search(
     config: Path | None, overrides: list[str] | None, space: Path | None, changes: dict[str, Any]
 ) -> Search:
     if config is not None and space is None:
-        raise UserError(
-            "a search of your own config needs its --space; experiments/searches/grocery.yaml is an example"
-        )
-    raw = read_settings(config or QUICKSTART, overrides or ())
-    return Search(raw, load_search(space, **changes))
+        raise UserError("a search of your own config needs its --space, such as experiments/searches/grocery.yaml")
+    return Search(read_settings(config or QUICKSTART, overrides or ()), load_search(space, **changes))
 
 
-def _search_in(folder: Path) -> Search:
-    from ray_dmml.tune.results import SearchDir
-
-    return SearchDir(folder).search()
-
-
-def _require_none(options: dict[str, Any]) -> None:
-    """Raises UserError if options of a new search are given with --resume."""
+def _resumed_search(folder: Path, **options: Any) -> Search:
+    """Raises UserError if options of a new search are given."""
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, [])]
     if given:
         raise UserError(
             "--resume continues a search with its own settings: leave out "
             f"{', '.join(given)}, or start another search with --out"
         )
+    from ray_dmml.tune.results import SearchDir
+
+    return SearchDir(folder).search()

@@ -16,7 +16,7 @@ from ray_dmml.loggers.logger import Logger
 from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.tune.results import SearchDir
-from ray_dmml.tune.search_space import Params, Search
+from ray_dmml.tune.search_space import Params, Search, changed
 from ray_dmml.tune.trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -54,55 +54,54 @@ def final_runs(
     Raises:
         UserError: all runs failed.
     """
-    baseline = next((trial for trial in trials if trial.is_baseline and trial.finished), None)
-    validation = {"best": best.objective, "baseline": baseline.objective if baseline else None}
-    params: dict[str, Params] = {"best": best.params, "baseline": search.baseline}
+    baseline = next((trial.objective for trial in trials if trial.is_baseline and trial.finished), None)
+    parts: dict[str, tuple[Params, float | None]] = {
+        "best": (best.params, best.objective),
+        "baseline": (search.baseline, baseline),
+    }
     final: dict[str, Any] = {}
-    errors: list[UserError] = []
-    for name in ("best", "baseline"):
+    for name, (params, validation) in parts.items():
         if name == "baseline" and best.params == search.baseline:
             final[name] = final["best"]
             continue
-        runs = []
+        runs: list[dict[str, Any]] = []
         # Another trial may be the best after a resume, so its runs have the trial's name.
-        run_name = "baseline" if params[name] == search.baseline else best.name
-        config = search.config_of(params[name])
+        run_name = "baseline" if params == search.baseline else best.name
+        config = search.config_of(params)
         for seed in range(config.seed, config.seed + search.config.final_seeds):
             logger.info("final run: %s, seed %d", name, seed)
             folder = files.final_folder / f"{run_name}-seed{seed}"
             try:
-                runs.append(_final_run(folder, config, seed, make_logger, local))
+                results = _results_of(folder, _final_config(config, seed), make_logger, local)
+                runs.append({"seed": seed, "peers": results["peers"], "ensemble": results["ensemble"]})
             except UserError as error:
                 logger.warning("final run: %s, seed %d failed: %s", name, seed, error)
                 runs.append({"seed": seed, "error": str(error)})
-                errors.append(error)
-        values = {key: search.config.space[key].value(sample) for key, sample in params[name].items()}
-        final[name] = {"params": values, "validation": validation[name], "test": runs}
-    if errors and all("error" in run for part in final.values() for run in part["test"]):
-        raise errors[0]
+        values = {key: search.config.space[key].value(sample) for key, sample in params.items()}
+        final[name] = {"params": values, "validation": validation, "test": runs}
+    errors = [run.get("error") for part in final.values() for run in part["test"]]
+    if errors and all(errors):
+        raise UserError(errors[0])
     return final
 
 
-def _final_run(folder: Path, config: Config, seed: int, make_logger: LoggerFactory, local: bool) -> dict[str, Any]:
+def _results_of(folder: Path, config: Config, make_logger: LoggerFactory, local: bool) -> dict[str, Any]:
     run = RunDir(folder)
     if run.results_file.exists():
-        results = json.loads(run.results_file.read_text())
-    else:
-        config = _final_config(config, seed)
-        with make_logger(config) as run_logger:
-            if run.config_file.exists():
-                results = train(resume=folder, loggers=[run_logger], local=local)
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
-                results = train(config, folder, loggers=[run_logger], local=local)
-    return {"seed": seed, "peers": results["peers"], "ensemble": results["ensemble"]}
+        return dict(json.loads(run.results_file.read_text()))
+    with make_logger(config) as run_logger:
+        if run.config_file.exists():
+            return train(resume=folder, loggers=[run_logger], local=local)
+        shutil.rmtree(folder, ignore_errors=True)
+        return train(config, folder, loggers=[run_logger], local=local)
 
 
 def _final_config(config: Config, seed: int) -> Config:
-    data = config.data.model_copy(update={"validation_fraction": 0.0})
     # Without validation classes there are no best weights.
     weights = "ema" if config.evaluation.weights == "ema" else None
-    evaluation = config.evaluation.model_copy(update={"split": "test", "untrained": False, "weights": weights})
-    # A storage has room for one run.
-    checkpoint = config.checkpoint.model_copy(update={"storage_path": None})
-    return config.model_copy(update={"seed": seed, "data": data, "evaluation": evaluation, "checkpoint": checkpoint})
+    return changed(
+        config.model_copy(update={"seed": seed}),
+        data={"validation_fraction": 0.0},
+        evaluation={"split": "test", "untrained": False, "weights": weights},
+        checkpoint={"storage_path": None},  # A storage has room for one run.
+    )

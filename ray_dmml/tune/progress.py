@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +26,7 @@ class TrialsTable:
     def __init__(self, console: Console, search: Search) -> None:
         self.console, self.search = console, search
         self._live: Live | None = None
-        self._seen: dict[str, tuple[str, int]] = {}
+        self._printed: set[str] = set()
 
     def __enter__(self) -> TrialsTable:
         if self.console.is_terminal:
@@ -38,7 +38,7 @@ class TrialsTable:
         self.stop()
 
     def stop(self) -> None:
-        """Leaves the table as it is, so that another live display can begin."""
+        """Ends the live display, so that another one can begin."""
         if self._live is not None:
             self._live.stop()
 
@@ -47,22 +47,21 @@ class TrialsTable:
         if self._live is not None:
             self._live.update(self._table(trials))
             return
-        for trial in trials:
-            state = self._state(trial)
-            if self._seen.get(trial.name) == (state, trial.step):
-                continue
-            if trial.name not in self._seen:
-                params = trial.params.items()
-                values = [f"{key} {short_value(self.search, key, value)}" for key, value in params]
-                self._print(f"trial {trial.number}: {', '.join(values)}")
-            self._seen[trial.name] = (state, trial.step)
-            if trial.status == "failed":
-                self._print(f"trial {trial.number}: failed: {trial.error}")
-            elif trial.objective is not None:
-                value = f"{self.search.config.metric} {trial.objective:.4f}"
-                self._print(f"trial {trial.number}: {state}, step {trial.step}, {value}")
-            elif len(self.search.runs) > 1:
-                self._print(f"trial {trial.number}: {state}")
+        for line in (line for trial in trials for line in self._lines(trial)):
+            if line not in self._printed:
+                self._printed.add(line)
+                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _lines(self, trial: Trial) -> Iterator[str]:
+        params = ", ".join(f"{key} {short_value(self.search, key, value)}" for key, value in trial.params.items())
+        yield f"trial {trial.number}: {params}"
+        if trial.status == "failed":
+            yield f"trial {trial.number}: failed: {trial.error}"
+        elif trial.objective is not None:
+            value = f"{self.search.config.metric} {trial.objective:.4f}"
+            yield f"trial {trial.number}: {self._state(trial)}, step {trial.step}, {value}"
+        elif len(self.search.runs) > 1:
+            yield f"trial {trial.number}: {self._state(trial)}"
 
     def _state(self, trial: Trial) -> str:
         """The status of a trial, or which of its runs is training."""
@@ -71,13 +70,10 @@ class TrialsTable:
             return trial.status
         return f"run {min(trial.finished_runs + 1, num_runs)} of {num_runs}"
 
-    def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     def _table(self, trials: Sequence[Trial]) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        table.add_column("trial", no_wrap=True)
-        table.add_column("", no_wrap=True)
+        for name in ("trial", ""):
+            table.add_column(name, no_wrap=True)
         for name in ("step", self.search.config.metric, "time"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("changed parameters")

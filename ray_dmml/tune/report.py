@@ -33,7 +33,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2024; max-width: 1100px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
 table { border-collapse: collapse; font-size: 13px } td, th { padding: .25em .7em; text-align: right }
-th { border-bottom: 1px solid #888 } td.text, th.text { text-align: left }
+th { border-bottom: 1px solid #888 }
 tr.best td { font-weight: 600; background: #eef4fb } tr.bad td { color: #888 }
 img { max-width: 100%; height: auto } .scroll { overflow-x: auto } p { max-width: 46em }
 """
@@ -55,22 +55,19 @@ def write_report(
         front: the Pareto front, if the search minimises the cost as well.
     """
     reported = [trial for trial in trials if trial.reports]
-    has_final_runs = final is not None and bool(final["best"]["test"])
+    tested = final if final is not None and final["best"]["test"] else None
     objective = f"{search.config.metric} of the {search.config.objective.replace('_', ' ')}"
     parts = [
         f"<h1>Search: {html.escape(objective)}</h1>",
         f"<p>{len(trials)} trials on {html.escape(search.base.data.name)}, evaluated on validation classes. "
-        f"The test classes were used by {'the final runs only' if has_final_runs else 'no run'}.</p>",
+        f"The test classes were used by {'the final runs only' if tested else 'no run'}.</p>",
     ]
-    if final is not None and has_final_runs:
-        parts += ["<h2>Test classes</h2>", _final_table(final, search)]
+    if tested:
+        parts += ["<h2>Test classes</h2>", _final_table(tested, search)]
     alike = at_common_step(reported)
-    steps = {trial.step for trial in alike}
-    when = (
-        f"at step {steps.pop()}, which all trials reached"
-        if len(steps) == 1
-        else "at the last report of each trial, because no step is common to all"
-    )
+    when = "at the last report of each trial, because no step is common to all"
+    if len({trial.step for trial in alike}) == 1:
+        when = f"at step {alike[0].step}, which all trials reached"
     parts += [
         "<h2>Objective of each trial</h2>",
         _image(_history(reported, objective), "Objective of each trial, and the best so far"),
@@ -79,32 +76,31 @@ def write_report(
         "Orange is the best trial.</p>",
         _image(_parallel(alike, search, best.number), "Parameters and objective of each trial"),
         "<h2>What each setting explains</h2>",
-        *_explained(alike, search),
+    ]
+    if len(alike) < MIN_TRIALS:
+        parts.append(f"<p>Left out: it needs {MIN_TRIALS} trials, and there are {len(alike)}.</p>")
+    elif len({trial.objective for trial in alike}) == 1:
+        parts.append("<p>Left out: all trials are equal.</p>")
+    else:
+        parts += [
+            "<p>The share of the objective's variance that a setting explains alone. Numbers are cut into "
+            "three classes of equal size. With few trials this is only a hint.</p>",
+            _image(_importance(alike, search), "Share of variance of each setting"),
+        ]
+    parts += [
         "<h2>Each setting alone</h2>",
         "<p>Each point is a trial. Blue trials are finished, grey ones are not.</p>",
         _image(_marginals(alike, search), "Objective of each trial over each setting"),
     ]
     if front:
-        parts += ["<h2>Objective and cost of inference</h2>", _pareto_table(front, search)]
-    parts += ["<h2>Trials</h2>", _trials_table(trials, search, best.number)]
+        parts += ["<h2>Pareto front of objective and cost of inference</h2>", _trials_table(front, search, best)]
+    parts += ["<h2>Trials</h2>", _trials_table(trials, search, best)]
     body = "\n".join(parts)
     replace_file(
         path,
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Search</title>'
         f"<style>{_STYLE}</style><body>{body}</body></html>\n",
     )
-
-
-def _explained(trials: Sequence[Trial], search: Search) -> list[str]:
-    if len(trials) < MIN_TRIALS:
-        return [f"<p>Left out: it needs {MIN_TRIALS} trials, and there are {len(trials)}.</p>"]
-    if len({trial.objective for trial in trials}) == 1:
-        return ["<p>Left out: all trials are equal.</p>"]
-    return [
-        "<p>The share of the objective's variance that a setting explains alone. Numbers are cut into "
-        "three classes of equal size. With few trials this is only a hint.</p>",
-        _image(_importance(trials, search), "Share of variance of each setting"),
-    ]
 
 
 def at_common_step(trials: Sequence[Trial]) -> list[Trial]:
@@ -162,23 +158,17 @@ def _ticks(search: Search, key: str) -> tuple[list[float], list[str]]:
 def _history(trials: Sequence[Trial], objective: str) -> Figure:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    numbers = [trial.number for trial in trials]
-    values = [trial.objective for trial in trials]
-    done = [trial.finished for trial in trials]
-    for state, colour, label in ((True, GOOD, "finished"), (False, BAD, "not finished")):
-        points = [(n, v) for n, v, d in zip(numbers, values, done, strict=True) if d is state]
+    for is_finished, colour, label in ((True, GOOD, "finished"), (False, BAD, "not finished")):
+        points = [(trial.number, trial.objective) for trial in trials if trial.finished is is_finished]
         if points:
             axes.scatter(*zip(*points, strict=True), color=colour, label=label, zorder=3)
-    best, line = -np.inf, []
-    for trial in trials:
-        if trial.finished and trial.objective is not None:
-            best = max(best, trial.objective)
-        line.append(best if np.isfinite(best) else np.nan)
-    axes.step(numbers, line, where="post", color=LINE, label="best so far")
+    finished = np.array([trial.objective if trial.finished else np.nan for trial in trials], dtype=float)
+    numbers = [trial.number for trial in trials]
+    axes.step(numbers, np.fmax.accumulate(finished), where="post", color=LINE, label="best so far")
     axes.set(xlabel="trial (0: baseline)", ylabel=objective)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
-    return _plain(figure)
+    return figure
 
 
 def _parallel(trials: Sequence[Trial], search: Search, best: int) -> Figure:
@@ -187,39 +177,35 @@ def _parallel(trials: Sequence[Trial], search: Search, best: int) -> Figure:
     axes = figure.add_subplot()
     values = np.array([trial.objective for trial in trials], dtype=float)
     low, high = values.min(), values.max()
-    order = np.argsort(values)
-    for index in order:
-        trial, share = trials[index], (values[index] - low) / (high - low) if low < high else 0.5
-        points = [_position(search, key, trial.params[key]) for key in keys] + [share]
+    shares = (values - low) / (high - low) if low < high else np.full(len(values), 0.5)
+    for index in np.argsort(values):
+        trial, share = trials[index], shares[index]
+        points = [*(_position(search, key, trial.params[key]) for key in keys), share]
         if trial.number == best:
             axes.plot(points, color=LINE, linewidth=2.5, zorder=3)
         else:
             axes.plot(points, color="#5b6b7b", alpha=0.25 + 0.75 * share, linewidth=1.0)
-    for place, key in enumerate(keys):
+    ticks = [_ticks(search, key) for key in keys]
+    ticks.append(([0.0, 1.0], [f"{low:.3f}", f"{high:.3f}"]) if low < high else ([0.5], [f"{low:.3f}"]))
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}  # Lines cross the labels.
+    for place, (positions, labels) in enumerate(ticks):
         axes.axvline(place, color="#ccc", linewidth=0.8, zorder=0)
-        for position, label in zip(*_ticks(search, key), strict=True):
-            # A white box, because lines cross the label.
-            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
+        for position, label in zip(positions, labels, strict=True):
             axes.text(place + 0.03, position, label, fontsize=8, va="center", bbox=box, zorder=5)
-    axes.axvline(len(keys), color="#ccc", linewidth=0.8, zorder=0)
-    for position, value in ((0.0, low), (1.0, high)) if low < high else ((0.5, low),):
-        axes.text(len(keys) + 0.03, position, f"{value:.3f}", fontsize=8, va="center")
-    names = [*(short_name(key) for key in keys), search.config.metric]
-    axes.set_ylim(-0.05, 1.05)
+    names = [*map(short_name, keys), search.config.metric]
     axes.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
-    axes.set(yticks=[], xlim=(-0.1, len(keys) + 0.35))
-    return _plain(figure)
+    axes.set(yticks=[], xlim=(-0.1, len(keys) + 0.35), ylim=(-0.05, 1.05))
+    return figure
 
 
 def _importance(trials: Sequence[Trial], search: Search) -> Figure:
     shares = importance(trials, search)
     figure = Figure(figsize=(7, 0.6 + 0.35 * len(shares)), layout="constrained")
-    axes = figure.add_subplot()
-    names = [short_name(key) for key in shares][::-1]
-    axes.barh(range(len(shares)), list(shares.values())[::-1], color=GOOD)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlim=(0, 1), xlabel="share of variance")
-    return _plain(figure)
+    axes = figure.add_subplot(xlim=(0, 1), xlabel="share of variance")
+    axes.barh(range(len(shares)), list(shares.values()), color=GOOD)
+    axes.set_yticks(range(len(shares)), map(short_name, shares))
+    axes.invert_yaxis()
+    return figure
 
 
 def _marginals(trials: Sequence[Trial], search: Search) -> Figure:
@@ -227,36 +213,26 @@ def _marginals(trials: Sequence[Trial], search: Search) -> Figure:
     columns = min(4, len(keys))
     rows = -(-len(keys) // columns)
     figure = Figure(figsize=(2.7 * columns, 2.5 * rows), layout="constrained")
+    objectives = np.array([trial.objective for trial in trials], dtype=float)
+    colours = [GOOD if trial.finished else BAD for trial in trials]
     for place, key in enumerate(keys):
-        axes = figure.add_subplot(rows, columns, place + 1)
-        for trial in trials:
-            axes.scatter(
-                _position(search, key, trial.params[key]),
-                trial.objective or 0.0,
-                color=GOOD if trial.finished else BAD,
-                s=22,
-            )
+        axes = figure.add_subplot(rows, columns, place + 1, xlim=(-0.08, 1.08))
+        axes.scatter([_position(search, key, trial.params[key]) for trial in trials], objectives, c=colours, s=22)
         axes.set_title(short_name(key), fontsize=9)
         axes.set_xticks(*_ticks(search, key), fontsize=8)
-        axes.set_xlim(-0.08, 1.08)
         axes.tick_params(axis="y", labelsize=8)
         if place % columns == 0:
             axes.set_ylabel(search.config.metric, fontsize=9)
-    return _plain(figure)
-
-
-def _plain(figure: Figure) -> Figure:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def _image(figure: Figure, caption: str) -> str:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     data = base64.b64encode(buffer.getvalue()).decode()
-    source = f"data:image/png;base64,{data}"
-    return f'<div class="scroll"><img alt="{html.escape(caption)}" src="{source}"></div>'
+    return f'<div class="scroll"><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"></div>'
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
@@ -278,27 +254,17 @@ def _final_table(final: Mapping[str, Any], search: Search) -> str:
     return f"{table}<p>{what} in percent, trained on all training classes.{note}</p>"
 
 
-def _pareto_table(front: Sequence[Trial], search: Search) -> str:
-    head = ["trial", search.config.metric, "million parameters", *search.config.space]
-    rows = []
-    for trial in front:
-        params = [short_value(search, key, trial.params[key]) for key in search.config.space]
-        cost = f"{trial.reports[-1]['cost']:.2f}"
-        rows.append(("", [str(trial.number), f"{trial.objective or 0:.4f}", cost, *params]))
-    return _table(head, rows)
-
-
-def _trials_table(trials: Sequence[Trial], search: Search, best: int) -> str:
+def _trials_table(trials: Sequence[Trial], search: Search, best: Trial) -> str:
     names = map(short_name, search.config.space)
-    head = ["trial", "status", "step", search.config.metric, "s", *names]
+    head = ["trial", "status", "step", search.config.metric, "million parameters", "s", *names]
     rows = []
     for trial in trials:
-        kind = "best" if trial.number == best else "" if trial.finished else "bad"
-        value = "-" if trial.objective is None else f"{trial.objective:.4f}"
-        params = [short_value(search, key, trial.params[key]) for key in search.config.space]
-        failed = trial.status == "failed"
-        status = f"failed: {(trial.error or '')[:60]}" if failed else trial.status
+        kind = "best" if trial.number == best.number else "" if trial.finished else "bad"
+        status = f"failed: {(trial.error or '')[:60]}" if trial.status == "failed" else trial.status
         number = f"{trial.number} (baseline)" if trial.is_baseline else str(trial.number)
-        cells = [number, status, str(trial.step), value, f"{trial.seconds:.0f}", *params]
-        rows.append((kind, cells))
+        objective, cost = "-", "-"
+        if trial.reports:
+            objective, cost = f"{trial.objective:.4f}", f"{trial.reports[-1]['cost']:.2f}"
+        params = [short_value(search, key, trial.params[key]) for key in search.config.space]
+        rows.append((kind, [number, status, str(trial.step), objective, cost, f"{trial.seconds:.0f}", *params]))
     return _table(head, rows)

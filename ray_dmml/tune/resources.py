@@ -43,27 +43,23 @@ def trial_resources(config: Config, nodes: Sequence[Node], gpus_per_trial: float
         UserError: no CPUs or GPUs are known.
     """
     peers = config.cohort.peers
-    known = sum(node.get("GPU", 0.0) for node in nodes)
-    gpus = min(1.0, known) if gpus_per_trial is None else gpus_per_trial
+    gpus = min(1.0, _total(nodes, "GPU")) if gpus_per_trial is None else gpus_per_trial
     # A peer gets whole GPUs or a part of one: Ray cannot give it one GPU and a half, or parts of two.
     share = gpus / len(peers)
     share = float(int(share)) if share >= 1 else 1 / -(-len(peers) // gpus) if gpus > 1 else share
-    own = only_at(ray.get_runtime_context().get_node_id())
-    peer_gpus = [_peer_gpus(peer, share) for peer in peers]
 
     def bundles(cpus: float) -> list[dict[str, float]]:
-        amounts = zip(peers, peer_gpus, strict=True)
-        return [own, *(bundle(peer, peer.num_cpus or cpus, gpus) for peer, gpus in amounts)]
+        return [bundle(peer, peer.num_cpus or cpus, _peer_gpus(peer, share)) for peer in peers]
 
-    def fits(cpus: float) -> bool:
-        first, *others = bundles(cpus)
-        return have_places([first, *map(with_labels, others, peers)], nodes)
-
+    own = only_at(ray.get_runtime_context().get_node_id())
     cpus = 0.0 if all(peer.num_cpus for peer in peers) else _peer_cpus(nodes, gpus, len(peers))
+    for fewer in lowered(cpus):
+        if have_places([own, *map(with_labels, bundles(fewer), peers)], nodes):
+            cpus = fewer
+            break
     # Bundles that fit on no known node may fit on nodes that are not known yet.
-    cpus = next(filter(fits, lowered(cpus)), cpus)
     labels = [{}, *(dict(peer.labels) for peer in peers)]
-    return tune.PlacementGroupFactory(bundles(cpus), bundle_label_selector=labels)
+    return tune.PlacementGroupFactory([own, *bundles(cpus)], bundle_label_selector=labels)
 
 
 def require_resources(search: Search, nodes: Sequence[Node], gpus_per_trial: float | None = None) -> None:
@@ -75,19 +71,17 @@ def require_resources(search: Search, nodes: Sequence[Node], gpus_per_trial: flo
         UserError: a trial needs more resources, or other labels, than there are.
     """
     for config in search.config_variants():
-        if os.environ.get("RAY_ADDRESS"):
-            trial_resources(config, nodes, gpus_per_trial)
-        else:
+        trial = trial_resources(config, nodes, gpus_per_trial)
+        if not os.environ.get("RAY_ADDRESS"):
             require_labels(config, nodes)
-            require_room(trial_resources(config, nodes, gpus_per_trial), nodes)
+            require_room(trial, nodes)
 
 
 def require_room(trial: tune.PlacementGroupFactory, nodes: Sequence[Node]) -> None:
     """Raises UserError if the bundles of a trial do not fit on the nodes."""
     settings = "--gpus-per-trial, cohort.peers.*.num_cpus and num_gpus"
     for kind, needed in trial.required_resources.items():
-        available = sum(node.get(kind, 0.0) for node in nodes)
-        if needed > available + 1e-6:
+        if needed > (available := _total(nodes, kind)) + 1e-6:
             raise UserError(f"a trial needs {needed:g} {kind}s ({settings}) and this machine has {available:g}")
     if not have_places(trial.bundles, nodes):
         peers = {" and ".join(f"{amount:g} {kind}" for kind, amount in peer.items()) for peer in trial.bundles[1:]}
@@ -97,22 +91,21 @@ def require_room(trial: tune.PlacementGroupFactory, nodes: Sequence[Node]) -> No
         )
 
 
+def _total(nodes: Sequence[Node], kind: str) -> float:
+    return sum(node.get(kind, 0.0) for node in nodes)
+
+
 def _peer_gpus(peer: PeerConfig, share: float) -> float:
-    """GPUs of a peer. Each of several replicas needs one of its own: NCCL does not share a GPU."""
     if peer.num_gpus is not None:
         return peer.num_gpus
-    if peer.num_replicas > 1:
+    if peer.num_replicas > 1:  # Each replica needs a GPU of its own, because NCCL does not share one.
         return float(peer.num_replicas) if share else 0.0
     return min(share, 1.0)
 
 
 def _peer_cpus(nodes: Sequence[Node], gpus: float, num_peers: int) -> float:
-    """CPUs of a peer: an even share of one CPU, or of the CPUs that go with the trial's GPUs.
-
-    Raises:
-        UserError: there are no CPUs, and no GPUs were given.
-    """
-    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    """CPUs of a peer: an even share of one CPU, or of the CPUs that go with the trial's GPUs."""
+    cpus = _total(nodes, "CPU")
     if not cpus and not gpus:
         raise UserError(
             "the cluster has no CPUs and no GPUs, and the nodes that it may start are not known: say what a "

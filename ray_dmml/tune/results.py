@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from ray_dmml.errors import UserError
 from ray_dmml.training.run_dir import RunDir, replace_file
 from ray_dmml.tune.search_space import Search, SearchConfig
 from ray_dmml.tune.trial import COST, OBJECTIVE, STEP, Trial
+
+WHO = ("ensemble", "mean_peer")
+"""Whose metrics the tables have."""
 
 
 class SearchDir:
@@ -101,10 +105,10 @@ def write_results(files: SearchDir, search: Search, trials: Sequence[Trial]) -> 
     Raises:
         CheckpointError: the file cannot be written.
     """
-    metrics = [f"{who}_{metric}" for who in ("ensemble", "mean_peer") for metric in search.metrics]
-    columns = ["trial", "status", STEP, OBJECTIVE, "objective_std", COST, "seconds"]
+    columns = ["trial", "status", STEP, OBJECTIVE, "objective_std", COST, "seconds", *search.config.space]
+    columns += [f"{who}_{metric}" for who in WHO for metric in search.metrics]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*columns, *search.config.space, *metrics, "error"])
+    writer = csv.DictWriter(text, [*columns, "error"])
     writer.writeheader()
     for trial in trials:
         row: dict[str, Any] = {"trial": trial.number, "status": trial.status, **trial.params}
@@ -114,9 +118,8 @@ def write_results(files: SearchDir, search: Search, trials: Sequence[Trial]) -> 
             row |= {OBJECTIVE: report[OBJECTIVE], COST: report[COST]}
             if objectives := report.get("objectives"):
                 row["objective_std"] = float(np.std(objectives, ddof=1))
-            for metric in search.metrics:
-                for who in ("ensemble", "mean_peer"):
-                    row[f"{who}_{metric}"] = _metric(report["figures"], who, metric)
+            for who, metric in itertools.product(WHO, search.metrics):
+                row[f"{who}_{metric}"] = _metric(report["figures"], who, metric)
         writer.writerow(row)
     replace_file(files.results_file, text.getvalue())
 
@@ -137,7 +140,7 @@ def best_trial(trials: Sequence[Trial]) -> Trial:
 
 def tie_message(trials: Sequence[Trial], best: Trial) -> str | None:
     """A sentence about other trials that are as good as the best one; None if there are none."""
-    equal = [t.number for t in trials if t.finished and t.objective == best.objective]
+    equal = [trial.number for trial in trials if trial.finished and trial.objective == best.objective]
     if len(equal) < 2:
         return None
     return (
@@ -150,16 +153,14 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
     """The finished trials that no other one dominates in objective and cost, the cheapest first."""
     finished = [trial for trial in trials if trial.finished]
 
-    def is_dominated(trial: Trial) -> bool:
-        mine = trial.reports[-1]
-        return any(
-            other[OBJECTIVE] >= mine[OBJECTIVE]
-            and other[COST] <= mine[COST]
-            and (other[OBJECTIVE] > mine[OBJECTIVE] or other[COST] < mine[COST])
-            for other in (each.reports[-1] for each in finished)
-        )
+    def values(trial: Trial) -> tuple[float, float]:
+        report = trial.reports[-1]
+        return report[OBJECTIVE], -report[COST]
 
-    front = [trial for trial in finished if not is_dominated(trial)]
+    def dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
+        return one != other and one[0] >= other[0] and one[1] >= other[1]
+
+    front = [trial for trial in finished if not any(dominates(values(other), values(trial)) for other in finished)]
     return sorted(front, key=lambda trial: (trial.reports[-1][COST], trial.number))
 
 
@@ -170,8 +171,7 @@ def baseline_is_best(final: Mapping[str, Any]) -> bool:
 
 def final_columns(search: Search) -> list[str]:
     """The headings of :func:`final_rows`."""
-    names = [f"{who} {metric}" for who in ("ensemble", "mean peer") for metric in _shown(search)]
-    return ["", "validation", *names]
+    return ["", "validation", *(f"{who.replace('_', ' ')} {metric}" for who, metric in _final_metrics(search))]
 
 
 def final_rows(final: Mapping[str, Any], search: Search) -> list[list[str]]:
@@ -186,11 +186,10 @@ def final_rows(final: Mapping[str, Any], search: Search) -> list[list[str]]:
         if len(finished) < len(runs):
             name += f" ({len(finished)} of {len(runs)} seeds; the others failed)"
         row = [name, "-" if validation is None else f"{100 * validation:.1f}"]
-        for who in ("ensemble", "mean_peer"):
-            for metric in _shown(search):
-                values = [_metric(run, who, metric) for run in finished]
-                deviation = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-                row.append(f"{100 * np.mean(values):.1f}{deviation}" if values else "-")
+        for who, metric in _final_metrics(search):
+            values = [_metric(run, who, metric) for run in finished]
+            deviation = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            row.append(f"{100 * np.mean(values):.1f}{deviation}" if values else "-")
         rows.append(row)
     return rows
 
@@ -210,9 +209,9 @@ def short_value(search: Search, key: str, sample: Any) -> str:
     return f"{sample:.3g}" if isinstance(sample, float) else str(sample)
 
 
-def _shown(search: Search) -> list[str]:
-    """The metrics of the final table."""
-    return list(dict.fromkeys(("recall@1", "map@r", search.config.metric)))
+def _final_metrics(search: Search) -> list[tuple[str, str]]:
+    metrics = dict.fromkeys(("recall@1", "map@r", search.config.metric))
+    return [*itertools.product(WHO, metrics)]
 
 
 def _metric(figures: Mapping[str, Any], who: str, metric: str) -> float:

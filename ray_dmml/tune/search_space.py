@@ -16,34 +16,30 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from ray_dmml.config.loading import read_yaml, set_setting
+from ray_dmml.config.loading import dotted, read_yaml, set_setting
 from ray_dmml.config.messages import explain
 from ray_dmml.config.schema import Config, Count, Section, Whole
 from ray_dmml.errors import UserError
 
-DEFAULT_SEARCH = Path(__file__).parent / "search.yaml"
-
 _FIXED_IN_TRIALS = {
-    "trials and final runs use the same images": (*("data.name", "data.root", "data.source", "data.manifest"),),
-    "trials would train on classes that the final runs are tested on": (*("data.train_fraction", "data.split_seed"),),
+    "trials and final runs use the same images": ("data.name", "data.root", "data.source", "data.manifest"),
+    "trials would train on classes that the final runs are tested on": ("data.train_fraction", "data.split_seed"),
     "trials and final runs are evaluated alike": ("evaluation.recall_at", "evaluation.weights"),
-    "the search sets it": (
-        *("data.validation_fold", "evaluation.split", "evaluation.untrained"),
-        *("train.tensorboard", "checkpoint.every_steps", "checkpoint.storage_path"),
-    ),
+    "the search sets it": ("data.validation_fold", "evaluation.split", "evaluation.untrained", "train.tensorboard"),
+    "the search sets what a trial saves": ("checkpoint.every_steps", "checkpoint.storage_path"),
 }
 """Settings that ``trial`` and ``space`` may not change, by the reason."""
 
 _FIXED_IN_SPACE = {
     **_FIXED_IN_TRIALS,
-    "all trials are evaluated on the same classes at the same steps": (
-        *("data.validation_fraction", "data.validation_seed", "train.evaluate_every"),
-    ),
+    "all trials are evaluated on the same classes": ("data.validation_fraction", "data.validation_seed"),
+    "all trials are evaluated at the same steps": ("train.evaluate_every",),
 }
 """Settings that ``space`` may not change, by the reason."""
 
@@ -54,26 +50,19 @@ Params = Mapping[str, Any]
 class Distribution(Section):
     """The values that one setting may take. Exactly one field is given."""
 
-    choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
-    """One of these values: numbers, names, or whole lists of transforms or peers."""
-
-    uniform: tuple[float, float] | None = None
-    """A number between two limits."""
-
-    loguniform: tuple[float, float] | None = None
-    """A number between two limits. Its logarithm is uniform."""
-
-    integer: tuple[int, int] | None = None
-    """An integer between two limits, both included."""
+    choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None  # numbers, names, whole lists of peers
+    uniform: tuple[float, float] | None = None  # a number between two limits
+    loguniform: tuple[float, float] | None = None  # a number between two limits, whose logarithm is uniform
+    integer: tuple[int, int] | None = None  # both limits included
 
     @model_validator(mode="after")
     def _check(self) -> Distribution:
-        given = [kind for kind in type(self).model_fields if getattr(self, kind) is not None]
+        kinds = list(type(self).model_fields)
+        given = [kind for kind in kinds if getattr(self, kind) is not None]
         if len(given) != 1:
-            raise ValueError(f"give one of {', '.join(type(self).model_fields)}, not {len(given)}")
-        limits = self.limits
-        if limits is not None and not limits[0] < limits[1]:
-            raise ValueError(f"{given[0]} needs two numbers, the lower one first, not {list(limits)}")
+            raise ValueError(f"give one of {', '.join(kinds)}, not {len(given)}")
+        if self.limits is not None and not self.limits[0] < self.limits[1]:
+            raise ValueError(f"{given[0]} needs two numbers, the lower one first, not {list(self.limits)}")
         if self.loguniform is not None and self.loguniform[0] <= 0:
             raise ValueError("loguniform needs numbers above 0")
         return self
@@ -97,10 +86,8 @@ class Distribution(Section):
         if self.limits is None:
             return self.labels
         low, high = self.limits
-        if self.integer is not None:
-            return [low, high]
-        # A fraction as well, because a setting that needs an integer accepts both limits.
-        return [low, high, low + (high - low) / math.pi]
+        # A fraction as well, because a setting that needs an integer may accept both limits.
+        return [low, high] if self.integer is not None else [low, high, low + (high - low) / math.pi]
 
 
 class SearchConfig(Section):
@@ -110,24 +97,22 @@ class SearchConfig(Section):
     """The settings to search, named as in `--set`, and the values that each may take."""
 
     trial: dict[str, Any] = Field(default_factory=dict)
-    """Settings that apply to the trials only, such as fewer `train.steps`. The final runs use the config's own."""
+    """Settings of the trials only, such as fewer `train.steps`. The final runs use the config's own."""
 
     objective: Literal["ensemble", "mean_peer", "best_peer"] = "ensemble"
-    """The search maximises the validation metric of the ensemble, of the mean peer or of the best peer."""
+    """Whose validation metric the search maximises."""
 
     metric: str = "recall@1"
     """recall@K for a K of evaluation.recall_at, map@r or r_precision."""
 
     cost: bool = False
-    """Also minimise the cost of inference: the parameters of all networks that the objective uses. The report then
-    lists the Pareto front."""
+    """Also minimise the parameters of all networks that the objective uses. The report then lists the Pareto front."""
 
     num_samples: Count = 8
     """Number of trials. The first one is the baseline: the config without changes."""
 
     sampler: Literal["optuna", "random"] | None = None
-    """`optuna` (multivariate TPE, needs the extra `search`) or `random`; null: optuna if it is installed, else
-    random."""
+    """`optuna` (multivariate TPE, needs the extra `search`) or `random`; null: optuna if it is installed."""
 
     scheduler: Literal["asha", "none"] = "asha"
     """`asha` stops the worse trials early; `none` trains every trial to its end."""
@@ -139,20 +124,18 @@ class SearchConfig(Section):
     """Train each trial on this many validation folds and take the mean. More than 1 needs `scheduler: none`."""
 
     seeds: Count = 1
-    """Train each trial with this many seeds (the config's seed, seed + 1, ...) and take the mean. With `folds`, every
-    fold is trained with every seed. More than 1 needs `scheduler: none`."""
+    """Train each trial (on each fold) with this many seeds from the config's on; more than 1 need `scheduler: none`."""
 
     final_seeds: Whole = 3
-    """Number of final runs of the best trial and of the baseline. A final run trains on all training classes and is
-    evaluated on the test classes. 0: no final runs, the test classes are never read."""
+    """Final runs of the best trial and of the baseline, on all training classes. 0: the test classes are never read."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the sampler."""
 
     @model_validator(mode="after")
     def _check(self) -> SearchConfig:
-        for name, number in (("folds", self.folds), ("seeds", self.seeds)):
-            if number > 1 and self.scheduler != "none":
+        for name in ("folds", "seeds"):
+            if (number := getattr(self, name)) > 1 and self.scheduler != "none":
                 raise ValueError(
                     f"{name}: {number} needs scheduler: none, because the objective of a trial is the "
                     "mean over its runs and is known only after the last one"
@@ -162,9 +145,7 @@ class SearchConfig(Section):
     @property
     def sampler_name(self) -> str:
         """``optuna`` or ``random``."""
-        if self.sampler is not None:
-            return self.sampler
-        return "optuna" if importlib.util.find_spec("optuna") else "random"
+        return self.sampler or ("optuna" if importlib.util.find_spec("optuna") else "random")
 
 
 class Search:
@@ -182,8 +163,8 @@ class Search:
     def __init__(self, raw: Mapping[str, Any], config: SearchConfig) -> None:
         self.raw, self.config = copy.deepcopy(dict(raw)), config
         self.base = Config.parse(self.raw)
-        self.metrics = [f"recall@{k}" for k in sorted({1, *self.base.evaluation.recall_at})]
-        self.metrics += ["map@r", "r_precision"]
+        recalls = [f"recall@{k}" for k in sorted({1, *self.base.evaluation.recall_at})]
+        self.metrics = [*recalls, "map@r", "r_precision"]
         self._check_trial_settings()
         self._check_validation_classes()
         if config.sampler == "optuna" and importlib.util.find_spec("optuna") is None:
@@ -204,9 +185,22 @@ class Search:
         """The runs of a trial: (fold, number of the seed)."""
         return [*itertools.product(range(self.config.folds), range(self.config.seeds))]
 
-    def config_of(self, params: Params) -> Config:
-        """The experiment with sampled parameters."""
-        return Config.parse(self._settings(params), source="the trial's settings")
+    def config_of(self, params: Params, in_trial: bool = False) -> Config:
+        """The experiment with sampled parameters. In a trial, the settings of ``trial`` apply as well."""
+
+        # cohort.peers goes before one of its peers. The base goes last: set_setting refuses it if every
+        # peer has a sampled value of its own.
+        def order(key: str) -> tuple[bool, int]:
+            return key.startswith("cohort.base."), key.count(".")
+
+        changes = [(f"space.{key}", self.config.space[key].value(params[key])) for key in sorted(params, key=order)]
+        if in_trial:
+            changes += [(f"trial.{key}", value) for key, value in self.config.trial.items()]
+        raw = copy.deepcopy(self.raw)
+        for source, value in changes:
+            # A copy, because later keys may change parts of it.
+            set_setting(raw, source.partition(".")[2], copy.deepcopy(value), source)
+        return Config.parse(raw, source="the trial's settings")
 
     def trial_config(self, params: Params, fold: int = 0, seed: int = 0) -> Config:
         """The config of one run of a trial. It never reads the test classes.
@@ -215,25 +209,18 @@ class Search:
             fold: counts from the config's ``data.validation_fold``.
             seed: counts from the config's ``seed``.
         """
-        config = Config.parse(self._trial_settings(params), source="the trial's settings")
-        train = config.train.model_copy(update={"tensorboard": False})
+        config = self.config_of(params, in_trial=True)
         # A trial resumes at a checkpoint. It needs one at each report, and the config may have more.
         reports, own = config.train.evaluate_every, config.checkpoint.every_steps
         every_steps = reports if not own or reports % own else own
-        checkpoint = config.checkpoint.model_copy(update={"every_steps": every_steps, "storage_path": None})
-        fold += config.data.validation_fold
-        data = config.data.model_copy(update={"validation_fold": fold})
         # Not the best weights: the final runs hold out no classes that could select them.
         weights = "ema" if config.evaluation.weights == "ema" else "last"
-        evaluation = config.evaluation.model_copy(update={"split": "validation", "weights": weights})
-        return config.model_copy(
-            update={
-                "seed": config.seed + seed,
-                "train": train,
-                "data": data,
-                "evaluation": evaluation,
-                "checkpoint": checkpoint,
-            }
+        return changed(
+            config.model_copy(update={"seed": config.seed + seed}),
+            train={"tensorboard": False},
+            data={"validation_fold": config.data.validation_fold + fold},
+            evaluation={"split": "validation", "weights": weights},
+            checkpoint={"every_steps": every_steps, "storage_path": None},
         )
 
     def config_variants(self) -> list[Config]:
@@ -251,38 +238,16 @@ class Search:
         values = [float(peer[metric]) for peer in figures["peers"].values()]
         return max(values) if self.config.objective == "best_peer" else sum(values) / len(values)
 
-    def _settings(self, params: Params) -> dict[str, Any]:
-        raw = copy.deepcopy(self.raw)
-
-        # cohort.peers goes before one of its peers. The base goes last: set_setting refuses it if every
-        # peer has a sampled value of its own.
-        def order(key: str) -> tuple[bool, int]:
-            return key.startswith("cohort.base."), key.count(".")
-
-        for key in sorted(params, key=order):
-            # A copy, because later keys may change parts of it.
-            value = copy.deepcopy(self.config.space[key].value(params[key]))
-            set_setting(raw, key, value, f"space.{key}")
-        return raw
-
-    def _trial_settings(self, params: Params) -> dict[str, Any]:
-        raw = self._settings(params)
-        for key, value in self.config.trial.items():
-            set_setting(raw, key, copy.deepcopy(value), f"trial.{key}")
-        return raw
-
     def _check_trial_settings(self) -> None:
-        """Raises UserError if ``trial`` replaces a searched setting or changes a fixed one."""
         for key, searched in itertools.product(self.config.trial, self.config.space):
             if f"{searched}.".startswith(f"{key}.") or f"{key}.".startswith(f"{searched}."):
                 raise UserError(f"trial.{key} replaces the samples of space.{searched}: remove one")
         try:
-            self._require_fixed(self._trial_settings({}), _FIXED_IN_TRIALS)
+            self._require_fixed(self.config_of({}, in_trial=True), _FIXED_IN_TRIALS)
         except UserError as error:
             raise UserError(f"trial: {error}") from None
 
     def _check_validation_classes(self) -> None:
-        """Raises UserError if there are none, or too few for the folds."""
         folds, fraction = self.config.folds, self.trial_config({}).data.validation_fraction
         if not fraction:
             raise UserError("a search compares trials on validation classes: set data.validation_fraction above 0")
@@ -292,22 +257,18 @@ class Search:
             raise UserError(f"folds {folds} count from 0: leave out data.validation_fold")
 
     def _check_space(self) -> None:
-        """Raises UserError for a value that the config refuses and for a fixed setting."""
         for key, distribution in self.config.space.items():
             for sample in distribution.extremes():
                 try:
                     self.trial_config({key: sample})
-                    self._require_fixed(self._settings({key: sample}), _FIXED_IN_SPACE)
+                    self._require_fixed(self.config_of({key: sample}), _FIXED_IN_SPACE)
                 except UserError as error:
                     raise UserError(f"space.{key}: {sample}: {error}") from None
 
-    def _require_fixed(self, raw: dict[str, Any], fixed: Mapping[str, Sequence[str]]) -> None:
-        """Raises UserError if ``raw`` changes one of the fixed settings."""
-        trial = Config.parse(raw, source="the trial's settings").model_dump(mode="json")
-        own = self.base.model_dump(mode="json")
+    def _require_fixed(self, config: Config, fixed: Mapping[str, Sequence[str]]) -> None:
         for reason, keys in fixed.items():
             for key in keys:
-                if _values_at(own, key) != _values_at(trial, key):
+                if attrgetter(key)(config) != attrgetter(key)(self.base):
                     raise UserError(f"{key} must keep the config's value: {reason}")
 
     def _own_sample(self, key: str) -> Any:
@@ -317,7 +278,11 @@ class Search:
             samples: Sequence[Any] = distribution.labels
             outside = f"is none of {', '.join(samples)}"
         else:
-            own = _values_at(self.base.model_dump(mode="json"), key)
+            settings, keys = dotted(self.base.model_dump(mode="json")), [key]
+            if key.startswith("cohort.base."):  # Each peer may have a value of its own.
+                peers = range(len(self.base.cohort.peers))
+                keys = [key.replace("base", f"peers.{number}", 1) for number in peers]
+            own = [settings.get(key) for key in keys]
             low, high = distribution.limits
             samples = [v for v in own if isinstance(v, (int, float)) and low <= v <= high]
             shown = " and ".join(dict.fromkeys(map(str, own)))
@@ -341,7 +306,7 @@ def load_search(path: Path | None = None, **changes: Any) -> SearchConfig:
     Raises:
         UserError: the file is missing, is not valid YAML, or has a setting that is not allowed.
     """
-    path = path or DEFAULT_SEARCH
+    path = path or Path(__file__).parent / "search.yaml"
     raw = read_yaml(path, "search file")
     raw |= {key: value for key, value in changes.items() if value is not None}
     try:
@@ -350,21 +315,7 @@ def load_search(path: Path | None = None, **changes: Any) -> SearchConfig:
         raise UserError(explain(error, str(path), SearchConfig)) from None
 
 
-def _values_at(tree: Any, key: str) -> list[Any]:
-    """The value at a dotted key of an effective config. A key of ``cohort.base`` gives the values of all peers,
-    because each of them may have its own."""
-    if key.startswith("cohort.base."):
-        parts = key.removeprefix("cohort.base.").split(".")
-        return [_value_at(peer, parts) for peer in tree["cohort"]["peers"]]
-    return [_value_at(tree, key.split("."))]
-
-
-def _value_at(tree: Any, parts: Sequence[str]) -> Any:
-    for part in parts:
-        if isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
-            tree = tree[int(part)]
-        elif isinstance(tree, Mapping):
-            tree = tree.get(part)
-        else:
-            return None
-    return tree
+def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """A copy of a config with other values in some sections. The values are not validated."""
+    update = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=update)

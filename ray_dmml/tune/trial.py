@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,41 +33,18 @@ trial of several runs has means, and ``objectives`` of the runs."""
 class Trial:
     """The record of one trial."""
 
-    name: str
-    """Ray Tune's name of the trial."""
-
+    name: str  # Ray Tune's name of the trial
     params: dict[str, Any]
-    """The sampled parameters: setting to value."""
-
-    reports: list[Report] = field(default_factory=list)
-    """One for each evaluation. A trial of several runs has one report, after the last run."""
-
-    starts: list[int] = field(default_factory=list)
-    """The step at which each training process of the trial began: 0, or where a killed one stood."""
-
+    reports: list[Report] = field(default_factory=list)  # one for each evaluation; one in all if there are several runs
+    starts: list[int] = field(default_factory=list)  # the step at which each training process began
     finished_runs: int = 0
-    """Number of its runs that have ended."""
-
     error: str | None = None
-    """Why the trial failed."""
-
-    finished: bool = False
-    """The trial has reported its last step."""
-
-    seconds: float = 0.0
-    """Seconds of training, summed over all attempts."""
-
-    start_time: float = 0.0
-    """When the trial first began, in seconds since 1970."""
-
+    finished: bool = False  # The trial has reported its last step.
+    seconds: float = 0.0  # of training, summed over all attempts
+    start_time: float = 0.0  # of the first attempt, in seconds since 1970
     is_baseline: bool = False
-    """The trial trains the config without changes."""
-
-    ended: bool = False
-    """The scheduler has stopped the trial, or the search has ended. It will not report again."""
-
-    number: int = 0
-    """0 is the baseline. The others are counted in the order in which they began."""
+    ended: bool = False  # The scheduler has stopped the trial, or the search has ended.
+    number: int = 0  # 0 is the baseline. The others are counted in the order in which they began.
 
     @classmethod
     def load(cls, file: Path) -> Trial:
@@ -97,12 +74,7 @@ class Trial:
 
 
 def run_trial(
-    params: Params,
-    search: Search,
-    folder: Path,
-    report: Callable[[Report], None],
-    *,
-    local: bool = False,
+    params: Params, search: Search, folder: Path, report: Callable[[Report], None], *, local: bool = False
 ) -> None:
     """Trains the runs of a trial one after the other and reports their figures.
 
@@ -123,22 +95,22 @@ def run_trial(
     if file.exists() and (trial := Trial.load(file)).finished:
         report(_summary(trial.reports[-1]))  # Ray Tune was killed before it received this one.
         return
-    journal = _Journal(folder, params, search, report)
+    attempt = _Attempt(params, search, folder, report)
     try:
-        journal.last_step = search.trial_config(params).train.steps
+        attempt.last_step = search.trial_config(params).train.steps
         reports = []
         for fold, seed in search.runs:
-            reports.append(_train_run(params, fold, seed, search, journal, local))
-            journal.trial.finished_runs = len(reports)
-            journal.write()
+            reports.append(attempt.train_run(fold, seed, local))
+            attempt.trial.finished_runs = len(reports)
+            attempt.write()
         if len(reports) > 1:
             objectives = [each[OBJECTIVE] for each in reports]
-            journal.report({**_mean(reports), STEP: reports[0][STEP], "objectives": objectives})
-        elif not journal.trial.finished:  # It was killed between its last checkpoint and its report.
-            journal.report(reports[0])
+            attempt.report({**_mean(reports), STEP: reports[0][STEP], "objectives": objectives})
+        elif not attempt.trial.finished:  # It was killed between its last checkpoint and its report.
+            attempt.report(reports[0])
     except Exception as error:
-        journal.trial.error = first_line(error)
-        journal.write()
+        attempt.trial.error = first_line(error)
+        attempt.write()
         raise
 
 
@@ -150,21 +122,69 @@ def first_line(error: Exception) -> str:
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
-def _train_run(params: Params, fold: int, seed: int, search: Search, journal: _Journal, local: bool) -> Report:
-    """Trains one run, or continues it, and returns its last report."""
-    config = search.trial_config(params, fold, seed)
-    run = RunDir(journal.folder / f"fold{fold}-seed{seed}")
-    if not run.results_file.exists():
-        begun = run.checkpoints.index()
-        journal.start(run.checkpoints.load("last").step if begun else 0)
-        trial_logger = _TrialLogger(search, journal, run)
-        if run.config_file.exists():
-            train(config, resume=run.path, loggers=[trial_logger], local=local)
-        else:
-            train(config, run.path, loggers=[trial_logger], local=local)
-    rows = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
-    last = next(row for row in reversed(rows) if "validation" in row)
-    return _report_of(search, run, last["step"], last["validation"])
+class _Attempt(Logger):
+    """One process that trains a trial, writes its record and reports to the scheduler."""
+
+    def __init__(self, params: Params, search: Search, folder: Path, report: Callable[[Report], None]) -> None:
+        self._params, self._search, self._folder, self._report = params, search, folder, report
+        self._file = folder / "trial.json"
+        self._run = RunDir(folder)
+        self._figures: dict[int, Mapping[str, Any]] = {}  # of the step that has no checkpoint yet
+        self.last_step = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self.trial = Trial(folder.name, dict(params), start_time=time.time())
+        if self._file.exists():  # An earlier attempt was killed.
+            self.trial = replace(Trial.load(self._file), error=None, ended=False)
+        self.trial.is_baseline = params == search.baseline
+        self._began = time.monotonic() - self.trial.seconds
+        self.write()
+
+    def write(self) -> None:
+        self.trial.seconds = time.monotonic() - self._began
+        self.trial.save(self._file)
+
+    def train_run(self, fold: int, seed: int, local: bool) -> Report:
+        """Trains one run, or continues it, and returns its last report."""
+        config = self._search.trial_config(self._params, fold, seed)
+        self._run = run = RunDir(self._folder / f"fold{fold}-seed{seed}")
+        if not run.results_file.exists():
+            self.trial.starts.append(run.checkpoints.load("last").step if run.checkpoints.index() else 0)
+            self.write()
+            if run.config_file.exists():
+                train(config, resume=run.path, loggers=[self], local=local)
+            else:
+                train(config, run.path, loggers=[self], local=local)
+        rows = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+        last = next(row for row in reversed(rows) if "validation" in row)
+        return self._report_of(last["step"], last["validation"])
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Reports the validation figures of a trial's only run, once their checkpoint is on disk."""
+        if "validation" in metrics:
+            self._figures = {step: metrics["validation"]}
+        # A run that has lost a peer goes back, and saves other steps than the evaluated one.
+        if "checkpoint" in metrics and step in self._figures and len(self._search.runs) == 1:
+            self.report(self._report_of(step, self._figures.pop(step)))
+
+    def report(self, row: Report) -> None:
+        """Records a report and passes it to the scheduler, which may end the trial here."""
+        self.trial.reports = [*(each for each in self.trial.reports if each[STEP] < row[STEP]), row]
+        self.trial.finished = row[STEP] >= self.last_step
+        # Recorded first: the scheduler may end the process within its last report.
+        self.write()
+        self._report(_summary(row))
+
+    def _report_of(self, step: int, figures: Mapping[str, Any]) -> Report:
+        objective = self._search.objective(figures)
+        return {STEP: step, OBJECTIVE: objective, COST: self._cost(figures), "figures": dict(figures)}
+
+    def _cost(self, figures: Mapping[str, Any]) -> float:
+        """Millions of parameters of the networks that the objective uses."""
+        folder, config = self._run.checkpoints.path("last"), self._search.config
+        millions = {peer: (folder / peer / "weights.safetensors").stat().st_size / 4e6 for peer in figures["peers"]}
+        if config.objective == "best_peer":
+            return millions[max(millions, key=lambda peer: figures["peers"][peer][config.metric])]
+        return sum(millions.values()) / (len(millions) if config.objective == "mean_peer" else 1)
 
 
 def _summary(report: Report) -> Report:
@@ -176,75 +196,3 @@ def _mean(values: Sequence[Any]) -> Any:
     if isinstance(values[0], Mapping):
         return {key: _mean([value[key] for value in values]) for key in values[0]}
     return float(np.mean(values))
-
-
-class _Journal:
-    """Writes the record of a trial, and reports to the scheduler."""
-
-    def __init__(self, folder: Path, params: Params, search: Search, report: Callable[[Report], None]) -> None:
-        self.folder, self._file, self._report = folder, folder / "trial.json", report
-        self.last_step = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        self.trial = Trial(folder.name, dict(params), start_time=time.time())
-        if self._file.exists():  # An earlier attempt was killed.
-            self.trial = Trial.load(self._file)
-            self.trial.error, self.trial.ended = None, False
-        self.trial.is_baseline = params == search.baseline
-        self._began, self._seconds_before = time.monotonic(), self.trial.seconds
-        self.write()
-
-    def start(self, step: int) -> None:
-        """A run begins or continues at this step."""
-        self.trial.starts.append(step)
-        self.write()
-
-    def report(self, row: Report) -> None:
-        """Records a report and passes it to the scheduler, which may end the trial here."""
-        self.trial.reports = [each for each in self.trial.reports if each[STEP] < row[STEP]]
-        self.trial.reports.append(row)
-        # Recorded first: the scheduler may end the process within its last report.
-        self.trial.finished = row[STEP] >= self.last_step
-        self.write()
-        self._report(_summary(row))
-
-    def write(self) -> None:
-        self.trial.seconds = self._seconds_before + time.monotonic() - self._began
-        self.trial.save(self._file)
-
-
-class _TrialLogger(Logger):
-    """Passes the validation figures of a trial's only run on, once their checkpoint is on disk."""
-
-    def __init__(self, search: Search, journal: _Journal, run: RunDir) -> None:
-        self._search, self._journal, self._run = search, journal, run
-        self._figures: dict[int, Mapping[str, Any]] = {}  # of the step that has no checkpoint yet
-
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        if "validation" in metrics:
-            self._figures = {step: metrics["validation"]}
-        # A run that has lost a peer goes back, and saves other steps than the evaluated one.
-        is_saved = "checkpoint" in metrics and step in self._figures
-        if is_saved and len(self._search.runs) == 1:
-            figures = self._figures.pop(step)
-            self._journal.report(_report_of(self._search, self._run, step, figures))
-
-
-def _report_of(search: Search, run: RunDir, step: int, figures: Mapping[str, Any]) -> Report:
-    return {
-        STEP: step,
-        OBJECTIVE: search.objective(figures),
-        COST: _cost(search, run, figures),
-        "figures": dict(figures),
-    }
-
-
-def _cost(search: Search, run: RunDir, figures: Mapping[str, Any]) -> float:
-    """Millions of parameters of the networks that the objective uses."""
-    folder = run.checkpoints.path("last")
-    millions = {peer: (folder / peer / "weights.safetensors").stat().st_size / 4e6 for peer in figures["peers"]}
-    if search.config.objective == "ensemble":
-        return sum(millions.values())
-    if search.config.objective == "mean_peer":
-        return sum(millions.values()) / len(millions)
-    metric = search.config.metric
-    return millions[max(millions, key=lambda peer: figures["peers"][peer][metric])]

@@ -33,16 +33,13 @@ from ray_dmml.tune.final_runs import LoggerFactory, final_runs, no_logger
 from ray_dmml.tune.report import write_report
 from ray_dmml.tune.resources import known_nodes, require_resources, trial_resources
 from ray_dmml.tune.results import SearchDir, best_trial, pareto_front, tie_message, write_results
-from ray_dmml.tune.search_space import Params, Search
+from ray_dmml.tune.search_space import Distribution, Params, Search
 from ray_dmml.tune.trial import COST, OBJECTIVE, STEP, Trial, run_trial
 
 logger = logging.getLogger(__name__)
 
 Watch = Callable[[Sequence[Trial]], None]
 """Receives all trials whenever one of them has changed."""
-
-POLL_S = 1.0
-"""Seconds between two looks at the records of the trials."""
 
 
 def run_search(
@@ -70,7 +67,7 @@ def run_search(
             finished.
     """
     files = SearchDir(folder)
-    resume = search is None
+    is_new = search is not None
     if search is None:
         search = files.search()
     else:
@@ -79,10 +76,10 @@ def run_search(
     read_images(search.trial_config({}))
     with ray_session():
         require_resources(search, known_nodes(), gpus_per_trial)
-        if not resume:
+        if is_new:
             files.create(search)
         with RunDir(files.path).lock():
-            _run_trials(files, search, resume, gpus_per_trial, watch)
+            _run_trials(files, search, gpus_per_trial, watch)
             trials = files.trials(ended=True)
             write_results(files, search, trials)
             best = best_trial(trials)
@@ -97,7 +94,7 @@ def run_search(
     return final
 
 
-def _run_trials(files: SearchDir, search: Search, resume: bool, gpus_per_trial: float | None, watch: Watch) -> None:
+def _run_trials(files: SearchDir, search: Search, gpus_per_trial: float | None, watch: Watch) -> None:
     """Runs all trials, and meanwhile keeps ``results.csv`` up to date."""
     _configure_tune()
     nodes = known_nodes()
@@ -110,12 +107,12 @@ def _run_trials(files: SearchDir, search: Search, resume: bool, gpus_per_trial: 
         return trial_resources(config, nodes, gpus_per_trial)
 
     trainable = tune.with_resources(tune.with_parameters(_trainable, search=search, folder=files.path), resources)
-    if resume and can_restore(files, search.config.sampler_name):
+    if can_restore(files, search.config.sampler_name):
         tuner = tune.Tuner.restore(str(files.tune_state), trainable, resume_unfinished=True, resume_errored=True)
     else:
         tuner = tune.Tuner(
             trainable,
-            param_space={key: _domain(search, key) for key in search.config.space},
+            param_space={key: _domain(distribution) for key, distribution in search.config.space.items()},
             tune_config=tune.TuneConfig(
                 num_samples=search.config.num_samples,
                 search_alg=make_sampler(search),
@@ -162,14 +159,11 @@ def can_restore(files: SearchDir, sampler: str) -> bool:
     """Whether Ray Tune's state is complete. If the search was killed before any trial trained, the remains are
     removed, and the search can start again.
 
-    Args:
-        sampler: ``optuna`` or ``random``.
-
     Raises:
         UserError: trials have trained, and the state is missing or damaged.
     """
     state = files.tune_state
-    newest = max(state.glob("experiment_state-*.json"), default=None, key=lambda file: file.name)
+    newest = _newest(state, "experiment_state-*.json")
     with suppress(OSError, ValueError):
         is_whole = newest and json.loads(newest.read_text()) and tune.Tuner.can_restore(str(state))
         if is_whole and _sampler_is_whole(state, sampler):
@@ -188,37 +182,35 @@ def can_restore(files: SearchDir, sampler: str) -> bool:
 
 def _sampler_is_whole(state: Path, sampler: str) -> bool:
     """Whether the state of the sampler can be read. Without it Ray Tune would fail later, or leave out trials."""
-    patterns = ["basic-variant-state-*"]
-    if sampler == "optuna":
-        patterns = ["search_gen_state-*", "searcher-state-*"]
-    for pattern in patterns:
-        newest = max(state.glob(pattern), default=None, key=lambda file: file.name)
-        if newest is None and sampler == "random":
-            continue  # The experiment's state has the random samples as well.
+    patterns = ["search_gen_state-*", "searcher-state-*"] if sampler == "optuna" else ["basic-variant-state-*"]
+    for file in (_newest(state, pattern) for pattern in patterns):
+        if file is None:
+            return sampler == "random"  # The experiment's state has the random samples as well.
         try:
-            if newest is None:
-                return False
-            cloudpickle.loads(newest.read_bytes())
+            cloudpickle.loads(file.read_bytes())
         except Exception:  # A pickle that is cut off, or of another version, raises anything.
             return False
     return True
 
 
-def _domain(search: Search, key: str) -> Any:
+def _newest(folder: Path, pattern: str) -> Path | None:
+    return max(folder.glob(pattern), default=None, key=lambda file: file.name)
+
+
+def _domain(distribution: Distribution) -> Any:
     """Ray Tune's form of a distribution."""
-    distribution = search.config.space[key]
-    if distribution.choice is not None:
-        return tune.choice(distribution.labels)
     if distribution.integer is not None:
         low, high = distribution.integer
         return tune.randint(low, high + 1)
+    if distribution.uniform is not None:
+        return tune.uniform(*distribution.uniform)
     if distribution.loguniform is not None:
         return tune.loguniform(*distribution.loguniform)
-    return tune.uniform(*(distribution.uniform or (0.0, 0.0)))
+    return tune.choice(distribution.labels)
 
 
 def make_sampler(search: Search) -> Searcher | SearchAlgorithm:
-    """Ray Tune's search algorithm. Its first sample is the baseline."""
+    """Its first sample is the baseline."""
     config, first = search.config, [dict(search.baseline)]
     if config.sampler_name == "random":
         return BasicVariantGenerator(points_to_evaluate=first, random_state=config.seed)
@@ -238,7 +230,6 @@ def make_sampler(search: Search) -> Searcher | SearchAlgorithm:
 
 
 def make_scheduler(search: Search) -> TrialScheduler:
-    """Ray Tune's scheduler."""
     if search.config.scheduler == "none":
         return FIFOScheduler()
     train = search.trial_config({}).train
@@ -265,35 +256,28 @@ class _ResumableASHA(ASHAScheduler):
 
 
 class EndedTrials(tune.Callback):
-    """Completes the records of trials that cannot do it themselves.
-
-    Args:
-        baseline: the sampled parameters of the baseline.
-    """
+    """Completes the records of trials that cannot do it themselves."""
 
     def __init__(self, baseline: Params) -> None:
         self.baseline = dict(baseline)
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """A trial that the scheduler stops is killed within its last report."""
-        file = _record_of(trial)
         # If the disk is full: run_search sets it again when the search has ended.
         with suppress(OSError, CheckpointError):
-            record = Trial.load(file)
+            record = Trial.load(_record_of(trial))
             if not record.finished:
                 record.ended = True
-                record.save(file)
+                record.save(_record_of(trial))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """A process that is killed at its start has no record, which :func:`record_lost_trials` needs."""
-        file = _record_of(trial)
+        file, params = _record_of(trial), dict(trial.config)
         with suppress(OSError, CheckpointError):
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                params = dict(trial.config)
-                record = Trial(trial.trial_id, params, start_time=time.time())
-                record.is_baseline = params == self.baseline
-                record.save(file)
+                is_baseline = params == self.baseline
+                Trial(trial.trial_id, params, start_time=time.time(), is_baseline=is_baseline).save(file)
 
 
 def _record_of(trial: TuneTrial) -> Path:
@@ -321,7 +305,7 @@ def watch_trials(files: SearchDir, search: Search, watch: Watch, stop: Event, co
     seen: list[Trial] = []
     is_last = False
     while not is_last:
-        is_last = stop.wait(POLL_S)
+        is_last = stop.wait(timeout=1.0)
         trials = files.trials(ended=completed.is_set())
         if trials != seen:
             watch(trials)

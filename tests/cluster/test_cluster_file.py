@@ -222,7 +222,7 @@ def test_the_kubernetes_job_is_valid() -> None:
         assert mounted == {volume["name"] for volume in pod["volumes"]}
     program, *arguments = shlex.split(job["spec"]["entrypoint"])
     assert program == "ray-dmml"
-    command = [sys.executable, "-m", "ray_dmml.cli.main", *arguments]
+    command = [sys.executable, "-m", "ray_dmml.cli", *arguments]
     command += ["--local", "--set", "data.download=false"]  # it ends where the images are missing
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and "/shared/data/cub200" in result.stderr, result.stderr

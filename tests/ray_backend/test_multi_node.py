@@ -43,7 +43,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def start(cluster: Any, config: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ray_dmml.cli.main", "train", "--address", cluster.address]
+    command = [sys.executable, "-m", "ray_dmml.cli", "train", "--address", cluster.address]
     return subprocess.Popen(
         [*command, "--config", str(config), "--out", str(out)],
         env={**os.environ, "RAY_ADDRESS": ""},

@@ -286,7 +286,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(settings: dict[str, Any], t
     endless = {**settings, "train": {**EVERY_TWO, "steps": 1_000_000}}
     (tmp_path / "endless.yaml").write_text(yaml.safe_dump(endless))
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "ray_dmml.cli.main", "train", "--local"]
+    command = [sys.executable, "-m", "ray_dmml.cli", "train", "--local"]
     process = subprocess.Popen(
         [*command, "--config", str(tmp_path / "endless.yaml"), "--out", str(killed)],
         stdout=subprocess.DEVNULL,
