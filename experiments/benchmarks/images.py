@@ -26,7 +26,7 @@ from benchmarks.worker import Worker, serve
 from ray_dmml.data.augmentations import training_view
 from ray_dmml.data.cache import through_cache
 from ray_dmml.data.dataset import FileImages, ImageSet
-from ray_dmml.models.embedding_net import normalised
+from ray_dmml.models.embedding_net import standardize
 from ray_dmml.ray_backend.process import tune_malloc
 
 NUM_PEERS, NUM_IMAGES, SIDE = 4, 64, 500
@@ -80,7 +80,7 @@ class Input:
     def batch(self) -> Tensor:
         """(B, 3, 224, 224) float32, normalised as the net does it."""
         decoded = torch.stack([self._source.read(i) for i in range(len(self._source))])
-        return normalised(self._view(decoded), self._mean, self._std)
+        return standardize(self._view(decoded), self._mean, self._std)
 
 
 def main(folder: str, cache: str, which: str) -> None:
