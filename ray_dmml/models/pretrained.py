@@ -44,10 +44,8 @@ def load_initial_weights(net: nn.Module, config: PeerConfig) -> None:
         if "head.weight" in state and any(key.startswith("backbone.") for key in state):
             return load_net_weights(net, state, config.weights)
         if config.frozen:
-            needed = (
-                f"the frozen peer {config.name} needs its head too (RUN/checkpoints/step-.../PEER/weights.safetensors)"
-            )
-            raise UserError(f"{config.weights} holds backbone weights only: {needed}")
+            problem = f"{config.weights} holds backbone weights only: the frozen peer {config.name} needs its head too"
+            raise UserError(f"{problem} (RUN/checkpoints/step-.../PEER/weights.safetensors)")
     classifier = backbone.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
     _check_fit(backbone, state, config.weights, (classifier,) if isinstance(classifier, str) else classifier)
     backbone.load_state_dict(state, strict=False)
