@@ -82,7 +82,7 @@ def _is_correct(embeddings: NDArray[Any], images: ImageSet) -> NDArray[np.bool_]
     gallery = everything if images.gallery is None else images.gallery
     own_row = np.full(len(images), -1)
     own_row[gallery] = np.arange(len(gallery))
-    blocks = nearest(embeddings[query], embeddings[gallery], 1, exclude_self=own_row[query])
+    blocks = nearest(embeddings[query], embeddings[gallery], 1, own_rows=own_row[query])
     first = np.concatenate([neighbors[:, 0] for _, neighbors in blocks])
     return images.labels[gallery[first]] == images.labels[query]
 

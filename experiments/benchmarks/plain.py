@@ -31,7 +31,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from benchmarks.worker import serve
-from ray_dmml.config.schema import MetricLossConfig
+from ray_dmml.config.schema import MetricLossConfig, PeerConfig
 from ray_dmml.losses.metric import MetricLoss
 from ray_dmml.losses.relational import relational_losses
 from ray_dmml.models.embedding_net import EmbeddingNet
@@ -99,8 +99,10 @@ class Trainee:
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
-        net = EmbeddingNet(BACKBONE, EMBEDDING_SIZE, batch_norm=BATCH_NORM, input_size=INPUT_SIZE).to(DEVICE)
-        self.net = net.to(memory_format=torch.channels_last).train()
+        peer = PeerConfig(
+            backbone=BACKBONE, embedding_size=EMBEDDING_SIZE, batch_norm=BATCH_NORM, input_size=INPUT_SIZE
+        )
+        self.net = EmbeddingNet(peer).to(DEVICE).to(memory_format=torch.channels_last).train()
         config = MetricLossConfig.model_validate({})
         # The triplet loss has no proxies, so the number of classes does not matter.
         self.metric = MetricLoss(config, num_classes=2, embedding_size=EMBEDDING_SIZE)

@@ -17,8 +17,7 @@ def ensemble_embedding(per_peer: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
     The inner product of two rows is the mean of the peers' cosine similarities.
 
     Args:
-        per_peer: (N, D_m) float of each peer, in peer order. They need not be normalised. A row of zeros
-            stays zero.
+        per_peer: (N, D_m) float of each peer, in peer order, normalised or not. A row of zeros stays zero.
 
     Returns:
         (N, D_1 + ... + D_M) float32. Each part of a row is scaled by 1 / sqrt(M).

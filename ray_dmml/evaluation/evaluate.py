@@ -16,25 +16,15 @@ Figures = dict[str, Any]
 
 
 def evaluate_embeddings(embeddings: Mapping[str, np.ndarray], images: ImageSet, recall_at: Sequence[int]) -> Figures:
-    """Evaluates each peer's embeddings and their concatenation.
+    """Evaluates each peer's (N, D) unit-length embeddings of the images, and their concatenation.
 
-    Args:
-        embeddings: name of each peer to (N, D) float32 embeddings at unit length.
-        images: the N images.
-        recall_at: the K of Recall@K; K = 1 is always included.
-
-    Raises:
-        UserError: as :func:`~ray_dmml.evaluation.metrics.retrieval_metrics`.
+    Recall@1 is always included. Errors are those of
+    :func:`~ray_dmml.evaluation.metrics.retrieval_metrics`.
     """
+    ks = sorted({1, *recall_at})
 
     def metrics(vectors: np.ndarray) -> dict[str, float]:
-        return retrieval_metrics(
-            vectors,
-            images.labels,
-            recall_at=sorted({1, *recall_at}),
-            query=images.query,
-            gallery=images.gallery,
-        )
+        return retrieval_metrics(vectors, images.labels, recall_at=ks, query=images.query, gallery=images.gallery)
 
     return {
         "peers": {name: metrics(vectors) for name, vectors in embeddings.items()},

@@ -24,20 +24,17 @@ def retrieval_metrics(
     """Computes retrieval metrics: do the nearest images of a query belong to its class?
 
     Neighbours are ranked by inner product, and a query never retrieves itself. Its R relevant images are
-    the other images of its class in the gallery:
+    the other images of its class in the gallery. Each metric is a mean over the queries with R > 0:
 
     - ``recall@K``: share of queries with at least one relevant image among the K nearest.
     - ``r_precision``: share of relevant images among the R nearest.
     - ``map@r``: the precisions among the i nearest, summed over the ranks i <= R with a relevant image
       and divided by R.
 
-    Each metric is the mean over the queries with R > 0. The other queries could only fail and are left
-    out. A K above the size of the gallery means the whole gallery.
-
     Args:
         embeddings: (N, D) float, L2-normalised.
         labels: (N,) int64 classes.
-        recall_at: the values of K.
+        recall_at: the values of K. A K above the size of the gallery means the whole gallery.
         query: (Q,) int64 indices of the query images; None means all images.
         gallery: (G,) int64 indices of the gallery images, without duplicates; None means all images.
         chunk: queries per search, see :func:`~ray_dmml.evaluation.neighbors.nearest`.
@@ -50,31 +47,33 @@ def retrieval_metrics(
             image twice, or no query has another image of its class.
 
     References:
-        Musgrave, Belongie, Lim, *A Metric Learning Reality Check*, ECCV 2020,
-        https://arxiv.org/abs/2003.08505 (MAP@R and R-precision)
+        Musgrave, Belongie, Lim, *A Metric Learning Reality Check*, ECCV 2020, https://arxiv.org/abs/2003.08505
     """
     embeddings, labels = np.asarray(embeddings), np.asarray(labels)
     if labels.shape != embeddings.shape[:1]:
         raise UserError(f"{len(embeddings)} embeddings have labels of shape {labels.shape}")
     if not recall_at or min(recall_at) < 1:
         raise UserError(f"recall_at must hold one or more K of at least 1, not {list(recall_at)}")
-    queries = _indices(query, len(labels), "query")
-    searched = _indices(gallery, len(labels), "gallery")
+    everything = np.arange(len(labels))
+    queries = _indices(query, everything, "query")
+    searched = _indices(gallery, everything, "gallery")
     position = np.full(len(labels), -1)  # of each image in the gallery
     position[searched] = np.arange(len(searched))
     if (position >= 0).sum() != len(searched):
         raise UserError("the gallery holds an image more than once")
 
-    num_relevant = _class_sizes(labels, searched)[queries] - (position[queries] >= 0)
+    _, class_numbers = np.unique(labels, return_inverse=True)
+    class_sizes = np.bincount(class_numbers[searched], minlength=len(labels))  # in the gallery
+    num_relevant = class_sizes[class_numbers[queries]] - (position[queries] >= 0)
     queries, num_relevant = queries[num_relevant > 0], num_relevant[num_relevant > 0]
     if len(queries) == 0:
         raise UserError("no query has another image of its class in the gallery")
-    all_against_all = len(searched) == len(queries) == len(labels)
+    all_against_all = np.array_equal(queries, everything) and np.array_equal(searched, everything)
     search = nearest(
         embeddings if all_against_all else embeddings[queries],
         embeddings if all_against_all else embeddings[searched],
         max(*recall_at, int(num_relevant.max())),  # one search for all metrics
-        exclude_self=position[queries],
+        own_rows=position[queries],
         chunk=chunk,
     )
     first_hit = np.empty(len(queries), np.int64)
@@ -93,17 +92,10 @@ def retrieval_metrics(
     return {**metrics, "map@r": float(map_at_r.mean()), "r_precision": float(r_precision.mean())}
 
 
-def _class_sizes(labels: NDArray[Any], searched: Ints) -> Ints:
-    """(N,) how many gallery images have the class of each image."""
-    _, class_numbers = np.unique(labels, return_inverse=True)
-    sizes = np.bincount(class_numbers[searched], minlength=int(class_numbers.max()) + 1)
-    return sizes[class_numbers]
-
-
-def _indices(given: NDArray[Any] | None, num_images: int, name: str) -> Ints:
+def _indices(given: NDArray[Any] | None, everything: Ints, name: str) -> Ints:
     if given is None:
-        return np.arange(num_images)
+        return everything
     indices = np.asarray(given, dtype=np.int64)
-    if indices.ndim != 1 or (indices.size and not 0 <= indices.min() <= indices.max() < num_images):
-        raise UserError(f"{name} must hold indices from 0 to {num_images - 1}, in one dimension")
+    if indices.ndim != 1 or not np.isin(indices, everything).all():
+        raise UserError(f"{name} must hold indices from 0 to {len(everything) - 1}, in one dimension")
     return indices

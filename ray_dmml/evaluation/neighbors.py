@@ -11,7 +11,6 @@ omit any of them. Three steps make the order reliable:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import faiss
@@ -24,19 +23,12 @@ from ray_dmml.errors import UserError
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-# Neighbours beyond k in each search, so that few ties reach the end of a result.
-_SPARE = 16
-# Entries of the largest buffers of a chunk: a few buffers of 4 to 8 bytes an entry.
-_CHUNK_ENTRIES = 2**22
+_SPARE = 16  # neighbours beyond k in each search, so that few ties reach the end of a result
+_CHUNK_ENTRIES = 2**22  # of the largest buffers of a chunk: a few buffers of 4 to 8 bytes an entry
 
 
 def nearest(
-    queries: NDArray[Any],
-    gallery: NDArray[Any],
-    k: int,
-    *,
-    exclude_self: bool | Ints,
-    chunk: int | None = None,
+    queries: NDArray[Any], gallery: NDArray[Any], k: int, *, own_rows: Ints | None = None, chunk: int | None = None
 ) -> Iterator[tuple[slice, Ints]]:
     """Finds the k nearest gallery rows of every query, the most similar first, ties by lower index.
 
@@ -47,10 +39,8 @@ def nearest(
     Args:
         queries: (Q, D) float.
         gallery: (G, D) float.
-        k: neighbours per query. A k above the size of the gallery gives the whole gallery.
-        exclude_self: True means that query i is gallery row i and is not its own neighbour. An array,
-            (Q,) int64, gives the gallery row of each query, or -1 for a query outside the gallery. False
-            excludes nothing.
+        k: neighbours per query, at least 1. A k above the size of the gallery gives the whole gallery.
+        own_rows: (Q,) int64, the gallery row that is each query itself and no neighbour of it, or -1.
         chunk: queries per search; None chooses as many as need about 100 MiB.
 
     Yields:
@@ -62,26 +52,24 @@ def nearest(
     """
     queries, gallery = _checked(queries, "queries"), _checked(gallery, "gallery")
     if queries.shape[1] != gallery.shape[1]:
-        raise UserError(
-            f"the embeddings of the queries have {queries.shape[1]} dimensions, those of the gallery {gallery.shape[1]}"
-        )
-    own = _own_rows(exclude_self, len(queries), len(gallery))
+        sizes = f"{queries.shape[1]} dimensions, those of the gallery {gallery.shape[1]}"
+        raise UserError(f"the embeddings of the queries have {sizes}")
+    own = np.full(len(queries), -1) if own_rows is None else own_rows
     excluding = bool((own >= 0).any())
-    k = max(0, min(k, len(gallery) - bool((own >= 0).all())))
+    k = min(k, len(gallery) - bool((own >= 0).all()))
     need = min(k + excluding, len(gallery))
     groups = _Groups(gallery, need)
-    distinct = gallery if groups.trivial else gallery[groups.first]
-    chunk = chunk or int(np.clip(_CHUNK_ENTRIES // max(1, need + _SPARE), 16, 4096))
+    distinct = gallery if len(groups.first) == len(gallery) else gallery[groups.first]
+    chunk = chunk or int(np.clip(_CHUNK_ENTRIES // (need + _SPARE), 16, 4096))
     for start in range(0, len(queries), chunk):
         rows = slice(start, min(start + chunk, len(queries)))
-        if k == 0:
-            yield rows, np.empty((rows.stop - start, 0), np.int64)
-            continue
         neighbors = groups.expand(*_search(queries[rows], distinct, need))
         if excluding:
             if need == k:
                 neighbors = np.pad(neighbors, ((0, 0), (0, 1)), constant_values=-1)
-            neighbors = _without(neighbors, own[rows])
+            drop = neighbors == own[rows, None]
+            drop[~drop.any(axis=1), -1] = True
+            neighbors = neighbors[~drop].reshape(len(neighbors), -1)
         yield rows, neighbors
 
 
@@ -93,21 +81,16 @@ class _Groups:
 
     def __init__(self, gallery: Floats, need: int) -> None:
         keys: dict[bytes, int] = {}
-        ids = (keys.setdefault(row.tobytes(), len(keys)) for row in gallery)
-        of_row = np.fromiter(ids, np.int64, len(gallery))
-        self.trivial = len(keys) == len(gallery)
-        self.members = np.argsort(of_row, kind="stable")
-        sizes = np.bincount(of_row, minlength=len(keys))
+        group_of_row = np.array([keys.setdefault(row.tobytes(), len(keys)) for row in gallery])
+        sizes = np.bincount(group_of_row)
+        self.members = np.argsort(group_of_row, kind="stable")
         self.starts = np.cumsum(sizes) - sizes
         self.first = self.members[self.starts]
-        # No result contains more than the first `need` rows of a group.
-        self.sizes = np.minimum(sizes, need)
+        self.sizes = np.minimum(sizes, need)  # no result contains more rows of a group
         self.need = need
 
     def expand(self, similarity: Floats, distinct: Ints) -> Ints:
         """(q, n) numbers of groups, the most similar first -> (q, need) gallery rows."""
-        if self.trivial:
-            return distinct
         sizes = self.sizes[distinct]
         num_distinct = distinct.shape[1]
         result = np.empty((len(distinct), self.need), np.int64)
@@ -125,26 +108,17 @@ class _Groups:
         return result
 
 
-@contextmanager
-def _faiss_on_all_cores() -> Iterator[None]:
-    """Inside the block faiss uses every core, whatever a training in this process has set.
-
-    The last bit of its similarities depends on the number of threads.
-    """
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(num_cores())
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
-
-
 def _search(queries: Floats, gallery: Floats, need: int) -> tuple[Floats, Ints]:
     """Similarities and indices of the `need` most similar rows (or of all rows), ties by lower index."""
     need = min(need, len(gallery))
     searched = min(need + _SPARE, len(gallery))
-    with _faiss_on_all_cores():
+    # The last bit of faiss's similarities depends on the number of threads, which a training may have set.
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(num_cores())
+    try:
         similarity, indices = faiss.knn(queries, gallery, searched, metric=faiss.METRIC_INNER_PRODUCT)
+    finally:
+        faiss.omp_set_num_threads(threads)
     tied = np.flatnonzero((similarity[:, 1:] == similarity[:, :-1]).any(axis=1))
     order = np.lexsort((indices[tied], -similarity[tied]), axis=1)
     indices[tied] = np.take_along_axis(indices[tied], order, axis=1)
@@ -153,30 +127,10 @@ def _search(queries: Floats, gallery: Floats, need: int) -> tuple[Floats, Ints]:
         block = max(1, _CHUNK_ENTRIES // len(gallery))
         for start in range(0, len(cut), block):
             rows = cut[start : start + block]
-            similarity[rows, :need], indices[rows, :need] = _search_all(queries[rows], gallery, need)
+            to_all = queries[rows] @ gallery.T
+            indices[rows, :need] = np.argsort(-to_all, axis=1, kind="stable")[:, :need]
+            similarity[rows, :need] = np.take_along_axis(to_all, indices[rows, :need], axis=1)
     return similarity[:, :need], indices[:, :need]
-
-
-def _search_all(queries: Floats, gallery: Floats, need: int) -> tuple[Floats, Ints]:
-    """The result of :func:`_search` from the similarities to the whole gallery."""
-    similarity = queries @ gallery.T
-    position = len(gallery) - need
-    threshold = np.partition(similarity, position, axis=1)[:, position]
-    indices = np.empty((len(queries), need), np.int64)
-    for row, (values, limit) in enumerate(zip(similarity, threshold, strict=True)):
-        above = np.flatnonzero(values > limit)
-        tied = np.flatnonzero(values == limit)[: need - len(above)]
-        above = above[np.argsort(-values[above], kind="stable")]
-        indices[row] = np.concatenate([above, tied])
-    return np.take_along_axis(similarity, indices, axis=1), indices
-
-
-def _without(neighbors: Ints, own: Ints) -> Ints:
-    """(q, n) -> (q, n - 1): drops each query's own index, or the last entry of a row without it."""
-    drop = neighbors == own[:, None]
-    drop[~drop.any(axis=1), -1] = True
-    kept: Ints = neighbors[~drop].reshape(len(neighbors), neighbors.shape[1] - 1)
-    return kept
 
 
 def _checked(embeddings: NDArray[Any], name: str) -> Floats:
@@ -184,23 +138,8 @@ def _checked(embeddings: NDArray[Any], name: str) -> Floats:
     if array.ndim != 2 or array.shape[1] == 0:
         raise UserError(f"{name} must be embeddings of shape (N, D), not {array.shape}")
     array = np.ascontiguousarray(array, dtype=np.float32)
-    if not np.isfinite(array).all():
-        bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-        raise UserError(
-            f"{len(bad)} of {len(array)} embeddings of the {name} are NaN or infinite, the first is number {bad[0]}"
-        )
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if len(bad):
+        what = f"{len(bad)} of {len(array)} embeddings of the {name} are NaN or infinite"
+        raise UserError(f"{what}, the first is number {bad[0]}")
     return array
-
-
-def _own_rows(exclude_self: bool | Ints, num_queries: int, num_gallery: int) -> Ints:
-    """(Q,) the gallery row of each query, -1 for a query outside the gallery."""
-    if exclude_self is False:
-        return np.full(num_queries, -1)
-    if exclude_self is True:
-        if num_queries != num_gallery:
-            raise UserError(
-                "exclude_self needs as many queries as gallery rows, not "
-                f"{num_queries} queries and {num_gallery} gallery rows"
-            )
-        return np.arange(num_queries)
-    return np.asarray(exclude_self, dtype=np.int64)

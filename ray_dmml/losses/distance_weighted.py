@@ -20,13 +20,11 @@ class ExactEuclideanDistance(distances.LpDistance):
     """
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
-        """(B, D) and (R, D) -> (B, R)."""
         return torch.cdist(query_emb, ref_emb, compute_mode="donot_use_mm_for_euclid_dist")
 
     def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
-        """(B, D) and (B, D) -> (B,); the library's version adds 1e-6 to every difference."""
-        distance: Tensor = torch.linalg.vector_norm(query_emb - ref_emb, dim=1)
-        return distance
+        # The library's version adds 1e-6 to every difference.
+        return torch.linalg.vector_norm(query_emb - ref_emb, dim=1)
 
 
 class DistanceWeightedNegativeMiner(miners.BaseMiner):
@@ -36,11 +34,11 @@ class DistanceWeightedNegativeMiner(miners.BaseMiner):
     q(d) ~ d^(D-2) (1 - d²/4)^((D-3)/2) is the density of the distances between random points on the
     unit sphere in D dimensions.
 
-    The weights of an anchor are divided by the largest one among its *eligible negatives*. Common code
-    takes the maximum over the positives too, or over the whole batch; then all weights of an anchor can
-    underflow at D = 512. An anchor without eligible negatives samples uniformly from all its negatives.
-    An anchor without negatives gives no triplets. Random numbers come from torch's global generator of
-    the embeddings' device.
+    The weights of an anchor are divided by the largest one among its *eligible negatives*.
+    pytorch-metric-learning's ``DistanceWeightedMiner`` divides by the largest one of the whole batch; then
+    all weights of an anchor can underflow at D = 512. An anchor without eligible negatives samples uniformly
+    from all its negatives. An anchor without negatives gives no triplets. Random numbers come from torch's
+    global generator of the embeddings' device.
 
     Args:
         cutoff: smaller distances get the weight of this one.
@@ -48,10 +46,6 @@ class DistanceWeightedNegativeMiner(miners.BaseMiner):
 
     Raises:
         ValueError: unless 0 < cutoff < nonzero_loss_cutoff <= 2.
-
-    Relations:
-        pytorch-metric-learning's ``DistanceWeightedMiner`` implements the same paper. It divides by the
-        largest weight of the whole batch.
 
     References:
         Wu, Manmatha, Smola, Krähenbühl, *Sampling Matters in Deep Embedding Learning*, ICCV 2017,
@@ -61,15 +55,11 @@ class DistanceWeightedNegativeMiner(miners.BaseMiner):
     def __init__(self, cutoff: float = 0.5, nonzero_loss_cutoff: float = 1.4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0 < cutoff < nonzero_loss_cutoff <= 2:
-            raise ValueError(
-                "0 < cutoff < nonzero_loss_cutoff <= 2 is needed, "
-                f"got cutoff {cutoff} and nonzero_loss_cutoff {nonzero_loss_cutoff}"
-            )
-        self.cutoff = float(cutoff)
-        self.nonzero_loss_cutoff = float(nonzero_loss_cutoff)
+            given = f"got cutoff {cutoff} and nonzero_loss_cutoff {nonzero_loss_cutoff}"
+            raise ValueError(f"0 < cutoff < nonzero_loss_cutoff <= 2 is needed, {given}")
+        self.cutoff, self.nonzero_loss_cutoff = float(cutoff), float(nonzero_loss_cutoff)
 
     def get_default_distance(self) -> distances.BaseDistance:
-        """L2 between normalised embeddings."""
         return ExactEuclideanDistance()
 
     def mine(
@@ -85,7 +75,7 @@ class DistanceWeightedNegativeMiner(miners.BaseMiner):
         num_positives = positive.sum(dim=1)
         anchors, positives = torch.where(positive)
         if len(anchors) == 0:
-            return anchors, positives, positives.clone()
+            return anchors, positives, positives
         # Every row samples as many as the row with the most positives needs, and keeps its first ones.
         weights[same.all(dim=1)] = 1
         most = int(num_positives.max())
@@ -94,15 +84,9 @@ class DistanceWeightedNegativeMiner(miners.BaseMiner):
         return anchors, positives, samples[needed]
 
     def weights(self, distance: Tensor, negative: Tensor, embedding_size: int) -> Tensor:
-        """Sampling weights, at most 1. A row without a negative is zero.
+        """(B, R) sampling weights up to 1; ``negative`` is True for the negatives of an anchor.
 
-        Args:
-            distance: (B, R) float, from the anchors to the other images.
-            negative: (B, R) bool, True for the negatives of an anchor.
-            embedding_size: D.
-
-        Returns:
-            (B, R) float64 (float32 on a device without float64).
+        They are float64 (float32 on a device without float64). A row without a negative is zero.
         """
         precise = torch.float32 if distance.device.type == "mps" else torch.float64
         d = distance.to(precise).clamp(min=self.cutoff)

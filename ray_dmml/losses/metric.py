@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,11 +13,22 @@ from torch import Tensor, nn
 
 from ray_dmml.config.schema import MetricLossConfig
 from ray_dmml.errors import UserError
-from ray_dmml.losses.distance_weighted import (
-    DistanceWeightedNegativeMiner,
-    ExactEuclideanDistance,
-)
+from ray_dmml.losses.distance_weighted import DistanceWeightedNegativeMiner, ExactEuclideanDistance
 from ray_dmml.randomness import seeded
+
+_KINDS: dict[str, tuple[Any, type]] = {
+    "loss": (losses, losses.BaseMetricLossFunction),
+    "miner": (miners, miners.BaseMiner),
+    "reducer": (reducers, reducers.BaseReducer),
+    "distance": (distances, distances.BaseDistance),
+}
+_UNSUPPORTED = {
+    "DynamicSoftMarginLoss",  # its running state is not in its state_dict
+    "HistogramLoss",  # fails on duplicate images
+    # Abstract classes, and classes that need other inputs than embeddings and labels:
+    *("GenericPairLoss", "ManifoldLoss", "VICRegLoss", "EmbeddingsAlreadyPackagedAsTriplets"),
+    *("DoNothingReducer", "MultipleReducers", "BatchedDistance"),
+}
 
 
 class MetricLoss(nn.Module):
@@ -36,50 +46,24 @@ class MetricLoss(nn.Module):
 
     Raises:
         UserError: a name is unknown, a class refuses its arguments, or the parts do not work together.
-
-    Relations:
-        A peer adds :class:`~ray_dmml.losses.mutual.MutualLoss`, which learns from the other peers.
     """
 
     def __init__(self, config: MetricLossConfig, num_classes: int, embedding_size: int) -> None:
         super().__init__()
-        where = "loss.metric"
-        sizes = {
-            "num_classes": num_classes,
-            "embedding_size": embedding_size,
-            "descriptors_dim": embedding_size,  # P2SGradLoss's name for D
-        }
-        arguments: dict[str, Any] = {}
+        # descriptors_dim is P2SGradLoss's name for D.
+        sizes = {"num_classes": num_classes, "embedding_size": embedding_size, "descriptors_dim": embedding_size}
+        arguments = {}
         if config.reducer is not None:
-            arguments["reducer"] = _build(reducers, "reducer", f"{where}.reducer", config.reducer)
-        self.loss: nn.Module = _build(losses, "loss", where, config.name, config.args, sizes, **arguments)
+            arguments["reducer"] = _build("reducer", "loss.metric.reducer", config.reducer)
+        self.loss: nn.Module = _build("loss", "loss.metric", config.name, config.args, sizes, **arguments)
         self.miner: nn.Module | None = None
         if config.miner is not None:
-            self.miner = _build(miners, "miner", f"{where}.miner", config.miner.name, config.miner.args)
+            self.miner = _build("miner", "loss.metric.miner", config.miner.name, config.miner.args)
         for module in list(self.modules()):
-            if type(getattr(module, "distance", None)) is distances.LpDistance:
-                _make_exact(module)
-        self._dry_run(config, num_classes, embedding_size)
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch, computed in float32 (float64 for float64 embeddings), also under autocast.
-
-        Args:
-            embeddings: (B, D) of any float dtype, usually L2-normalised.
-            labels: (B,) int64 in [0, num_classes).
-
-        Returns:
-            A scalar. A batch without a pair or triplet gives zero with a gradient.
-        """
-        with torch.autocast(embeddings.device.type, enabled=False):
-            if embeddings.dtype != torch.float64:
-                embeddings = embeddings.float()
-            mined = self.miner(embeddings, labels) if self.miner is not None else None
-            loss: Tensor = self.loss(embeddings, labels, mined)
-        return loss
-
-    def _dry_run(self, config: MetricLossConfig, num_classes: int, embedding_size: int) -> None:
-        """Runs one small batch, so that parts which do not work together fail before training."""
+            old: Any = getattr(module, "distance", None)
+            if type(old) is distances.LpDistance and old.p == 2:
+                module.distance = ExactEuclideanDistance(normalize_embeddings=old.normalize_embeddings, power=old.power)
+        # One small batch, so that parts which do not work together fail before training:
         labels = torch.arange(8) // 2 % num_classes
         try:
             with seeded("dry run"), torch.no_grad():
@@ -87,39 +71,25 @@ class MetricLoss(nn.Module):
                 if not (isinstance(result, Tensor) and result.ndim == 0):
                     raise TypeError("the result is not a single number")
         except (TypeError, ValueError, AssertionError, AttributeError, KeyError) as error:
-            parts = [config.name, config.miner and config.miner.name, config.reducer]
-            raise UserError(
-                f"loss.metric: {' with '.join(part for part in parts if part)} does not work with "
-                f"these settings: {error or type(error).__name__}"
-            ) from error
+            names = [config.name, config.miner and config.miner.name, config.reducer]
+            parts = " with ".join(name for name in names if name)
+            reason = error or type(error).__name__
+            raise UserError(f"loss.metric: {parts} does not work with these settings: {reason}") from error
 
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """(B, D) embeddings of any float dtype and (B,) int64 labels in [0, num_classes) -> a scalar.
 
-_KINDS: dict[str, type] = {
-    "loss": losses.BaseMetricLossFunction,
-    "miner": miners.BaseMiner,
-    "reducer": reducers.BaseReducer,
-    "distance": distances.BaseDistance,
-}
-_UNSUPPORTED = {
-    "DynamicSoftMarginLoss",  # its running state is not in its state_dict
-    "HistogramLoss",  # fails on duplicate images
-    # Abstract classes, and classes that need other inputs than embeddings and labels:
-    "BaseMetricLossFunction",
-    "GenericPairLoss",
-    "ManifoldLoss",
-    "VICRegLoss",
-    "BaseMiner",
-    "EmbeddingsAlreadyPackagedAsTriplets",
-    "BaseReducer",
-    "DoNothingReducer",
-    "MultipleReducers",
-    "BaseDistance",
-    "BatchedDistance",
-}
+        It is computed in float32 (float64 for float64 embeddings), also under autocast. A batch without a
+        pair or triplet gives zero with a gradient.
+        """
+        with torch.autocast(embeddings.device.type, enabled=False):
+            if embeddings.dtype != torch.float64:
+                embeddings = embeddings.float()
+            mined = self.miner(embeddings, labels) if self.miner is not None else None
+            return self.loss(embeddings, labels, mined)
 
 
 def _build(
-    library: ModuleType,
     kind: str,
     where: str,
     name: str,
@@ -128,13 +98,11 @@ def _build(
     **arguments: Any,
 ) -> Any:
     """Builds the library's class of this name. ``sizes`` are passed to a class that requires them."""
-    known = {
-        key: value
-        for key, value in vars(library).items()
-        if inspect.isclass(value) and issubclass(value, _KINDS[kind]) and key not in _UNSUPPORTED
-    }
+    library, base = _KINDS[kind]
+    classes = {key: value for key, value in vars(library).items() if inspect.isclass(value) and value is not base}
+    known = {key: cls for key, cls in classes.items() if issubclass(cls, base) and key not in _UNSUPPORTED}
     if kind == "miner":
-        known[DistanceWeightedNegativeMiner.__name__] = DistanceWeightedNegativeMiner
+        known["DistanceWeightedNegativeMiner"] = DistanceWeightedNegativeMiner
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
@@ -146,19 +114,17 @@ def _build(
         raise UserError(f"{where}.args: {name} does not take {', '.join(unknown)}; {takes}")
     distance = args.get("distance")
     if distance is not None:
-        where_distance = f"{where}.args.distance"
         if not (isinstance(distance, Mapping) and {"name"} <= set(distance) <= {"name", "args"}):
-            raise UserError(f"{where_distance}: write {{name: ..., args: {{...}}}}")
-        args["distance"] = _build(distances, "distance", where_distance, str(distance["name"]), distance.get("args"))
+            raise UserError(f"{where}.args.distance: write {{name: ..., args: {{...}}}}")
+        args["distance"] = _build("distance", f"{where}.args.distance", str(distance["name"]), distance.get("args"))
     for key, size in (sizes or {}).items():
         if parameters.get(key) is inspect.Parameter.empty:
             args.setdefault(key, size)
     try:
         return known[name](**args, **arguments)
     except (TypeError, ValueError, AssertionError, KeyError) as error:
-        raise UserError(
-            f"{where}: {name} refuses {args or 'to be built without args'}: {error or type(error).__name__}; {takes}"
-        ) from error
+        refused, why = args or "to be built without args", error or type(error).__name__
+        raise UserError(f"{where}: {name} refuses {refused}: {why}; {takes}") from error
 
 
 def _parameters(cls: type) -> dict[str, Any]:
@@ -170,19 +136,11 @@ def _parameters(cls: type) -> dict[str, Any]:
         if "__init__" not in vars(base):
             continue
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        for parameter in parameters:
-            if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
-                defaults.setdefault(parameter.name, parameter.default)
-        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        for p in parameters:
+            if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+                defaults.setdefault(p.name, p.default)
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
             break
     # The reducer has a field of its own in the config. The others are objects or internal.
-    for name in ("reducer", "collect_stats", "is_inverted", "weight_init_func"):
-        defaults.pop(name, None)
-    return {name: default for name, default in defaults.items() if not name.endswith("_regularizer")}
-
-
-def _make_exact(module: nn.Module) -> None:
-    """Replaces the L2 distance of a module by the exact one."""
-    old: Any = module.distance
-    if old.p == 2:
-        module.distance = ExactEuclideanDistance(normalize_embeddings=old.normalize_embeddings, power=old.power)
+    hidden = {"reducer", "collect_stats", "is_inverted", "weight_init_func"}
+    return {name: value for name, value in defaults.items() if name not in hidden and not name.endswith("_regularizer")}

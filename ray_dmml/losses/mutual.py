@@ -23,7 +23,7 @@ class MutualLoss:
         ignore_nonfinite: leave out teachers whose embeddings are NaN or infinite.
     """
 
-    def __init__(self, config: RelationalConfig, *, ignore_nonfinite: bool = False) -> None:
+    def __init__(self, config: RelationalConfig, *, ignore_nonfinite: bool) -> None:
         self._config, self._ignore_nonfinite = config, ignore_nonfinite
 
     def __call__(
@@ -48,11 +48,7 @@ class MutualLoss:
         if not teachers or not (distance_weight or angle_weight):
             return None, {}
         student = embedding if config.normalize else raw
-        terms = relational_losses(
-            student,
-            [teacher.to(student.device, non_blocking=True) for teacher in teachers],
-            with_distance=distance_weight > 0,
-            with_angle=angle_weight > 0,
-        )
+        teachers = [teacher.to(student.device, non_blocking=True) for teacher in teachers]
+        terms = relational_losses(student, teachers, with_distance=distance_weight > 0, with_angle=angle_weight > 0)
         loss = distance_weight * terms.distance + angle_weight * terms.angle
-        return loss, {"distance": terms.distance, "angle": terms.angle}
+        return loss, terms._asdict()

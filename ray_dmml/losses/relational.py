@@ -19,80 +19,49 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# A squared distance from G has an error of a few roundings of G_ii + G_jj. Points whose squared distance
-# is below this many roundings coincide: no direction between them can be computed. In float64 they are
-# closer than 2.4e-7 of their distance from the batch's centre, the rounding of a float32 embedding.
-_COINCIDENT = 256
-
-# Triples (i, j, k) of one block. On a CPU its buffers fit into the core's cache; a GPU is faster with few
-# kernel launches.
-_BLOCK_CPU = 2**17
-_BLOCK_OTHER = 2**23
-
 
 class RelationalTerms(NamedTuple):
     """The two terms of relational distillation, scalars without weights."""
 
     distance: Tensor
-    """Mean over the teachers of :func:`distance_loss`."""
-
     angle: Tensor
-    """Mean over the teachers of :func:`angle_loss`."""
 
 
 def relational_losses(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    *,
-    with_distance: bool = True,
-    with_angle: bool = True,
+    student: Tensor, teachers: Sequence[Tensor], *, with_distance: bool = True, with_angle: bool = True
 ) -> RelationalTerms:
     """Relational Knowledge Distillation from several teachers: their mean distance and angle terms.
 
-    Given the embeddings of one batch by a student and by its teachers, the terms make the relations
-    between the student's embeddings similar to those between a teacher's embeddings of the same images:
+    The terms make the relations between the student's embeddings of a batch similar to those between a
+    teacher's embeddings of the same images:
 
-    1. ``distance``: each pair of images should be as far apart as for the teacher. All distances of a
-       network are divided by their mean first.
-    2. ``angle``: each triple of images should form the same angles as for the teacher.
+    1. ``distance``: each pair of images should be as far apart as for the teacher. It is the smooth-L1 loss
+       (beta 1) between the (N, N) distances of both, each divided by the mean of its positive entries. The
+       gradient includes that of the student's mean.
+    2. ``angle``: each triple of images should form the same angles as for the teacher. It is the smooth-L1
+       loss between the (N, N, N) cosines of the angles j-i-k. A cosine is zero where j or k coincides with i.
 
-    Student and teachers may have different embedding sizes, because only relations between images are
-    compared. Neither term changes when all embeddings of a network are scaled, rotated or shifted.
+    Each term is the mean over the teachers, summed in the given order. It does not change when all embeddings
+    of a network are scaled, rotated or shifted. Time grows with N³, and memory with N².
 
     Args:
         student: (N, D) of any float dtype. It gets gradients, which cannot be differentiated again.
-        teachers: (N, D_n) each, of any float dtype; D_n may differ from D. They get no gradients.
+        teachers: (N, D_n) each, of any float dtype, with the images in the same order. They get no gradients.
         with_distance: False skips the distance term, which is then a constant zero.
-        with_angle: False skips the angle term, which is then a constant zero.
+        with_angle: the same for the angle term.
 
     Returns:
-        Two scalars, float64 for a float64 student and float32 otherwise. Each is the mean over the
-        teachers, summed in the given order. They are zero without a teacher, and for fewer than two
-        distinct points.
+        Two scalars, float64 for a float64 student and float32 otherwise. They are zero without a teacher,
+        and for fewer than two distinct points.
 
     Raises:
         ValueError: an argument is not (N, D), or a teacher has another N.
 
-    Requirements:
-        - Row i of every argument is the embedding of the same image.
-        - Labels are not needed, nor is unit length.
-        - Time grows with N³, and memory with N².
-
-    Relations:
-        - :func:`distance_loss` and :func:`angle_loss` are the two terms for one teacher.
-        - :class:`~ray_dmml.losses.metric.MetricLoss` learns from labels. A peer minimises it plus the
-          weighted sum of both terms, :class:`~ray_dmml.losses.mutual.MutualLoss`.
-        - In *Diversified Mutual Learning for Deep Metric Learning* (https://arxiv.org/abs/2009.04170) the
-          teachers of a peer are the other peers, which learn at the same time.
-
     References:
-        Park, Kim, Lu, Cho, *Relational Knowledge Distillation*, CVPR 2019,
-        https://arxiv.org/abs/1904.05068
+        Park, Kim, Lu, Cho, *Relational Knowledge Distillation*, CVPR 2019, https://arxiv.org/abs/1904.05068.
+        In *Diversified Mutual Learning* (https://arxiv.org/abs/2009.04170) the teachers are the other peers.
 
     Example:
-        Two networks with 16 and 32 dimensions have embedded the same 8 images. The first one learns
-        from the second:
-
         >>> import torch
         >>> from ray_dmml.losses.relational import relational_losses
         >>> student = torch.randn(8, 16, requires_grad=True)
@@ -106,10 +75,13 @@ def relational_losses(
         >>> [round(term.item(), 6) for term in same_relations]
         [0.0, 0.0]
     """
-    _check_shapes(student, teachers)
+    for name, x in [("student", student), *((f"teacher {n}", teacher) for n, teacher in enumerate(teachers))]:
+        if x.ndim != 2 or len(x) != len(student):
+            wanted = f"embeddings are (N, D) with the student's N, student {tuple(student.shape)}"
+            raise ValueError(f"{name} is {tuple(x.shape)}; {wanted}")
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     distance = angle = student.new_zeros((), dtype=dtype)
-    if not teachers or student.shape[0] == 0:
+    if not teachers or len(student) == 0:
         return RelationalTerms(distance, angle)
     with torch.autocast(student.device.type, enabled=False):
         own = _Relations.of(student)
@@ -125,31 +97,12 @@ def relational_losses(
     return RelationalTerms(distance, angle)
 
 
-def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Smooth-L1 (beta 1) between the distance matrices of student and teacher, mean over N² entries.
-
-    Each matrix is divided by the mean of its positive entries. The gradient includes that of the
-    student's mean. For shapes, dtypes and errors see :func:`relational_losses`.
-    """
-    return relational_losses(student, [teacher], with_angle=False).distance
-
-
-def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Smooth-L1 (beta 1) between the cosines of the angles j-i-k of student and teacher, mean over N³.
-
-    A cosine is zero where j or k coincides with i. For shapes, dtypes and errors see
-    :func:`relational_losses`.
-    """
-    return relational_losses(student, [teacher], with_distance=False).angle
-
-
 class _Relations(NamedTuple):
     """The relations between the embeddings of one batch; each (N, N), float64."""
 
     gram: Tensor
     distances: Tensor
-    inverse: Tensor
-    """1 / distance, and 0 where two points coincide."""
+    inverse: Tensor  # 1 / distance, and 0 where two points coincide
 
     @classmethod
     def of(cls, embeddings: Tensor) -> _Relations:
@@ -160,7 +113,10 @@ class _Relations(NamedTuple):
         norms = gram.diagonal()
         scale = norms[:, None] + norms[None, :]
         squared = scale - 2 * gram
-        coincident = squared <= _COINCIDENT * torch.finfo(precise).eps * scale
+        # A squared distance from G has an error of a few roundings of G_ii + G_jj. Below 256 roundings two
+        # points coincide: no direction between them can be computed. In float64 they are closer than 2.4e-7
+        # of their distance from the batch's centre, the rounding of a float32 embedding.
+        coincident = squared <= 256 * torch.finfo(precise).eps * scale
         coincident.fill_diagonal_(True)
         # The root of a coincident pair is never computed: its gradient would be infinite.
         safe = squared.masked_fill(coincident, 1)
@@ -187,7 +143,9 @@ class _AngleTerm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gram: Tensor, inverse: Tensor, teachers: list[tuple[Tensor, Tensor]]) -> Tensor:
         num_points = gram.shape[0]
-        limit = _BLOCK_CPU if gram.device.type == "cpu" else _BLOCK_OTHER
+        # Triples of one block. On a CPU its buffers fit into the core's cache; a GPU is faster with few
+        # kernel launches.
+        limit = 2**17 if gram.device.type == "cpu" else 2**23
         block = min(num_points, max(1, limit // num_points**2))
         cosines, rest, slope, slopes = gram.new_empty((4, block, num_points, num_points))
         total = gram.new_zeros(())
@@ -231,12 +189,3 @@ def _cosines(gram: Tensor, inverse: Tensor, i: slice, out: Tensor) -> Tensor:
     torch.sub(gram, from_vertex[:, :, None], out=out)
     out.sub_((from_vertex - squared_norm)[:, None, :])
     return out.mul_(u[:, :, None]).mul_(u[:, None, :])
-
-
-def _check_shapes(student: Tensor, teachers: Sequence[Tensor]) -> None:
-    for name, x in [("student", student), *((f"teacher {n}", t) for n, t in enumerate(teachers))]:
-        if x.ndim != 2 or x.shape[0] != student.shape[0]:
-            raise ValueError(
-                f"{name} is {tuple(x.shape)}; embeddings are (N, D) with the student's N, "
-                f"student {tuple(student.shape)}"
-            )

@@ -23,17 +23,9 @@ from ray_dmml.randomness import seeded
 class EmbeddingNet(nn.Module):
     """timm backbone -> pooled features -> linear head -> L2-normalised embedding.
 
-    The net takes decoded uint8 images. It scales them on its own device with the mean and standard
-    deviation of the backbone's pretraining, so a transfer needs a quarter of the bytes of float32, and
-    every caller gets the right normalisation.
-
-    Args:
-        backbone: any timm model name.
-        embedding_size: D.
-        pooling: ``avg``, or ``avgmax`` (timm's mean of average and maximum).
-        batch_norm: ``frozen`` keeps the running statistics of BatchNorm as loaded, in training too;
-            ``train`` updates them.
-        input_size: side of the images in pixels; None takes the backbone's own.
+    The net takes decoded uint8 images and scales them on its own device with the mean and standard deviation
+    of the backbone's pretraining. So a transfer needs a quarter of the bytes of float32. Its weights are
+    random; :func:`build_embedding_net` gives it those of the config.
 
     Raises:
         UserError: the backbone is unknown, or does not support the pooling or the input size.
@@ -42,42 +34,28 @@ class EmbeddingNet(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        backbone: str,
-        embedding_size: int,
-        pooling: str = "avg",
-        batch_norm: str = "frozen",
-        input_size: int | None = None,
-    ) -> None:
+    def __init__(self, config: PeerConfig) -> None:
         super().__init__()
-        self.backbone: nn.Module = _create_backbone(backbone, pooling, input_size)
-        data_config = resolve_model_data_config(self.backbone)
-        self.input_size = input_size or int(data_config["input_size"][-1])
-        self.eval_crop = float(data_config["crop_pct"])
-        self.frozen_batch_norm = batch_norm == "frozen"
-        self.head = nn.Linear(self._measure_num_features(backbone), embedding_size)
-        self.embedding_size = embedding_size
-        # Not persistent: the backbone's name determines them.
-        for name in ("mean", "std"):
-            values = torch.tensor(data_config[name]).reshape(1, 3, 1, 1)
-            self.register_buffer(name, values * 255, persistent=False)
-
-    def _measure_num_features(self, backbone: str) -> int:
-        """Runs one image: some timm models pool into more features than their ``num_features``."""
-        training = self.backbone.training
-        self.backbone.eval()
+        backbone = config.backbone
+        self.backbone: nn.Module = _create_backbone(backbone, config.pooling, config.input_size)
+        pretraining = resolve_model_data_config(self.backbone)
+        self.input_size = size = config.input_size or int(pretraining["input_size"][-1])
+        self.eval_crop = float(pretraining["crop_pct"])
+        self.frozen_batch_norm = config.batch_norm == "frozen"
+        # Some timm models pool into more features than their num_features.
         try:
             with torch.no_grad():
-                features = self.backbone(torch.zeros(1, 3, self.input_size, self.input_size))
+                features = self.backbone.eval()(torch.zeros(1, 3, size, size))
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise UserError(
-                f"backbone {backbone} does not take {self.input_size} x {self.input_size} px images: {error}"
-            ) from None
-        self.backbone.train(training)
+            raise UserError(f"backbone {backbone} does not take {size} x {size} px images: {error}") from None
         if features.ndim != 2:
             raise UserError(f"backbone {backbone} gives no pooled feature vector and cannot be used")
-        return int(features.shape[1])
+        self.backbone.train()
+        self.head = nn.Linear(features.shape[1], config.embedding_size)
+        # Not persistent: the backbone's name determines them.
+        for name in ("mean", "std"):
+            values = torch.tensor(pretraining[name]).reshape(1, 3, 1, 1)
+            self.register_buffer(name, values * 255, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) float32, rows of length 1."""
@@ -101,32 +79,23 @@ class EmbeddingNet(nn.Module):
 def standardize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(B, 3, H, W) uint8 -> float32, minus ``mean`` and divided by ``std``, both (1, 3, 1, 1).
 
-    It computes in place, because each new tensor of this size costs as much time as augmenting the
-    image. It keeps the memory layout: a net in channels_last converts faster in its first convolution.
+    It computes in place, because each new tensor of this size costs as much time as augmenting the image. It
+    keeps the memory layout: a net in channels_last converts faster in its first convolution.
     """
     return images.to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
 def build_embedding_net(config: PeerConfig, run_seed: int, initial_weights: bool = True) -> EmbeddingNet:
-    """Builds the net of a peer with its initial weights.
+    """Builds the net of a peer. ``run_seed`` and ``config.init_seed`` determine its random weights.
 
-    Args:
-        config: the peer. Random weights follow from ``run_seed`` and its ``init_seed``.
-        run_seed: seed of the run.
-        initial_weights: False skips ``config.weights``, for a caller that loads other ones next.
+    ``initial_weights=False`` skips ``config.weights``, for a caller that loads other ones next.
 
     Raises:
         UserError: the backbone is unknown, or the weights are missing or do not fit.
     """
-    init_seed = config.init_seed if config.init_seed is not None else 0
+    init_seed = config.init_seed or 0
     with seeded(run_seed, init_seed, "init"):
-        net = EmbeddingNet(
-            config.backbone,
-            config.embedding_size,
-            config.pooling,
-            config.batch_norm,
-            config.input_size,
-        )
+        net = EmbeddingNet(config)
     # The head has a seed of its own, so it does not depend on the numbers that the backbone draws.
     with seeded(run_seed, init_seed, "head"):
         net.head.reset_parameters()
@@ -136,23 +105,14 @@ def build_embedding_net(config: PeerConfig, run_seed: int, initial_weights: bool
 
 
 def compiled(net: EmbeddingNet, name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """``net.forward_unnormalized``, compiled at its first call.
+    """``net.forward_unnormalized``, compiled at its first call, for training batches, which have one shape.
 
-    Call it for training batches, which have one shape. Evaluation has other shapes and calls the net.
-
-    Args:
-        net: the net.
-        name: the peer's, for the error.
-        device: where the net computes.
-
-    Raises:
-        UserError: the device is a CPU and there is no C++ compiler.
+    Raises UserError with the peer's name if the device is a CPU and there is no C++ compiler.
     """
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise UserError(f"{name}: compile: true needs a C++ compiler on a CPU, and {compiler} is not installed")
-    forward: Callable[[Tensor], Tensor] = torch.compile(net.forward_unnormalized, dynamic=False)
-    return forward
+    return torch.compile(net.forward_unnormalized, dynamic=False)
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:
@@ -169,7 +129,5 @@ def _create_backbone(name: str, pooling: str, input_size: int | None) -> nn.Modu
     try:
         return timm.create_model(name, **timm_args(name, pooling, input_size))
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"backbone {name} cannot be built with pooling {pooling!r}"
-            f"{f' and input_size {input_size}' if input_size else ''}: {error}"
-        ) from None
+        size = f" and input_size {input_size}" if input_size else ""
+        raise UserError(f"backbone {name} cannot be built with pooling {pooling!r}{size}: {error}") from None

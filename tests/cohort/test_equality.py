@@ -15,7 +15,7 @@ from ray_dmml.cohort.cohort import Cohort
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.losses.relational import distance_loss
+from ray_dmml.losses.relational import relational_losses
 
 STEPS = 20
 
@@ -138,6 +138,6 @@ def test_a_mutual_cohort_agrees_on_one_geometry(image_folder: Path) -> None:
         with closing(LocalCohort(config, load_splits(config.data))) as cohort:
             cohort.run(0, 40, lambda finished: None)
             one, other = cohort.embeddings("train").values()
-        return float(distance_loss(torch.from_numpy(one), torch.from_numpy(other)))
+        return float(relational_losses(torch.from_numpy(one), [torch.from_numpy(other)]).distance)
 
     assert disagreement(20.0) < 0.5 * disagreement(0.0)

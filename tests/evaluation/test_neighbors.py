@@ -34,7 +34,7 @@ def test_ties_go_to_the_lower_index(seed: int, num: int, size: int, k: int, chun
     x = grid(num, size, seed)
     own = np.arange(num) if exclude else np.full(num, -1)
     wanted = [row[:k] for row in naive_nearest(x, x, own)]
-    got = collect(x, x, k, exclude_self=exclude, chunk=chunk)
+    got = collect(x, x, k, own_rows=own if exclude else None, chunk=chunk)
     assert got.dtype == np.int64
     assert got.tolist() == wanted
 
@@ -48,7 +48,7 @@ def test_ties_between_different_rows_reach_beyond_the_list(k: int, pairs: bool) 
     x = np.stack([level, own_number], axis=1).astype(np.float32)
     queries = np.array([[1, 0], [-1, 0], [0, 1], [0, 0]], np.float32)
     wanted = [row[:k] for row in naive_nearest(queries, x, np.full(4, -1))]
-    assert collect(queries, x, k, exclude_self=False).tolist() == wanted
+    assert collect(queries, x, k).tolist() == wanted
 
 
 def test_real_valued_neighbours_equal_those_of_float64() -> None:
@@ -57,14 +57,14 @@ def test_real_valued_neighbours_equal_those_of_float64() -> None:
     gallery[300:320] = gallery[100:120]
     queries = unit(70, 48, seed=1)
     wanted = [row[:50] for row in naive_nearest(queries, gallery, np.full(70, -1))]
-    assert collect(queries, gallery, 50, exclude_self=False, chunk=32).tolist() == wanted
+    assert collect(queries, gallery, 50, chunk=32).tolist() == wanted
 
 
 @pytest.mark.parametrize("value", [0.0, 0.0441942])
 def test_collapsed_embeddings_are_ranked_by_index(value: float) -> None:
     """All rows are zero or equal, at a size where blocks of a matrix product differ in the last bit."""
     x = np.full((3001, 512), value, np.float32)
-    got = collect(x, x, 5, exclude_self=True)
+    got = collect(x, x, 5, own_rows=np.arange(3001))
     assert got[0].tolist() == [1, 2, 3, 4, 5]
     assert got[3].tolist() == [0, 1, 2, 4, 5]
     assert (got[5:] == np.arange(5)).all()
@@ -74,9 +74,9 @@ def test_self_is_excluded_by_index_not_by_distance() -> None:
     """A duplicate of the query is its first neighbour. A query may be anywhere in the gallery."""
     x = unit(10, 8)
     x[7] = x[2]
-    assert collect(x, x, 9, exclude_self=True)[[2, 7], 0].tolist() == [7, 2]
+    assert collect(x, x, 9, own_rows=np.arange(10))[[2, 7], 0].tolist() == [7, 2]
     own = np.array([7, -1, 0])
-    got = collect(x[[2, 2, 5]], x, 10, exclude_self=own)
+    got = collect(x[[2, 2, 5]], x, 10, own_rows=own)
     wanted = naive_nearest(x[[2, 2, 5]], x, own)
     assert got[1].tolist() == wanted[1]
     assert got[0].tolist() == [*wanted[0], -1]
@@ -89,20 +89,17 @@ def test_bad_embeddings_are_named(bad: float) -> None:
     x = unit(10, 8)
     x[3, 2] = bad
     with pytest.raises(UserError, match=r"1 of 10 embeddings .* the first is number 3"):
-        collect(x, x, 2, exclude_self=True)
+        collect(x, x, 2)
 
 
 @pytest.mark.parametrize(
-    ("queries", "gallery", "exclude", "message"),
+    ("queries", "gallery", "message"),
     [
-        ((3, 4), (5, 6), False, "queries have 4 dimensions, those of the gallery 6"),
-        ((3, 4), (5, 4), True, "not 3 queries and 5 gallery rows"),
-        ((3,), (5, 4), False, r"queries must be embeddings of shape \(N, D\), not \(3,\)"),
-        ((3, 4), (5, 0), False, r"gallery must be embeddings of shape \(N, D\), not \(5, 0\)"),
+        ((3, 4), (5, 6), "queries have 4 dimensions, those of the gallery 6"),
+        ((3,), (5, 4), r"queries must be embeddings of shape \(N, D\), not \(3,\)"),
+        ((3, 4), (5, 0), r"gallery must be embeddings of shape \(N, D\), not \(5, 0\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(
-    queries: tuple[int, ...], gallery: tuple[int, ...], exclude: bool, message: str
-) -> None:
+def test_shapes_that_do_not_fit_are_named(queries: tuple[int, ...], gallery: tuple[int, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        collect(np.ones(queries), np.ones(gallery), 2, exclude_self=exclude)
+        collect(np.ones(queries), np.ones(gallery), 2)

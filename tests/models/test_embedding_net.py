@@ -40,7 +40,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "test_vit"])
 def test_it_is_backbone_head_and_normalisation(images: Tensor, backbone: str) -> None:
     """Bytes scaled by the backbone's mean and deviation, a linear head, rows of length 1."""
-    net = EmbeddingNet(backbone, 8, input_size=32).eval()
+    net = EmbeddingNet(peer(backbone=backbone)).eval()
     embeddings = net(images)
     assert embeddings.shape == (4, 8) and embeddings.dtype == torch.float32
     assert torch.allclose(embeddings.norm(dim=1), torch.ones(4), atol=1e-6)
@@ -138,14 +138,14 @@ def test_compiling_for_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -
 def test_unknown_backbones_are_refused_with_the_nearest_name() -> None:
     """A typing mistake is answered with timm's name."""
     with pytest.raises(UserError, match=r"unknown backbone 'resnet5': .*did you mean .*resnet50"):
-        EmbeddingNet("resnet5", 8)
+        EmbeddingNet(peer(backbone="resnet5"))
     with pytest.raises(UserError, match=r"unknown backbone '@@@': .*timm.list_models"):
-        EmbeddingNet("@@@", 8)
+        EmbeddingNet(peer(backbone="@@@"))
 
 
 def test_sizes_and_poolings_that_the_backbone_does_not_support() -> None:
     """A transformer needs a multiple of its patch size."""
     with pytest.raises(UserError, match=r"backbone test_vit .*30"):
-        EmbeddingNet("test_vit", 8, input_size=30)
+        EmbeddingNet(peer(backbone="test_vit", input_size=30))
     with pytest.raises(UserError, match="backbone test_vit cannot be built with pooling 'no'"):
-        EmbeddingNet("test_vit", 8, pooling="no")
+        EmbeddingNet(peer(backbone="test_vit").model_copy(update={"pooling": "no"}))
