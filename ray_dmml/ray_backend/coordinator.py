@@ -1,12 +1,10 @@
 """The coordinator: exchanges batch embeddings among the peers and knows nothing of networks.
 
-Everything it does is one primitive: each peer puts a value under a key and gets the list of all values, in
-peer order, once the last one is there. Its process imports neither torch nor Ray's libraries.
+A coordinator serves one *generation* of the cohort. After a peer is lost, the driver ends the coordinator and starts
+another one for the next generation. That wakes the peers that wait in the old one, and a late message of an old
+generation reaches nobody. Only the driver can do something about a silent peer, so the deadlines are the driver's.
 
-A coordinator serves one *generation* of the cohort. After a peer is lost, the driver ends the coordinator
-and starts another one for the next generation. That wakes the peers that wait in the old one, and a late
-message of an old generation reaches nobody. Only the driver can do something about a silent peer, so the
-deadlines are the driver's.
+The process of a coordinator imports neither torch nor Ray's libraries.
 """
 
 from __future__ import annotations
@@ -14,46 +12,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 
-@dataclass
-class _Gathering:
-    values: dict[int, Any] = field(default_factory=dict)
-    complete: asyncio.Event = field(default_factory=asyncio.Event)
-    num_taken: int = 0
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What a peer can bring to a torch.distributed group."""
-
-    device: str
-    """``cpu``, or one string for each physical GPU."""
-
-    store: tuple[str, int] | None
-    """Host and port of the TCP store that the first peer has opened; None from the other peers, or if it
-    could not open one."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """The torch.distributed group that the coordinator has formed. A peer's rank in it is its rank in the
-    generation."""
-
-    backend: str
-    """``nccl`` or ``gloo``."""
-
-    store: tuple[str, int]
-    """Host and port of the store where the group meets."""
-
-
 @dataclass(frozen=True)
 class PeerStatus:
-    """What is known of a peer."""
+    """Progress and last heartbeat of a peer."""
 
     num_sent: int
     """Number of steps whose embeddings it has sent."""
@@ -74,7 +41,7 @@ class Coordinator:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
-        self._gatherings: dict[str, _Gathering] = {}
+        self._gatherings: dict[str, tuple[dict[int, Any], asyncio.Event]] = {}
         self._progress = [(0, 0)] * len(self._names)
         self._heartbeats: list[float | None] = [None] * len(self._names)
 
@@ -85,44 +52,22 @@ class Coordinator:
 
         Args:
             teachers: ranks of the peers that it learns from at this step.
-            checksum: checksum of its embeddings, which the other peers compare with what they receive.
-            parts: the rows of the embeddings in one or more blocks. They are handed on as they are; a block
-                below Ray's limit travels inside the call.
+            checksum: checksum of its embeddings. Its students compare it with what they receive.
+            parts: the rows of the embeddings in one or more blocks.
 
         Returns:
             The list of its teachers' checksums, followed by their blocks.
         """
-        everyone = await self._gather(f"exchange {step}", rank, (checksum, parts))
+        everyone = await self.gather(f"exchange {step}", rank, (checksum, parts))
         checksums = [everyone[teacher][0] for teacher in teachers]
         return [checksums, *(part for teacher in teachers for part in everyone[teacher][1])]
-
-    async def form_group(self, rank: int, offer: Offer) -> Group | None:
-        """The rendezvous of the direct transport: every peer offers, and all get the same group.
-
-        NCCL takes one rank a GPU. So it is used only if every peer has a GPU of its own; cohorts that share
-        GPUs, or have peers on CPUs, use gloo.
-
-        Returns:
-            None if the first peer has no store where the group could meet.
-        """
-        offers: list[Offer] = await self._gather("form_group", rank, offer)
-        devices = [each.device for each in offers]
-        has_own_gpus = "cpu" not in devices and len(set(devices)) == len(devices)
-        store = offers[0].store
-        if store is None:
-            return None
-        return Group(backend="nccl" if has_own_gpus else "gloo", store=store)
-
-    async def all_agree(self, rank: int, agreed: bool) -> bool:
-        """Whether every peer agrees, so that all of them use the group or none does."""
-        return all(await self._gather("all_agree", rank, agreed))
 
     async def report(self, rank: int, num_sent: int, num_chunks: int) -> None:
         """Takes the progress of a peer: steps sent, and chunks of images embedded in evaluations."""
         self._progress[rank] = (num_sent, num_chunks)
 
     async def heartbeat(self, rank: int) -> None:
-        """Takes a sign of life. A peer sends one about every second, whatever it is doing."""
+        """Takes a heartbeat. A peer sends one about every second, whatever it is doing."""
         self._heartbeats[rank] = time.monotonic()
 
     async def statuses(self) -> dict[str, PeerStatus]:
@@ -133,13 +78,12 @@ class Coordinator:
             for name, (num_sent, num_chunks), beat in zip(self._names, self._progress, self._heartbeats, strict=True)
         }
 
-    async def _gather(self, key: str, rank: int, value: Any) -> list[Any]:
-        gathering = self._gatherings.setdefault(key, _Gathering())
-        gathering.values[rank] = value
-        if len(gathering.values) == len(self._names):
-            gathering.complete.set()
-        await gathering.complete.wait()
-        gathering.num_taken += 1
-        if gathering.num_taken == len(self._names):
-            del self._gatherings[key]
-        return [gathering.values[i] for i in range(len(self._names))]
+    async def gather(self, key: str, rank: int, value: Any) -> list[Any]:
+        """Returns the values of all peers in peer order, once the last one has brought its value."""
+        values, complete = self._gatherings.setdefault(key, ({}, asyncio.Event()))
+        values[rank] = value
+        if len(values) == len(self._names):
+            complete.set()
+            del self._gatherings[key]  # those that wait keep the values
+        await complete.wait()
+        return [values[rank] for rank in range(len(self._names))]

@@ -11,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.data.datasets import prepare
 from ray_dmml.errors import UserError
+from ray_dmml.ray_backend.failures import cause_of
 
 
 def prepare_everywhere(config: DataConfig) -> Iterator[tuple[str, str | UserError]]:
@@ -30,11 +31,9 @@ def prepare_everywhere(config: DataConfig) -> Iterator[tuple[str, str | UserErro
         (done,), waiting = ray.wait(waiting)
         try:
             yield addresses[done], ray.get(done)
-        except RayError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, UserError):
-                yield addresses[done], cause
-            elif isinstance(error, RayTaskError):
+        except RayTaskError as error:
+            if not isinstance(cause := cause_of(error), UserError):
                 raise
-            else:
-                yield addresses[done], UserError("the node was lost")
+            yield addresses[done], cause
+        except RayError:
+            yield addresses[done], UserError("the node was lost")

@@ -6,10 +6,11 @@ loss while the bytes travel. :mod:`~ray_dmml.ray_backend.rendezvous` decides whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 import torch
@@ -19,22 +20,12 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from ray_dmml.cohort.teachers import Teachers, students
 from ray_dmml.errors import ExchangeLostError, PeerLostError
-from ray_dmml.ray_backend.coordinator import Group
+from ray_dmml.ray_backend.failures import first_line
 
-INLINE_PART_BYTES = 96 * 1024
-"""Just below Ray's limit of 100 KiB, header included, for an argument that travels inside a call."""
+DIST_ERRORS = (RuntimeError, ValueError, OSError)  # what torch.distributed raises
 
-CHECKSUM_FLOATS = 2
-"""Number of float32 values that hold the int64 checksum."""
-
-INLINE_EMBEDDING_BYTES = 2**20
-"""Larger embeddings go through Ray's object store in one piece."""
-
-DIST_ERRORS = (RuntimeError, ValueError, OSError)
-"""What torch.distributed raises."""
-
-_NEVER = timedelta(days=7)
-"""Waits inside a group have no deadline of their own: the driver ends peers that keep others waiting."""
+_CHECKSUM_FLOATS = 2  # float32 values that hold the int64 checksum
+_NEVER = timedelta(days=7)  # the driver ends peers that keep others waiting
 
 
 def checksum(rows: Tensor) -> Tensor:
@@ -52,24 +43,27 @@ def verify(rows: Tensor, expected: int, teacher: str, step: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Members:
-    """The peers of a generation in peer order. A peer's rank is its position."""
+class Member:
+    """One peer among the others of its generation. A peer's rank is its position in ``names``."""
 
+    rank: int
+    device: torch.device
     names: tuple[str, ...]
     sizes: tuple[int, ...]
-    """Their embedding sizes D."""
+    """Embedding sizes D of all peers."""
+
+    teachers: Teachers
+    """Who learns from whom."""
+
+    coordinator: Any
+    """The coordinator's actor."""
 
 
-class Exchange(Protocol):
-    """One peer's end of the exchange."""
+class Exchange:
+    """One peer's end of the exchange. This class is that of a cohort of one, which exchanges nothing."""
 
     def start(self, step: int, embedding: Tensor) -> None:
         """Sends (B, D) float32 embeddings of a step without waiting."""
-        ...
-
-    def close(self) -> None:
-        """Leaves the group."""
-        ...
 
     def finish(self) -> list[Tensor]:
         """Waits for the (B, D_n) float32 embeddings of this peer's teachers, in peer order.
@@ -77,185 +71,132 @@ class Exchange(Protocol):
         Raises:
             PeerLostError: they did not arrive, or are not the ones that were sent.
         """
-        ...
-
-
-class NoExchange:
-    """The exchange of a cohort of one."""
-
-    def start(self, step: int, embedding: Tensor) -> None:
-        pass
-
-    def finish(self) -> list[Tensor]:
         return []
 
     def close(self) -> None:
-        pass
+        """Leaves the group."""
 
 
-class CoordinatorExchange:
+class CoordinatorExchange(Exchange):
     """The coordinator carries the embeddings, as numpy arrays; torch tensors take Ray three times as long."""
 
-    def __init__(self, coordinator: Any, rank: int, members: Members, teachers: Teachers) -> None:
-        self._coordinator, self._rank = coordinator, rank
-        self._members, self._teachers = members, teachers
-        self._pending: list[Any] = []
-        self._expected: list[int] = []
-        self._num_rows, self._step = 0, -1
+    def __init__(self, member: Member) -> None:
+        self._member = member
 
     def start(self, step: int, embedding: Tensor) -> None:
-        self._expected = list(self._teachers.at(step)[self._rank])
-        self._num_rows, self._step = len(embedding), step
-        array = embedding.cpu().numpy()
-        sizes = [self._members.sizes[teacher] for teacher in self._expected]
-        count = 1 + sum(len(_parts(self._num_rows, size)) for size in sizes)
-        self._pending = self._coordinator.exchange.options(num_returns=count).remote(
-            step,
-            self._rank,
-            self._expected,
-            int(checksum(embedding)),
-            *(array[rows] for rows in _parts(*array.shape)),
-        )
-        if count == 1:  # this peer has no teacher at this step
-            self._pending = [self._pending]
+        member, array = self._member, embedding.cpu().numpy()
+        teachers = list(member.teachers.at(step)[member.rank])
+        self._step = step
+        self._shapes = {teacher: (len(array), member.sizes[teacher]) for teacher in teachers}
+        count = 1 + sum(len(_parts(*shape)) for shape in self._shapes.values())
+        parts = [array[rows] for rows in _parts(*array.shape)]
+        call = member.coordinator.exchange.options(num_returns=count)
+        self._pending = call.remote(step, member.rank, teachers, int(checksum(embedding)), *parts)
 
     def finish(self) -> list[Tensor]:
         checksums, *rest = ray.get(self._pending)
         parts = iter(rest)
         embeddings = []
-        for teacher, expected in zip(self._expected, checksums, strict=True):
-            shape = (self._num_rows, self._members.sizes[teacher])
+        for (teacher, shape), expected in zip(self._shapes.items(), checksums, strict=True):
             # Ray's arrays are read-only views at any address. A tensor of torch's own is writable and
             # aligned, and matrix products give the same bits only for the same alignment.
             embedding = torch.empty(shape)
             for rows in _parts(*shape):
                 embedding.numpy()[rows] = next(parts)
-            name = self._members.names[teacher]
-            embeddings.append(verify(embedding, expected, name, self._step))
+            embeddings.append(verify(embedding, expected, self._member.names[teacher], self._step))
         return embeddings
-
-    def close(self) -> None:
-        pass
 
 
 def _parts(num_rows: int, size: int) -> list[slice]:
     """Blocks of rows of (N, D) float32 embeddings that travel inside a call of an actor.
 
-    Ray sends a larger argument or result through the object store, which takes longer than copying it.
-    Very large embeddings go there all the same, in one piece.
+    Ray sends an argument or result above 100 KiB, header included, through the object store, which takes longer
+    than copying it. Embeddings above 1 MiB go there all the same, in one piece.
     """
-    if num_rows * size * 4 > INLINE_EMBEDDING_BYTES:
+    if num_rows * size * 4 > 2**20:
         return [slice(0, num_rows)]
-    block = max(1, INLINE_PART_BYTES // (size * 4))
+    block = max(1, 96 * 1024 // (size * 4))
     return [slice(start, min(start + block, num_rows)) for start in range(0, num_rows, block)]
 
 
-class DirectExchange:
-    """A torch.distributed group of the peer actors, formed by the coordinator.
+class DirectExchange(Exchange):
+    """A torch.distributed group of the peer actors. A peer's rank in it is its rank in the generation.
 
     It uses one collective if every peer learns from all others, and messages between pairs of peers
     otherwise. What is sent has one more row, which holds the checksum of the rows before it.
 
     Args:
+        member: this peer.
+        backend: ``nccl`` or ``gloo``.
         store: where the group meets.
-        rank: rank of this peer.
-        members: the peers of the group.
-        teachers: who learns from whom.
-        device: device of this peer.
         timeout: the longest wait for the group to be complete.
     """
 
-    def __init__(
-        self,
-        group: Group,
-        store: Store,
-        rank: int,
-        members: Members,
-        teachers: Teachers,
-        device: torch.device,
-        timeout: timedelta,
-    ) -> None:
-        self._rank, self._members, self._teachers = rank, members, teachers
-        # gloo needs equal shapes, so narrower embeddings are padded to the widest.
-        self._width = max(CHECKSUM_FLOATS, *members.sizes)
-        self._device = device if group.backend == "nccl" else torch.device("cpu")
+    def __init__(self, member: Member, backend: str, store: Store, timeout: timedelta) -> None:
+        self._member = member
+        is_gloo = backend == "gloo"
+        self._device = torch.device("cpu") if is_gloo else member.device
+        # gloo needs equal shapes in a collective, so narrower embeddings are padded to the widest.
+        sizes = [max(member.sizes)] * len(member.sizes) if member.teachers.all_others else member.sizes
+        self._widths = [max(_CHECKSUM_FLOATS, size) for size in sizes]
         dist.init_process_group(
-            group.backend,
+            backend,
             store=store,
-            rank=rank,
-            world_size=len(members.sizes),
+            rank=member.rank,
+            world_size=len(member.names),
             # A timeout of NCCL's ends the waiting process, also while another peer compiles its net.
-            timeout=timeout if group.backend == "gloo" else _NEVER,
-            device_id=device if group.backend == "nccl" else None,
+            timeout=timeout if is_gloo else _NEVER,
+            device_id=None if is_gloo else member.device,
         )
-        if group.backend == "gloo":
+        if is_gloo:
             dist.distributed_c10d._set_pg_timeout(_NEVER, dist.group.WORLD)
         self._pending: list[Any] = []
         self._received: dict[int, Tensor] = {}
         self._step = -1
 
     def start(self, step: int, embedding: Tensor) -> None:
-        self._step = step
-        all_to_all = self._teachers.all_others
-        own = self._width if all_to_all else self._width_of(self._rank)
-        sent = self.pack(embedding, own)  # outside the try: its errors are not those of other peers
-        try:
-            if all_to_all:
-                self._gather(sent)
+        self._step, rank = step, self._member.rank
+        teachers = self._member.teachers.at(step)
+        sent = self.pack(embedding, self._widths[rank])  # outside the block: its errors are not those of other peers
+        self._received = {n: torch.empty(len(sent), self._widths[n], device=self._device) for n in teachers[rank]}
+        with self._explain_loss():
+            if self._member.teachers.all_others:
+                rows = self._received | {rank: torch.empty_like(sent)}
+                self._pending = [dist.all_gather([rows[n] for n in sorted(rows)], sent, async_op=True)]
             else:
-                self._send(sent, self._teachers.at(step))
-        except DIST_ERRORS as error:
-            raise self._lost(error) from None
+                sends = [dist.P2POp(dist.isend, sent, student) for student in students(teachers, rank)]
+                receives = [dist.P2POp(dist.irecv, tensor, teacher) for teacher, tensor in self._received.items()]
+                self._pending = dist.batch_isend_irecv([*sends, *receives])
 
     def finish(self) -> list[Tensor]:
-        try:
-            # No local variable holds the work: a traceback would keep it, and with it the group's sockets.
+        # No local variable holds the work: a traceback would keep it, and with it the group's sockets.
+        with self._explain_loss():
             while self._pending:
                 # Without an argument a send or receive has the timeout of the group's start.
                 self._pending[0].wait(_NEVER)
                 self._pending.pop(0)
-        except DIST_ERRORS as error:
-            raise self._lost(error) from None
         embeddings = []
         for teacher, received in self._received.items():
-            rows = received[:-1, : self._members.sizes[teacher]].contiguous()
+            rows = received[:-1, : self._member.sizes[teacher]].contiguous()
             # A copy, because a view as int64 must start at a multiple of 8 bytes.
-            expected = int(received[-1, :CHECKSUM_FLOATS].clone().view(torch.int64))
-            embeddings.append(verify(rows, expected, self._members.names[teacher], self._step))
+            expected = int(received[-1, :_CHECKSUM_FLOATS].clone().view(torch.int64))
+            embeddings.append(verify(rows, expected, self._member.names[teacher], self._step))
         return embeddings
 
-    def _lost(self, error: Exception) -> PeerLostError:
-        return ExchangeLostError(f"exchange of step {self._step + 1} failed: {first_line(error)}")
+    @contextmanager
+    def _explain_loss(self) -> Iterator[None]:
+        try:
+            yield
+        except DIST_ERRORS as error:
+            raise ExchangeLostError(f"exchange of step {self._step + 1} failed: {first_line(error)}") from None
 
     def pack(self, embedding: Tensor, width: int) -> Tensor:
         """(B, D) -> (B + 1, width) with the checksum in the last row: what is sent."""
         num_rows, size = embedding.shape
         packed = torch.zeros(num_rows + 1, width, device=self._device)
         packed[:-1, :size] = embedding
-        packed[-1, :CHECKSUM_FLOATS] = checksum(packed[:-1, :size]).view(1).view(torch.float32)
+        packed[-1, :_CHECKSUM_FLOATS] = checksum(packed[:-1, :size]).view(1).view(torch.float32)
         return packed
-
-    def _width_of(self, rank: int) -> int:
-        return max(CHECKSUM_FLOATS, self._members.sizes[rank])
-
-    def _gather(self, sent: Tensor) -> None:
-        """Sends to all peers and receives from all."""
-        received = [torch.empty_like(sent) for _ in self._members.sizes]
-        self._pending = [dist.all_gather(received, sent, async_op=True)]
-        self._received = {n: rows for n, rows in enumerate(received) if n != self._rank}
-
-    def _send(self, sent: Tensor, teachers: Sequence[Sequence[int]]) -> None:
-        """Sends to this peer's students and receives from its teachers."""
-        self._received = {
-            teacher: torch.empty(len(sent), self._width_of(teacher), device=self._device)
-            for teacher in teachers[self._rank]
-        }
-        self._pending = dist.batch_isend_irecv(
-            [
-                *(dist.P2POp(dist.isend, sent, student) for student in students(teachers, self._rank)),
-                *(dist.P2POp(dist.irecv, rows, teacher) for teacher, rows in self._received.items()),
-            ]
-        )
 
     def close(self) -> None:
         self._pending.clear()  # the sockets close when nothing refers to the group any more
@@ -269,8 +210,3 @@ def leave_group() -> None:
     # torch counts groups, also those that could not be formed, and the count is part of their keys in the
     # store. A peer that lives on must count like one that has just started.
     dist.distributed_c10d._world.group_count = 0
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -16,16 +17,13 @@ from ray_dmml.ray_backend.coordinator import PeerStatus
 LONGEST_CHECK_INTERVAL_S = 6.0
 """Longest time between two checks that counts. If more has passed, the driver itself was stopped."""
 
-LATE_S = 3.0
-"""A process that lives sends heartbeats far more often."""
-
 
 class FailureDetector:
     """Checks the peers that the driver waits for.
 
     Args:
         patience: seconds that a living peer may go without progress.
-        config: the ``failure`` section: seconds without a heartbeat, and until a silent node is lost.
+        config: the timeouts.
         node_of: name of each peer to the ID of its node.
     """
 
@@ -36,13 +34,7 @@ class FailureDetector:
         self._now = self._coordinator_answered_at = self._nodes_checked_at = 0.0
         self._last_check = time.monotonic()
 
-    def check(
-        self,
-        waiting: Collection[str],
-        statuses: Mapping[str, PeerStatus],
-        *,
-        now: float | None = None,
-    ) -> None:
+    def check(self, waiting: Collection[str], statuses: Mapping[str, PeerStatus], *, now: float | None = None) -> None:
         """Raises PeerLostError if a peer, the coordinator or a node is lost.
 
         Args:
@@ -61,8 +53,7 @@ class FailureDetector:
         self._coordinator_answered_at = self._now
         silent = tuple(name for name in waiting if statuses[name].silent_s > timeout)
         if silent:
-            message = f"{', '.join(silent)}: no sign of life for {timeout:.0f} s"
-            raise PeerLostError(message, stuck=silent)
+            raise PeerLostError(f"{', '.join(silent)}: no sign of life for {timeout:.0f} s", stuck=silent)
         self._check_progress(waiting, statuses)
         if self._now - self._nodes_checked_at > self._config.node_timeout_s / 3:
             self._check_nodes(waiting)
@@ -75,24 +66,21 @@ class FailureDetector:
             if name not in self._progress or self._progress[name][0] != progress:
                 self._progress[name] = (progress, self._now)
         longest = self._now - min(self._progress[name][1] for name in waiting)
-        # A peer whose heartbeat is late may be stopped; soon it is known whether it is.
-        is_any_late = any(statuses[name].silent_s > LATE_S for name in waiting)
+        # A peer that sent no heartbeat for 3 s may be stopped; soon it is known whether it is.
+        is_any_late = any(statuses[name].silent_s > 3 for name in waiting)
         if longest <= self._patience or is_any_late:
             return
         least = min(statuses[name].num_sent for name in waiting)
         suspects = tuple(name for name in waiting if statuses[name].num_sent == least)
-        message = f"{' or '.join(suspects)}: no progress for {self._patience:.0f} s"
-        if len(suspects) == 1:
-            raise PeerLostError(message, stuck=suspects)
-        raise PeerLostError(message, suspects=suspects)
+        known = {"stuck" if len(suspects) == 1 else "suspects": suspects}
+        raise PeerLostError(f"{' or '.join(suspects)}: no progress for {self._patience:.0f} s", **known)
 
     def _check_nodes(self, waiting: Collection[str]) -> None:
         """Ray's own checks take up to a minute by default, and their settings are the cluster's."""
         nodes = {node["NodeID"]: node for node in ray.nodes()}
         for node_id in {self._node_of[name] for name in waiting if name in self._node_of}:
             node = nodes.get(node_id)
-            is_listed = node is not None and node["Alive"]
-            if node and is_listed and _answers(node, self._config.node_timeout_s / 3):
+            if node and node["Alive"] and _answers(node, self._config.node_timeout_s / 3):
                 continue
             lost = tuple(name for name in self._node_of if self._node_of[name] == node_id)
             address = node["NodeManagerAddress"] if node else node_id
@@ -100,12 +88,10 @@ class FailureDetector:
 
 
 def _answers(node: Mapping[str, Any], timeout_s: float) -> bool:
-    """Whether a node's raylet accepts a connection. It is asked twice, because a packet may be lost."""
+    """Whether a node's raylet accepts a connection. It has two chances, because a packet may be lost."""
     for _ in range(2):
-        try:
+        with suppress(OSError):
             address = (node["NodeManagerAddress"], node["NodeManagerPort"])
             socket.create_connection(address, timeout=timeout_s).close()
             return True
-        except OSError:
-            continue
     return False

@@ -36,13 +36,10 @@ def first_cause(failures: Mapping[str, Exception], num_sent: Mapping[str, int]) 
     for cause in causes:
         if is_user_mistake(cause):
             return cause
-    deaths = []
-    for name, failure in failures.items():
-        if is_death(failure):
-            step = num_sent.get(name, 0)
-            deaths.append(f"{name} died{f' in step {step}' if step else ''}: {reason_of(failure)}")
+    deaths = {name: reason_of(failure) for name, failure in failures.items() if is_death(failure)}
     if deaths:
-        return PeerLostError("; ".join(deaths))
+        steps = {name: f" in step {num_sent[name]}" if num_sent.get(name) else "" for name in deaths}
+        return PeerLostError("; ".join(f"{name} died{steps[name]}: {reason}" for name, reason in deaths.items()))
     for cause in causes:
         if isinstance(cause, RayActorError):
             return PeerLostError(f"the coordinator died: {reason_of(cause)}")
@@ -64,4 +61,9 @@ def reason_of(error: Exception) -> str:
         return "it was ended"
     if "SYSTEM_ERROR" in text or "connection error" in text.lower():
         return "its process was killed or crashed"
-    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,8 +3,8 @@
 ``draw batch t -> own view -> embed -> publish -> metric loss -> receive the others -> mutual loss -> backward ->
 step every k-th batch``
 
-The driver imports this module, too. So everything that takes seconds to import is imported in :meth:`PeerActor.build`,
-which only the actor's process runs.
+The driver imports this module, too. So everything that takes seconds to import is imported in methods, which only
+the actor's process runs.
 """
 
 from __future__ import annotations
@@ -27,31 +27,21 @@ if TYPE_CHECKING:
 
     from ray_dmml.checkpoint.store import PeerFiles
     from ray_dmml.data.dataset import Splits
-    from ray_dmml.ray_backend.exchange import Exchange
-
-HEARTBEAT_S = 1.0
-"""Seconds between two heartbeats."""
 
 
 @dataclass(frozen=True)
 class PeerPlace:
-    """Where a peer of a generation is."""
+    """Where a peer of a generation is, and the way its embeddings take."""
 
     device: str
     transport: str
-    """The way its embeddings take, see :func:`~ray_dmml.ray_backend.rendezvous.connect`."""
-
     node_id: str
     address: str
     pid: int
 
 
 class PeerActor:
-    """The process of one peer.
-
-    It is built by a call and not by its constructor, because Ray hides the type of an error that a
-    constructor raises.
-    """
+    """The process of one peer. A call builds it, because Ray hides the type of an error that a constructor raises."""
 
     def __init__(self) -> None:
         self._is_built = False
@@ -84,14 +74,13 @@ class PeerActor:
             options: Ray's options for the actors of its replicas.
 
         Raises:
-            UserError: the peer cannot be built as configured, cannot have its device, or its images are
-                not the driver's.
+            UserError: the peer cannot be built, cannot have its device, or its images are not the driver's.
             PeerLostError: one of its replicas died.
         """
         from ray_dmml.data.datasets import load_splits
         from ray_dmml.data.loader import BatchLoader, build_sampler
         from ray_dmml.peer.peer import build_peer
-        from ray_dmml.ray_backend.exchange import NoExchange
+        from ray_dmml.ray_backend.exchange import Exchange
         from ray_dmml.ray_backend.process import device_of, prepare_process
         from ray_dmml.ray_backend.replica_actor import ReplicaActors
 
@@ -101,46 +90,33 @@ class PeerActor:
         peer_config = config.cohort.peers[position]
         _require_same_images(self._splits, digests, config, str(peer_config.name))
         device = device_of(peer_config)
-        num_classes = self._splits.train.num_classes
-        self._peer = build_peer(config, position, num_classes, device, initial_weights)
+        self._peer = build_peer(config, position, self._splits.train.num_classes, device, initial_weights)
         patience = config.cohort.start_timeout_s / 3
         self._replicas = ReplicaActors(self._peer, config.seed, threads, options, patience)
         self._loader = BatchLoader(self._splits.train, build_sampler(config, self._splits), threads)
-        self.exchange: Exchange = NoExchange()
+        self.exchange = Exchange()
         self._num_sent = self._num_chunks = 0
         self._coordinator: Any = None
         self._is_built = True
         Thread(target=self._send_heartbeats, daemon=True).start()
 
     def join(self, coordinator: Any, names: Sequence[str]) -> PeerPlace:
-        """Leaves its generation and joins the next one.
-
-        Args:
-            coordinator: the coordinator of the next generation.
-            names: its peers in peer order.
-        """
+        """Leaves its generation and joins the next one: its coordinator and the names of its peers in peer order."""
         from ray_dmml.cohort.teachers import Teachers
-        from ray_dmml.ray_backend.exchange import Members
+        from ray_dmml.ray_backend.exchange import Member
         from ray_dmml.ray_backend.rendezvous import connect
 
         self.exchange.close()
-        self._rank = list(names).index(self._peer.name)
-        self._coordinator = coordinator
+        self._rank, self._coordinator = list(names).index(self._peer.name), coordinator
         coordinator.heartbeat.remote(self._rank)  # from the first one on, the next are missed
-        cohort = self._config.cohort
-        sizes = {str(peer.name): peer.embedding_size for peer in cohort.peers}
-        self.exchange, transport = connect(
-            cohort.transport,
-            coordinator,
-            self._rank,
-            Members(tuple(names), tuple(sizes[name] for name in names)),
-            Teachers(len(names), cohort.max_teachers, self._config.seed),
-            self._peer.device,
-            cohort.start_timeout_s,
-        )
-        num_replicas = self._replicas.num_replicas
+        cohort, device = self._config.cohort, self._peer.device
+        sizes = tuple(peer.embedding_size for peer in cohort.peers if peer.name in names)
+        teachers = Teachers(len(names), cohort.max_teachers, self._config.seed)
+        member = Member(self._rank, device, tuple(names), sizes, teachers, coordinator)
+        self.exchange, transport = connect(member, cohort.transport, cohort.start_timeout_s)
+        num_replicas = self._peer.config.num_replicas
         return PeerPlace(
-            device=str(self._peer.device) + (f" x {num_replicas}" if num_replicas > 1 else ""),
+            device=f"{device} x {num_replicas}" if num_replicas > 1 else str(device),
             transport=transport,
             node_id=ray.get_runtime_context().get_node_id(),
             address=ray.util.get_node_ip_address(),
@@ -148,8 +124,8 @@ class PeerActor:
         )
 
     def run(self, start: int, stop: int) -> tuple[list[dict[str, float]], float]:
-        """Trains steps ``start .. stop - 1``: the terms of each step's loss, and the seconds spent waiting
-        for other peers."""
+        """Trains steps ``start .. stop - 1``. Returns the terms of each step's loss, and the seconds spent waiting for
+        other peers."""
         rows, waited = [], 0.0
         try:
             with self._replicas.explain_loss():
@@ -170,7 +146,7 @@ class PeerActor:
         with explain_out_of_memory(self._peer, batch):
             out = self._peer.forward(batch)
             self._num_sent = step + 1
-            self._report_progress()
+            self._report()
             self.exchange.start(step, out.published)
             loss = self._peer.metric_loss(out)
             began = time.perf_counter()
@@ -182,10 +158,9 @@ class PeerActor:
         """(N, D) float32 embeddings of a split."""
         from ray_dmml.peer.memory import explain_out_of_memory
 
-        images = getattr(self._splits, split)
-        batch_size = self._config.evaluation.batch_size
+        images, batch_size = getattr(self._splits, split), self._config.evaluation.batch_size
         with explain_out_of_memory(self._peer), self._replicas.explain_loss():
-            return self._peer.embed_images(images, batch_size, ema=ema, after_chunk=self._finish_chunk)
+            return self._peer.embed_images(images, batch_size, ema=ema, after_chunk=self._report_chunk)
 
     def state(self) -> PeerFiles:
         """The peer's state, as a checkpoint stores it."""
@@ -206,49 +181,40 @@ class PeerActor:
         self._peer.load_weights(decode_peer(files)["net"])
 
     def ping(self) -> bool:
-        """Whether the peer is built. The answer comes once the actor has finished its last call.
-
-        Raises:
-            ReplicaLostError: one of its replicas is gone.
-        """
+        """Whether the peer is built. The answer comes once the actor has finished its last call. Raises
+        ReplicaLostError if one of its replicas is gone."""
         if self._is_built and not self._replicas.is_complete:
             raise ReplicaLostError(f"{self._peer.name}: one of its replicas was lost")
         return self._is_built
 
-    def _finish_chunk(self) -> None:
+    def _report_chunk(self) -> None:
         self._num_chunks += 1
-        self._report_progress()
+        self._report()
 
-    def _report_progress(self) -> None:
+    def _report(self) -> None:
         self._coordinator.report.remote(self._rank, self._num_sent, self._num_chunks)
 
     def _send_heartbeats(self) -> None:
-        """Tells a stopped process from one that waits or is busy. torch lets other threads run while it
-        computes, and so does a wait for other peers."""
+        """torch lets this thread run while it computes, and so does a wait for other peers."""
         while True:
             if (coordinator := self._coordinator) is not None:
                 coordinator.heartbeat.remote(self._rank)
-            time.sleep(HEARTBEAT_S)
+            time.sleep(1.0)
 
 
 def _require_same_images(splits: Splits, digests: Mapping[str, str], config: Config, peer_name: str) -> None:
-    """An image's number must mean the same image to all peers, because they exchange embeddings by it.
-
-    Raises:
-        UserError: the images of this node are not the driver's.
-    """
+    """Raises UserError if an image's number does not mean the same image as in the driver. Peers exchange embeddings
+    by it."""
     own, data = splits.digests(), config.data
     others = [split for split, digest in digests.items() if own.get(split) != digest]
     if not others:
         return
+    advice = "give all nodes the same data.root, with the same files and lists in it"
     if data.name == "characters":
         advice = "install the same versions of ray-dmml and matplotlib on all nodes"
     elif data.source is not None:
         advice = "bring every copy up to date by `ray-dmml data fetch`, with --address for all nodes"
-    else:
-        advice = "give all nodes the same data.root, with the same files and lists in it"
     raise UserError(
-        f"{peer_name}: the {', '.join(others)} images on host "
-        f"{socket.gethostname()} ({ray.util.get_node_ip_address()}) are not those that the driver has: "
-        f"{advice}"
+        f"{peer_name}: the {', '.join(others)} images on host {socket.gethostname()} "
+        f"({ray.util.get_node_ip_address()}) are not those that the driver has: {advice}"
     )

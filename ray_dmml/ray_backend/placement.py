@@ -2,7 +2,7 @@
 
 A peer gets what it asks for, and the others share the rest evenly. Ray's placement group chooses the nodes; this
 module refuses at once what they can never hold. A cluster of `ray up` may have no node for peers yet: the plan then
-counts on workers that its autoscaler may start, and the placement group makes it start them.
+counts on workers that the placement group makes its autoscaler start.
 """
 
 from __future__ import annotations
@@ -87,18 +87,15 @@ def left_to_grow(alive: Sequence[Node], growth: Sequence[Node]) -> list[Node]:
     """The workers that may still start, the largest first. Each worker alive takes the place of one with its
     resources, or else of the smallest. Memory does not count, since each node measures its own."""
     left = sorted(growth, key=_size, reverse=True)
-    for worker in (node for node in alive if HEAD not in node):
+    for worker in [node for node in alive if HEAD not in node][: len(left)]:
         own = [{k: n for k, n in w.items() if 0 < n < math.inf and "memory" not in k} for w in left]
-        place = next((n for n, has in enumerate(own) if has.items() <= worker.items()), -1)
-        if left:
-            left.pop(place)
+        left.pop(next((n for n, has in enumerate(own) if has.items() <= worker.items()), -1))
     return left
 
 
 def plan(config: Config, alive: Sequence[Node], growth: Sequence[Node]) -> list[dict[str, float]]:
-    """CPUs and GPUs of each peer's actor: as configured, or an even share of the rest.
-
-    Nodes are not one big machine, so the share is lowered until the peers fit the nodes one by one.
+    """CPUs and GPUs of each peer's actor: as configured, or an even share of the rest. Nodes are not one big machine,
+    so the share is lowered until the peers fit the nodes one by one.
 
     Args:
         config: the experiment.
@@ -121,19 +118,19 @@ def plan(config: Config, alive: Sequence[Node], growth: Sequence[Node]) -> list[
         asked = zip(peers, gpus_asked, strict=True)
         return [bundle(p, p.num_cpus or cpus, gpus if g is None else g) for p, g in asked]
 
-    def needs(cpus: float, gpus: float) -> list[Node]:
-        return list(map(with_labels, bundles(cpus, gpus), peers))
+    def fits(cpus: float, gpus: float) -> bool:
+        return have_places(list(map(with_labels, bundles(cpus, gpus), peers)), nodes)
 
     one_gpu = float(any(node.get("GPU") for node in growth))
     for worker in growth:
-        if have_places(needs(1.0, one_gpu), nodes):
+        if fits(1.0, one_gpu):
             break
         nodes.append(worker)
     *_, cpus = cpu_shares = list(lowered(_share([p.num_cpus for p in peers], nodes, "CPU")))
     *_, gpus = gpu_shares = list(lowered(_share(gpus_asked, nodes, "GPU")))
-    gpus = next((share for share in gpu_shares if have_places(needs(cpus, share), nodes)), gpus)
-    cpus = next((share for share in cpu_shares if have_places(needs(share, gpus), nodes)), cpus)
-    if can_never_fit(needs(cpus, gpus), nodes):
+    gpus = next((share for share in gpu_shares if fits(cpus, share)), gpus)
+    cpus = next((share for share in cpu_shares if fits(share, gpus)), cpus)
+    if can_never_fit(list(map(with_labels, bundles(cpus, gpus), peers)), nodes):
         raise UserError(_no_room(config, gpus_asked, nodes))
     return bundles(cpus, gpus)
 
@@ -160,9 +157,7 @@ def have_places(bundles: Sequence[Node], nodes: Sequence[Node]) -> bool:
     """Whether first-fit, the largest first, puts each bundle on a node and each part of a GPU on one GPU."""
     largest_first = sorted(nodes, key=_size, reverse=True)
     rooms = [(dict(node), [1.0] * int(node.get("GPU", 0.0))) for node in largest_first]
-    return all(
-        any(_take(asked, left, gpus) for left, gpus in rooms) for asked in sorted(bundles, key=_size, reverse=True)
-    )
+    return all(any(_take(asked, *room) for room in rooms) for asked in sorted(bundles, key=_size, reverse=True))
 
 
 def _take(asked: Node, left: dict[str, float], gpus: list[float]) -> bool:

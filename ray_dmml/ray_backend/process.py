@@ -10,7 +10,7 @@ import torch
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import UserError
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
 
 def prepare_process(threads: int) -> None:
@@ -20,12 +20,8 @@ def prepare_process(threads: int) -> None:
 
 
 def tune_malloc() -> None:
-    """Makes the C library keep freed memory for the next step.
-
-    By default glibc returns blocks of the size of activations to the system at once, and the kernel clears
-    their pages again at every step. For EfficientNet-Lite0 on 64 images of 96 px these are 86,000 page
-    faults a step, a fourth of its time on two CPU cores.
-    """
+    """Makes the C library keep freed memory for the next step. By default glibc returns blocks of the size of
+    activations to the system, and the kernel clears their pages again at every step, a fourth of its time."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
@@ -38,11 +34,8 @@ def tune_malloc() -> None:
 
 
 def device_of(peer: PeerConfig) -> torch.device:
-    """The GPU that Ray gave this actor, which is the only one it sees, or else the CPU.
-
-    Raises:
-        UserError: the config asks for GPUs that torch cannot use.
-    """
+    """The GPU that Ray gave this actor, which is the only one it sees, or else the CPU. Raises UserError if the config
+    asks for GPUs that torch cannot use."""
     if ray.get_gpu_ids():
         if torch.cuda.is_available():
             return torch.device("cuda", 0)

@@ -2,7 +2,7 @@
 
     driver --run(start, stop)--> PeerActor 0..M-1: draw, view, embed, exchange, update
                                      |  embeddings  |
-                                     +- Coordinator -+   (or from peer to peer, in the group it forms)
+                                     +- Coordinator -+   (or from peer to peer)
 
 This file calls the peers, waits for them and forms their generations. Which state they then go on from is decided
 in :mod:`~ray_dmml.training.trainer`.
@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -29,13 +30,7 @@ from ray_dmml.config.schema import Config
 from ray_dmml.errors import PeerLostError, UserError
 from ray_dmml.ray_backend.coordinator import Coordinator, PeerStatus
 from ray_dmml.ray_backend.failure_detector import FailureDetector
-from ray_dmml.ray_backend.failures import (
-    cause_of,
-    first_cause,
-    is_death,
-    is_user_mistake,
-    reason_of,
-)
+from ray_dmml.ray_backend.failures import cause_of, first_cause, is_death, is_user_mistake, reason_of
 from ray_dmml.ray_backend.peer_actor import PeerActor, PeerPlace
 from ray_dmml.ray_backend.reservation import Reservation
 from ray_dmml.ray_backend.session import only_at, ray_session
@@ -46,11 +41,7 @@ if TYPE_CHECKING:  # these import torch
     from ray_dmml.checkpoint.store import PeerFiles
     from ray_dmml.data.dataset import Splits
 
-POLL_S = 0.25
-"""Seconds between two checks of the peers."""
-
-MANY_STEPS = 10
-"""A peer may go without progress for this many median steps."""
+POLL_S = 0.25  # between two checks of the peers
 
 
 class RayCohort:
@@ -67,33 +58,24 @@ class RayCohort:
     """
 
     peer_class: type = PeerActor
-    """Class of the peers' actors. A subclass with another one injects faults."""
-
     coordinator_class: type = Coordinator
-    """Class of the coordinator's actor."""
+    """Classes of the actors. A subclass with others injects faults."""
 
     grace_s = 5.0
     """When the call of one peer fails, the driver waits this long for those of the others: one of them may
-    have caused it, and peers that are still at work are kept."""
+    have caused it, and peers that are busy only so long are kept."""
 
     def __init__(self, config: Config, splits: Splits, *, initial_weights: bool = True) -> None:
         self.names = tuple(str(peer.name) for peer in config.cohort.peers)
-        self.actors: dict[str, Any] = {}
-        """Handles of the peers' actors, by name."""
-
-        self.coordinator: Any = None
-        """Handle of this generation's coordinator."""
-
+        self.actors: dict[str, Any] = {}  # in peer order
         self.places: dict[str, PeerPlace] = {}
-        """Where each peer of this generation is, by name."""
-
-        self.waited: dict[str, float] = dict.fromkeys(self.names, 0.0)
+        self.coordinator: Any = None  # the actor of this generation
+        self.waited = dict.fromkeys(self.names, 0.0)
         self._config, self._skipped, self._digests = config, splits.skipped, splits.digests()
         self._positions = {name: position for position, name in enumerate(self.names)}
         self._step_seconds: deque[float] = deque(maxlen=31)  # of the latest calls of run
+        self._median_step = 0.0
         self._has_new_peers = True  # a peer that has made no step yet
-        # A process may be inside an NCCL kernel that waits for a lost peer; then it cannot be used again.
-        self._uses_nccl = False
         self._session = ExitStack()
         self._session.enter_context(ray_session())
         try:
@@ -108,26 +90,16 @@ class RayCohort:
             self.close()
             raise
 
-    @property
-    def devices(self) -> tuple[str, ...]:
-        return tuple(self.places[name].device for name in self.names)
-
-    @property
-    def nodes(self) -> tuple[str, ...]:
-        return tuple(self.places[name].address for name in self.names)
-
-    @property
-    def transport(self) -> str:
-        return self.places[self.names[0]].transport
-
-    # --- training ---------------------------------------------------------------------------
-
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
         began = time.monotonic()
-        refs = {name: self.actors[name].run.remote(start, stop) for name in self.names}
-        results = self._gather(refs, self._patience(), on_step)
+        refs = {name: actor.run.remote(start, stop) for name, actor in self.actors.items()}
+        patience = None
+        if not self._has_new_peers:  # nobody knows how long the first steps take, which compile and fill caches
+            patience = max(self._config.failure.heartbeat_timeout_s, 10 * self._median_step)
+        results = self._gather(refs, patience, on_step)
         self._has_new_peers = False
         self._step_seconds.append((time.monotonic() - began) / (stop - start))
+        self._median_step = median_high(self._step_seconds)
         on_step(stop)
         for name, (_, waited) in results.items():
             self.waited[name] += waited
@@ -135,46 +107,40 @@ class RayCohort:
         return [dict(zip(self.names, terms, strict=True)) for terms in rows]
 
     def embeddings(self, split: str, *, ema: bool = False) -> dict[str, np.ndarray]:
-        refs = {name: self.actors[name].embeddings.remote(split, ema) for name in self.names}
-        return self._gather(refs, self._config.cohort.start_timeout_s)
+        return self._gather({name: actor.embeddings.remote(split, ema) for name, actor in self.actors.items()})
 
     def state(self) -> dict[str, PeerFiles]:
-        refs = {name: self.actors[name].state.remote() for name in self.names}
-        return self._gather(refs, self._config.cohort.start_timeout_s)
+        return self._gather({name: actor.state.remote() for name, actor in self.actors.items()})
 
     def load(self, state: Mapping[str, PeerFiles]) -> None:
-        refs = {name: self.actors[name].load.remote(state[name]) for name in self.names}
-        self._gather(refs, self._config.cohort.start_timeout_s)
+        self._gather({name: actor.load.remote(state[name]) for name, actor in self.actors.items()})
 
     def load_weights(self, state: Mapping[str, PeerFiles]) -> None:
-        refs = {name: self.actors[name].load_weights.remote(state[name]) for name in self.names}
-        self._gather(refs, self._config.cohort.start_timeout_s)
-
-    # --- generations ------------------------------------------------------------------------
+        self._gather({name: actor.load_weights.remote(state[name]) for name, actor in self.actors.items()})
 
     def recover(self, failure: PeerLostError, *, drop: bool = False) -> None:
-        """Forms the next generation. Peers that were lost, or do not answer soon, are started again; all must be
-        given a state next.
+        """Forms the next generation. Peers that were lost, or do not answer soon, are started again.
 
         Raises:
             PeerLostError: another peer was lost meanwhile.
             UserError: no peer is left.
         """
         # Its end wakes the peers that wait in an exchange for one that will never come.
-        self._kill(self.coordinator)
+        ray.kill(self.coordinator)
         lost = list(failure.stuck)
         for name in (*failure.stuck, *failure.suspects):
             self._end_peer(name)
         pings = {name: actor.ping.remote() for name, actor in self.actors.items()}
-        grace = max(self.grace_s, 2 * self._median_step())
-        ray.wait(list(pings.values()), num_returns=len(pings), timeout=grace)
+        ray.wait(list(pings.values()), num_returns=len(pings), timeout=max(self.grace_s, 2 * self._median_step))
         for name, ping in pings.items():
-            if not _is_ready(ping):  # it lives, and is busy with something long
-                self._end_peer(name)
-            elif not _succeeded(ping):
+            is_usable = False
+            try:
+                is_usable = ray.get(ping, timeout=0) and not self._uses_nccl
+            except GetTimeoutError:
+                pass  # it lives, and is busy with something long
+            except RayError:
                 lost.append(name)
-                self._end_peer(name)
-            elif not ray.get(ping) or self._uses_nccl:
+            if not is_usable:
                 self._end_peer(name)
         if drop:
             left = tuple(name for name in self.names if name not in lost)
@@ -185,45 +151,41 @@ class RayCohort:
 
     def _form_generation(self, initial_weights: bool, *, is_first: bool) -> None:
         """Starts the missing peers of ``names`` and lets all of them meet at a new coordinator."""
-        cohort, data = self._config.cohort, self._config.data
+        config = self._config
         self.coordinator = self._start_coordinator()
-        starting = [name for name in self.names if name not in self.actors]
+        missing = [name for name in self.names if name not in self.actors]
+        starting = {name: self.start_actor(name) for name in missing}
         self._has_new_peers = self._has_new_peers or bool(starting)
-        for name in starting:
-            self.actors[name] = self.start_actor(name)
+        actors = self.actors | starting
+        self.actors = {name: actors[name] for name in self.names}
         if not is_first:  # a peer was lost, perhaps with its node: another node may have to start first
-            pings = {name: self.actors[name].ping.remote() for name in starting}
-            self._gather(pings, cohort.placement_timeout_s)
-        if data.source is not None:
-            copies = {name: self.actors[name].fetch.remote(data) for name in starting}
+            pings = {name: actor.ping.remote() for name, actor in starting.items()}
+            self._gather(pings, config.cohort.placement_timeout_s)
+        if config.data.source is not None:
+            copies = {name: actor.fetch.remote(config.data) for name, actor in starting.items()}
             self._gather(copies, math.inf)  # a copy takes as long as it takes
-        refs = {
-            name: self.actors[name].build.remote(
-                self._config,
-                self._positions[name],
-                self._skipped,
-                self._digests,
-                self.threads[self._positions[name]],
-                initial_weights,
-                self._reservation.options(self._positions[name]),
+        refs: dict[str, Any] = {}
+        for name, actor in starting.items():
+            position = self._positions[name]
+            threads, options = self.threads[position], self._reservation.options(position)
+            refs[name] = actor.build.remote(
+                config, position, self._skipped, self._digests, threads, initial_weights, options
             )
-            for name in starting
-        }
-        self._gather(refs, cohort.start_timeout_s)
-        refs = {name: self.actors[name].join.remote(self.coordinator, self.names) for name in self.names}
-        self.places = self._gather(refs, cohort.start_timeout_s)
-        is_direct = self.transport == "direct"
-        self._uses_nccl = is_direct and all(d.startswith("cuda") for d in self.devices)
+        self._gather(refs)
+        refs = {name: actor.join.remote(self.coordinator, self.names) for name, actor in self.actors.items()}
+        self.places = self._gather(refs)
+        self.devices = tuple(place.device for place in self.places.values())
+        self.nodes = tuple(place.address for place in self.places.values())
+        self.transport = self.places[self.names[0]].transport
+        # A process may be inside an NCCL kernel that waits for a lost peer; then it cannot be used again.
+        self._uses_nccl = self.transport == "direct" and all(device.startswith("cuda") for device in self.devices)
 
     def _start_coordinator(self) -> Any:
         # On the driver's node, without which nothing goes on anyway: one thing less that can be lost.
         own_node = ray.get_runtime_context().get_node_id()
-        options = {
-            "num_cpus": 0,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(own_node, soft=True),
-            # Ray first asks any node, which may not know ours yet and then keeps the actor.
-            "resources": only_at(own_node),
-        }
+        here = NodeAffinitySchedulingStrategy(own_node, soft=True)
+        # Ray first asks any node, which may not know ours yet and then keeps the actor. Resources prevent that.
+        options = {"num_cpus": 0, "scheduling_strategy": here, "resources": only_at(own_node)}
         return ray.remote(self.coordinator_class).options(**options).remote(self.names)
 
     def start_actor(self, name: str) -> Any:
@@ -237,57 +199,33 @@ class RayCohort:
         if actor is None:
             return
         # Ray asks a process to end before it forces it to. A stopped process takes its time.
-        is_here = place and place.node_id == ray.get_runtime_context().get_node_id()
-        if place and is_here and _is_ray_process(place.pid):
-            with suppress(OSError):
-                os.kill(place.pid, signal.SIGKILL)
-        self._kill(actor)
+        if place and place.node_id == ray.get_runtime_context().get_node_id():
+            with suppress(OSError):  # without /proc only Ray ends it
+                # The number may be another process's by now.
+                if Path(f"/proc/{place.pid}/cmdline").read_bytes().startswith(b"ray::"):
+                    os.kill(place.pid, signal.SIGKILL)
+        ray.kill(actor)
 
     def close(self) -> None:
         for actor in [*self.actors.values(), self.coordinator]:
-            self._kill(actor)
+            if actor is not None:
+                ray.kill(actor)
         self.actors, self.coordinator = {}, None
         self._session.close()
 
-    @staticmethod
-    def _kill(actor: Any) -> None:
-        if actor is not None:
-            ray.kill(actor)
-
-    # --- waiting ----------------------------------------------------------------------------
-
-    def _patience(self) -> float:
-        """Seconds that a step may take. Nobody knows how long the first steps of a peer take; they compile
-        and fill caches."""
-        if self._has_new_peers:
-            return self._config.cohort.start_timeout_s
-        return max(self._config.failure.heartbeat_timeout_s, MANY_STEPS * self._median_step())
-
-    def _median_step(self) -> float:
-        return sorted(self._step_seconds)[len(self._step_seconds) // 2] if self._step_seconds else 0
-
     def _gather(
-        self,
-        refs: dict[str, Any],
-        patience: float,
-        on_step: Callable[[int], None] | None = None,
+        self, refs: dict[str, Any], patience: float | None = None, on_step: Callable[[int], None] | None = None
     ) -> dict[str, Any]:
         """The results of one call on some peers, by name. The first failure ends the wait, because the other peers
-        would only wait in an exchange.
-
-        Args:
-            patience: seconds that a living peer may go without progress.
-
-        Raises:
-            UserError: what a peer raised.
-            PeerLostError: a peer died or fell silent.
-        """
+        would only wait in an exchange. A living peer may go without progress for ``patience`` seconds (None:
+        ``cohort.start_timeout_s``)."""
+        patience = self._config.cohort.start_timeout_s if patience is None else patience
         node_of = {name: place.node_id for name, place in self.places.items()}
         detector = FailureDetector(patience, self._config.failure, node_of)
         waiting, results = dict(refs), {}
         while waiting:
-            ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=POLL_S)
-            for name in [name for name, ref in waiting.items() if _is_ready(ref)]:
+            ready, _ = ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=POLL_S)
+            for name in [name for name, ref in waiting.items() if ref in ready]:
                 try:
                     results[name] = ray.get(waiting.pop(name))
                 except (RayTaskError, RayActorError) as error:
@@ -296,26 +234,20 @@ class RayCohort:
                     raise PeerLostError(f"{name}: {reason_of(error)}") from error
             if waiting:
                 statuses = self.statuses()
-                num_sent = [status.num_sent for status in statuses.values()]
-                # 0: a peer of this generation has not sent anything yet.
-                if on_step is not None and num_sent and min(num_sent):
-                    on_step(min(num_sent) - 1)
+                num_sent = min((status.num_sent for status in statuses.values()), default=0)
+                if on_step is not None and num_sent:  # 0: a peer of this generation has not sent anything yet
+                    on_step(num_sent - 1)
                 detector.check(waiting, statuses)
         return {name: results[name] for name in refs}
 
     def statuses(self) -> dict[str, PeerStatus]:
-        """The latest status of each peer; empty if the coordinator does not answer.
-
-        Raises:
-            PeerLostError: the coordinator is dead.
-        """
+        """The latest status of each peer; empty if the coordinator does not answer. Raises PeerLostError if it died."""
         try:
             return ray.get(self.coordinator.statuses.remote(), timeout=self.grace_s)
         except GetTimeoutError:
             return {}
         except RayActorError:
-            message = "the coordinator died: its process was killed or crashed"
-            raise PeerLostError(message) from None
+            raise PeerLostError("the coordinator died: its process was killed or crashed") from None
 
     def _explain(self, error: Exception, refs: Mapping[str, Any]) -> Exception:
         """The failure that caused the others."""
@@ -323,44 +255,16 @@ class RayCohort:
             return cause_of(error)
         # A death is its own cause. Everything else that a peer raises may follow from another peer's death.
         grace = POLL_S if is_death(error) else self.grace_s
-        failures = _failures_of(refs, grace) or {"": error}
-        try:
+        ray.wait(list(refs.values()), num_returns=len(refs), timeout=grace)
+        failures: dict[str, Exception] = {}
+        for name, ref in refs.items():
+            try:
+                ray.get(ref, timeout=0)
+            except GetTimeoutError:
+                pass
+            except RayError as failure:
+                failures[name] = failure
+        num_sent: dict[str, int] = {}
+        with suppress(PeerLostError):
             num_sent = {name: status.num_sent for name, status in self.statuses().items()}
-        except PeerLostError:
-            num_sent = {}
-        return first_cause(failures, num_sent)
-
-
-def _failures_of(refs: Mapping[str, Any], grace: float) -> dict[str, Exception]:
-    """What peers have raised, or raise within so many seconds, by name."""
-    ray.wait(list(refs.values()), num_returns=len(refs), timeout=grace)
-    failures: dict[str, Exception] = {}
-    for name, ref in refs.items():
-        try:
-            ray.get(ref, timeout=0)
-        except GetTimeoutError:
-            pass
-        except RayError as error:
-            failures[name] = error
-    return failures
-
-
-def _is_ray_process(pid: int) -> bool:
-    """Whether the number is not another process's by now. Without /proc nobody can tell, and only Ray ends it."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
-    except OSError:
-        return False
-
-
-def _is_ready(ref: Any) -> bool:
-    return bool(ray.wait([ref], timeout=0)[0])
-
-
-def _succeeded(ref: Any) -> bool:
-    """Whether a call that is ready did not fail."""
-    try:
-        ray.get(ref, timeout=0)
-    except RayError:
-        return False
-    return True
+        return first_cause(failures or {"": error}, num_sent)

@@ -6,51 +6,33 @@ import fcntl
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
 
 import ray
 import torch
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ray_dmml.cohort.teachers import Teachers
-from ray_dmml.ray_backend.coordinator import Group, Offer
 from ray_dmml.ray_backend.exchange import (
     DIST_ERRORS,
     CoordinatorExchange,
     DirectExchange,
     Exchange,
-    Members,
-    NoExchange,
-    first_line,
+    Member,
     leave_group,
 )
-
-_SIOCGIFADDR = 0x8915
-"""Linux: the IPv4 address of an interface."""
+from ray_dmml.ray_backend.failures import first_line
 
 
-def connect(
-    transport: str,
-    coordinator: Any,
-    rank: int,
-    members: Members,
-    teachers: Teachers,
-    device: torch.device,
-    start_timeout_s: float,
-) -> tuple[Exchange, str]:
+def connect(member: Member, transport: str, start_timeout_s: float) -> tuple[Exchange, str]:
     """Connects a peer to the others of its generation.
 
     If no group can be formed, ``direct`` falls back to the coordinator for all peers alike.
 
     Args:
+        member: the peer.
         transport: ``direct`` or ``coordinator``.
-        coordinator: the actor of this generation.
-        rank: rank of this peer.
-        members: the peers of the generation.
-        teachers: who learns from whom.
-        device: device of this peer.
         start_timeout_s: the driver's patience; a third of it is left to form the group.
 
     Returns:
@@ -58,27 +40,25 @@ def connect(
         ``coordinator``, with the reason if ``direct`` was asked for.
     """
     leave_group()
-    if len(members.names) == 1:
-        return NoExchange(), "none"
+    if len(member.names) == 1:
+        return Exchange(), "none"
     if transport == "coordinator":
-        return CoordinatorExchange(coordinator, rank, members, teachers), "coordinator"
+        return CoordinatorExchange(member), "coordinator"
     direct: DirectExchange | None = None
     reason = "another peer could not join"
     try:
-        direct = _join_group(coordinator, rank, members, teachers, device, start_timeout_s)
+        direct = _join_group(member, timedelta(seconds=start_timeout_s / 3))
     except DIST_ERRORS as error:
         reason = first_line(error)
+    all_joined = False
     try:
-        all_joined = ray.get(coordinator.all_agree.remote(rank, direct is not None))
-    except BaseException:
-        leave_group()
-        raise
-    if all_joined:
-        assert direct is not None
+        all_joined = all(ray.get(member.coordinator.gather.remote("joined", member.rank, direct is not None)))
+    finally:
+        if not all_joined:
+            leave_group()
+    if direct is not None and all_joined:
         return direct, "direct"
-    leave_group()
-    description = f"coordinator, because no direct group could be formed ({reason})"
-    return CoordinatorExchange(coordinator, rank, members, teachers), description
+    return CoordinatorExchange(member), f"coordinator, because no direct group could be formed ({reason})"
 
 
 def store_at(host: str, timeout: timedelta) -> TCPStore:
@@ -86,46 +66,38 @@ def store_at(host: str, timeout: timedelta) -> TCPStore:
     listens at all addresses."""
     # With port 0 the system picks a free one, and no other process can take it in between.
     listener = socket.create_server((host, 0))
-    port = listener.getsockname()[1]
-    return TCPStore(
-        host,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timeout,
-        master_listen_fd=listener.detach(),
-    )
+    port, fd = listener.getsockname()[1], listener.detach()
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=fd)
 
 
-def _join_group(
-    coordinator: Any,
-    rank: int,
-    members: Members,
-    teachers: Teachers,
-    device: torch.device,
-    start_timeout_s: float,
-) -> DirectExchange:
-    # The driver waits for start_timeout_s, and some of it must be left to fall back.
-    timeout = timedelta(seconds=start_timeout_s / 3)
-    _use_interface_of(ray.util.get_node_ip_address())
-    name = "cpu"
-    if device.type == "cuda":
-        name = str(torch.cuda.get_device_properties(device).uuid)
-    own_store: Store | None = None
-    address: tuple[str, int] | None = None
+def _join_group(member: Member, timeout: timedelta) -> DirectExchange:
+    host = ray.util.get_node_ip_address()
+    _use_interface_of(host)
+    is_gpu = member.device.type == "cuda"
+    device = str(torch.cuda.get_device_properties(member.device).uuid) if is_gpu else "cpu"
+    own_store: TCPStore | None = None
     reason = "the first peer could open no store"
-    if rank == 0:
-        host = ray.util.get_node_ip_address()
+    if member.rank == 0:
         try:
             own_store = store_at(host, timeout)
-            address = (host, own_store.port)
         except DIST_ERRORS as error:
             reason = f"no store on {host}: {error}"  # raised below: the other peers wait for this offer
-    group: Group | None = ray.get(coordinator.form_group.remote(rank, Offer(name, address)))
-    if group is None:
+    address = (host, own_store.port) if own_store else None
+    offers = ray.get(member.coordinator.gather.remote("offer", member.rank, (device, address)))
+    _, address = offers[0]
+    if address is None:
         raise RuntimeError(reason)
-    store = own_store or TCPStore(*group.store, is_master=False, timeout=timeout)
-    return DirectExchange(group, store, rank, members, teachers, device, timeout)
+    store = own_store or TCPStore(address[0], address[1], is_master=False, timeout=timeout)
+    return DirectExchange(member, backend_for([device for device, _ in offers]), store, timeout)
+
+
+def backend_for(devices: Sequence[str]) -> str:
+    """The backend of a group of peers on these devices, each ``cpu`` or the ID of a GPU.
+
+    NCCL takes one rank a GPU. So it is used only if every peer has a GPU of its own; cohorts that share
+    GPUs, or have peers on CPUs, use gloo.
+    """
+    return "gloo" if "cpu" in devices or len(set(devices)) < len(devices) else "nccl"
 
 
 def _use_interface_of(address: str) -> None:
@@ -137,7 +109,7 @@ def _use_interface_of(address: str) -> None:
     for _, interface in socket.if_nameindex():
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket, suppress(OSError):
             request = struct.pack("256s", interface[:15].encode())
-            answer = fcntl.ioctl(any_socket.fileno(), _SIOCGIFADDR, request)
+            answer = fcntl.ioctl(any_socket.fileno(), 0x8915, request)  # SIOCGIFADDR of Linux
             if socket.inet_ntoa(answer[20:24]) == address:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
                 os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)

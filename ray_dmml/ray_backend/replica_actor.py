@@ -13,14 +13,12 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ray_dmml.config.schema import PeerConfig
-from ray_dmml.errors import ReplicaLostError, UserError
+from ray_dmml.errors import ReplicaLostError
 from ray_dmml.peer.data_parallel import LOOPBACK, Replica, ReplicaChannel, Replicas
 from ray_dmml.peer.peer import Peer
+from ray_dmml.ray_backend.failures import cause_of, first_line, is_user_mistake
 from ray_dmml.ray_backend.process import device_of, prepare_process
 from ray_dmml.ray_backend.rendezvous import store_at
-
-GRACE_S = 2.0
-"""Seconds in which a replica that failed can report its reason."""
 
 
 class ReplicaActor:
@@ -31,12 +29,11 @@ class ReplicaActor:
         self._config, self._run_seed = config, run_seed
         self._device = device_of(config)
 
-    def serve(self, port: int, rank: int, size: int, patience: float) -> None:
+    def serve(self, port: int, rank: int, patience: float) -> None:
         """Works until the peer is gone."""
-        store = TCPStore(LOOPBACK, port, is_master=False)
-        name = str(self._config.name)
-        channel = ReplicaChannel(store, rank, size, self._device, name, patience)
-        Replica(self._config, self._run_seed, channel).serve()
+        config, store = self._config, TCPStore(LOOPBACK, port, is_master=False)
+        channel = ReplicaChannel(store, rank, config.num_replicas, self._device, str(config.name), patience)
+        Replica(config, self._run_seed, channel).serve()
 
 
 class ReplicaActors:
@@ -47,33 +44,26 @@ class ReplicaActors:
         run_seed: seed of the run.
         threads: torch threads of each replica.
         options: Ray's options for their actors.
-        patience: seconds until all replicas must be there.
-
-    Raises:
-        ReplicaLostError: a replica died at its start.
+        patience: seconds until all replicas must be there. ReplicaLostError is raised if one dies meanwhile.
     """
 
     def __init__(self, peer: Peer, run_seed: int, threads: int, options: Mapping[str, Any], patience: float) -> None:
-        self.is_complete = True
-        """False once a replica is lost."""
-
-        self.num_replicas = peer.config.num_replicas
+        self.is_complete = True  # False once a replica is lost
         self._serving: list[Any] = []
-        if self.num_replicas == 1:
+        size = peer.config.num_replicas
+        if size == 1:
             return
-        self._actors = [ray.remote(ReplicaActor).options(**options).remote() for _ in range(1, self.num_replicas)]
+        self._actors = [ray.remote(ReplicaActor).options(**options).remote() for _ in range(1, size)]
         try:
             ray.get([actor.build.remote(peer.config, run_seed, threads) for actor in self._actors])
         except RayActorError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ReplicaLostError(f"{peer.name}: a replica died at its start: {reason}") from error
+            raise ReplicaLostError(f"{peer.name}: a replica died at its start: {first_line(error)}") from error
         store = store_at(LOOPBACK, timedelta(seconds=patience))
         self._serving = [
-            actor.serve.remote(store.port, rank, self.num_replicas, patience)
-            for rank, actor in enumerate(self._actors, start=1)
+            actor.serve.remote(store.port, rank, patience) for rank, actor in enumerate(self._actors, start=1)
         ]
         with self.explain_loss():
-            peer.replicas = Replicas(ReplicaChannel(store, 0, self.num_replicas, peer.device, peer.name, patience))
+            peer.replicas = Replicas(ReplicaChannel(store, 0, size, peer.device, peer.name, patience))
 
     @contextmanager
     def explain_loss(self) -> Iterator[None]:
@@ -82,14 +72,13 @@ class ReplicaActors:
             yield
         except ReplicaLostError:
             self.is_complete = False
-            ray.wait(self._serving, timeout=GRACE_S)
+            ray.wait(self._serving, timeout=2.0)  # a replica that failed reports its reason meanwhile
             for ref in self._serving:
                 try:
                     ray.get(ref, timeout=0)
                 except RayTaskError as error:
-                    cause = getattr(error, "cause", None)
-                    explains = isinstance(cause, (UserError, torch.OutOfMemoryError))
-                    if cause is not None and explains and not isinstance(cause, ReplicaLostError):
+                    cause = cause_of(error)
+                    if is_user_mistake(cause) or isinstance(cause, torch.OutOfMemoryError):
                         raise cause from error
                 except RayError:  # still at work, or dead
                     pass

@@ -20,13 +20,10 @@ from ray_dmml.ray_backend.placement import cluster_nodes, plan, shown
 
 
 class Reservation:
-    """A placement group with one bundle a peer.
+    """A placement group with one bundle a peer; ``bundles`` are the resources of each peer in peer order.
 
     A trial of a search runs in a group whose last bundles are the peers'; that group is used. Otherwise a new
     group is made, and the autoscaler may start nodes for it.
-
-    Args:
-        config: the experiment.
 
     Raises:
         UserError: the cluster does not have what the peers ask for, or did not grant it in time.
@@ -34,50 +31,44 @@ class Reservation:
 
     def __init__(self, config: Config) -> None:
         self._peers = config.cohort.peers
-        self._own_group: PlacementGroup | None = None
         given = get_current_placement_group()
-        if given is not None and len(given.bundle_specs) >= len(self._peers):
-            self._group: PlacementGroup = given
-            self.bundles: list[dict[str, float]] = given.bundle_specs[-len(self._peers) :]
-            """Resources of each peer, in peer order."""
+        self._is_own = given is None or len(given.bundle_specs) < len(self._peers)
+        if given is not None and not self._is_own:
+            self._group, self.bundles = given, given.bundle_specs[-len(self._peers) :]
         else:
-            self._reserve(config)
+            self._group, self.bundles = _reserve(config)
 
     def options(self, position: int) -> dict[str, Any]:
         """Ray's options for the actor of a peer, and for those of its replicas."""
-        bundle = self.bundles[position]
-        num_replicas = self._peers[position].num_replicas
-        first = len(self._group.bundle_specs) - len(self.bundles)
+        bundle, num_replicas = self.bundles[position], self._peers[position].num_replicas
+        index = len(self._group.bundle_specs) - len(self.bundles) + position
         return {
             "num_cpus": bundle["CPU"] / num_replicas,
             "num_gpus": bundle.get("GPU", 0) / num_replicas,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=first + position
-            ),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
         }
 
     def release(self) -> None:
         """Gives a group of its own back. A second call does nothing."""
-        if self._own_group is not None:
-            remove_placement_group(self._own_group)
-            self._own_group = None
+        if self._is_own:
+            remove_placement_group(self._group)
+            self._is_own = False
 
-    def _reserve(self, config: Config) -> None:
-        alive, growth = cluster_nodes(ray.nodes(), ray.get_runtime_context().get_node_id())
-        self.bundles = plan(config, alive, growth)
-        self._group = self._own_group = placement_group(
-            self.bundles,
-            strategy=config.cohort.placement_strategy.upper(),
-            bundle_label_selector=[dict(peer.labels) for peer in config.cohort.peers],
-        )
-        try:
-            ray.get(self._group.ready(), timeout=config.cohort.placement_timeout_s)
-        except GetTimeoutError:
-            self.release()
-            may_grow = f" and may grow by {shown(growth)}" if growth else ""
-            raise UserError(
-                f"the cluster did not grant {self.bundles} within "
-                f"{config.cohort.placement_timeout_s:g} s (cohort.placement_timeout_s): "
-                f"it has {shown([ray.cluster_resources()])}{may_grow}; "
-                f"{shown([ray.available_resources()])} are free"
-            ) from None
+
+def _reserve(config: Config) -> tuple[PlacementGroup, list[dict[str, float]]]:
+    cohort = config.cohort
+    alive, growth = cluster_nodes(ray.nodes(), ray.get_runtime_context().get_node_id())
+    bundles = plan(config, alive, growth)
+    labels = [dict(peer.labels) for peer in cohort.peers]
+    group = placement_group(bundles, strategy=cohort.placement_strategy.upper(), bundle_label_selector=labels)
+    try:
+        ray.get(group.ready(), timeout=cohort.placement_timeout_s)
+    except GetTimeoutError:
+        remove_placement_group(group)
+        may_grow = f" and may grow by {shown(growth)}" if growth else ""
+        raise UserError(
+            f"the cluster did not grant {bundles} within {cohort.placement_timeout_s:g} s "
+            f"(cohort.placement_timeout_s): it has {shown([ray.cluster_resources()])}{may_grow}; "
+            f"{shown([ray.available_resources()])} are free"
+        ) from None
+    return group, bundles

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
@@ -16,33 +16,25 @@ from ray.exceptions import AuthenticationError
 from ray_dmml.cores import num_cores
 from ray_dmml.errors import UserError
 
-TOKEN_HINT = (
+_TOKEN_HINT = (
     "set RAY_AUTH_MODE=token and give the cluster's token in RAY_AUTH_TOKEN, in a file named by "
     "RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token"
 )
 
-CONNECT_TIMEOUT_S = 10.0
-"""A cluster that does not answer within this time is reported."""
-
 
 @contextmanager
 def ray_session() -> Iterator[None]:
-    """Connects to Ray for the length of the block.
-
-    This is the session of this process if there is one, or the cluster of RAY_ADDRESS, or else a private Ray
-    on this machine, which ends with the block.
+    """Connects to Ray for the length of the block: in the session of this process if there is one, to the cluster of
+    RAY_ADDRESS, or else to a private Ray on this machine, which ends with the block.
 
     Raises:
         UserError: the cluster cannot be joined.
     """
-    if ray.is_initialized():
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            _start_ray()
+            stack.callback(ray.shutdown)
         yield
-        return
-    _start_ray()
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _start_ray() -> None:
@@ -52,49 +44,37 @@ def _start_ray() -> None:
     # When a peer is lost, Ray would print the errors of all others; we report the loss once.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    _require_token_file()
+    token = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if os.environ.get("RAY_AUTH_MODE") == "token" and token and not os.path.isfile(token):
+        # Ray would abort the process and print memory addresses.
+        raise UserError(f"RAY_AUTH_TOKEN_PATH {token} is not a file: it must contain the cluster's token")
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         # Without "local" Ray would join any cluster that was left in the temporary folder.
         ray.init("local", num_cpus=num_cores(), include_dashboard=False, **settings)
         return
-    _require_reachable(address)
-    _require_accepted(address)
+    _require_answer(address)
     try:
         ray.init(address=address, **settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
         # Ray's client does not say that a token is missing. It waits until it gives up.
-        hint = f"; if the cluster has a token: {TOKEN_HINT}" if "ray://" in address else ""
+        hint = f"; if the cluster has a token: {_TOKEN_HINT}" if "ray://" in address else ""
         raise UserError(f"RAY_ADDRESS {address} cannot be joined: {error}{hint}") from None
 
 
-def _require_token_file() -> None:
-    """Without the file Ray would abort the process and print memory addresses."""
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if os.environ.get("RAY_AUTH_MODE") == "token" and path and not os.path.isfile(path):
-        raise UserError(f"RAY_AUTH_TOKEN_PATH {path} is not a file: it must contain the cluster's token")
-
-
-def _require_reachable(address: str) -> None:
-    """Ray would try for minutes and print nothing."""
+def _require_answer(address: str) -> None:
+    """Ray would try for minutes, or a wrong token for 20 seconds, and not give the reason."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return  # Ray resolves "auto" and "local" at once.
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        socket.create_connection((host, int(port)), timeout=10.0).close()
+        if "://" not in address:
+            GcsClient(address=address)
     except OSError as error:
         raise UserError(f"RAY_ADDRESS {address} does not answer ({error}); unset it to run on this machine") from None
-
-
-def _require_accepted(address: str) -> None:
-    """Ray would try a wrong token for 20 seconds and not give the reason."""
-    _, colon, port = address.rpartition(":")
-    if "://" in address or not colon or not port.isdigit():
-        return
-    try:
-        GcsClient(address=address)
     except AuthenticationError:
-        raise UserError(f"RAY_ADDRESS {address} does not accept this token: {TOKEN_HINT}") from None
+        raise UserError(f"RAY_ADDRESS {address} does not accept this token: {_TOKEN_HINT}") from None
 
 
 def only_at(node_id: str) -> dict[str, float]:

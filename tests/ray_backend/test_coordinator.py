@@ -1,4 +1,4 @@
-"""The coordinator as an ordinary object: gatherings, the choice of a group."""
+"""The coordinator as an ordinary object, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_dmml.ray_backend.coordinator import Coordinator, Group, Offer
+from ray_dmml.ray_backend.coordinator import Coordinator
+from ray_dmml.ray_backend.rendezvous import backend_for
 
 NAMES = ("a", "b", "c")
 OTHERS = {0: (1, 2), 1: (0, 2), 2: (0, 1)}
@@ -94,27 +95,8 @@ def test_finished_exchanges_are_forgotten() -> None:
     ],
 )
 def test_nccl_only_where_every_peer_has_its_own_gpu(devices: list[str], backend: str) -> None:
-    """NCCL refuses two ranks on one GPU: shared and mixed cohorts take gloo; all get one group,
-    which meets at the first peer's store."""
-
-    async def scenario() -> list[Any]:
-        coordinator = Coordinator(NAMES)
-        offers = [Offer(device, None) for device in devices]
-        offers[0] = Offer(devices[0], ("10.0.0.1", 4321))
-        return await both(*[coordinator.form_group(p, offers[p]) for p in (2, 0, 1)])
-
-    assert asyncio.run(scenario()) == [Group(backend, ("10.0.0.1", 4321))] * 3
-
-
-@pytest.mark.parametrize("refusing", [None, 0, 2])
-def test_all_or_none_use_the_group(refusing: int | None) -> None:
-    """One peer that could not join is enough for all to go by the coordinator."""
-
-    async def scenario() -> list[Any]:
-        coordinator = Coordinator(NAMES)
-        return await both(*[coordinator.all_agree(p, p != refusing) for p in range(3)])
-
-    assert asyncio.run(scenario()) == [refusing is None] * 3
+    """NCCL refuses two ranks on one GPU. Shared and mixed cohorts use gloo."""
+    assert backend_for(devices) == backend
 
 
 def test_statuses_are_the_latest_of_each_peer() -> None:
