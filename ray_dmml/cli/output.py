@@ -41,7 +41,7 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Inside the block of a ConsoleLogger, that one shows these lines.
+        # Inside the block of show_run, its display shows these lines.
         if logging.getLogger("ray_dmml").handlers[-1] is self:
             kind = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
             print_line(self._console, f"{kind}{record.getMessage()}")
