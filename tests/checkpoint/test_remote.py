@@ -56,7 +56,7 @@ def files_of(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
-@pytest.fixture(params=["folder", "file", "s3"])
+@pytest.fixture(params=["folder", "file", pytest.param("s3", marks=pytest.mark.ray)])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty place of each kind."""
     if request.param == "s3":

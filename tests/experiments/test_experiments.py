@@ -27,7 +27,7 @@ def test_the_example_of_a_search_is_valid() -> None:
     """Its config has the same name, and the config's own values are in its space."""
     raw = read_settings(EXPERIMENTS / "configs" / "grocery.yaml", ["data.root=somewhere"])
     search = Search(raw, load_search(EXPERIMENTS / "searches" / "grocery.yaml"))
-    assert search.config_of(search.default) == search.base
+    assert search.config_of(search.baseline) == search.base
 
 
 def test_grocery_photos_get_the_names_of_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +55,7 @@ def test_grocery_photos_get_the_names_of_the_manifest(tmp_path: Path, monkeypatc
         prepare_grocery.main(clone, out)
 
 
+@pytest.mark.ray
 def test_the_commit_of_a_row_is_unknown_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXPERIMENTS)
     import provenance
