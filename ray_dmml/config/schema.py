@@ -77,7 +77,7 @@ class DataConfig(Section):
     """Share of the *training* classes that is held out to select checkpoints and settings. 0: none is held out."""
 
     validation_seed: Seed = 0
-    """Seed that selects the held-out classes. Runs with different `seed` are compared on the same classes."""
+    """Seed that selects the held-out classes, apart from `seed`: runs with other seeds have the same classes."""
 
     validation_fold: Whole = 0
     """Which part of the shuffled training classes is held out; 0 is the first. Folds 0 to round(1 /
@@ -264,8 +264,8 @@ class PeerConfig(Section):
     """Use the channels-last memory layout, which makes convolutions faster on CPUs and newer GPUs."""
 
     compile: bool = False
-    """Compile the training pass with torch.compile. The first step takes minutes more (cohort.start_timeout_s), a CPU
-    needs a C++ compiler, and results differ by rounding and by what dropout draws."""
+    """Compile the training pass with torch.compile. The first step then takes one to two minutes more (see
+    cohort.start_timeout_s). A CPU needs a C++ compiler. Results differ by rounding and by what dropout draws."""
 
     num_gpus: NonNegative | None = None
     """Number of GPUs, all on one node. A fraction shares a GPU with other peers. 2 or more split each batch (see
@@ -325,7 +325,7 @@ class CohortConfig(Section):
     """The peers, one entry each. If the file has `cohort.base`, an entry states only what differs from it."""
 
     transport: Literal["direct", "coordinator"] = "direct"
-    """`direct`: embeddings travel from peer to peer, by torch.distributed. `coordinator`: it carries them."""
+    """`direct`: peers send embeddings to each other, by torch.distributed. `coordinator`: the coordinator does."""
 
     max_teachers: Count | None = None
     """Maximum number of other peers that a peer learns from at each step, drawn by the seed and the step. It keeps the

@@ -192,9 +192,10 @@ def test_an_interrupted_search_is_resumed(
     continues from its step, and the end is as if nothing had happened."""
     if sampler == "optuna":
         pytest.importorskip("optuna")
-    raw["train"] = {"steps": 400, "evaluate_every": 20, "log_every": 20}
+    raw["train"] = {"steps": 20, "evaluate_every": 20, "log_every": 20}
     raw["cohort"]["base"]["num_cpus"] = 1
-    command = Command(tmp_path, raw, sampler=sampler, num_samples=2, final_seeds=1)
+    long = {"train.steps": 400}  # long enough to interrupt; the final runs are short
+    command = Command(tmp_path, raw, trial=long, sampler=sampler, num_samples=2, final_seeds=1)
 
     def ready(trials: list[Trial]) -> bool:
         return len(trials) == 2 and trials[0].finished and 40 <= trials[1].step < 400
