@@ -199,7 +199,10 @@ def _require_same_images(splits: Splits, digests: Mapping[str, str], data: DataC
     if data.name == "characters":
         advice = "install the same versions of ray-dmml and matplotlib on all nodes"
     elif data.source is not None:
-        advice = "bring every copy up to date by `ray-dmml data fetch`, with --address for all nodes"
+        advice = (
+            "bring every copy up to date by `ray-dmml data fetch` (with --address for all nodes), and remove files "
+            "that data.source no longer has"
+        )
     raise UserError(
         f"{peer_name}: the {', '.join(others)} images on host {socket.gethostname()} "
         f"({ray.util.get_node_ip_address()}) are not those that the driver has: {advice}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Coroutine
 from typing import Any
 
@@ -76,13 +78,21 @@ def test_finished_exchanges_are_forgotten() -> None:
     """A long run keeps no old embeddings in memory."""
     coordinator = Coordinator(NAMES)
 
+    sent: list[weakref.ref[np.ndarray]] = []
+
+    def embeddings() -> np.ndarray:
+        array = np.zeros((1, 1), np.float32)
+        sent.append(weakref.ref(array))
+        return array
+
     async def scenario() -> None:
-        for step in range(50):
-            calls = [coordinator.exchange(step, peer, OTHERS[peer], 0, np.zeros((1, 1))) for peer in range(3)]
-            await asyncio.gather(*calls)
+        for step in range(5):
+            await asyncio.gather(*(coordinator.exchange(step, n, OTHERS[n], 0, embeddings()) for n in range(3)))
 
     asyncio.run(scenario())
-    assert coordinator._gatherings == {}
+    gc.collect()
+    assert len(sent) == 15
+    assert [array() for array in sent] == [None] * 15
 
 
 @pytest.mark.parametrize(
