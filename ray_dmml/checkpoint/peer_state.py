@@ -20,47 +20,38 @@ def encode_peer(state: Mapping[str, Any]) -> PeerFiles:
     files = {"weights.safetensors": _to_safetensors(rest.pop("net"))}
     if "ema" in rest:
         files["ema.safetensors"] = _to_safetensors(rest.pop("ema"))
-    buffer = io.BytesIO()
-    torch.save(rest, buffer)
-    files["training.pt"] = buffer.getvalue()
-    return files
+    torch.save(rest, buffer := io.BytesIO())
+    return {**files, "training.pt": buffer.getvalue()}
 
 
 def decode_peer(files: Mapping[str, bytes]) -> dict[str, Any]:
     """Decodes what :func:`encode_peer` encoded, with tensors on the CPU. No file can run code.
 
     Raises:
-        UserError: a file is missing or is not of its format, or training.pt contains other objects than
-            tensors and plain values.
+        UserError: a file is missing or not of its format, or contains more than tensors and plain values.
     """
     missing = {"training.pt", "weights.safetensors"} - files.keys()
     if missing:
         raise UserError(f"a peer's state has no {' and no '.join(sorted(missing))}")
-    state = _from_torch("training.pt", files["training.pt"])
-    state["net"] = _from_safetensors("weights.safetensors", files["weights.safetensors"])
+    state = _read(files, "training.pt")
+    state["net"] = _read(files, "weights.safetensors")
     if "ema.safetensors" in files:
-        state["ema"] = _from_safetensors("ema.safetensors", files["ema.safetensors"])
+        state["ema"] = _read(files, "ema.safetensors")
     return state
 
 
-def _from_torch(name: str, content: bytes) -> dict[str, Any]:
+def _read(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if name.endswith(".safetensors"):
+            return safetensors.torch.load(files[name])
+        state: object = torch.load(io.BytesIO(files[name]), map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name} holds more than tensors and is refused: {reason}") from None
-    except Exception as error:  # untrusted bytes make torch's reader raise nearly anything
+        raise UserError(f"{name} holds more than tensors and is refused: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # untrusted bytes make the readers raise nearly anything
         raise UserError(f"{name} cannot be read: {error!r:.200}") from None
     if not isinstance(state, dict):
         raise UserError(f"{name} holds a {type(state).__name__} instead of a peer's state")
     return state
-
-
-def _from_safetensors(name: str, content: bytes) -> dict[str, torch.Tensor]:
-    try:
-        return safetensors.torch.load(content)
-    except Exception as error:
-        raise UserError(f"{name} cannot be read: {error!r:.200}") from None
 
 
 def _to_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:

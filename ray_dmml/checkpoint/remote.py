@@ -10,14 +10,12 @@ interruption at any point the index names a complete checkpoint, and the copy is
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow
 from pyarrow import fs
@@ -39,17 +37,13 @@ class RemoteRun:
         uri: a folder, ``file://``, ``s3://bucket/folder`` or ``gs://bucket/folder``. Options follow as a
             query: ``s3://bucket/folder?endpoint_override=http://host:9000&region=eu-west-1``.
 
-    Attributes:
-        name: the URI without secrets, for messages.
-        files: pyarrow file system whose root is the copy.
-
     Raises:
         CheckpointError: the folder cannot be created, or the bucket's service does not answer.
         UserError: the URI is not valid.
     """
 
     def __init__(self, uri: str) -> None:
-        self.name = without_secrets(uri)
+        self.name = without_secrets(uri)  # for messages
         try:
             files, self._base = open_uri(uri)
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -58,57 +52,54 @@ class RemoteRun:
             raise CheckpointError(f"the storage {self.name} cannot be reached: {reason(error)}") from None
         self._is_local = files.type_name == "local"
         self._has_folders = files.type_name not in ("s3", "gcs")
-        self.files: fs.FileSystem = fs.SubTreeFileSystem(self._base, files)
+        self.files: fs.FileSystem = fs.SubTreeFileSystem(self._base, files)  # its root is the copy
 
     def is_at(self, folder: Path) -> bool:
         """Whether the copy is this very folder, as in a run that continues in its storage."""
         return self._is_local and Path(self._base).resolve() == folder.resolve()
 
     def ensure_empty(self) -> None:
-        """Makes sure that a new run does not replace an older one.
-
-        Raises:
-            CheckpointError: the storage cannot be read.
-            UserError: it contains a run.
-        """
+        """Raises UserError if the storage contains a run, and CheckpointError if it cannot be read."""
         with self._errors("read"):
-            is_taken = self._has("config.yaml") or self._checkpoints()
-        if is_taken:
-            raise UserError(f"the storage {self.name} has a run already; give another")
+            if self._read("config.yaml") is not None or self._checkpoints():
+                raise UserError(f"the storage {self.name} has a run already; give another")
 
     def push(self, folder: Path) -> None:
         """Copies what is new in the folder of a run, and removes checkpoints that the run has removed.
 
-        Args:
-            folder: the run's folder, which is only read.
-
         Raises:
-            CheckpointError: the storage does not work, or it is the folder itself. The checkpoints that
-                the copy had are unchanged.
+            CheckpointError: the storage does not work, or is the folder itself. Its checkpoints are unchanged.
         """
         if self.is_at(folder):
             raise CheckpointError(f"the storage {self.name} is the run's own folder")
         store = CheckpointStore(folder / "checkpoints")
         with self._errors("written"):
-            copies = self._push_checkpoints(store)
+            stored = {name: self._read(f"checkpoints/{name}/manifest.json") for name in self._checkpoints()}
+            manifests = {name: manifest for name, manifest in stored.items() if manifest is not None}
+            names = {}  # in the copy: they differ where it has a checkpoint of the same step with other content
+            for name in store.names():
+                manifest = (store.folder / name / "manifest.json").read_bytes()
+                copy = next((each for each, content in manifests.items() if content == manifest), None)
+                if copy is None:
+                    copy = free_name(name, manifests)
+                    for file in read_manifest(store.folder / name)["files"]:
+                        self._put((store.folder / name / file).read_bytes(), f"checkpoints/{copy}/{file}")
+                    self._put(manifest, f"checkpoints/{copy}/manifest.json")
+                    manifests[copy] = manifest
+                names[name] = copy
             for name in RUN_FILES:
                 if (folder / name).is_file():
-                    with (folder / name).open("rb") as file:
-                        self._put(file, name)
-            if not copies:
-                return
-            index = {which: copies[name] for which, name in store.index().items()}
-            self._put(io.BytesIO(dump_with_checksum(index)), "checkpoints/index.json")
-            for name in set(self._checkpoints()) - set(copies.values()):
-                self.files.delete_dir(f"checkpoints/{name}")
+                    self._put((folder / name).read_bytes(), name)
+            if names:
+                index = {which: names[name] for which, name in store.index().items()}
+                self._put(dump_with_checksum(index), "checkpoints/index.json")
+                for name in set(self._checkpoints()) - set(names.values()):
+                    self.files.delete_dir(f"checkpoints/{name}")
 
     def fetch(self, into: Path) -> None:
-        """Copies the run into a new folder and verifies its last checkpoint.
+        """Copies the run into an empty or new folder, which is unchanged if anything fails.
 
-        If that is damaged, an older one is the last, and a warning is logged.
-
-        Args:
-            into: an empty folder, or one that does not exist. It is unchanged if anything fails.
+        If the last checkpoint is damaged, an older one is the last, and a warning is logged.
 
         Raises:
             CheckpointError: the storage or the folder does not work.
@@ -119,89 +110,58 @@ class RemoteRun:
         logger.debug("fetching the run from %s", self.name)
         temporary = into.with_name(f".{into.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-
-        def in_storage(message: str) -> str:
-            """Names the damaged file's place in the storage."""
-            return message.replace(str(temporary), self.name.rstrip("/"))
-
+        names = str(temporary), self.name.rstrip("/")  # messages name the damaged file in the storage
         try:
             with self._errors("fetched"):
                 self._fetch(temporary)
-            _, warnings = CheckpointStore(temporary / "checkpoints").load_with_warnings("last")
-            with self._errors("fetched"):
+                _, warnings = CheckpointStore(temporary / "checkpoints").load_with_warnings("last")
                 os.replace(temporary, into)
         except UserError as error:
-            raise type(error)(in_storage(str(error))) from None
+            raise type(error)(str(error).replace(*names)) from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for warning in warnings:
-            logger.warning(in_storage(warning))
-
-    def _push_checkpoints(self, store: CheckpointStore) -> dict[str, str]:
-        """Copies new checkpoints. Returns the name in the copy by the name in the run.
-
-        The names differ where the copy has a checkpoint of the same step with other content.
-        """
-        manifests = self._manifests()
-        copies = {}
-        for name in store.names():
-            manifest = (store.folder / name / "manifest.json").read_bytes()
-            copy = next((each for each, content in manifests.items() if content == manifest), None)
-            if copy is None:
-                copy = free_name(name, manifests)
-                for file in read_manifest(store.folder / name)["files"]:
-                    with (store.folder / name / file).open("rb") as content:
-                        self._put(content, f"checkpoints/{copy}/{file}")
-                self._put(io.BytesIO(manifest), f"checkpoints/{copy}/manifest.json")
-                manifests[copy] = manifest
-            copies[name] = copy
-        return copies
+            logger.warning(warning.replace(*names))
 
     def _fetch(self, into: Path) -> None:
-        if not self._has("config.yaml"):
-            raise UserError(f"the storage {self.name} has no run")
+        def get(name: str) -> None:
+            content = self._read(name)
+            if content is not None:
+                (into / name).parent.mkdir(parents=True, exist_ok=True)
+                (into / name).write_bytes(content)
+
         for name in (*RUN_FILES, "checkpoints/index.json"):
-            self._get(name, into)
+            get(name)
+        if not (into / "config.yaml").exists():
+            raise UserError(f"the storage {self.name} has no run")
         for name in self._checkpoints():
             folder = f"checkpoints/{name}"
-            self._get(f"{folder}/manifest.json", into)
+            get(f"{folder}/manifest.json")
             # The store reports what is missing. A manifest names no file outside of its folder.
             with suppress(FileNotFoundError, DamagedError):
                 for file in read_manifest(into / folder)["files"]:
-                    self._get(f"{folder}/{file}", into)
+                    get(f"{folder}/{file}")
 
     def _checkpoints(self) -> list[str]:
         """Names of the checkpoints in the copy, complete or not."""
         infos = self.files.get_file_info(fs.FileSelector("checkpoints", allow_not_found=True))
-        folders = [info.base_name for info in infos if info.type == fs.FileType.Directory]
-        return list(filter(STEP_FOLDER.fullmatch, folders))
+        folders = (info.base_name for info in infos if info.type == fs.FileType.Directory)
+        return [name for name in folders if STEP_FOLDER.fullmatch(name)]
 
-    def _manifests(self) -> dict[str, bytes]:
-        """The manifests in the copy by the name of the checkpoint."""
-        manifests = {}
-        for name in self._checkpoints():
-            if self._has(f"checkpoints/{name}/manifest.json"):
-                with self.files.open_input_stream(f"checkpoints/{name}/manifest.json") as stream:
-                    manifests[name] = stream.read()
-        return manifests
+    def _read(self, name: str) -> bytes | None:
+        """The content of a file in the storage, None if it does not exist."""
+        if self.files.get_file_info(name).type != fs.FileType.File:
+            return None
+        with self.files.open_input_stream(name) as stream:
+            return stream.read()
 
-    def _has(self, name: str) -> bool:
-        return bool(self.files.get_file_info(name).type == fs.FileType.File)
-
-    def _get(self, name: str, into: Path) -> None:
-        """Copies a file from the storage if it exists."""
-        if self._has(name):
-            (into / name).parent.mkdir(parents=True, exist_ok=True)
-            with self.files.open_input_stream(name) as source, (into / name).open("wb") as target:
-                shutil.copyfileobj(source, target, 2**20)
-
-    def _put(self, source: BinaryIO, name: str) -> None:
+    def _put(self, content: bytes, name: str) -> None:
         """Replaces a file in one step: an object appears with its last part, a file by a rename."""
         temporary = f"{name}.tmp" if self._has_folders else name
         if self._has_folders and "/" in name:
             self.files.create_dir(os.path.dirname(name), recursive=True)
         with self.files.open_output_stream(temporary) as target:
-            shutil.copyfileobj(source, target, 2**20)
+            target.write(content)
         if self._is_local:
             sync(Path(self._base, temporary))
         if self._has_folders:

@@ -95,27 +95,16 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         assert not isinstance(caught.value, DamagedError)
 
 
-@pytest.mark.parametrize("has_checksum", [True, False])
-def test_an_older_format_is_refused(tmp_path: Path, has_checksum: bool) -> None:
-    """Format 1, and its first form without version and checksum. No older one replaces it either."""
+def test_an_older_format_is_refused(tmp_path: Path) -> None:
+    """No older one replaces it either."""
     store = CheckpointStore(tmp_path)
     store.save(2, FILES, META, best=False)
     path = store.save(3, FILES, META, best=True)
-    if has_checksum:
-        rewrite_manifest(path, format=1)
-    else:
-        manifest = json.loads((path / "manifest.json").read_text())
-        first = {"format": 1, **{key: manifest[key] for key in ("step", "files", "meta")}}
-        (path / "manifest.json").write_text(json.dumps(first, indent=1))
-        (tmp_path / "index.json").write_text(json.dumps({"last": path.name}))
-    expected = (
-        f"checkpoint {path} was written by an older version of ray-dmml, whose checkpoints this version "
-        "cannot read; train it again"
-    )
+    rewrite_manifest(path, format=1)
+    expected = rf"checkpoint {path} was written by ray-dmml .* in format 1; .*reads format {FORMAT}: train it again"
     for read in (lambda: read_checkpoint(path), lambda: store.load("last")):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match=expected) as caught:
             read()
-        assert str(caught.value) == expected
         assert not isinstance(caught.value, DamagedError)
 
 
