@@ -20,10 +20,8 @@ def encode_peer(state: Mapping[str, Any]) -> PeerFiles:
     files = {"weights.safetensors": _to_safetensors(rest.pop("net"))}
     if "ema" in rest:
         files["ema.safetensors"] = _to_safetensors(rest.pop("ema"))
-    buffer = io.BytesIO()
-    torch.save(rest, buffer)
-    files["training.pt"] = buffer.getvalue()
-    return files
+    torch.save(rest, buffer := io.BytesIO())
+    return {**files, "training.pt": buffer.getvalue()}
 
 
 def decode_peer(files: Mapping[str, bytes]) -> dict[str, Any]:

@@ -145,8 +145,8 @@ class RemoteRun:
     def _checkpoints(self) -> list[str]:
         """Names of the checkpoints in the copy, complete or not."""
         infos = self.files.get_file_info(fs.FileSelector("checkpoints", allow_not_found=True))
-        folders = [info.base_name for info in infos if info.type == fs.FileType.Directory]
-        return list(filter(STEP_FOLDER.fullmatch, folders))
+        folders = (info.base_name for info in infos if info.type == fs.FileType.Directory)
+        return [name for name in folders if STEP_FOLDER.fullmatch(name)]
 
     def _read(self, name: str) -> bytes | None:
         """The content of a file in the storage, None if it does not exist."""

@@ -126,8 +126,7 @@ class CheckpointStore:
                 damages.append(str(damage))
                 continue
             if damages:
-                instead = f"{checkpoint.path} of step {checkpoint.step} is used instead"
-                warnings.append(f"{'; '.join(damages)}; {instead}")
+                warnings.append(f"{'; '.join(damages)}; {checkpoint.path} of step {checkpoint.step} is used instead")
             return checkpoint, warnings
         raise UserError(f"no checkpoint in {self.folder} can be used: {'; '.join(damages)}")
 
