@@ -32,7 +32,7 @@ from ray_dmml.cli.errors import user_errors
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError
-from ray_dmml.ray_backend.peer_actor import tune_malloc
+from ray_dmml.ray_backend.process import tune_malloc
 from ray_dmml.ray_backend.session import ray_session
 
 EXPERIMENTS = Path(__file__).parent

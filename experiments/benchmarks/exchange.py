@@ -17,7 +17,7 @@ from benchmarks.row import Goal, Row, Settings, in_turn
 from benchmarks.worker import ask_all, distributed
 from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.ray_backend.coordinator import Coordinator
-from ray_dmml.ray_backend.exchange import Members
+from ray_dmml.ray_backend.exchange import Member
 from ray_dmml.ray_backend.rendezvous import connect
 
 ROWS, SIZE = 128, 512
@@ -49,15 +49,9 @@ class Exchanger:
     def connect(self, transport: str, coordinator: Any, position: int, threads: int = 1) -> str:
         torch.set_num_threads(threads)
         self._step = 0
-        self._exchange, connected = connect(
-            transport,
-            coordinator,
-            position,
-            Members(("peer0", "peer1"), (SIZE, SIZE)),
-            Teachers(2),
-            torch.device("cpu"),
-            TIMEOUT_S,
-        )
+        names, device = ("peer0", "peer1"), torch.device("cpu")
+        member = Member(position, device, names, (SIZE, SIZE), Teachers(2), coordinator)
+        self._exchange, connected = connect(member, transport, TIMEOUT_S)
         return connected
 
     def run(self, count: int) -> float:

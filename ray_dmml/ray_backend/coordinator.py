@@ -22,14 +22,9 @@ import numpy as np
 class PeerStatus:
     """Progress and last heartbeat of a peer."""
 
-    num_sent: int
-    """Number of steps whose embeddings it has sent."""
-
-    num_chunks: int
-    """Number of chunks of images that it has embedded in evaluations."""
-
-    silent_s: float
-    """Seconds since its last heartbeat; 0 before the first one."""
+    num_sent: int  # steps whose embeddings it has sent
+    num_chunks: int  # chunks of images that it has embedded in evaluations
+    silent_s: float  # since its last heartbeat; 0 before the first one
 
 
 class Coordinator:
@@ -52,7 +47,7 @@ class Coordinator:
 
         Args:
             teachers: ranks of the peers that it learns from at this step.
-            checksum: checksum of its embeddings. Its students compare it with what they receive.
+            checksum: checksum of the embeddings, for the peer's students.
             parts: the rows of the embeddings in one or more blocks.
 
         Returns:

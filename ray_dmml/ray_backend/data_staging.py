@@ -15,11 +15,8 @@ from ray_dmml.ray_backend.failures import cause_of
 
 
 def prepare_everywhere(config: DataConfig) -> Iterator[tuple[str, str | UserError]]:
-    """Runs :func:`prepare` on each node of the session's cluster, one task a node, all at once.
-
-    Yields:
-        The address of each node that is done, and the result or the reason why it failed.
-    """
+    """Runs :func:`prepare` on each node of the session's cluster, one task a node, all at once. Yields the address of
+    each node that is done, and the result or the reason why it failed."""
     addresses = {}
     for node in ray.nodes():
         if node["Alive"]:
@@ -32,7 +29,8 @@ def prepare_everywhere(config: DataConfig) -> Iterator[tuple[str, str | UserErro
         try:
             yield addresses[done], ray.get(done)
         except RayTaskError as error:
-            if not isinstance(cause := cause_of(error), UserError):
+            cause = cause_of(error)
+            if not isinstance(cause, UserError):
                 raise
             yield addresses[done], cause
         except RayError:

@@ -44,19 +44,15 @@ def verify(rows: Tensor, expected: int, teacher: str, step: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Member:
-    """One peer among the others of its generation. A peer's rank is its position in ``names``."""
+    """One peer among the others of its generation. ``names`` and ``sizes`` (embedding sizes D) are those of all peers.
+    A peer's rank is its position there."""
 
     rank: int
     device: torch.device
     names: tuple[str, ...]
     sizes: tuple[int, ...]
-    """Embedding sizes D of all peers."""
-
     teachers: Teachers
-    """Who learns from whom."""
-
     coordinator: Any
-    """The coordinator's actor."""
 
 
 class Exchange:
@@ -120,16 +116,10 @@ def _parts(num_rows: int, size: int) -> list[slice]:
 
 
 class DirectExchange(Exchange):
-    """A torch.distributed group of the peer actors. A peer's rank in it is its rank in the generation.
+    """A torch.distributed group of the peer actors, which meets at a store within ``timeout``.
 
     It uses one collective if every peer learns from all others, and messages between pairs of peers
     otherwise. What is sent has one more row, which holds the checksum of the rows before it.
-
-    Args:
-        member: this peer.
-        backend: ``nccl`` or ``gloo``.
-        store: where the group meets.
-        timeout: the longest wait for the group to be complete.
     """
 
     def __init__(self, member: Member, backend: str, store: Store, timeout: timedelta) -> None:
@@ -151,8 +141,6 @@ class DirectExchange(Exchange):
         if is_gloo:
             dist.distributed_c10d._set_pg_timeout(_NEVER, dist.group.WORLD)
         self._pending: list[Any] = []
-        self._received: dict[int, Tensor] = {}
-        self._step = -1
 
     def start(self, step: int, embedding: Tensor) -> None:
         self._step, rank = step, self._member.rank

@@ -14,8 +14,7 @@ from ray_dmml.config.schema import FailureConfig
 from ray_dmml.errors import PeerLostError
 from ray_dmml.ray_backend.coordinator import PeerStatus
 
-LONGEST_CHECK_INTERVAL_S = 6.0
-"""Longest time between two checks that counts. If more has passed, the driver itself was stopped."""
+LONGEST_CHECK_INTERVAL_S = 6.0  # if more time passes between two checks, the driver itself was stopped
 
 
 class FailureDetector:
@@ -35,13 +34,8 @@ class FailureDetector:
         self._last_check = time.monotonic()
 
     def check(self, waiting: Collection[str], statuses: Mapping[str, PeerStatus], *, now: float | None = None) -> None:
-        """Raises PeerLostError if a peer, the coordinator or a node is lost.
-
-        Args:
-            waiting: names of the peers that the driver waits for.
-            statuses: the latest status of each peer; empty if the coordinator does not answer.
-            now: the time on ``time.monotonic``'s clock; None: the current one.
-        """
+        """Raises PeerLostError if one of the peers that the driver waits for, the coordinator or a node is lost.
+        ``statuses`` is empty if the coordinator does not answer; ``now`` is a time of ``time.monotonic``."""
         now = time.monotonic() if now is None else now
         elapsed, self._last_check = now - self._last_check, now
         self._now += min(elapsed, LONGEST_CHECK_INTERVAL_S)

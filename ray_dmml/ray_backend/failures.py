@@ -29,8 +29,8 @@ def first_cause(failures: Mapping[str, Exception], num_sent: Mapping[str, int]) 
     """The failure that caused the others: a user's mistake, then a death, then a lost exchange.
 
     Args:
-        failures: name of each peer whose call failed to what it raised.
-        num_sent: name of each peer to the number of steps whose embeddings it has sent.
+        failures: what the calls of peers raised, by name.
+        num_sent: number of steps whose embeddings each peer has sent, by name.
     """
     causes = [cause_of(failure) for failure in failures.values()]
     for cause in causes:

@@ -3,8 +3,7 @@
 ``draw batch t -> own view -> embed -> publish -> metric loss -> receive the others -> mutual loss -> backward ->
 step every k-th batch``
 
-The driver imports this module, too. So everything that takes seconds to import is imported in methods, which only
-the actor's process runs.
+The driver imports this module, too. So only the methods import what takes seconds to import.
 """
 
 from __future__ import annotations
@@ -62,14 +61,11 @@ class PeerActor:
         initial_weights: bool,
         options: Mapping[str, Any],
     ) -> None:
-        """Builds the peer.
+        """Builds the peer at a position of ``cohort.peers``.
 
         Args:
-            config: the experiment.
-            position: position of the peer in ``cohort.peers``.
             skipped: names of images to leave out.
             digests: digests of the driver's images, by split.
-            threads: torch threads.
             initial_weights: False leaves the initial weights unread, because a state is loaded next.
             options: Ray's options for the actors of its replicas.
 
@@ -87,12 +83,10 @@ class PeerActor:
         prepare_process(threads)
         self._config = config
         self._splits = load_splits(config.data, skip=frozenset(skipped), check=False)
-        peer_config = config.cohort.peers[position]
-        _require_same_images(self._splits, digests, config, str(peer_config.name))
-        device = device_of(peer_config)
-        self._peer = build_peer(config, position, self._splits.train.num_classes, device, initial_weights)
-        patience = config.cohort.start_timeout_s / 3
-        self._replicas = ReplicaActors(self._peer, config.seed, threads, options, patience)
+        peer = config.cohort.peers[position]
+        _require_same_images(self._splits, digests, config.data, str(peer.name))
+        self._peer = build_peer(config, position, self._splits.train.num_classes, device_of(peer), initial_weights)
+        self._replicas = ReplicaActors(self._peer, config, threads, options)
         self._loader = BatchLoader(self._splits.train, build_sampler(config, self._splits), threads)
         self.exchange = Exchange()
         self._num_sent = self._num_chunks = 0
@@ -114,14 +108,9 @@ class PeerActor:
         teachers = Teachers(len(names), cohort.max_teachers, self._config.seed)
         member = Member(self._rank, device, tuple(names), sizes, teachers, coordinator)
         self.exchange, transport = connect(member, cohort.transport, cohort.start_timeout_s)
-        num_replicas = self._peer.config.num_replicas
-        return PeerPlace(
-            device=f"{device} x {num_replicas}" if num_replicas > 1 else str(device),
-            transport=transport,
-            node_id=ray.get_runtime_context().get_node_id(),
-            address=ray.util.get_node_ip_address(),
-            pid=os.getpid(),
-        )
+        num_replicas, node_id = self._peer.config.num_replicas, ray.get_runtime_context().get_node_id()
+        devices = f"{device} x {num_replicas}" if num_replicas > 1 else str(device)
+        return PeerPlace(devices, transport, node_id, ray.util.get_node_ip_address(), os.getpid())
 
     def run(self, start: int, stop: int) -> tuple[list[dict[str, float]], float]:
         """Trains steps ``start .. stop - 1``. Returns the terms of each step's loss, and the seconds spent waiting for
@@ -160,7 +149,7 @@ class PeerActor:
 
         images, batch_size = getattr(self._splits, split), self._config.evaluation.batch_size
         with explain_out_of_memory(self._peer), self._replicas.explain_loss():
-            return self._peer.embed_images(images, batch_size, ema=ema, after_chunk=self._report_chunk)
+            return self._peer.embed_images(images, batch_size, ema=ema, after_chunk=lambda: self._report(num_chunks=1))
 
     def state(self) -> PeerFiles:
         """The peer's state, as a checkpoint stores it."""
@@ -187,11 +176,8 @@ class PeerActor:
             raise ReplicaLostError(f"{self._peer.name}: one of its replicas was lost")
         return self._is_built
 
-    def _report_chunk(self) -> None:
-        self._num_chunks += 1
-        self._report()
-
-    def _report(self) -> None:
+    def _report(self, num_chunks: int = 0) -> None:
+        self._num_chunks += num_chunks
         self._coordinator.report.remote(self._rank, self._num_sent, self._num_chunks)
 
     def _send_heartbeats(self) -> None:
@@ -202,10 +188,10 @@ class PeerActor:
             time.sleep(1.0)
 
 
-def _require_same_images(splits: Splits, digests: Mapping[str, str], config: Config, peer_name: str) -> None:
+def _require_same_images(splits: Splits, digests: Mapping[str, str], data: DataConfig, peer_name: str) -> None:
     """Raises UserError if an image's number does not mean the same image as in the driver. Peers exchange embeddings
     by it."""
-    own, data = splits.digests(), config.data
+    own = splits.digests()
     others = [split for split, digest in digests.items() if own.get(split) != digest]
     if not others:
         return

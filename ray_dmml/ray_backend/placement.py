@@ -18,11 +18,8 @@ import yaml
 from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.errors import UserError
 
-BOOTSTRAP_FILE = "ray_bootstrap_config.yaml"
-"""`ray up` writes the cluster file under this name to the head's home folder."""
-
-HEAD = "node:__internal_head__"
-"""A resource that Ray gives to the head only."""
+BOOTSTRAP_FILE = "ray_bootstrap_config.yaml"  # the cluster file, which `ray up` writes to the head's home folder
+HEAD = "node:__internal_head__"  # a resource that Ray gives to the head only
 
 Node = Mapping[str, float]
 """Resources, such as ``{"CPU": 8, "GPU": 1}``, and labels as in :func:`labelled`."""
@@ -97,11 +94,8 @@ def plan(config: Config, alive: Sequence[Node], growth: Sequence[Node]) -> list[
     """CPUs and GPUs of each peer's actor: as configured, or an even share of the rest. Nodes are not one big machine,
     so the share is lowered until the peers fit the nodes one by one.
 
-    Args:
-        config: the experiment.
-        alive: the nodes of the cluster.
-        growth: the workers that may start. The plan uses as few as give each peer a GPU, or a CPU if none
-            of them has GPUs.
+    Of the workers that may start (``growth``), the plan uses as few as give each peer a GPU, or a CPU if none of them
+    has GPUs.
 
     Raises:
         UserError: the peers ask for more than all of these nodes can hold.
@@ -126,10 +120,10 @@ def plan(config: Config, alive: Sequence[Node], growth: Sequence[Node]) -> list[
         if fits(1.0, one_gpu):
             break
         nodes.append(worker)
-    *_, cpus = cpu_shares = list(lowered(_share([p.num_cpus for p in peers], nodes, "CPU")))
-    *_, gpus = gpu_shares = list(lowered(_share(gpus_asked, nodes, "GPU")))
-    gpus = next((share for share in gpu_shares if fits(cpus, share)), gpus)
-    cpus = next((share for share in cpu_shares if fits(share, gpus)), cpus)
+    cpu_shares = list(lowered(_share([p.num_cpus for p in peers], nodes, "CPU")))
+    gpu_shares = list(lowered(_share(gpus_asked, nodes, "GPU")))
+    gpus = next((share for share in gpu_shares if fits(cpu_shares[-1], share)), gpu_shares[-1])
+    cpus = next((share for share in cpu_shares if fits(share, gpus)), cpu_shares[-1])
     if can_never_fit(list(map(with_labels, bundles(cpus, gpus), peers)), nodes):
         raise UserError(_no_room(config, gpus_asked, nodes))
     return bundles(cpus, gpus)
@@ -176,11 +170,9 @@ def _take(asked: Node, left: dict[str, float], gpus: list[float]) -> bool:
 
 
 def can_never_fit(bundles: Sequence[Node], nodes: Sequence[Node]) -> bool:
-    """Whether counting shows that the nodes cannot hold the bundles, in whatever order.
-
-    Of those that need the same kinds of resources either the total is more than nodes of these kinds have, or
-    more are at least as large as one of them than copies of that one fit. First-fit is exact for copies.
-    """
+    """Whether counting shows that the nodes cannot hold the bundles, in whatever order: of those that need the same
+    kinds of resources, the total is more than nodes of these kinds have, or more are at least as large as one of
+    them than copies of that one fit. First-fit is exact for copies."""
     for asked in bundles:
         alike = [other for other in bundles if asked.keys() <= other.keys()]
         able = [node for node in nodes if asked.keys() <= node.keys()]

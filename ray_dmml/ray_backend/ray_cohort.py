@@ -47,10 +47,7 @@ POLL_S = 0.25  # between two checks of the peers
 class RayCohort:
     """A cohort on Ray, in the session that :func:`~ray_dmml.ray_backend.session.ray_session` finds or starts.
 
-    Args:
-        config: the experiment.
-        splits: its images. Every actor reads its own copy and compares it with these.
-        initial_weights: False leaves the initial weights unread, because a state is loaded next.
+    Every actor reads its own copy of the images and compares it with ``splits``.
 
     Raises:
         UserError: the cluster does not have what the peers ask for, or a peer cannot be built.

@@ -26,14 +26,8 @@ from ray_dmml.ray_backend.failures import first_line
 
 
 def connect(member: Member, transport: str, start_timeout_s: float) -> tuple[Exchange, str]:
-    """Connects a peer to the others of its generation.
-
-    If no group can be formed, ``direct`` falls back to the coordinator for all peers alike.
-
-    Args:
-        member: the peer.
-        transport: ``direct`` or ``coordinator``.
-        start_timeout_s: the driver's patience; a third of it is left to form the group.
+    """Connects a peer to the others of its generation. If they form no group within a third of the driver's patience,
+    ``direct`` falls back to the coordinator for all of them.
 
     Returns:
         The peer's end of the exchange, and a description of the way it takes: ``none``, ``direct``, or

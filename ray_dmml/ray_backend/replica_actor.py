@@ -12,7 +12,7 @@ import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ray_dmml.config.schema import PeerConfig
+from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.errors import ReplicaLostError
 from ray_dmml.peer.data_parallel import LOOPBACK, Replica, ReplicaChannel, Replicas
 from ray_dmml.peer.peer import Peer
@@ -37,17 +37,14 @@ class ReplicaActor:
 
 
 class ReplicaActors:
-    """The replica actors of a peer. The peer's actor owns them, so Ray ends them with it.
+    """The replica actors of a peer, which become its ``replicas`` if it has any. ``options`` are Ray's for each one.
+    The peer's actor owns them, so Ray ends them with it.
 
-    Args:
-        peer: the peer; its ``replicas`` are set if it has any.
-        run_seed: seed of the run.
-        threads: torch threads of each replica.
-        options: Ray's options for their actors.
-        patience: seconds until all replicas must be there. ReplicaLostError is raised if one dies meanwhile.
+    Raises:
+        ReplicaLostError: a replica died at its start.
     """
 
-    def __init__(self, peer: Peer, run_seed: int, threads: int, options: Mapping[str, Any], patience: float) -> None:
+    def __init__(self, peer: Peer, config: Config, threads: int, options: Mapping[str, Any]) -> None:
         self.is_complete = True  # False once a replica is lost
         self._serving: list[Any] = []
         size = peer.config.num_replicas
@@ -55,9 +52,10 @@ class ReplicaActors:
             return
         self._actors = [ray.remote(ReplicaActor).options(**options).remote() for _ in range(1, size)]
         try:
-            ray.get([actor.build.remote(peer.config, run_seed, threads) for actor in self._actors])
+            ray.get([actor.build.remote(peer.config, config.seed, threads) for actor in self._actors])
         except RayActorError as error:
             raise ReplicaLostError(f"{peer.name}: a replica died at its start: {first_line(error)}") from error
+        patience = config.cohort.start_timeout_s / 3
         store = store_at(LOOPBACK, timedelta(seconds=patience))
         self._serving = [
             actor.serve.remote(store.port, rank, patience) for rank, actor in enumerate(self._actors, start=1)

@@ -6,12 +6,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_current_placement_group,
-    placement_group,
-    remove_placement_group,
-)
+from ray.util.placement_group import get_current_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_dmml.config.schema import Config
@@ -22,8 +17,8 @@ from ray_dmml.ray_backend.placement import cluster_nodes, plan, shown
 class Reservation:
     """A placement group with one bundle a peer; ``bundles`` are the resources of each peer in peer order.
 
-    A trial of a search runs in a group whose last bundles are the peers'; that group is used. Otherwise a new
-    group is made, and the autoscaler may start nodes for it.
+    In a trial of a search, these are the last bundles of the trial's group. Otherwise the class makes a new group, and
+    the autoscaler may start nodes for it.
 
     Raises:
         UserError: the cluster does not have what the peers ask for, or did not grant it in time.
@@ -31,12 +26,10 @@ class Reservation:
 
     def __init__(self, config: Config) -> None:
         self._peers = config.cohort.peers
-        given = get_current_placement_group()
+        given: Any = get_current_placement_group()
         self._is_own = given is None or len(given.bundle_specs) < len(self._peers)
-        if given is not None and not self._is_own:
-            self._group, self.bundles = given, given.bundle_specs[-len(self._peers) :]
-        else:
-            self._group, self.bundles = _reserve(config)
+        self._group, bundles = _reserve(config) if self._is_own else (given, given.bundle_specs)
+        self.bundles = bundles[-len(self._peers) :]
 
     def options(self, position: int) -> dict[str, Any]:
         """Ray's options for the actor of a peer, and for those of its replicas."""
@@ -55,7 +48,7 @@ class Reservation:
             self._is_own = False
 
 
-def _reserve(config: Config) -> tuple[PlacementGroup, list[dict[str, float]]]:
+def _reserve(config: Config) -> tuple[Any, list[dict[str, float]]]:
     cohort = config.cohort
     alive, growth = cluster_nodes(ray.nodes(), ray.get_runtime_context().get_node_id())
     bundles = plan(config, alive, growth)

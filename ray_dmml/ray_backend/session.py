@@ -25,11 +25,8 @@ _TOKEN_HINT = (
 @contextmanager
 def ray_session() -> Iterator[None]:
     """Connects to Ray for the length of the block: in the session of this process if there is one, to the cluster of
-    RAY_ADDRESS, or else to a private Ray on this machine, which ends with the block.
-
-    Raises:
-        UserError: the cluster cannot be joined.
-    """
+    RAY_ADDRESS, or else to a private Ray on this machine, which ends with the block. Raises UserError if the cluster
+    cannot be joined."""
     with ExitStack() as stack:
         if not ray.is_initialized():
             _start_ray()
@@ -81,4 +78,4 @@ def only_at(node_id: str) -> dict[str, float]:
     """A resource that only this node has. Whatever asks for it runs there."""
     resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
     own = [kind for kind in resources if kind.startswith("node:") and "__" not in kind]
-    return {own[0]: 0.001} if own else {}
+    return dict.fromkeys(own[:1], 0.001)

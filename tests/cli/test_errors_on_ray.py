@@ -59,7 +59,7 @@ def ray_cohort(image_folder: Path, failure: dict[str, Any] | None = None, **coho
 def test_a_killed_peer_is_named(ray_start_4_cpus: None, image_folder: Path, transport: str) -> None:
     """SIGKILL from outside ends the run with the peer's name, long before any deadline."""
     with closing(ray_cohort(image_folder, transport=transport)) as cohort:
-        victim = cohort.pids["peer1"]
+        victim = cohort.places["peer1"].pid
 
         def kill(finished: int) -> None:
             if finished >= 2:
@@ -73,7 +73,7 @@ def test_a_killed_peer_is_named(ray_start_4_cpus: None, image_folder: Path, tran
 def test_a_silent_peer_is_named(ray_start_4_cpus: None, image_folder: Path, transport: str) -> None:
     """A peer that hangs reaches the deadline. It is named, and not the peer that waited for it."""
     with closing(ray_cohort(image_folder, {"heartbeat_timeout_s": 6}, transport=transport)) as cohort:
-        victim = cohort.pids["peer1"]
+        victim = cohort.places["peer1"].pid
 
         def stop(finished: int) -> None:
             if finished >= 2:
