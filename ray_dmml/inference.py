@@ -21,12 +21,7 @@ from ray_dmml.training.run_dir import RunDir
 
 
 class TrainedPeer:
-    """One trained net with the evaluation view of its images.
-
-    Attributes:
-        net: :class:`~ray_dmml.models.embedding_net.EmbeddingNet` in evaluation mode.
-        view: uint8 (B, 3, S, S) -> uint8 (B, 3, H, H).
-    """
+    """One trained net in evaluation mode, with the evaluation view of its images."""
 
     def __init__(self, net: EmbeddingNet, view: View) -> None:
         self.net, self.view = net.eval(), view
@@ -38,12 +33,9 @@ class TrainedPeer:
 
 
 class TrainedCohort:
-    """The trained peers of a run. The cohort's embedding is the concatenation of theirs.
+    """The trained peers of a run by name. The cohort's embedding is the concatenation of theirs.
 
-    Attributes:
-        peers: :class:`TrainedPeer` by name, in peer order.
-        decode_size: side S of the decoded images, in pixels.
-        resize: how an image becomes a square, ``stretch`` or ``center_crop``.
+    Images are decoded to squares of side S = ``decode_size``, in the way of ``resize``.
     """
 
     def __init__(self, peers: dict[str, TrainedPeer], decode_size: int, resize: Resize) -> None:
@@ -54,17 +46,9 @@ class TrainedCohort:
         return ensemble_embedding([p.embed(images).cpu().numpy() for p in self.peers.values()])
 
     def embed_files(self, paths: Iterable[Path | str], batch_size: int = 64) -> np.ndarray:
-        """Embeds image files.
+        """Embeds image files, ``batch_size`` at a time: (N, sum of D) float32, rows of length 1, in their order.
 
-        Args:
-            paths: the files.
-            batch_size: images that are decoded and embedded together.
-
-        Returns:
-            (N, sum of D) float32, rows of length 1, in the order of the files.
-
-        Raises:
-            UserError: a file cannot be read. The message names it.
+        Raises UserError with the name of a file that cannot be read.
         """
         files = [str(Path(path).resolve()) for path in paths]
         source = FileImages(Path(), files, self.decode_size, self.resize)
@@ -79,8 +63,8 @@ def load_cohort(run: Path | str, weights: str | None = None, *, device: str = "c
 
     Args:
         run: the run's folder.
-        weights: ``last``, ``best`` or ``ema`` (averaged weights of the last checkpoint; a peer without
-            them uses its last weights). None takes the weights that the run's results are of.
+        weights: ``last``, ``best`` or ``ema`` (averaged weights of the last checkpoint; a peer without them uses
+            its last weights). None takes the weights that the run's results are of.
         device: where the nets compute.
 
     Raises:
@@ -93,11 +77,9 @@ def load_cohort(run: Path | str, weights: str | None = None, *, device: str = "c
     peers = {}
     for peer in config.cohort.peers:
         files = checkpoint.peers[str(peer.name)]
-        averaged = which == "ema" and "ema.safetensors" in files
-        content = files["ema.safetensors" if averaged else "weights.safetensors"]
+        file = "ema.safetensors" if which == "ema" and "ema.safetensors" in files else "weights.safetensors"
         net = build_embedding_net(peer, config.seed, initial_weights=False)
-        load_net_weights(net, safetensors.torch.load(content), f"of {peer.name}")
-        crop = peer.eval_crop if peer.eval_crop is not None else net.eval_crop
-        view = evaluation_view(net.input_size, crop, config.data.decode_size)
+        load_net_weights(net, safetensors.torch.load(files[file]), f"of {peer.name}")
+        view = evaluation_view(net.input_size, peer.eval_crop or net.eval_crop, config.data.decode_size)
         peers[str(peer.name)] = TrainedPeer(net.to(device), view)
     return TrainedCohort(peers, config.data.decode_size, config.data.resize)

@@ -21,14 +21,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed import (  # type: ignore[attr-defined]
-    PrefixStore,
-    ProcessGroupGloo,
-    ReduceOp,
-    ReduceOptions,
-    Store,
-)
+from torch import Tensor, nn
+from torch.distributed import PrefixStore, ProcessGroupGloo, ReduceOp, ReduceOptions, Store  # type: ignore[attr-defined]
 
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import ReplicaLostError
@@ -37,16 +31,11 @@ from ray_dmml.randomness import seeded
 
 _WEIGHTS, _EMBED, _INFER, _BACKWARD = range(4)
 _HEADER_SIZE = 6  # command, net (0 the trained one, 1 the averaged one), rows, height, width, seed
-
-_COMPUTED = 1
-"""Tag of the message that a result is ready. Data has the tag 0."""
-
-_NEVER = timedelta(days=7)
-"""A replica waits as long as its peer lives. Ray ends both together."""
+_COMPUTED = 1  # tag of the message that a result is ready; data has the tag 0
+_NEVER = timedelta(days=7)  # a replica waits as long as its peer lives; Ray ends both together
 
 LOOPBACK = "127.0.0.1"
-"""All processes are on one node. Other hosts must not reach them, as neither the store nor gloo
-authenticates anybody."""
+"""Other hosts must not reach the processes: neither the store nor gloo authenticates anybody."""
 
 
 class ReplicaChannel:
@@ -61,36 +50,30 @@ class ReplicaChannel:
         timeout_s: seconds in which all processes must connect.
 
     Raises:
-        ReplicaLostError: not all processes connected in time. Every method raises it when one of them is
-            gone.
+        ReplicaLostError: not all processes connected in time. Every method raises it when one is gone.
     """
 
     def __init__(self, store: Store, rank: int, size: int, device: torch.device, name: str, timeout_s: float) -> None:
-        self.rank, self.size, self.device = rank, size, device
-        self._name = name
+        self.rank, self.size, self.device, self._name = rank, size, device, name
         with self._errors():
-            self._connect(store, timeout_s)
+            gloo: Any = ProcessGroupGloo  # whose types are incomplete
+            options = gloo._Options()
+            options._devices = [gloo.create_device(hostname=LOOPBACK)]
+            options._timeout = timedelta(seconds=timeout_s)
+            # Headers are sent between CPUs: a GPU that waits for the next header would be busy.
+            self._control: Any = ProcessGroupGloo(PrefixStore("control", store), rank, size, options)
+            self._control.set_timeout(_NEVER)
+            self._data: Any = self._control
+            if device.type == "cuda":
+                from torch.distributed import ProcessGroupNCCL
 
-    def _connect(self, store: Store, timeout_s: float) -> None:
-        gloo: Any = ProcessGroupGloo  # whose types are incomplete
-        options = gloo._Options()
-        options._devices = [gloo.create_device(hostname=LOOPBACK)]
-        options._timeout = timedelta(seconds=timeout_s)
-        # Headers are sent between CPUs: a GPU that waits for the next header would be busy.
-        self._control: Any = ProcessGroupGloo(PrefixStore("control", store), self.rank, self.size, options)
-        self._control.set_timeout(_NEVER)
-        self._data: Any = self._control
-        if self.device.type == "cuda":
-            from torch.distributed import ProcessGroupNCCL
-
-            nccl = ProcessGroupNCCL.Options()
-            nccl._timeout = _NEVER
-            self._data = ProcessGroupNCCL(PrefixStore("data", store), self.rank, self.size, nccl)
+                nccl = ProcessGroupNCCL.Options()
+                nccl._timeout = _NEVER
+                self._data = ProcessGroupNCCL(PrefixStore("data", store), rank, size, nccl)
 
     def header(self, *values: int) -> list[int]:
         """Sends the peer's values to all replicas. A replica passes no values and receives them."""
-        header = torch.zeros(_HEADER_SIZE, dtype=torch.int64)
-        header[: len(values)] = torch.tensor(values, dtype=torch.int64)
+        header = torch.tensor([*values, *[0] * (_HEADER_SIZE - len(values))], dtype=torch.int64)
         with self._errors():
             self._control.broadcast(header, 0).wait()
         return [int(value) for value in header]
@@ -145,12 +128,8 @@ class ReplicaChannel:
             self._control.recv([torch.zeros(1)], rank, _COMPUTED).wait(_NEVER)
 
     def _wait(self, work: Any) -> None:
-        """Waits for ever. gloo needs a timeout, else it takes that of the connection. NCCL has none, and
-        would block the CPU with one."""
-        if self._data is self._control:
-            work.wait(_NEVER)
-        else:
-            work.wait()
+        # Without a timeout gloo takes that of the connection. With one NCCL would block the CPU.
+        work.wait(*([_NEVER] if self._data is self._control else []))
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -162,11 +141,7 @@ class ReplicaChannel:
 
 
 class Replicas:
-    """The replicas of a peer, as the peer uses them.
-
-    Args:
-        channel: rank 0 of the channel.
-    """
+    """The replicas of a peer, as the peer uses them. Every method raises ReplicaLostError when one is gone."""
 
     def __init__(self, channel: ReplicaChannel) -> None:
         self._channel = channel
@@ -174,58 +149,30 @@ class Replicas:
         self._own: Tensor | None = None  # embeddings of the peer's own part, with their graph
         self._all: Tensor | None = None  # embeddings of the whole batch, a leaf
 
-    def embed(self, forward: Any, net: torch.nn.Module, images: Tensor) -> Tensor:
+    def embed(self, forward: Any, net: nn.Module, images: Tensor) -> Tensor:
         """Embeds a training batch: (B, 3, H, W) uint8 -> (B, D) float32 before normalisation.
 
-        The result is a leaf that requires a gradient. :meth:`backward` continues from that gradient.
-
-        Args:
-            forward: the forward pass of the net, which may be compiled.
-            net: the net whose weights the replicas get.
-            images: the batch.
-
-        Raises:
-            ReplicaLostError: a replica is gone.
+        ``forward`` is the forward pass of the net, which may be compiled. The result is a leaf that requires a
+        gradient. :meth:`backward` continues from that gradient.
         """
-        self._send_weights(net, 0)
-        own_images, wait_sent = self._scatter(_EMBED, 0, images)
-        self._own = forward(own_images)
-        parts = [self._own.detach(), *self._gather(len(images), self._own)]
-        wait_sent()
-        self._all = torch.cat(parts).requires_grad_()
+        self._own, embeddings = self._share(_EMBED, 0, forward, net, images)
+        self._all = embeddings.requires_grad_()
         return self._all
 
     def infer(self, net: EmbeddingNet, images: Tensor, *, ema: bool) -> Tensor:
-        """Embeds images without gradients in evaluation mode; shapes as in :meth:`embed`.
+        """Embeds images without gradients in evaluation mode; ``ema``: the net holds the averaged weights."""
+        return self._share(_INFER, int(ema), net.forward_unnormalized, net, images)[1]
 
-        Args:
-            net: the net whose weights the replicas use.
-            images: the images.
-            ema: the net holds the averaged weights.
-
-        Raises:
-            ReplicaLostError: a replica is gone.
-        """
-        self._send_weights(net, int(ema))
-        own_images, wait_sent = self._scatter(_INFER, int(ema), images)
-        own = net.forward_unnormalized(own_images)
-        parts = [own, *self._gather(len(images), own)]
-        wait_sent()
-        return torch.cat(parts)
-
-    def backward(self, net: torch.nn.Module) -> None:
+    def backward(self, net: nn.Module) -> None:
         """Continues the backward pass from the gradient of the embeddings of :meth:`embed`.
 
         It adds the sum of all processes' gradients to ``.grad`` of the net's parameters.
-
-        Raises:
-            ReplicaLostError: a replica is gone.
         """
         assert self._own is not None and self._all is not None and self._all.grad is not None
         gradient, own = self._all.grad, self._own
         self._all = self._own = None
         self._channel.header(_BACKWARD)
-        own_gradient, *others = _parts(gradient, self._channel.size)
+        own_gradient, *others = gradient.tensor_split(self._channel.size)
         wait_sent = self._channel.send(enumerate(others, start=1))
         trainable = [p for p in net.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(own, trainable, own_gradient, allow_unused=True)
@@ -243,9 +190,9 @@ class Replicas:
             else:
                 parameter.grad += piece.view_as(parameter)
 
-    def _send_weights(self, net: torch.nn.Module, which: int) -> None:
+    def _send_weights(self, net: nn.Module, which: int) -> None:
         """Sends the weights if they have changed. torch counts the changes of every tensor."""
-        tensors = _weights(net)
+        tensors = [*net.parameters(), *net.buffers()]
         versions = tuple(tensor._version for tensor in tensors)
         if self._sent_versions.get(which) == versions:
             return
@@ -255,36 +202,26 @@ class Replicas:
             self._channel.broadcast(flat)
         self._sent_versions[which] = versions
 
-    def _scatter(self, command: int, which: int, images: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """Starts to send the replicas their parts of a batch.
-
-        Returns:
-            the peer's own part, and a function that waits until all are sent.
-        """
-        height, width = images.shape[2:]
+    def _share(self, command: int, which: int, forward: Any, net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeds a batch on all devices: the peer's own part, with its graph, and all parts without."""
+        self._send_weights(net, which)
+        channel = self._channel
         seed = torch.initial_seed() & (2**63 - 1)  # an int64
-        self._channel.header(command, which, len(images), height, width, seed)
-        own, *others = _parts(images, self._channel.size)
-        return own, self._channel.send(enumerate(others, start=1))
-
-    def _gather(self, num_rows: int, like: Tensor) -> list[Tensor]:
-        """The embeddings of the replicas' parts, with the dtype and D of ``like``."""
-        embeddings = []
-        for rank, size in enumerate(_sizes(num_rows, self._channel.size)[1:], start=1):
-            if size:
-                self._channel.until_computed(rank)
-            embeddings.append(self._channel.receive(like.new_empty(size, like.shape[1]), rank))
-        return embeddings
+        channel.header(command, which, len(images), *images.shape[2:], seed)
+        own_images, *others = images.tensor_split(channel.size)
+        wait_sent = channel.send(enumerate(others, start=1))
+        own = forward(own_images)
+        parts = [own.detach()]
+        for rank, other in enumerate(others, start=1):
+            if len(other):
+                channel.until_computed(rank)
+            parts.append(channel.receive(own.new_empty(len(other), own.shape[1]), rank))
+        wait_sent()
+        return own, torch.cat(parts)
 
 
 class Replica:
-    """A copy of a peer's net in another process, which executes the commands of the peer.
-
-    Args:
-        config: config of the peer.
-        run_seed: seed of the run.
-        channel: channel of this rank.
-    """
+    """A copy of a peer's net in another process, which executes the commands of the peer."""
 
     def __init__(self, config: PeerConfig, run_seed: int, channel: ReplicaChannel) -> None:
         self._config, self._channel = config, channel
@@ -298,11 +235,7 @@ class Replica:
         self._embedding: Tensor | None = None  # of the last training batch, with its graph
 
     def serve(self) -> None:
-        """Executes commands for ever. The process ends with that of the peer.
-
-        Raises:
-            ReplicaLostError: the peer or another replica is gone.
-        """
+        """Executes commands until the peer or another replica is gone, which raises ReplicaLostError."""
         while True:
             command, which, *rest = self._channel.header()
             if command == _WEIGHTS:
@@ -313,7 +246,8 @@ class Replica:
                 self._embed(command == _EMBED, which, *rest)
 
     def _receive_weights(self, which: int) -> None:
-        for tensors, flat in _flat_by_dtype(_weights(self._nets[which])):
+        net = self._nets[which]
+        for tensors, flat in _flat_by_dtype([*net.parameters(), *net.buffers()]):
             self._channel.broadcast(flat)
             pieces = flat.split([tensor.numel() for tensor in tensors])
             with torch.no_grad():
@@ -323,14 +257,13 @@ class Replica:
     def _embed(self, trains: bool, which: int, rows: int, height: int, width: int, seed: int) -> None:
         if trains:  # else the last training batch may still wait for its gradient
             self._embedding = None
-        size = _sizes(rows, self._channel.size)[self._channel.rank]
+        # As tensor_split divides the batch.
+        size = rows // self._channel.size + (self._channel.rank < rows % self._channel.size)
         if not size:
             return
-        shape = (size, 3, height, width)
-        images = torch.empty(shape, dtype=torch.uint8, device=self._channel.device)
+        images = torch.empty((size, 3, height, width), dtype=torch.uint8, device=self._channel.device)
         self._channel.receive(images, 0)
-        net = self._nets[which]
-        net.train(trains)
+        net = self._nets[which].train(trains)
         with (
             seeded(seed, self._channel.rank),
             autocast(self._config.amp, self._channel.device),
@@ -352,19 +285,6 @@ class Replica:
         total = _flat(gradients, trainable)
         self._channel.computed()
         self._channel.sum_up(total)
-
-
-def _sizes(num_rows: int, num_parts: int) -> list[int]:
-    """Sizes of the parts, which differ by one at most; the first ones are larger."""
-    return [num_rows // num_parts + (n < num_rows % num_parts) for n in range(num_parts)]
-
-
-def _parts(rows: Tensor, num_parts: int) -> Sequence[Tensor]:
-    return rows.split(_sizes(len(rows), num_parts))
-
-
-def _weights(net: torch.nn.Module) -> list[Tensor]:
-    return [*net.parameters(), *net.buffers()]
 
 
 def _flat_by_dtype(tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:
