@@ -35,10 +35,6 @@ class ReplicaLostError(PeerLostError):
     """A process that shares the batches of a peer has died. The peer has to be restarted."""
 
 
-class StartLostError(PeerLostError):
-    """A peer was lost before the first checkpoint. All peers have to be built again."""
-
-
 class Interrupted(Exception):
     """The run was asked to stop and has stopped. Its last checkpoint is of the step at which it stopped."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,14 @@ def test_config_prints_a_config(run: Path) -> None:
     """With its comments it loads as the same config."""
     shown = cli("config", "--config", run / "config.yaml").stdout
     assert Config.parse(yaml.safe_load(shown)) == Config.load(run / "config.yaml")
+
+
+def test_a_warning_is_shown_once(image_folder: Path, tmp_path: Path) -> None:
+    """The log of the process and the console logger are never both at work."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "class00" / "0.png").write_bytes(b"not an image")
+    raw = tiny(tmp_path / "images", data={"on_bad_image": "skip"}, train={"steps": 2})
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
+    ended = cli("train", "--local", "--config", tmp_path / "c.yaml", "--out", tmp_path / "run")
+    lines = [line for line in (ended.stdout + ended.stderr).splitlines() if "0.png" in line]
+    assert len(lines) == 1 and "class00" in lines[0]
