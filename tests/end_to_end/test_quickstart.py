@@ -25,6 +25,7 @@ def test_the_command_is_a_function() -> None:
     assert callable(getattr(importlib.import_module(module), function))
 
 
+@pytest.mark.slow
 def test_the_quickstart_retrieves_unseen_characters(tmp_path: Path) -> None:
     """`ray-dmml train` ends with a table. The ensemble is right for nine of ten queries."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 CHAOS = Path(__file__).parents[2] / "experiments" / "reliability" / "chaos.py"
@@ -35,14 +35,12 @@ def test_a_run(tmp_path: Path) -> None:
     all_end_alike((14,), tmp_path / "rows.jsonl")
 
 
-@pytest.mark.slow
 def test_five_more_runs(tmp_path: Path) -> None:
     """From peer to peer: a stopped peer and a coordinator that is stopped in the recovery, a damaged embedding,
     a lost peer with a damaged checkpoint. Over the coordinator: its end, the driver's."""
     all_end_alike((41, 32, 55, 28, 46), tmp_path / "rows.jsonl")
 
 
-@pytest.mark.slow
 def test_odd_sizes_many_peers_and_drops(tmp_path: Path) -> None:
     """Five peers, two teachers each, odd sizes, and a peer that is dropped."""
     seeds = (42, 48, 53, 45)

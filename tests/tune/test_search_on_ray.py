@@ -194,11 +194,11 @@ def test_an_interrupted_search_is_resumed(
         pytest.importorskip("optuna")
     raw["train"] = {"steps": 20, "evaluate_every": 20, "log_every": 20}
     raw["cohort"]["base"]["num_cpus"] = 1
-    long = {"train.steps": 400}  # long enough to interrupt; the final runs are short
+    long = {"train.steps": 200}  # long enough to interrupt; the final runs are short
     command = Command(tmp_path, raw, trial=long, sampler=sampler, num_samples=2, final_seeds=1)
 
     def ready(trials: list[Trial]) -> bool:
-        return len(trials) == 2 and trials[0].finished and 40 <= trials[1].step < 400
+        return len(trials) == 2 and trials[0].finished and 40 <= trials[1].step < 200
 
     code = command.end_when(ready, how)
     output = command.log.read_text()
@@ -213,8 +213,8 @@ def test_an_interrupted_search_is_resumed(
     assert ended.returncode == 0 and "Warning" not in ended.stderr, ended.stderr
     first, second = command.files.trials()
     assert vars(first) == vars(before[0])
-    assert second.finished and len(second.starts) == 2 and 40 <= second.starts[1] < 400
-    assert [report["step"] for report in second.reports] == list(range(20, 401, 20))
+    assert second.finished and len(second.starts) == 2 and 40 <= second.starts[1] < 200
+    assert [report["step"] for report in second.reports] == list(range(20, 201, 20))
     assert "baseline" in ended.stdout and command.files.best_file.exists()
 
 
