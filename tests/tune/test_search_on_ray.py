@@ -178,13 +178,8 @@ class Command:
         return self.folder / "log"
 
 
-@pytest.mark.parametrize(
-    ("how", "sampler"),
-    [
-        (signal.SIGKILL, "optuna"),
-        pytest.param(signal.SIGINT, "random", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "sampler"), [(signal.SIGKILL, "optuna"), (signal.SIGINT, "random")])
 def test_an_interrupted_search_is_resumed(
     raw: dict[str, Any], tmp_path: Path, how: signal.Signals, sampler: str
 ) -> None:
