@@ -93,6 +93,7 @@ class Trainer:
         self._reached = 0  # the last step that every peer is known to have finished
         self._dropped_peers: dict[str, PeerFiles] = {}
         self._step_s = CALL_S  # seconds of a step; before the first one, a step is a call
+        self._is_saturated = False  # the user knows that validation cannot improve any more
         self._nonfinite: dict[str, set[int]] = {}  # name of a peer to the steps that it left out
         self._batch_size = config.data.classes_per_batch * config.data.images_per_class
         self._train_s, self._num_steps = 0.0, 0
@@ -307,7 +308,8 @@ class Trainer:
         if value > state.best:
             state.best, state.best_step = value, state.step
             return True
-        if state.best == 1:
+        if state.best == 1 and not self._is_saturated:
+            self._is_saturated = True
             advice = "hold out more classes, or evaluate with --weights last"
             logger.warning("validation Recall@1 is 100 %% since step %d: %s", state.best_step, advice)
         return False
