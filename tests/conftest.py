@@ -272,7 +272,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         with pytest.raises(typer.Exit) as ended:
             yield
         assert ended.value.exit_code == 2
-        told = capsys.readouterr().err
-        assert re.search(f"^error: .*{sentence}", told, re.M), told
+        message = capsys.readouterr().err
+        assert re.search(f"^error: .*{sentence}", message, re.M), message
 
     return expect

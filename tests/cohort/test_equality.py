@@ -60,7 +60,7 @@ def test_ray_equals_in_process(
 
 @pytest.mark.parametrize("transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)])
 def test_ray_equals_in_process_with_few_teachers(ray_start_4_cpus: None, image_folder: Path, transport: str) -> None:
-    """4 peers of unlike, also odd embedding sizes that learn from 2 others each, drawn anew at every step;
+    """4 peers of unlike, also odd embedding sizes that learn from 2 others each, drawn again at every step;
     embeddings of several blocks."""
     from ray_dmml.ray_backend.ray_cohort import RayCohort
 

@@ -26,25 +26,25 @@ def config_refusal(folder: Path, content: str | bytes) -> str:
 def test_yaml_runs_no_code(tmp_path: Path) -> None:
     """Tags of Python objects are refused."""
     mark = tmp_path / "mark"
-    told = config_refusal(tmp_path, f'seed: !!python/object/apply:os.system ["touch {mark}"]')
-    assert "could not determine a constructor" in told and not mark.exists()
+    message = config_refusal(tmp_path, f'seed: !!python/object/apply:os.system ["touch {mark}"]')
+    assert "could not determine a constructor" in message and not mark.exists()
 
 
 @pytest.mark.parametrize("where", ["", "train:\n"])
 def test_10_000_unknown_keys_are_refused(tmp_path: Path, where: str) -> None:
     """The first ones by name, the others by number."""
     text = where + "".join(f"{'  ' if where else ''}key{n}: 1\n" for n in range(10_000))
-    told = config_refusal(tmp_path, text)
-    assert "key19: unknown setting" in told and "key20:" not in told
-    assert told.endswith("... and 9980 more")
+    message = config_refusal(tmp_path, text)
+    assert "key19: unknown setting" in message and "key20:" not in message
+    assert message.endswith("... and 9980 more")
 
 
 def test_unknown_keys_of_the_base_and_of_a_peer_are_refused(tmp_path: Path) -> None:
     """Each is looked for where it was written, which takes no longer in a long list than in a short one."""
     base, peer = ("".join(f", {of}{n}: 1" for n in range(14_000)) for of in ("seed", "name"))
-    told = config_refusal(tmp_path, f"cohort: {{base: {{view: weak{base}}}, peers: [{{view: weak{peer}}}]}}")
-    assert "cohort.base.seed0: unknown setting" in told
-    assert told.endswith("... and 27980 more")
+    message = config_refusal(tmp_path, f"cohort: {{base: {{view: weak{base}}}, peers: [{{view: weak{peer}}}]}}")
+    assert "cohort.base.seed0: unknown setting" in message
+    assert message.endswith("... and 27980 more")
 
 
 def test_the_whole_base_can_be_set_beside_peers(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_an_alias_of_itself_is_refused(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("seed: !!timestamp 2001-01-01", "could not determine a constructor"),
         ("seed: 2001-99-99", "unable to parse string as an integer (got '2001-99-99')"),
@@ -114,9 +114,9 @@ def test_an_alias_of_itself_is_refused(tmp_path: Path, text: str) -> None:
         ("seed: " + "x" * 100_000, "(100002 characters)"),
     ],
 )
-def test_yaml_that_means_nothing_is_refused(tmp_path: Path, text: str, told: str) -> None:
+def test_yaml_that_means_nothing_is_refused(tmp_path: Path, text: str, message: str) -> None:
     """One sentence each."""
-    assert told in config_refusal(tmp_path, text)
+    assert message in config_refusal(tmp_path, text)
 
 
 def test_a_config_without_end_is_refused(tmp_path: Path) -> None:

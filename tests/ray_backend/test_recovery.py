@@ -131,8 +131,8 @@ def test_a_lost_peer_is_replaced(
     train(config, tmp_path / "run", loggers=[faults], cohort_factory=Watched)
     assert_same_run(tmp_path / "run", undisturbed)
     why = "died in step" if how == signal.SIGKILL else "no sign of life for"
-    [told] = [note for note in sentences() if "all peers go back" in note]
-    assert "peer1" in told and why in told and "to 4 (restart 1 of 5)" in told
+    [sentence] = [note for note in sentences() if "all peers go back" in note]
+    assert "peer1" in sentence and why in sentence and "to 4 (restart 1 of 5)" in sentence
 
 
 def test_lost_before_the_first_checkpoint(
@@ -142,7 +142,7 @@ def test_lost_before_the_first_checkpoint(
     cohorts: list[Watched],
     sentences: Callable[[], list[str]],
 ) -> None:
-    """There is nothing to go back to: all are built anew, and end the same."""
+    """There is nothing to go back to: all peers are built again, and the run ends the same."""
 
     class BeforeFirstSave(Logger):
         """The first rewind comes between the start of the peers and the first checkpoint."""
@@ -181,8 +181,8 @@ def test_both_peers_and_the_coordinator(
 
 def pids_of_replicas() -> list[int]:
     """By Ray's name of their processes, which a raylet has started, and this test that."""
-    told = subprocess.run(["pgrep", "-f", "^ray::ReplicaActor"], capture_output=True, text=True)
-    pids = [int(pid) for pid in told.stdout.split()]
+    listed = subprocess.run(["pgrep", "-f", "^ray::ReplicaActor"], capture_output=True, text=True)
+    pids = [int(pid) for pid in listed.stdout.split()]
     return [pid for pid in pids if parent_of(parent_of(pid)) == os.getpid()]
 
 
@@ -196,7 +196,7 @@ def parent_of(pid: int) -> int:
 
 @pytest.mark.slow
 def test_a_lost_replica_is_replaced(image_folder: Path, tmp_path: Path, sentences: Callable[[], list[str]]) -> None:
-    """One of two processes that share a peer's batches: the peer is started anew, and the end is that of
+    """One of two processes that share a peer's batches: the peer is started again, and the end is that of
     a run without it, to the bit; peers in one process learn the same, to rounding."""
     raw = settings(image_folder).model_dump(mode="json")
     for peer in raw["cohort"]["peers"]:
@@ -316,7 +316,7 @@ def test_nobody_left(image_folder: Path, tmp_path: Path, cohorts: list[Watched])
 
 
 def test_a_busy_peer_is_not_dropped(image_folder: Path, tmp_path: Path, cohorts: list[Watched]) -> None:
-    """One that was not lost and gives no answer in time is started anew: only the killed one is
+    """One that was not lost and gives no answer in time is started again: only the killed one is
     dropped."""
     flag = tmp_path / "slept"
 
@@ -349,7 +349,7 @@ def test_a_busy_peer_is_not_dropped(image_folder: Path, tmp_path: Path, cohorts:
 
 
 def test_none_is_dropped_on_suspicion(image_folder: Path) -> None:
-    """Of peers that got equally far one may hang: all start anew. One that is known to is dropped."""
+    """Of peers that got equally far one may hang: all start again. One that is known to is dropped."""
     config = settings(image_folder, cohort={**tiny(image_folder)["cohort"], "peers": [{}] * 3})
     with closing(RayCohort(config, load_splits(config.data))) as cohort:
         before = pids(cohort)
@@ -360,7 +360,7 @@ def test_none_is_dropped_on_suspicion(image_folder: Path) -> None:
         assert cohort.names == ("peer0", "peer2")
 
 
-def test_one_that_was_never_built_is_started_anew(image_folder: Path) -> None:
+def test_one_that_was_never_built_is_started_again(image_folder: Path) -> None:
     """As where another was lost while it waited to be built. It is not lost itself."""
     config = settings(image_folder)
     with closing(RayCohort(config, load_splits(config.data))) as cohort:
@@ -438,6 +438,6 @@ def test_an_embedding_damaged_on_its_way(
         tmp_path / "run",
         cohort_factory=DamagingCohort,
     )
-    [told] = [note for note in sentences() if "all peers go back" in note]
-    assert "embeddings of peer1 at step 7 were damaged on their way; all peers go back from step 6" in told
+    [sentence] = [note for note in sentences() if "all peers go back" in note]
+    assert "embeddings of peer1 at step 7 were damaged on their way; all peers go back from step 6" in sentence
     assert_same_run(tmp_path / "run", undisturbed)

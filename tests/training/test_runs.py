@@ -108,8 +108,8 @@ def test_results_have_their_form(run: Path) -> None:
     """Fractions for each peer untrained and trained and for the ensemble, and what they are of."""
     results = json.loads((run / "results.json").read_text())
     assert list(results["untrained"]) == list(results["peers"]) == ["peer0", "peer1"]
-    told = [*results["untrained"].values(), *results["peers"].values()]
-    for found in [*told, results["untrained_ensemble"], results["ensemble"]]:
+    rows = [*results["untrained"].values(), *results["peers"].values()]
+    for found in [*rows, results["untrained_ensemble"], results["ensemble"]]:
         assert list(found) == ["recall@1", "recall@2", "map@r", "r_precision"]
         assert all(0 <= value <= 1 for value in found.values())
         assert found["recall@1"] <= found["recall@2"]
@@ -375,7 +375,7 @@ def test_init_from_starts_from_the_weights_of_another_run(run: Path, settings: d
 
 
 def test_init_from_what_does_not_fit_leaves_nothing(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
-    """Other peers or other nets are told before a folder is made."""
+    """Other peers or other nets are refused before a folder is made."""
     start = {"init_from": run}
     renamed = changed(settings, train=start, cohort={"peers": [{"name": "x"}, {}]})
     with pytest.raises(UserError, match="has no peer x; it has peer0, peer1"):
