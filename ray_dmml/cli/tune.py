@@ -56,7 +56,7 @@ def tune(
 ) -> None:
     """Search loss weights and diversities on validation classes, then train the best trial again.
 
-    Without arguments it searches the quickstart's loss weights, update intervals and views.
+    Without arguments it searches the quickstart's loss weights and its three diversities.
     """
     console, began = Console(stderr=as_json), time.monotonic()
     use_address(address)
