@@ -166,6 +166,7 @@ class CheckpointStore:
     def _write(self, name: str, peers: Mapping[str, PeerFiles], content: bytes, index: Mapping[str, str]) -> None:
         """Writes the checkpoint and then the index, or leaves both as they were."""
         temporary, temporary_index = self.folder / f".{name}.tmp", self.folder / "index.json.tmp"
+        is_named = False
         try:
             temporary.mkdir()
             for peer, files in peers.items():
@@ -179,10 +180,11 @@ class CheckpointStore:
             sync(self.folder)
             _write_synced(temporary_index, manifest.dump_with_checksum(index))
             os.replace(temporary_index, self._index_file)
+            is_named = True
             sync(self.folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
-            if self.index().get("last") != name:
+            if not is_named:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             with suppress(OSError):
                 temporary_index.unlink()

@@ -103,6 +103,5 @@ def _resumed_run(resume: str, out: Path | None, init_from: Path | None) -> Path:
 
 def _resumed_config(run: Path, config: Path | None, overrides: list[str] | None) -> Config:
     path = config or RunDir.open(run).config_file
-    raw = read_settings(path, overrides or ())
-    refuse_old(raw, path)
-    return Config.parse(raw, source=str(path))
+    refuse_old(read_settings(path), path)
+    return Config.load(path, overrides or ())

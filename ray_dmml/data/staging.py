@@ -95,7 +95,8 @@ def _copy(source: str, name: str, root: Path) -> None:
             f"data.source {name}: {_gib(num_bytes)} are to be copied to {root}, and {_gib(free)} "
             "are free: set data.root to a folder of a larger disk"
         )
-    paths = {path.relative_to(root).as_posix() for path in root.rglob("[!.]*") if path.is_file()}
+    paths = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    paths = {path for path in paths if not any(part.startswith(".") for part in path.split("/"))}
     if extra := sorted(paths - listing.sizes.keys()):
         logger.warning(
             f"{root} has {len(extra)} files that are not in {name}, such as {extra[0]}: "

@@ -38,7 +38,9 @@ class TensorBoardLogger(Logger):
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         if "peers" in metrics:
-            self._latest |= learned_terms(metrics["peers"])
+            rows = metrics["peers"]  # a dropped peer has none
+            latest = {name: terms for name, terms in self._latest.items() if name in rows}
+            self._latest = latest | learned_terms(rows)
         if "images_per_second" in metrics:
             scalars = {f"{term}/{peer}": value for peer, terms in self._latest.items() for term, value in terms.items()}
             self._write(step, {**scalars, "images_per_second": metrics["images_per_second"]})
@@ -55,6 +57,7 @@ class TensorBoardLogger(Logger):
     def rewind(self, step: int) -> None:
         """Begins a new file; TensorBoard shows nothing of earlier files after ``step``."""
         self.close()
+        self._latest = {}
         self._first_step = step + 1
 
     def close(self) -> None:

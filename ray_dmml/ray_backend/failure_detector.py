@@ -14,7 +14,8 @@ from ray_dmml.config.schema import FailureConfig
 from ray_dmml.errors import PeerLostError
 from ray_dmml.ray_backend.coordinator import PeerStatus
 
-LONGEST_CHECK_INTERVAL_S = 6.0  # if more time passes between two checks, the driver itself was stopped
+LONGEST_CHECK_INTERVAL_S = 6.0
+"""If more time passes between two checks, the driver itself was stopped. A check may take RayCohort.grace_s."""
 
 
 class FailureDetector:

@@ -117,11 +117,10 @@ class PeerActor:
         other peers."""
         rows, waited = [], 0.0
         try:
-            with self._replicas.explain_loss():
-                for step in range(start, stop):
-                    terms, seconds = self._step(step)
-                    rows.append(terms)
-                    waited += seconds
+            for step in range(start, stop):
+                terms, seconds = self._step(step)
+                rows.append(terms)
+                waited += seconds
         except BaseException:
             # Peers that wait for this one in a group are woken when its sockets close.
             self.exchange.close()
@@ -132,7 +131,7 @@ class PeerActor:
         from ray_dmml.peer.memory import explain_out_of_memory
 
         batch = self._loader.batch(step)
-        with explain_out_of_memory(self._peer, batch):
+        with explain_out_of_memory(self._peer, batch), self._replicas.explain_loss():
             out = self._peer.forward(batch)
             self._num_sent = step + 1
             self._report()

@@ -86,7 +86,7 @@ def left_to_grow(alive: Sequence[Node], growth: Sequence[Node]) -> list[Node]:
     left = sorted(growth, key=_size, reverse=True)
     for worker in [node for node in alive if HEAD not in node][: len(left)]:
         own = [{k: n for k, n in w.items() if 0 < n < math.inf and "memory" not in k} for w in left]
-        left.pop(next((n for n, has in enumerate(own) if has.items() <= worker.items()), -1))
+        left.pop(next((n for n, has in enumerate(own) if has and has.items() <= worker.items()), -1))
     return left
 
 

@@ -64,4 +64,7 @@ def _reserve(config: Config) -> tuple[Any, list[dict[str, float]]]:
             f"(cohort.placement_timeout_s): it has {shown([ray.cluster_resources()])}{may_grow}; "
             f"{shown([ray.available_resources()])} are free"
         ) from None
+    except BaseException:  # such as Ctrl-C: a group that waits would make the cluster grow
+        remove_placement_group(group)
+        raise
     return group, bundles

@@ -31,13 +31,14 @@ class RecoveryPolicy:
         self.num_failures = 0
         """Failures of this run so far."""
 
-    def decide(self, failure: PeerLostError, checkpoint_step: int | None) -> Decision:
+    def decide(self, failure: PeerLostError, checkpoint_step: int | None, *, can_drop: bool) -> Decision:
         """Counts a failure and decides.
 
         Args:
             failure: which peers were lost, and why.
-            checkpoint_step: step of the last checkpoint; None if there is none. Without a checkpoint no peer
-                can be dropped, because nothing of it would be kept.
+            checkpoint_step: step of the last checkpoint; None if there is none.
+            can_drop: whether the other peers can go on. They cannot if they have not started, or if there is no
+                checkpoint: nothing of the dropped peer would be kept.
 
         Raises:
             UserError: the run ends; the message adds why, and which checkpoint is complete.
@@ -48,8 +49,7 @@ class RecoveryPolicy:
             raise self._end(failure, "failure.on_peer_loss is fail", checkpoint_step)
         if self.num_failures <= allowed:
             return Decision.RESTART
-        can_drop = self._config.on_peer_loss == "drop" and checkpoint_step is not None
-        if can_drop and self.num_failures <= allowed + self._num_peers:
+        if can_drop and self._config.on_peer_loss == "drop" and self.num_failures <= allowed + self._num_peers:
             return Decision.DROP
         reason = f"failure.max_failures is {allowed}, and this is failure {self.num_failures}"
         raise self._end(failure, reason, checkpoint_step)

@@ -114,7 +114,7 @@ def train(
             cohort_factory or _cohort_class(local),
             initial_weights=_initial_weights(config),
             checkpoint=checkpoint,
-            writer=RunWriter(run_dir, metrics_file, remote),
+            writer=RunWriter(run_dir, metrics_file, remote, is_new=resume is None),
             loggers=all_loggers,
             should_stop=should_stop,
         )

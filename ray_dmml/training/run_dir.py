@@ -53,15 +53,13 @@ class RunDir:
         """Whether a run has begun here."""
         return self.config_file.is_file()
 
-    def ensure_empty(self, option: str = "--out") -> None:
-        """Raises UserError if the folder holds something; ``option`` of the command line names another one."""
+    def ensure_empty(self) -> None:
+        """Raises UserError if the folder holds something."""
         # A run that was killed before it had a config leaves nothing but files with this suffix.
         if self.path.exists() and (
             not self.path.is_dir() or any(path.suffix != ".tmp" for path in self.path.iterdir())
         ):
-            raise UserError(
-                f"{self.path} already exists; give another {option}, or continue it with --resume {self.path}"
-            )
+            raise UserError(f"{self.path} already exists; give another --out, or continue it with --resume {self.path}")
 
     def create(self) -> None:
         """Makes the folder. Raises UserError if that is not possible."""

@@ -24,19 +24,22 @@ RETRY_S = 60.0
 
 
 class RunWriter:
-    """The writing side of a run's folder, and of its copy at ``remote``."""
+    """The writing side of a run's folder, and of its copy at ``remote``. The folder of a new run is made and locked by
+    :meth:`open`; that of a resumed one is already locked."""
 
-    def __init__(self, run_dir: RunDir, metrics_file: JsonlLogger, remote: RemoteRun | None) -> None:
+    def __init__(self, run_dir: RunDir, metrics_file: JsonlLogger, remote: RemoteRun | None, *, is_new: bool) -> None:
         self._run_dir, self._metrics_file, self._remote = run_dir, metrics_file, remote
+        self._is_new = is_new
         self._lock = ExitStack()
 
     def open(self, config: Config, facts: Mapping[str, Any]) -> None:
         """Creates and locks the folder of a new run; writes config.yaml, and ``facts`` into run.json."""
         run_dir = self._run_dir
-        if not run_dir.exists():
+        if self._is_new:  # another run may have taken the folder while the peers started
             run_dir.create()
             self._lock.enter_context(run_dir.lock())
             run_dir.ensure_empty()
+            self._is_new = False
         run_dir.write_config(config)
         threads = run_dir.environment().get("threads")
         if threads not in (None, facts["threads"]):

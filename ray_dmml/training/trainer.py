@@ -128,8 +128,9 @@ class Trainer:
             return
         has_checkpoint = bool(self.run_dir.checkpoints.index())
         checkpoint = self.run_dir.checkpoints.load("last") if has_checkpoint else None
-        decision = self.policy.decide(failure, checkpoint.step if checkpoint else None)
-        if self._cohort is None or checkpoint is None:
+        starts_again = self._cohort is None or checkpoint is None
+        decision = self.policy.decide(failure, checkpoint.step if checkpoint else None, can_drop=not starts_again)
+        if starts_again or checkpoint is None:
             logger.warning("%s; all peers start again (%s)", failure, self.policy.describe(decision))
             self.close()
             self.start(checkpoint)
@@ -190,10 +191,14 @@ class Trainer:
         logger.debug("starting the peers")
         has_weights = checkpoint is not None or self._initial_weights is not None
         self._cohort = self._cohort_factory(self.config, self.splits, initial_weights=not has_weights)
-        if checkpoint is not None:
-            self.cohort.load(checkpoint.peers)
-        elif self._initial_weights is not None:
-            self.cohort.load_weights(self._initial_weights)
+        try:
+            if checkpoint is not None:
+                self.cohort.load(checkpoint.peers)
+            elif self._initial_weights is not None:
+                self.cohort.load_weights(self._initial_weights)
+        except PeerLostError:
+            self.close()  # the start has failed, and the next attempt is a start again
+            raise
         self.state = TrainingState.of(checkpoint)
         for name, since in self.state.dropped.items():
             logger.info("%s, dropped at step %d, takes part again", name, since)

@@ -104,3 +104,22 @@ def test_a_file_cut_short_hides_nothing_that_comes_later(tmp_path: Path, caplog:
     assert len(caplog.records) == 1
     steps = [step for step, _ in losses(tmp_path / "tensorboard")]
     assert steps[0] == 1 and steps[-1] == 20 and steps == sorted(steps)
+
+
+def test_a_peer_that_learns_no_more_has_no_further_points(tmp_path: Path) -> None:
+    """Such as a dropped one. Values of steps that a rewind has voided are not written again."""
+    logger = TensorBoardLogger(tmp_path / "tensorboard")
+    logger.log({"peers": {"peer0": {"loss": 0.5}, "peer1": {"loss": 0.25}}}, 1)
+    logger.log({"images_per_second": 7.0}, 1)
+    log(logger, 2, 0.125)
+    logger.log({"peers": {"peer1": {"loss": 9.0}}}, 3)
+    logger.rewind(2)
+    log(logger, 3, 0.0625)
+    logger.close()
+    losses = [row for row in scalars(tmp_path / "tensorboard") if row[1].startswith("loss/")]
+    assert losses == [
+        (1, "loss/peer0", 0.5),
+        (1, "loss/peer1", 0.25),
+        (2, "loss/peer0", 0.125),
+        (3, "loss/peer0", 0.0625),
+    ]

@@ -115,6 +115,7 @@ def test_a_gpu_agrees_with_the_cpu(image_folder: Path) -> None:
                 assert other[name][term] == pytest.approx(one[name][term], rel=0.1)
 
 
+@pytest.mark.ray
 def test_peers_share_a_gpu_on_ray(image_folder: Path) -> None:
     """2 peers on one GPU: each has its share, and they exchange embeddings directly."""
     import ray
@@ -134,6 +135,7 @@ def test_peers_share_a_gpu_on_ray(image_folder: Path) -> None:
     assert [each.shape for each in embeddings.values()] == [(40, 16), (40, 16)]
 
 
+@pytest.mark.ray
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs on this machine")
 def test_a_peer_over_two_gpus(image_folder: Path) -> None:
     """Its replicas share each batch by NCCL. Distance and angle of the first step equal those of one GPU."""

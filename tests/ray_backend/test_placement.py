@@ -331,6 +331,23 @@ def test_workers_of_each_set_of_labels_may_start(tmp_path: Path) -> None:
     assert placement.plan(config, [HEAD], growth) == [{"CPU": 8, "GPU": 1}]
 
 
+def test_workers_that_are_alive_have_come_already() -> None:
+    """Of their own type where that can be told, else there is one less of the smallest; never less than none."""
+    large, small = {"CPU": 48.0, "GPU": 4.0}, {"CPU": 8.0, "memory": 1e9}
+    growth = [large, large, small]
+    assert placement.left_to_grow([HEAD], growth) == growth
+    here = {"memory": 2e9, "node:10.0.0.2": 1.0}  # measured there, and Ray's own
+    assert placement.left_to_grow([HEAD, large | here], growth) == [large, small]
+    assert placement.left_to_grow([HEAD, small | here], growth) == [large, large]
+    assert placement.left_to_grow([HEAD, {"CPU": 7.0}], growth) == [large, large]
+    assert placement.left_to_grow([HEAD, *[small] * 2], growth) == [large]
+    assert placement.left_to_grow([HEAD, *[small] * 5], growth) == []
+    assert placement.left_to_grow([HEAD, large], [{}, {}]) == [{}]
+    config = Config.parse({"cohort": {"base": {"num_gpus": 1}, "peers": [{}] * 5}})
+    with pytest.raises(UserError, match=r"no room for all peers.* 1 x \(48 CPU, 4 GPU\)\."):
+        placement.plan(config, [HEAD, GPU_NODE], placement.left_to_grow([HEAD, GPU_NODE], [GPU_NODE]))
+
+
 @pytest.fixture(scope="module")
 def ray_with_gpus() -> Iterator[None]:
     """A private Ray of 4 CPUs and 2 GPUs that nothing uses, so that they need not exist."""
@@ -345,6 +362,9 @@ def ray_with_gpus() -> Iterator[None]:
 def test_ray_grants_the_plan(ray_with_gpus: None, num_peers: int, first: dict[str, Any]) -> None:
     peers = [first, *({} for _ in range(num_peers - 1))]
     nodes, _ = placement.cluster_nodes(ray.nodes(), "")
-    group = placement_group(plan_on(nodes, peers), strategy="PACK")
+    bundles = plan_on(nodes, peers)
+    cpus, gpus = (sum(bundle[kind] for bundle in bundles) for kind in ("CPU", "GPU"))
+    assert len(bundles) == num_peers and 3 <= cpus <= 4 and 1.5 <= gpus <= 2
+    group = placement_group(bundles, strategy="PACK")
     ray.get(group.ready(), timeout=30)
     remove_placement_group(group)

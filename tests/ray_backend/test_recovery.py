@@ -161,7 +161,11 @@ def test_lost_before_the_first_checkpoint(
 
 @pytest.mark.slow
 def test_both_peers_and_the_coordinator(
-    image_folder: Path, tmp_path: Path, undisturbed: Path, cohorts: list[Watched]
+    image_folder: Path,
+    tmp_path: Path,
+    undisturbed: Path,
+    cohorts: list[Watched],
+    sentences: Callable[[], list[str]],
 ) -> None:
     """Everything that the driver has started dies at once; the same end."""
 
@@ -177,6 +181,7 @@ def test_both_peers_and_the_coordinator(
         cohort_factory=Watched,
     )
     assert_same_run(tmp_path / "run", undisturbed)
+    assert any("all peers" in note and "(restart 1 of 5)" in note for note in sentences())
 
 
 def pids_of_replicas() -> list[int]:
@@ -256,8 +261,9 @@ def test_no_more_restarts(image_folder: Path, tmp_path: Path, cohorts: list[Watc
     """The run ends by name, and what it has kept can be resumed."""
     config = settings(image_folder, failure={"max_failures": 0})
     faults = Faults(6, lambda: kill(cohorts, "peer0"))
-    with pytest.raises(UserError, match=r"peer0 died.*max_failures is 0.*step 4 is complete"):
+    with pytest.raises(UserError, match=r"peer0 died.*max_failures is 0.*step 4 is complete") as ended:
         train(config, tmp_path / "run", loggers=[faults], cohort_factory=Watched)
+    assert not isinstance(ended.value, PeerLostError)
     assert RunDir.open(tmp_path / "run").checkpoints.load("last").step == 4
 
 

@@ -23,9 +23,12 @@ from PIL import Image
 
 from ray_dmml import Config, UserError, evaluate, train
 from ray_dmml.checkpoint.peer_state import decode_peer
-from ray_dmml.checkpoint.store import CheckpointStore
+from ray_dmml.checkpoint.store import CheckpointStore, PeerFiles
+from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.data.datasets import load_splits
+from ray_dmml.errors import PeerLostError
 from ray_dmml.loggers.logger import Logger
+from ray_dmml.training.run_dir import RunDir
 
 EVERY_TWO = {"steps": 6, "evaluate_every": 2, "log_every": 3}
 
@@ -474,3 +477,39 @@ def test_one_process_a_run_folder(image_folder: Path, tmp_path: Path) -> None:
     assert "another process is training in" in Second.refused[0]
     assert "already exists" in Second.refused[1]
     train(resume=out, local=True)
+
+
+def test_a_folder_that_is_taken_while_the_peers_start(image_folder: Path, tmp_path: Path) -> None:
+    """Of two new runs in one folder the second ends, and the files of the first are as they were."""
+    out = tmp_path / "run"
+    config = Config.parse(tiny(image_folder, train={"steps": 2, "tensorboard": False}))
+
+    def start_late(*arguments: Any, **named: Any) -> LocalCohort:
+        train(config, out, local=True)
+        return LocalCohort(*arguments, **named)
+
+    with pytest.raises(UserError, match="already exists"):
+        train(config, out, cohort_factory=start_late)
+    train(config, tmp_path / "alone", local=True)
+    assert_same_run(out, tmp_path / "alone")
+
+
+def test_a_peer_lost_while_a_resumed_run_starts(image_folder: Path, tmp_path: Path) -> None:
+    """All peers start again, and the longer config is written."""
+    out = tmp_path / "run"
+    config = Config.parse(tiny(image_folder, train={"steps": 2, "tensorboard": False}))
+    train(config, out, local=True)
+    lost: list[str] = []
+
+    class LosesOne(LocalCohort):
+        def load(self, state: Mapping[str, PeerFiles]) -> None:
+            if not lost:
+                lost.append("peer1")
+                raise PeerLostError("peer1 died")
+            super().load(state)
+
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})})
+    train(longer, resume=out, cohort_factory=LosesOne)
+    assert lost == ["peer1"] and RunDir.open(out).config().train.steps == 4
+    train(longer, tmp_path / "whole", local=True)
+    assert_same(stored(out), stored(tmp_path / "whole"))
