@@ -197,6 +197,12 @@ def test_a_run_is_not_overwritten(config_file: Callable[..., Path], run: Path) -
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_mistyped_setting_is_no_older_version(run: Path) -> None:
+    """The run is as it was; only --set is wrong."""
+    error = complaint("train", "--local", "--resume", run, "--set", "run.max_restarts=9")
+    assert "run: unknown setting" in error and "older version" not in error and "--set" in error
+
+
 def test_a_changed_run_is_not_resumed(run: Path, tmp_path: Path) -> None:
     """By --set, or in the run's own config.yaml. More steps are allowed."""
     folder = shutil.copytree(run, tmp_path / "run")
