@@ -111,6 +111,8 @@ def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_there_are_blocks_of_every_kind() -> None:
     """The parser of the pages has not lost any."""
     assert {"python", "yaml", "bash", "text"} <= {block.language for block in RUNNABLE}
+    assert len(OURS) > 10  # commands of ours
+    assert sum(len(spans_of(page)) for page in PAGES) > 200  # names in code, whose settings and files are checked
     fences = sum(page.read_text().count("```") for page in PAGES)
     assert 2 * len(BLOCKS) == fences
 

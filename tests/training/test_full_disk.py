@@ -17,9 +17,6 @@ from ray_dmml.loggers.logger import Logger
 from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
 
-FULL = 600
-"""Bytes of a file beyond which the disk is full."""
-
 
 @contextmanager
 def restored_limit() -> Iterator[int]:
@@ -30,11 +27,18 @@ def restored_limit() -> Iterator[int]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.parametrize(
+    ("full", "warnings"),
+    [
+        (600, ["metrics.jsonl cannot be written", "the rows are kept until they can be written"]),
+        (20_000, ["checkpoint of step 8 cannot be written: [Errno 27] File too large; training goes on"]),
+    ],
+)
 def test_nothing_is_missing_or_there_twice_afterwards(
-    image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    full: int, warnings: list[str], image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Checkpoints and metrics that find no room are warned of, and training goes on. Here a limit on the size
-    of files stands for the disk."""
+    of files, in bytes, stands for the disk: metrics find no room, or checkpoints alone."""
     raw = tiny(
         image_folder,
         train={"steps": 16, "evaluate_every": 8, "log_every": 2},
@@ -47,14 +51,13 @@ def test_nothing_is_missing_or_there_twice_afterwards(
         class FullFromStep6To11(Logger):
             def log(self, metrics: Mapping[str, Any], step: int) -> None:
                 if not metrics and step == 6:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, hard))
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (full, hard))
                 if not metrics and step == 11:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
         with caplog.at_level(logging.WARNING, "ray_dmml"):
             train(config, tmp_path / "run", loggers=[FullFromStep6To11()], local=True)
-    assert "the rows are kept until they can be written" in caplog.text
-    assert "cannot be written: [Errno 27] File too large; training goes on" in caplog.text
+    assert [warning for warning in (*warnings, "training goes on") if warning not in caplog.text] == []
     train(config, tmp_path / "undisturbed", local=True)
     run, undisturbed = RunDir(tmp_path / "run"), RunDir(tmp_path / "undisturbed")
     assert run.metrics_file.read_text() == undisturbed.metrics_file.read_text()
