@@ -13,6 +13,9 @@ _HEADINGS = {"map@r": "MAP@R", "r_precision": "R-prec"}
 
 def results_table(results: Mapping[str, Any], console: Console) -> None:
     """Prints the content of results.json: a row for each peer and for the ensemble, before and after training."""
+    if results["split"] is None:
+        console.print("not evaluated: all classes were trained on", highlight=False)
+        return
     images = f"{results['num_images']:,} images"
     if results["num_queries"] is not None:
         images = f"{results['num_queries']:,} queries in {results['num_gallery']:,} images"

@@ -62,13 +62,14 @@ class DataConfig(Section):
     The copy is in `root`, or in `cache_dir` if `root` is null. null: the images are in `root`."""
 
     manifest: Path | None = None
-    """`manifest`: a CSV file with columns path, label, split (train or validation), perhaps is_query and is_gallery."""
+    """`manifest`: a CSV file with columns path and label; perhaps split (train or validation), is_query, is_gallery."""
 
     download: bool = True
     """Download `cub200` into `root` if it is missing, and verify it. Errors say where to get other data sets."""
 
-    train_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.5
-    """`imagefolder`: share of the classes used for training. The other classes are the test classes."""
+    train_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.5
+    """`imagefolder`: share of the classes used for training. The other classes are the test classes. 1: there are no
+    test classes, and the run is evaluated on validation classes only, or not at all."""
 
     split_seed: Seed | None = None
     """`imagefolder`: seed that selects the training classes. null: they are the first in name order."""
@@ -549,11 +550,12 @@ class EvaluationConfig(Section):
     weights: Literal["last", "best", "ema"] | None = None
     """The weights of the final evaluation. null: the best if there are validation classes, else the last."""
 
-    split: Literal["test", "validation"] = "test"
-    """Classes of the final evaluation. Searches use `validation`, because they must not use the test classes."""
+    split: Literal["test", "validation"] | None = None
+    """Classes of the final evaluation. Searches use `validation`, because they must not use the test classes. null: the
+    test classes; if there are none, the validation classes; if there are none either, the run is not evaluated."""
 
     untrained: bool = True
-    """Also evaluate the untrained peers on the test classes, for comparison."""
+    """Also evaluate the untrained peers on these classes, for comparison."""
 
 
 class Config(Section):
@@ -585,6 +587,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Config:
+        if self.evaluation.split == "test" and self.data.name == "imagefolder" and self.data.train_fraction == 1:
+            raise ValueError("evaluation.split is test, but there are no test classes: data.train_fraction is 1")
         if self.evaluation.split == "validation" and not self.data.validation_fraction:
             raise ValueError("evaluation.split is validation, but there are none: data.validation_fraction is 0")
         try:

@@ -129,14 +129,17 @@ class ImageSet:
                 content.update(b"\0" + indices.astype("<i8").tobytes())
         return content.hexdigest()
 
+    def num_evaluated(self) -> int:
+        """The number of queries that have another image of their class in the gallery. Only these are evaluated."""
+        everything = np.arange(len(self))
+        query = everything if self.query is None else self.query
+        gallery = everything if self.gallery is None else np.unique(self.gallery)
+        in_gallery = np.bincount(self.labels[gallery], minlength=self.num_classes)
+        return int(np.sum(in_gallery[self.labels[query]] > np.isin(query, gallery)))
+
     def can_be_evaluated(self) -> bool:
         """Whether any query has another image of its class in the gallery."""
-        if self.query is None or self.gallery is None:
-            return bool((np.bincount(self.labels) >= 2).any())
-        gallery = {label: set[int]() for label in self.labels.tolist()}
-        for index in self.gallery.tolist():
-            gallery[int(self.labels[index])].add(index)
-        return any(gallery[int(self.labels[q])] - {q} for q in self.query.tolist())
+        return self.num_evaluated() > 0
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> ImageSet:
         """The images at these indices (each at most once), in this order.
@@ -165,17 +168,17 @@ class ImageSet:
 class Splits:
     """A data set split by class: no class is in two of the three.
 
-    ``validation`` are training classes held out to choose checkpoints and settings; None: none are. ``skipped`` are the
-    names of unreadable images that were left out.
+    ``validation`` are training classes held out to choose checkpoints and settings; None: none are. ``test`` is None if
+    all classes are training classes. ``skipped`` are the names of unreadable images that were left out.
     """
 
     train: ImageSet
     validation: ImageSet | None
-    test: ImageSet
+    test: ImageSet | None
     skipped: tuple[str, ...] = ()
 
     def parts(self) -> dict[str, ImageSet]:
-        """``training``, ``validation`` (if there is one) and ``test``."""
+        """``training``, and those of ``validation`` and ``test`` that there are."""
         parts = {"training": self.train, "validation": self.validation, "test": self.test}
         return {name: part for name, part in parts.items() if part is not None}
 

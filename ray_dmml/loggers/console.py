@@ -81,23 +81,31 @@ class LinesLogger(Logger):
             )
             rate = f"{metrics['images_per_second']:.1f} images/s"
             self.print("  ".join([f"step {step}/{self._num_steps}", *peers, rate]))
-        for split, classes in (("untrained", "test classes, untrained"), ("validation", "validation classes")):
-            if split in metrics:
-                recall = "  ".join(f"{name} {value:.3f}" for name, value in _recall(metrics[split]).items())
-                self.print(f"step {step}  Recall@1 on {classes}: {recall}")
+        self._print_evaluation(metrics, step)
         if "checkpoint" in metrics:
             best = ", the best so far" if metrics["checkpoint"] == "best" else ""
             self.print(f"step {step}  checkpoint saved{best}")
 
+    def _print_evaluation(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Prints the Recall@1 of an evaluation, and of which classes it is."""
+        for key, classes in (
+            ("untrained", f"{metrics.get('split')} classes, untrained"),
+            ("validation", "validation classes"),
+        ):
+            if key in metrics:
+                recall = "  ".join(f"{name} {value:.3f}" for name, value in _recall(metrics[key]).items())
+                self.print(f"step {step}  Recall@1 on {classes}: {recall}")
+
 
 class LiveLogger(LinesLogger):
-    """A terminal: a row of loss terms for each peer, the last evaluation, and a bar for the run."""
+    """A terminal: a row of loss terms for each peer with its latest validation, and a bar for the run. Each evaluation
+    is also a line above them, which stays."""
 
     def __init__(self, console: Console, config: Config) -> None:
         super().__init__(console, config)
         self._names = [str(peer.name) for peer in config.cohort.peers]
         self._recall: dict[str, float] = {}
-        self._evaluated = "Recall@1"
+        self._evaluated = "Recall@1 (validation)" if config.data.validation_fraction else ""
         columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
         columns += [TextColumn("{task.fields[rate]}"), TimeRemainingColumn(compact=True)]
         self._bar = Progress(*columns, console=console, expand=True)
@@ -115,9 +123,10 @@ class LiveLogger(LinesLogger):
             self._latest |= learned_terms(metrics["peers"])
         if "images_per_second" in metrics:
             self._bar.update(self._task, rate=f"{metrics['images_per_second']:.0f} images/s")
-        for split, shown in (("untrained", "untrained"), ("validation", f"validation, step {step}")):
-            if split in metrics:
-                self._recall, self._evaluated = _recall(metrics[split]), f"Recall@1 ({shown})"
+        # The column is of validation classes only; figures of other classes beside them would be taken for progress.
+        self._print_evaluation(metrics, step)
+        if "validation" in metrics:
+            self._recall, self._evaluated = _recall(metrics["validation"]), f"Recall@1 (validation, step {step})"
         if not metrics:
             self._show_progress(step)
         self._live.update(self._render())
@@ -138,17 +147,22 @@ class LiveLogger(LinesLogger):
             return Group(self._bar)
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("peer", no_wrap=True)
-        for heading in (*TERMS, self._evaluated):
+        for heading in TERMS:
             table.add_column(heading, justify="right")
+        if self._evaluated:
+            table.add_column(self._evaluated, justify="right")
         for name in self._names:
             terms = self._latest.get(name, {})
-            table.add_row(name, *(f"{terms[t]:.4f}" if t in terms else "-" for t in TERMS), self._percent(name))
-        if len(self._names) > 1:
-            table.add_row("ensemble", *([""] * len(TERMS)), self._percent("ensemble"))
+            table.add_row(name, *(f"{terms[t]:.4f}" if t in terms else "-" for t in TERMS), *self._percent(name))
+        if len(self._names) > 1 and self._evaluated:
+            table.add_row("ensemble", *([""] * len(TERMS)), *self._percent("ensemble"))
         return Group(table, self._bar)
 
-    def _percent(self, name: str) -> str:
-        return f"{100 * self._recall[name]:.1f} %" if name in self._recall else "-"
+    def _percent(self, name: str) -> list[str]:
+        """The cell of the column Recall@1, if there is one."""
+        if not self._evaluated:
+            return []
+        return [f"{100 * self._recall[name]:.1f} %" if name in self._recall else "-"]
 
 
 def _recall(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -21,7 +21,10 @@ def describe_cohort(config: Config, splits: Splits, facts: Mapping[str, Any]) ->
         yield (
             f"          validation {len(validation):,} images of {validation.num_classes} classes, held out of training"
         )
-    yield f"          test {len(splits.test):,} images of {splits.test.num_classes} classes"
+    if splits.test is None:
+        yield "          no test classes: all classes but those of validation train"
+    else:
+        yield f"          test {len(splits.test):,} images of {splits.test.num_classes} classes"
     num_classes, num_images = config.data.classes_per_batch, config.data.images_per_class
     yield (
         f"          batches of {num_classes * num_images}: {num_classes} classes x {num_images} images, "

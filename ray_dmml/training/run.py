@@ -20,14 +20,18 @@ from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.evaluation.evaluate import evaluate_embeddings
 from ray_dmml.loggers.jsonl import JsonlLogger
 from ray_dmml.loggers.logger import Logger, Loggers
+from ray_dmml.training.results import evaluated_split, results_of
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.run_writer import RunWriter
-from ray_dmml.training.trainer import Trainer, results_of
+from ray_dmml.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from ray_dmml.checkpoint.remote import RemoteRun
 
 logger = logging.getLogger(__name__)
+
+FEW_CLASSES, FEW_QUERIES = 10, 200
+"""Below one of them, validation figures say little, and the run warns."""
 
 MAY_CHANGE_ON_RESUME = (
     "train.steps",
@@ -62,7 +66,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     cohort_factory: CohortFactory | None = None,
 ) -> dict[str, Any]:
-    """Trains a cohort and evaluates it on the test classes.
+    """Trains a cohort and evaluates it on the test classes, if there are any.
 
     Args:
         config: the experiment; with ``resume``, None means the run's own.
@@ -133,7 +137,7 @@ def evaluate(run: Path | str, weights: str | None = None) -> dict[str, Any]:
         The same as :func:`train`.
 
     Raises:
-        UserError: there is no such run or checkpoint, or its images are gone.
+        UserError: there is no such run or checkpoint, its images are gone, or all of them were trained on.
     """
     from ray_dmml.cohort.local import LocalCohort
 
@@ -143,6 +147,9 @@ def evaluate(run: Path | str, weights: str | None = None) -> dict[str, Any]:
     threads = max(environment.get("threads") or [0]) or None
     skip = frozenset(environment.get("skipped_images", ()))
     splits = load_splits(config.data, skip=skip, check=False)
+    split = evaluated_split(config, splits)
+    if split is None:
+        raise UserError(f"{run} cannot be evaluated on its own images: all classes were trained on")
     weights = config.weights_to_evaluate(weights)
     checkpoint = run_dir.checkpoints.load("best" if weights == "best" else "last")
     # Dropped peers are left out, as in the run's own results.
@@ -150,13 +157,13 @@ def evaluate(run: Path | str, weights: str | None = None) -> dict[str, Any]:
     peers = tuple(p for p in config.cohort.peers if p.name not in last.meta["dropped"])
     update = {"threads_per_peer": threads, "peers": peers}
     config = config.model_copy(update={"cohort": config.cohort.model_copy(update=update)})
-    images: ImageSet = getattr(splits, config.evaluation.split)
+    images: ImageSet = getattr(splits, split)
     with closing(LocalCohort(config, splits, initial_weights=False)) as cohort:
         cohort.load(checkpoint.peers)
-        embeddings = cohort.embeddings(config.evaluation.split, ema=weights == "ema")
+        embeddings = cohort.embeddings(split, ema=weights == "ema")
     figures = evaluate_embeddings(embeddings, images, config.evaluation.recall_at)
     untrained = checkpoint.meta["untrained"]
-    return results_of(config, images, figures, untrained, weights, checkpoint.step)
+    return results_of(config, split, images, figures, untrained, weights, checkpoint.step)
 
 
 def read_images(config: Config) -> Splits:
@@ -175,6 +182,15 @@ def read_images(config: Config) -> Splits:
             sampler.small_classes,
             config.data.images_per_class,
         )
+    if splits.validation is not None:
+        num_classes, num_queries = splits.validation.num_classes, splits.validation.num_evaluated()
+        if num_classes < FEW_CLASSES or num_queries < FEW_QUERIES:
+            logger.warning(
+                "validation Recall@1 is coarse: %d classes with %d queries are held out, and one query is %.2g points",
+                num_classes,
+                num_queries,
+                100 / num_queries,
+            )
     for peer in config.cohort.peers:
         if peer.weights == "none" and peer.batch_norm == "frozen" and not config.train.init_from:
             logger.warning(

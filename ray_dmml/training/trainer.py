@@ -18,13 +18,14 @@ from ray_dmml.checkpoint.manifest import DamagedError
 from ray_dmml.checkpoint.store import Checkpoint, PeerFiles
 from ray_dmml.cohort.cohort import Cohort, CohortFactory, StepRow
 from ray_dmml.config.schema import Config
-from ray_dmml.data.dataset import ImageSet, Splits
+from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import build_sampler
 from ray_dmml.errors import Interrupted, PeerLostError
 from ray_dmml.evaluation.evaluate import Figures, evaluate_embeddings
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.training.describe import describe_cohort, describe_waits
 from ray_dmml.training.recovery import Decision, RecoveryPolicy
+from ray_dmml.training.results import NOT_EVALUATED, evaluated_split, results_of
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.run_writer import RunWriter
 
@@ -46,7 +47,7 @@ class TrainingState:
 
     best_step: int = 0
     untrained: Figures = field(default_factory=dict)
-    """Figures of the untrained peers on the test classes."""
+    """Figures of the untrained peers on the classes of the final evaluation."""
 
     dropped: dict[str, int] = field(default_factory=dict)
     """Peers that the others go on without, and since which step."""
@@ -84,6 +85,7 @@ class Trainer:
     ) -> None:
         run_dir.checkpoints.num_to_keep = config.checkpoint.num_to_keep
         self.config, self.run_dir, self.splits = config, run_dir, splits
+        self.split = evaluated_split(config, splits)  # of the final evaluation
         self.state = TrainingState()
         self.policy = RecoveryPolicy(config.failure, len(config.cohort.peers))
         self._cohort_factory, self._initial_weights = cohort_factory, initial_weights
@@ -273,11 +275,10 @@ class Trainer:
         """A checkpoint, so that a run that is killed at any time can be resumed; untrained figures."""
         if not self.run_dir.checkpoints.index():
             self.save(best=False)
-        evaluation = self.config.evaluation
-        if evaluation.untrained and evaluation.split == "test" and not self.state.untrained:
+        if self.config.evaluation.untrained and self.split is not None and not self.state.untrained:
             logger.debug("evaluating the untrained peers")
-            self.state.untrained = self._evaluate("test", self.splits.test)
-            self._loggers.log({"untrained": self.state.untrained}, 0)
+            self.state.untrained = self._evaluate(self.split)
+            self._loggers.log({"untrained": self.state.untrained, "split": self.split}, 0)
 
     def _on_step(self, step: int) -> None:
         self._reached = max(self._reached, step)
@@ -304,7 +305,7 @@ class Trainer:
         state = self.state
         logger.debug("evaluating on validation classes")
         uses_ema = self.config.weights_to_evaluate() == "ema"
-        figures = self._evaluate("validation", self.splits.validation, ema=uses_ema)
+        figures = self._evaluate("validation", ema=uses_ema)
         self._loggers.log({"validation": figures}, state.step)
         self._loggers.flush()
         value = figures["ensemble"]["recall@1"]
@@ -319,9 +320,9 @@ class Trainer:
             logger.warning("validation Recall@1 is 100 %% since step %d: %s", state.best_step, advice)
         return False
 
-    def _evaluate(self, split: str, images: ImageSet, *, ema: bool = False) -> Figures:
+    def _evaluate(self, split: str, *, ema: bool = False) -> Figures:
         embeddings = self.cohort.embeddings(split, ema=ema)
-        return evaluate_embeddings(embeddings, images, self.config.evaluation.recall_at)
+        return evaluate_embeddings(embeddings, getattr(self.splits, split), self.config.evaluation.recall_at)
 
     def save(self, *, best: bool) -> bool:
         """Writes a checkpoint; False if that is not possible and training can go on without it."""
@@ -344,14 +345,15 @@ class Trainer:
     # --- the end ----------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Any]:
-        """The final evaluation, written to results.json."""
+        """The final evaluation, if there are images for one, written to results.json."""
         self._writer.write_metrics()
         weights, step = self._load_final_weights()
-        split = self.config.evaluation.split
-        logger.debug("evaluating on the %s classes", split)
-        images: ImageSet = getattr(self.splits, split)
-        figures = self._evaluate(split, images, ema=weights == "ema")
-        results = results_of(self.config, images, figures, self.state.untrained, weights, step)
+        figures, images = NOT_EVALUATED, None
+        if self.split is not None:
+            logger.debug("evaluating on the %s classes", self.split)
+            images = getattr(self.splits, self.split)
+            figures = self._evaluate(self.split, ema=weights == "ema")
+        results = results_of(self.config, self.split, images, figures, self.state.untrained, weights, step)
         if self._train_s:
             rate = self._batch_size * self._num_steps / self._train_s
             results["images_per_second"] = round(rate, 2)
@@ -375,22 +377,3 @@ class Trainer:
                 self.cohort.load_weights(checkpoint.peers)
             step = checkpoint.step
         return weights, step
-
-
-def results_of(
-    config: Config, images: ImageSet, figures: Figures, untrained: Figures, weights: str, step: int
-) -> dict[str, Any]:
-    """What results.json holds: figures, and which weights, images and classes they belong to."""
-    return {
-        "untrained": untrained.get("peers", {}),
-        "untrained_ensemble": untrained.get("ensemble", {}),
-        **figures,
-        "weights": weights,
-        "step": step,
-        "split": config.evaluation.split,
-        "num_classes": images.num_classes,
-        "num_images": len(images),
-        "num_queries": None if images.query is None else len(images.query),
-        "num_gallery": None if images.gallery is None else len(images.gallery),
-        "init_from": str(config.train.init_from) if config.train.init_from else None,
-    }

@@ -36,6 +36,7 @@ def final_runs(
     trials: Sequence[Trial],
     make_logger: LoggerFactory = no_logger,
     *,
+    has_test_classes: bool = True,
     local: bool = False,
 ) -> dict[str, Any]:
     """Trains the best trial and the baseline with several seeds and evaluates them on the test classes.
@@ -44,6 +45,7 @@ def final_runs(
 
     Args:
         make_logger: makes the logger of each run.
+        has_test_classes: False: nothing is trained, because nothing could be compared.
         local: train all peers in this process, without Ray.
 
     Returns:
@@ -68,7 +70,8 @@ def final_runs(
         # Another trial may be the best after a resume, so its runs have the trial's name.
         run_name = "baseline" if params == search.baseline else best.name
         config = search.config_of(params)
-        for seed in range(config.seed, config.seed + search.config.final_seeds):
+        num_seeds = search.config.final_seeds if has_test_classes else 0
+        for seed in range(config.seed, config.seed + num_seeds):
             logger.info("final run: %s, seed %d", name, seed)
             folder = files.final_folder / f"{run_name}-seed{seed}"
             try:

@@ -219,7 +219,7 @@ class Search:
             config.model_copy(update={"seed": config.seed + seed}),
             train={"tensorboard": False},
             data={"validation_fold": config.data.validation_fold + fold},
-            evaluation={"split": "validation", "weights": weights},
+            evaluation={"split": "validation", "untrained": False, "weights": weights},
             checkpoint={"every_steps": every_steps, "storage_path": None},
         )
 

@@ -73,7 +73,7 @@ def run_search(
     else:
         RunDir(files.path).ensure_empty()
     # Every trial reads the same images. An error in them is reported once, before any trial.
-    read_images(search.trial_config({}))
+    splits = read_images(search.trial_config({}))
     with ray_session():
         require_resources(search, known_nodes(), gpus_per_trial)
         if is_new:
@@ -88,7 +88,10 @@ def run_search(
             replace_file(files.best_file, search.config_of(best.params).to_yaml())
             front = pareto_front(trials) if search.config.cost else []
             write_report(files.report_file, search, trials, best, None, front)
-            final = final_runs(files, search, best, trials, make_logger)
+            has_test_classes = splits.test is not None
+            if search.config.final_seeds and not has_test_classes:
+                logger.info("no final runs, because there are no test classes; best.yaml has the best parameters")
+            final = final_runs(files, search, best, trials, make_logger, has_test_classes=has_test_classes)
     replace_file(files.final_file, json.dumps(final, indent=1) + "\n")
     write_report(files.report_file, search, trials, best, final, front)
     return final

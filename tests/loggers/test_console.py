@@ -13,6 +13,7 @@ from ray_dmml.config.schema import Config
 from ray_dmml.loggers.console import show_run
 
 FIGURES = {"peers": {"peer0": {"recall@1": 0.25}, "peer1": {"recall@1": 0.5}}, "ensemble": {"recall@1": 0.75}}
+UNTRAINED = {"peers": {"peer0": {"recall@1": 0.125}, "peer1": {"recall@1": 0.987}}, "ensemble": {"recall@1": 0.982}}
 TERMS = {"loss": 1.5, "metric": 0.5, "distance": 0.25, "angle": 0.125}
 
 
@@ -23,7 +24,7 @@ def run(console: Console) -> None:
         log.info("data      characters")
         log.debug("training")
         logger.rewind(0)
-        logger.log({"untrained": FIGURES}, 0)
+        logger.log({"untrained": UNTRAINED, "split": "test"}, 0)
         logger.log({}, 10)
         logger.log({"peers": {"peer0": TERMS, "peer1": {}}}, 9)
         logger.log({"peers": {"peer0": {}, "peer1": {}}}, 10)
@@ -40,7 +41,7 @@ def test_lines_in_a_pipe() -> None:
     run(Console(file=text, width=20))
     assert text.getvalue().splitlines() == [
         "data      characters",
-        "step 0  Recall@1 on test classes, untrained: peer0 0.250  peer1 0.500  ensemble 0.750",
+        "step 0  Recall@1 on test classes, untrained: peer0 0.125  peer1 0.987  ensemble 0.982",
         "step 10/10  peer0 loss 1.5000 metric 0.5000 distance 0.2500 angle 0.1250  64.2 images/s",
         "warning: the disk is full; training goes on",
         "step 10  Recall@1 on validation classes: peer0 0.250  peer1 0.500  ensemble 0.750",
@@ -63,6 +64,35 @@ def test_a_table_and_a_bar_on_a_terminal(width: int) -> None:
     assert any("training" in line and "10/10" in line and "64 images/s" in line for line in last)
     assert "warning: the disk is full; training goes on" in text.getvalue()
     assert "not shown" not in text.getvalue()
+
+
+def test_figures_of_test_classes_are_never_in_the_column_of_validation_classes() -> None:
+    """On a terminal they are a line, as every evaluation; the column is of validation classes, or there is none."""
+    for fraction, column in ((0.2, True), (0, False)):
+        text = io.StringIO()
+        console = Console(file=text, width=100, force_terminal=True, color_system=None, legacy_windows=False)
+        config = Config.parse({"train": {"steps": 10}, "data": {"validation_fraction": fraction}})
+        with show_run(console, config) as logger:
+            logger.rewind(0)
+            logger.log({"untrained": UNTRAINED, "split": "test"}, 0)
+            logger.log({}, 1)
+        lines = text.getvalue().splitlines()
+        [line] = [line for line in lines if "Recall@1 on test classes, untrained" in line]
+        assert "peer1 0.987" in line
+        assert not any("98.7" in line for line in lines)
+        assert any("Recall@1 (validation)" in line for line in lines) == column
+
+
+def test_every_evaluation_stays_on_the_terminal() -> None:
+    """The live table shows the latest one; each is also a line above it."""
+    text = io.StringIO()
+    console = Console(file=text, width=100, force_terminal=True, color_system=None, legacy_windows=False)
+    with show_run(console, Config.parse({"train": {"steps": 10}})) as logger:
+        logger.rewind(0)
+        for step in range(1, 4):
+            logger.log({"validation": FIGURES}, step)
+    for step in range(1, 4):
+        assert f"step {step}  Recall@1 on validation classes: peer0 0.250" in text.getvalue()
 
 
 def test_logging_is_as_before_afterwards() -> None:

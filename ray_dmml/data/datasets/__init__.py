@@ -32,18 +32,19 @@ def load_splits(config: DataConfig, skip: frozenset[str] = frozenset(), check: b
     Raises:
         UserError: files are missing or unreadable, or not laid out as the data set needs.
     """
-    train, test = _read(config)
+    sets = [images for images in _read(config) if images is not None]
     if config.cache_gib and config.name != "characters":
-        train, test = through_cache([train, test], config.cache_dir, int(config.cache_gib * 2**30))
+        sets = through_cache(sets, config.cache_dir, int(config.cache_gib * 2**30))
     skipped: list[str] = []
-    train, test = (_without(images, skip, skipped) for images in (train, test))
+    sets = [_without(images, skip, skipped) for images in sets]
     if check and config.check_images and config.name != "characters":
-        bad = _unreadable(config, train, test)
-        train, test = (_without(images, bad, skipped) for images in (train, test))
-    for split, images in (("training", train), ("test", test)):
+        bad = _unreadable(config, *sets)
+        sets = [_without(images, bad, skipped) for images in sets]
+    train, test = sets[0], sets[1] if len(sets) > 1 else None
+    for split, images in zip(("training", "test"), sets, strict=False):
         if images.num_classes < 2:
             raise UserError(f"the {split} images are of {images.num_classes} classes; at least 2 are needed")
-    if not test.can_be_evaluated():
+    if test is not None and not test.can_be_evaluated():
         raise UserError(
             "no test image has another of its class to find: every query needs an image of its "
             "class in the gallery (is_query and is_gallery of a manifest)"
@@ -73,7 +74,8 @@ def prepare(config: DataConfig) -> str:
     return f"{counts}, {'built in' if config.name == 'characters' else f'in {local_root(config)}'}"
 
 
-def _read(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+def _read(config: DataConfig) -> tuple[ImageSet, ImageSet | None]:
+    """The training images and the test images, if there are any."""
     if config.name == "characters":
         return characters.load(config.decode_size)
     root = fetch(config)

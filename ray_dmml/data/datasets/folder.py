@@ -18,37 +18,50 @@ from ray_dmml.randomness import derive_seed
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet]:
+def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet | None]:
     """Train and test images of ROOT/CLASS/**/IMAGE. Hidden files and folders (.name) are left out.
 
     The first ``round(train_fraction * C)`` classes in name order train, or as many drawn by ``split_seed``. The others
-    are the test classes.
+    are the test classes; with ``train_fraction`` 1 there are none.
 
     Raises:
         UserError: there are too few classes, or one has no images or cannot be read.
     """
     classes = _class_folders(root)
     num_train = round(config.train_fraction * len(classes))
-    if len(classes) < 4:
+    if config.train_fraction < 1:
+        _require_both_splits(root, len(classes), num_train, config.train_fraction)
+    elif len(classes) < 2:
         raise UserError(
-            f"{root} has {len(classes)} class folders; data.name 'imagefolder' needs at least 4 "
-            "(ROOT/CLASS/image.jpg): 2 to train and 2 to test"
-        )
-    if not 2 <= num_train <= len(classes) - 2:
-        raise UserError(
-            f"data.train_fraction {config.train_fraction} of {len(classes)} classes is {num_train} to "
-            "train; at least 2 must train and 2 be left to test"
+            f"{root} has {len(classes)} class folders; data.name 'imagefolder' needs at least 2 (ROOT/CLASS/image.jpg)"
         )
     paths = [_images_under(root, name) for name in classes]
     labels = np.repeat(np.arange(len(classes)), list(map(len, paths)))
     files = FileImages(root, list(chain.from_iterable(paths)), config.decode_size, config.resize)
     images = ImageSet(files, labels, tuple(classes))
+    if config.train_fraction == 1:
+        return images, None
     order = np.arange(len(classes))
     if config.split_seed is not None:
         generator = np.random.Generator(np.random.PCG64(derive_seed("split", config.split_seed)))
         order = generator.permutation(order)
     is_train = np.isin(labels, order[:num_train])
     return images.subset(np.flatnonzero(is_train)), images.subset(np.flatnonzero(~is_train))
+
+
+def _require_both_splits(root: Path, num_classes: int, num_train: int, train_fraction: float) -> None:
+    """Raises UserError if there are not 2 classes to train and 2 to test."""
+    advice = "set data.train_fraction=1 to train on all classes without a test"
+    if num_classes < 4:
+        raise UserError(
+            f"{root} has {num_classes} class folders; data.name 'imagefolder' needs at least 4 "
+            f"(ROOT/CLASS/image.jpg): 2 to train and 2 to test; {advice}"
+        )
+    if not 2 <= num_train <= num_classes - 2:
+        raise UserError(
+            f"data.train_fraction {train_fraction} of {num_classes} classes is {num_train} to "
+            f"train; at least 2 must train and 2 be left to test; {advice}"
+        )
 
 
 def _class_folders(root: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """A CSV file that lists images, classes and the retrieval protocol, as in open-metric-learning.
 
 Its columns are ``path``, ``label``, ``split`` (``train``, or ``validation`` for the test classes) and, for query
-against gallery, ``is_query`` and ``is_gallery``. Other columns are ignored.
+against gallery, ``is_query`` and ``is_gallery``. Without the column ``split`` all rows train. Other columns are
+ignored.
 https://open-metric-learning.readthedocs.io/en/latest/oml/data.html
 """
 
@@ -35,8 +36,9 @@ class _Row(NamedTuple):
     is_gallery: bool
 
 
-def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet]:
-    """Train and test images of a manifest, whose paths are relative to ``root`` or inside it.
+def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet | None]:
+    """Train and test images of a manifest, whose paths are relative to ``root`` or inside it. If all its rows train,
+    there are no test images.
 
     Rows with flags are evaluated as queries against gallery. Without flags it is all against all. The flags of training
     rows apply if their class is held out for validation.
@@ -47,9 +49,8 @@ def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet]:
     manifest = config.manifest or Path()
     rows = _read(manifest, root)
     train, test = ([row for row in rows if row.split == split] for split in ("train", "validation"))
-    for split, chosen in (("train", train), ("validation", test)):
-        if not chosen:
-            raise UserError(f"manifest {manifest} has no rows of split '{split}'")
+    if not train:
+        raise UserError(f"manifest {manifest} has no rows of split 'train'")
     both = sorted({row.label for row in train} & {row.label for row in test})
     if both:
         raise UserError(
@@ -61,7 +62,7 @@ def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet]:
         raise UserError(
             f"manifest {manifest} lists {_cut(missing[0])}, which is not in {root} ({len(missing)} files are missing)"
         )
-    return _image_set(train, root, config), _image_set(test, root, config)
+    return _image_set(train, root, config), _image_set(test, root, config) if test else None
 
 
 def _image_set(rows: list[_Row], root: Path, config: DataConfig) -> ImageSet:
@@ -90,14 +91,16 @@ def _read(manifest: Path, root: Path) -> list[_Row]:
             for column in ("path", "label", "split", "is_query", "is_gallery"):
                 if names.count(column) > 1:
                     raise UserError(f"manifest {manifest} has two columns '{column}'")
-                if column not in names and not column.startswith("is_"):
+                if column not in names and column in ("path", "label"):
                     raise UserError(
                         f"manifest {manifest} has no column '{column}'; its first line must name "
-                        "path, label, split and, if wanted, is_query and is_gallery"
+                        "path, label and, if wanted, split, is_query and is_gallery"
                     )
             rows: dict[str, _Row] = {}
             for cells in reader:
                 where = f"manifest {manifest}, line {reader.line_num}"
+                if "split" not in names:
+                    cells["split"] = "train"
                 row = _parse({key: (cells.get(key) or "").strip() for key in _Row._fields}, root, base, where)
                 if row.path in rows:
                     raise UserError(f"{where}: {_cut(row.path)} is listed a second time")

@@ -89,7 +89,7 @@ def test_manifest_without_flags_is_all_against_all(tmp_path, flags):
         ("path,split\na/1.png,train\n", "no column 'label'"),
         ("", "no column 'path'"),
         (FULL_HEAD, "no rows of split 'train'"),
-        (FULL_HEAD + TRAIN, "no rows of split 'validation'"),
+        (FULL_HEAD + "a/1.png,9,validation,,\n", "no rows of split 'train'"),
         (FULL_HEAD + "a/1.png,9,test,,\n", "line 2: split is 'test'; allowed: train, validation"),
         (FULL_HEAD + TRAIN + "a/9.png,9,validation,,\n", "label '9' is in both splits"),
         (FULL_HEAD + "a/1.png,9,train,,\n../x.png,9,train,,\n", r"line 3: \.\./x\.png is outside"),

@@ -1,0 +1,52 @@
+"""Which images a run is evaluated on, and what results.json says of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray_dmml.config.schema import Config
+from ray_dmml.data.dataset import ImageSet, Splits
+from ray_dmml.errors import UserError
+from ray_dmml.evaluation.evaluate import Figures
+
+NOT_EVALUATED: Figures = {"peers": {}, "ensemble": {}}
+
+
+def evaluated_split(config: Config, splits: Splits) -> str | None:
+    """The split of the final evaluation: ``test``, ``validation``, or None if all classes were trained on.
+
+    Raises:
+        UserError: ``evaluation.split`` names one that there is not.
+    """
+    there = [split for split in ("test", "validation") if getattr(splits, split) is not None]
+    asked = config.evaluation.split
+    if asked is not None and asked not in there:
+        raise UserError(f"evaluation.split is {asked}, but the data set has no {asked} classes")
+    return asked or next(iter(there), None)
+
+
+def results_of(
+    config: Config,
+    split: str | None,
+    images: ImageSet | None,
+    figures: Figures,
+    untrained: Figures,
+    weights: str,
+    step: int,
+) -> dict[str, Any]:
+    """What results.json holds: figures, and which weights, images and classes they belong to. ``images`` is None if the
+    run is not evaluated."""
+    query, gallery = (None, None) if images is None else (images.query, images.gallery)
+    return {
+        "untrained": untrained.get("peers", {}),
+        "untrained_ensemble": untrained.get("ensemble", {}),
+        **figures,
+        "weights": weights,
+        "step": step,
+        "split": split,
+        "num_classes": None if images is None else images.num_classes,
+        "num_images": None if images is None else len(images),
+        "num_queries": None if query is None else len(query),
+        "num_gallery": None if gallery is None else len(gallery),
+        "init_from": str(config.train.init_from) if config.train.init_from else None,
+    }
