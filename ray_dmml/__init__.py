@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ray_dmml.config.schema import Config
     from ray_dmml.errors import UserError
     from ray_dmml.inference import TrainedCohort, load_cohort
-    from ray_dmml.training.run import evaluate, train
+    from ray_dmml.training.evaluate import evaluate
+    from ray_dmml.training.run import train
 
 __all__ = ["Config", "TrainedCohort", "UserError", "evaluate", "load_cohort", "train"]
 
@@ -26,7 +27,7 @@ _HOMES = {
     "UserError": "ray_dmml.errors",
     "TrainedCohort": "ray_dmml.inference",
     "load_cohort": "ray_dmml.inference",
-    "evaluate": "ray_dmml.training.run",
+    "evaluate": "ray_dmml.training.evaluate",
     "train": "ray_dmml.training.run",
 }
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ray_dmml.cli.options import AsJson
+from ray_dmml.cli.options import AsJson, Overrides
 from ray_dmml.cli.output import print_json, show_log, user_errors
 from ray_dmml.cli.tables import results_table
 
@@ -19,13 +19,26 @@ def evaluate(
     weights: Annotated[
         Weights | None, typer.Option(help="Weights to evaluate. Default: those of the run's own results.")
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PLACE",
+            help="Other images: a folder with one folder a class, or a manifest (CSV). Default: the run's own.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a checkpoint of a run on its test classes again."""
-    with user_errors(), show_log(Console(stderr=True)):
-        from ray_dmml.training.run import evaluate as evaluate_run
+    """Evaluate a checkpoint of a run again, on its test classes or on other images.
 
-        results = evaluate_run(run, weights.value if weights else None)
+    It writes nothing. If the run's images have moved, --set data.root=FOLDER says where they are.
+    """
+    with user_errors(), show_log(Console(stderr=True)):
+        from ray_dmml.training.evaluate import changed_config
+        from ray_dmml.training.evaluate import evaluate as evaluate_run
+
+        config = changed_config(run, overrides) if overrides else None
+        results = evaluate_run(run, weights.value if weights else None, data=data, config=config)
     if as_json:
         print_json(results)
     else:

@@ -14,15 +14,11 @@ _HEADINGS = {"map@r": "MAP@R", "r_precision": "R-prec"}
 def results_table(results: Mapping[str, Any], console: Console) -> None:
     """Prints the content of results.json: a row for each peer and for the ensemble, before and after training."""
     if results["split"] is None:
-        console.print("not evaluated: all classes were trained on", highlight=False)
+        what = "images" if results["split_by"] == "image" else "classes"
+        console.print(f"not evaluated: all {what} were trained on", highlight=False)
         return
-    images = f"{results['num_images']:,} images"
-    if results["num_queries"] is not None:
-        images = f"{results['num_queries']:,} queries in {results['num_gallery']:,} images"
-    classes = "unseen" if results["split"] == "test" else results["split"]
     table = Table(
-        title=f"{images} of {results['num_classes']} {classes} classes, "
-        f"weights: {results['weights']} (step {results['step']}), %",
+        title=f"{_describe_images(results)}, weights: {results['weights']} (step {results['step']}), %",
         title_justify="left",
         title_style="",
         header_style="bold",
@@ -47,3 +43,20 @@ def results_table(results: Mapping[str, Any], console: Console) -> None:
     table.add_section()
     add_row("ensemble", results["ensemble"], style="bold")
     console.print(table)
+    if "data" in results:
+        console.print(f"images: {results['data']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _describe_images(results: Mapping[str, Any]) -> str:
+    """Which images the figures are of, and whether their classes were trained on."""
+    split, images, classes = results["split"], "images", "classes"
+    if split == "other":
+        images = "other images"
+    elif results["split_by"] == "image":
+        images, classes = f"{split} images", "known classes"
+    else:
+        classes = "unseen classes" if split == "test" else f"{split} classes"
+    counts = f"{results['num_images']:,} {images}"
+    if results["num_queries"] is not None:
+        counts = f"{results['num_queries']:,} queries in {results['num_gallery']:,} {images}"
+    return f"{counts} of {results['num_classes']} {classes}"

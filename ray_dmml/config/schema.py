@@ -67,21 +67,31 @@ class DataConfig(Section):
     download: bool = True
     """Download `cub200` into `root` if it is missing, and verify it. Errors say where to get other data sets."""
 
+    split_by: Literal["class", "image"] = "class"
+    """`class`: no class is in two of training, validation and test, so the figures are of classes never seen. `image`:
+    they share the classes and no image, so the figures are of known classes. `imagefolder` splits each class: at least
+    2 images train and 2 test, and a class of fewer than 4 only trains. In a `manifest`, a label may have rows of both
+    splits."""
+
     train_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.5
     """`imagefolder`: share of the classes used for training. The other classes are the test classes. 1: there are no
-    test classes, and the run is evaluated on validation classes only, or not at all."""
+    test classes, and the run is evaluated on validation classes only, or not at all. With `split_by: image` it is the
+    share of the images of each class."""
 
     split_seed: Seed | None = None
-    """`imagefolder`: seed that selects the training classes. null: they are the first in name order."""
+    """`imagefolder`: seed that selects the training classes. null: they are the first in name order. With `split_by:
+    image` it selects images."""
 
     validation_fraction: Fraction = 0.2
-    """Share of the *training* classes that is held out to select checkpoints and settings. 0: none is held out."""
+    """Share of the *training* classes that is held out to select checkpoints and settings. 0: none is held out. With
+    `split_by: image` it is the share of the training images of each class, at least 2; a class of fewer than 4 has no
+    validation images."""
 
     validation_seed: Seed = 0
-    """Seed that selects the held-out classes, apart from `seed`: runs with other seeds have the same classes."""
+    """Seed that selects the held-out classes (or images), apart from `seed`: runs with other seeds have the same."""
 
     validation_fold: Whole = 0
-    """Which part of the shuffled training classes is held out; 0 is the first. Folds 0 to round(1 /
+    """Which part of the shuffled training classes (or images) is held out; 0 is the first. Folds 0 to round(1 /
     validation_fraction) - 1 hold out each class once."""
 
     classes_per_batch: Annotated[Seed, Field(ge=2)] = 16
@@ -118,6 +128,8 @@ class DataConfig(Section):
             raise ValueError("data.name 'characters' is built in and has no data.source")
         if self.on_bad_image == "skip" and not self.check_images:
             raise ValueError("on_bad_image: skip needs check_images: true, which finds the bad images before training")
+        if self.split_by == "image" and self.name not in ("imagefolder", "manifest"):
+            raise ValueError(f"split_by: image is for imagefolder and manifest; '{self.name}' has its own test classes")
         if self.name == "manifest" and self.manifest is None:
             raise ValueError("data.name 'manifest' needs data.manifest, the CSV file")
         return self

@@ -34,6 +34,9 @@ class ImageSource(Protocol):
     def name(self, index: int) -> str:
         """The image's name in messages; unique within a data set."""
 
+    def size(self, index: int) -> int | None:
+        """Size of the image's file in bytes; None: it has none, or it is not known."""
+
     def read(self, index: int) -> Tensor:
         """The image as uint8 (3, S, S), S the decode size. Every call returns the same pixels.
 
@@ -67,6 +70,12 @@ class FileImages:
 
     def subset(self, indices: Sequence[int]) -> FileImages:
         return FileImages(self.root, (self.paths[index] for index in indices), self.decode_size, self.resize)
+
+    def size(self, index: int) -> int | None:
+        try:
+            return os.stat(self.root / self.paths[index]).st_size
+        except OSError:
+            return None
 
     def stamp(self, index: int) -> Stamp:
         """Size and time of change of the file now.
@@ -166,10 +175,11 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """A data set split by class: no class is in two of the three.
+    """A data set split by class: no class is in two of the three. With ``data.split_by: image`` they share classes and
+    no image.
 
-    ``validation`` are training classes held out to choose checkpoints and settings; None: none are. ``test`` is None if
-    all classes are training classes. ``skipped`` are the names of unreadable images that were left out.
+    ``validation`` is held out of training to choose checkpoints and settings; None: nothing is. ``test`` is None if
+    there are only training classes. ``skipped`` are the names of unreadable images that were left out.
     """
 
     train: ImageSet
@@ -217,6 +227,52 @@ def hold_out_classes(images: ImageSet, fraction: float, seed: int, fold: int = 0
             f"of their class in the gallery; take another data.validation_seed or {advice}"
         )
     return images.subset(np.flatnonzero(~is_held)), validation
+
+
+def hold_out_images(images: ImageSet, fraction: float, seed: int, fold: int = 0) -> tuple[ImageSet, ImageSet | None]:
+    """Splits each class by image into (the rest, held-out images), see :func:`part_of_each_class`; fraction 0 holds out
+    none.
+
+    ``seed`` shuffles the images of each class. Each further ``fold`` takes the next ones.
+
+    Raises:
+        UserError: the held-out images cannot be evaluated.
+    """
+    if fraction == 0:
+        return images, None
+    generator = np.random.Generator(np.random.PCG64(derive_seed("validation images", seed)))
+    is_held = part_of_each_class(images.labels, fraction, generator, fold)
+    validation = images.subset(np.flatnonzero(is_held))
+    if validation.num_classes < 2 or not validation.can_be_evaluated():
+        raise UserError(
+            f"the images held out by data.validation_fraction {fraction} cannot be evaluated: at least 2 classes need "
+            "4 training images, and queries (of a manifest) an image of their class in the gallery; set "
+            "data.validation_fraction=0 to train on all training images"
+        )
+    return images.subset(np.flatnonzero(~is_held)), validation
+
+
+def part_of_each_class(
+    labels: np.ndarray, fraction: float, generator: np.random.Generator | None, fold: int = 0
+) -> np.ndarray:
+    """Marks a part of the images of every class: (N,) int64 labels -> (N,) bool.
+
+    Of a class of n images it is ``round(fraction * n)``, but at least 2, so that an image has another to find, and at
+    most n - 2. A class of fewer than 4 images has none.
+
+    Args:
+        generator: shuffles the images of each class. None: the part is the last ones.
+        fold: takes the part before, and at the beginning goes on from the end.
+    """
+    is_part = np.zeros(len(labels), dtype=bool)
+    order = np.argsort(labels, kind="stable")
+    for images in np.split(order, np.cumsum(np.bincount(labels))[:-1]):
+        if generator is not None:
+            images = generator.permutation(images)
+        if len(images) >= 4:
+            size = min(max(2, round(fraction * len(images))), len(images) - 2)
+            is_part[np.roll(images, fold * size)[-size:]] = True
+    return is_part
 
 
 def check_images(images: ImageSet, threads: int) -> list[tuple[int, str]]:

@@ -12,7 +12,8 @@ from ray_dmml.evaluation.ensemble import ensemble_embedding
 from ray_dmml.evaluation.metrics import retrieval_metrics
 
 Figures = dict[str, Any]
-"""``{"peers": {name: {"recall@1": ...}}, "ensemble": {"recall@1": ...}}``, all as fractions."""
+"""``{"peers": {name: {"recall@1": ...}}, "ensemble": {"recall@1": ...}}``, all as fractions. Those of untrained peers
+also have ``split``, ``test`` or ``validation``."""
 
 
 def evaluate_embeddings(embeddings: Mapping[str, np.ndarray], images: ImageSet, recall_at: Sequence[int]) -> Figures:

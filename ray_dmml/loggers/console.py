@@ -63,6 +63,7 @@ class LinesLogger(Logger):
 
     def __init__(self, console: Console, config: Config) -> None:
         self._console, self._num_steps = console, config.train.steps
+        self._parts = "images" if config.data.split_by == "image" else "classes"  # of which a split has its own
         self._latest: dict[str, Mapping[str, float]] = {}
 
     def print(self, text: str) -> None:
@@ -88,13 +89,11 @@ class LinesLogger(Logger):
 
     def _print_evaluation(self, metrics: Mapping[str, Any], step: int) -> None:
         """Prints the Recall@1 of an evaluation, and of which classes it is."""
-        for key, classes in (
-            ("untrained", f"{metrics.get('split')} classes, untrained"),
-            ("validation", "validation classes"),
-        ):
+        for key in ("untrained", "validation"):
             if key in metrics:
+                split, before = metrics[key].get("split", key), ", untrained" if key == "untrained" else ""
                 recall = "  ".join(f"{name} {value:.3f}" for name, value in _recall(metrics[key]).items())
-                self.print(f"step {step}  Recall@1 on {classes}: {recall}")
+                self.print(f"step {step}  Recall@1 on {split} {self._parts}{before}: {recall}")
 
 
 class LiveLogger(LinesLogger):
@@ -123,7 +122,7 @@ class LiveLogger(LinesLogger):
             self._latest |= learned_terms(metrics["peers"])
         if "images_per_second" in metrics:
             self._bar.update(self._task, rate=f"{metrics['images_per_second']:.0f} images/s")
-        # The column is of validation classes only; figures of other classes beside them would be taken for progress.
+        # The column is of the validation split only; figures of another beside them would be taken for progress.
         self._print_evaluation(metrics, step)
         if "validation" in metrics:
             self._recall, self._evaluated = _recall(metrics["validation"]), f"Recall@1 (validation, step {step})"

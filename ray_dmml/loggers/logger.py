@@ -22,8 +22,8 @@ class Logger:
                 - ``{}``: every peer has finished ``step`` steps; nothing else is known yet.
                 - ``{"peers": {name: {"loss": ..., "metric": ...}}}``: the loss terms of one step.
                 - ``{"images_per_second": ...}``: the speed of the steps up to this one.
-                - ``{"validation": figures}``: an evaluation, see :data:`~ray_dmml.evaluation.evaluate.Figures`.
-                - ``{"untrained": figures, "split": "test"}``: the same before training, and the split it is of.
+                - ``{"validation": figures}`` or ``{"untrained": figures}``: an evaluation, see
+                  :data:`~ray_dmml.evaluation.evaluate.Figures`.
                 - ``{"checkpoint": "last"}`` or ``{"checkpoint": "best"}``: a checkpoint was written.
         """
 

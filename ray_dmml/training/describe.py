@@ -22,7 +22,7 @@ def describe_cohort(config: Config, splits: Splits, facts: Mapping[str, Any]) ->
             f"          validation {len(validation):,} images of {validation.num_classes} classes, held out of training"
         )
     if splits.test is None:
-        yield "          no test classes: all classes but those of validation train"
+        yield "          no test images"
     else:
         yield f"          test {len(splits.test):,} images of {splits.test.num_classes} classes"
     num_classes, num_images = config.data.classes_per_batch, config.data.images_per_class

@@ -9,6 +9,9 @@ from ray_dmml.data.dataset import ImageSet, Splits
 from ray_dmml.errors import UserError
 from ray_dmml.evaluation.evaluate import Figures
 
+OTHER_IMAGES = "other"
+"""The split in results that are not of the run's own images."""
+
 NOT_EVALUATED: Figures = {"peers": {}, "ensemble": {}}
 
 
@@ -21,7 +24,7 @@ def evaluated_split(config: Config, splits: Splits) -> str | None:
     there = [split for split in ("test", "validation") if getattr(splits, split) is not None]
     asked = config.evaluation.split
     if asked is not None and asked not in there:
-        raise UserError(f"evaluation.split is {asked}, but the data set has no {asked} classes")
+        raise UserError(f"evaluation.split is {asked}, but the data set has no {asked} images")
     return asked or next(iter(there), None)
 
 
@@ -35,7 +38,9 @@ def results_of(
     step: int,
 ) -> dict[str, Any]:
     """What results.json holds: figures, and which weights, images and classes they belong to. ``images`` is None if the
-    run is not evaluated."""
+    run is not evaluated. The figures of the untrained peers are left out if they are of another split."""
+    if untrained.get("split") != split:
+        untrained = {}
     query, gallery = (None, None) if images is None else (images.query, images.gallery)
     return {
         "untrained": untrained.get("peers", {}),
@@ -44,6 +49,7 @@ def results_of(
         "weights": weights,
         "step": step,
         "split": split,
+        "split_by": config.data.split_by,
         "num_classes": None if images is None else images.num_classes,
         "num_images": None if images is None else len(images),
         "num_queries": None if query is None else len(query),

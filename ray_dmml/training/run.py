@@ -1,10 +1,10 @@
-"""Starts, resumes and evaluates runs."""
+"""Starts and resumes runs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,13 @@ from ray_dmml.checkpoint.store import Checkpoint, PeerFiles
 from ray_dmml.cohort.cohort import CohortFactory
 from ray_dmml.config.loading import dotted
 from ray_dmml.config.schema import Config
-from ray_dmml.data.dataset import ImageSet, Splits
+from ray_dmml.data.dataset import Splits
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import build_sampler
 from ray_dmml.errors import CheckpointError, UserError
-from ray_dmml.evaluation.evaluate import evaluate_embeddings
 from ray_dmml.loggers.jsonl import JsonlLogger
 from ray_dmml.loggers.logger import Logger, Loggers
-from ray_dmml.training.results import evaluated_split, results_of
+from ray_dmml.training.image_list import require_same_images
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.run_writer import RunWriter
 from ray_dmml.training.trainer import Trainer
@@ -111,10 +110,13 @@ def train(
             sinks.append(TensorBoardLogger(run_dir.tensorboard))
         all_loggers = Loggers(sinks)
         stack.callback(all_loggers.close)
+        splits = read_images(config)
+        if checkpoint is not None:
+            require_same_images(run_dir.images_file, splits, run_dir.path)
         trainer = Trainer(
             config,
             run_dir,
-            read_images(config),
+            splits,
             cohort_factory or _cohort_class(local),
             initial_weights=_initial_weights(config),
             checkpoint=checkpoint,
@@ -123,47 +125,6 @@ def train(
             should_stop=should_stop,
         )
         return trainer.fit()
-
-
-def evaluate(run: Path | str, weights: str | None = None) -> dict[str, Any]:
-    """Evaluates a run's checkpoint again, in this process.
-
-    Args:
-        run: its folder.
-        weights: ``last``, ``best`` (on validation classes) or ``ema`` (of the last checkpoint); None: those
-            of the run's own results.
-
-    Returns:
-        The same as :func:`train`.
-
-    Raises:
-        UserError: there is no such run or checkpoint, its images are gone, or all of them were trained on.
-    """
-    from ray_dmml.cohort.local import LocalCohort
-
-    run_dir = RunDir.open(run)
-    config = run_dir.config()
-    environment = run_dir.environment()
-    threads = max(environment.get("threads") or [0]) or None
-    skip = frozenset(environment.get("skipped_images", ()))
-    splits = load_splits(config.data, skip=skip, check=False)
-    split = evaluated_split(config, splits)
-    if split is None:
-        raise UserError(f"{run} cannot be evaluated on its own images: all classes were trained on")
-    weights = config.weights_to_evaluate(weights)
-    checkpoint = run_dir.checkpoints.load("best" if weights == "best" else "last")
-    # Dropped peers are left out, as in the run's own results.
-    last = checkpoint if weights != "best" else run_dir.checkpoints.load("last")
-    peers = tuple(p for p in config.cohort.peers if p.name not in last.meta["dropped"])
-    update = {"threads_per_peer": threads, "peers": peers}
-    config = config.model_copy(update={"cohort": config.cohort.model_copy(update=update)})
-    images: ImageSet = getattr(splits, split)
-    with closing(LocalCohort(config, splits, initial_weights=False)) as cohort:
-        cohort.load(checkpoint.peers)
-        embeddings = cohort.embeddings(split, ema=weights == "ema")
-    figures = evaluate_embeddings(embeddings, images, config.evaluation.recall_at)
-    untrained = checkpoint.meta["untrained"]
-    return results_of(config, split, images, figures, untrained, weights, checkpoint.step)
 
 
 def read_images(config: Config) -> Splits:
@@ -186,7 +147,7 @@ def read_images(config: Config) -> Splits:
         num_classes, num_queries = splits.validation.num_classes, splits.validation.num_evaluated()
         if num_classes < FEW_CLASSES or num_queries < FEW_QUERIES:
             logger.warning(
-                "validation Recall@1 is coarse: %d classes with %d queries are held out, and one query is %.2g points",
+                "validation Recall@1 is coarse: it is of %d classes and %d queries, and one query is %.2g points",
                 num_classes,
                 num_queries,
                 100 / num_queries,
@@ -243,15 +204,19 @@ def _initial_weights(config: Config) -> Mapping[str, PeerFiles] | None:
     return {str(peer.name): peers[str(peer.name)] for peer in config.cohort.peers}
 
 
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
+    """What differs between two configs, apart from settings that match the patterns ``may_change``."""
+    old, new = dotted(before), dotted(now)
+    return [
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(fnmatchcase(key, pattern) for pattern in may_change)
+    ]
+
+
 def _refuse_changes(config: Config, checkpoint: Checkpoint, run_dir: RunDir) -> None:
     """Raises UserError if a resumed run has settings that would change its numbers."""
-    before = dotted(checkpoint.meta["config"])
-    now = dotted(config.model_dump(mode="json"))
-    changes = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE_ON_RESUME)
-    ]
+    changes = changed_settings(checkpoint.meta["config"], config.model_dump(mode="json"), MAY_CHANGE_ON_RESUME)
     if changes:
         raise UserError(
             f"--resume {run_dir.path}: its config was changed: {'; '.join(changes)}. Only the number of steps, "

@@ -4,6 +4,7 @@ config.yaml     the effective config; `ray-dmml train --config` of it repeats th
 metrics.jsonl   a line a step (the loss terms of each peer) and a line an evaluation
 results.json    the figures of the final evaluation
 run.json        versions, threads, devices: what else the bits of a result depend on
+images.csv.gz   the images: names, sizes, classes and splits, see :mod:`~ray_dmml.training.image_list`
 checkpoints/    see :mod:`~ray_dmml.checkpoint.store`
 tensorboard/    TensorBoard events
 """
@@ -39,6 +40,7 @@ class RunDir:
         self.metrics_file = path / "metrics.jsonl"
         self.results_file = path / "results.json"
         self.environment_file = path / "run.json"
+        self.images_file = path / "images.csv.gz"
         self.tensorboard = path / "tensorboard"
 
     @classmethod
@@ -122,11 +124,11 @@ class RunDir:
         replace_file(self.results_file, json.dumps(results, indent=1) + "\n")
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Replaces a file in one move. Raises CheckpointError if that is not possible; the old one is then unchanged."""
     aside = path.with_name(path.name + ".tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(aside, path)
     except OSError as error:
         with suppress(OSError):

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray_dmml.checkpoint.store import PeerFiles
 from ray_dmml.config.schema import Config
+from ray_dmml.data.dataset import Splits
 from ray_dmml.errors import CheckpointError
 from ray_dmml.loggers.jsonl import JsonlLogger
+from ray_dmml.training.image_list import ImageList
 from ray_dmml.training.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -32,8 +34,8 @@ class RunWriter:
         self._is_new = is_new
         self._lock = ExitStack()
 
-    def open(self, config: Config, facts: Mapping[str, Any]) -> None:
-        """Creates and locks the folder of a new run; writes config.yaml, and ``facts`` into run.json."""
+    def open(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None:
+        """Creates and locks the folder of a new run; writes config.yaml, images.csv.gz, and ``facts`` into run.json."""
         run_dir = self._run_dir
         if self._is_new:  # another run may have taken the folder while the peers started
             run_dir.create()
@@ -51,6 +53,7 @@ class RunWriter:
             )
         try:
             run_dir.write_environment(**facts)
+            ImageList.of(splits).write(run_dir.images_file)
         except CheckpointError as error:
             logger.warning("%s; training goes on", error)
 

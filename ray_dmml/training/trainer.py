@@ -219,7 +219,7 @@ class Trainer:
             "skipped_images": list(self.splits.skipped),
             "steps_per_epoch": build_sampler(self.config, self.splits).steps_per_epoch,
         }
-        self._writer.open(self.config, facts)
+        self._writer.open(self.config, self.splits, facts)
         for line in describe_cohort(self.config, self.splits, facts):
             logger.info("%s", line)
 
@@ -277,8 +277,8 @@ class Trainer:
             self.save(best=False)
         if self.config.evaluation.untrained and self.split is not None and not self.state.untrained:
             logger.debug("evaluating the untrained peers")
-            self.state.untrained = self._evaluate(self.split)
-            self._loggers.log({"untrained": self.state.untrained, "split": self.split}, 0)
+            self.state.untrained = {**self._evaluate(self.split), "split": self.split}
+            self._loggers.log({"untrained": self.state.untrained}, 0)
 
     def _on_step(self, step: int) -> None:
         self._reached = max(self._reached, step)
@@ -303,7 +303,7 @@ class Trainer:
         if self.splits.validation is None:
             return False
         state = self.state
-        logger.debug("evaluating on validation classes")
+        logger.debug("evaluating on the validation images")
         uses_ema = self.config.weights_to_evaluate() == "ema"
         figures = self._evaluate("validation", ema=uses_ema)
         self._loggers.log({"validation": figures}, state.step)
@@ -350,7 +350,7 @@ class Trainer:
         weights, step = self._load_final_weights()
         figures, images = NOT_EVALUATED, None
         if self.split is not None:
-            logger.debug("evaluating on the %s classes", self.split)
+            logger.debug("evaluating on the %s images", self.split)
             images = getattr(self.splits, self.split)
             figures = self._evaluate(self.split, ema=weights == "ema")
         results = results_of(self.config, self.split, images, figures, self.state.untrained, weights, step)

@@ -29,7 +29,11 @@ from ray_dmml.errors import UserError
 
 _FIXED_IN_TRIALS = {
     "trials and final runs use the same images": ("data.name", "data.root", "data.source", "data.manifest"),
-    "trials would train on classes that the final runs are tested on": ("data.train_fraction", "data.split_seed"),
+    "trials would train on classes that the final runs are tested on": (
+        "data.split_by",
+        "data.train_fraction",
+        "data.split_seed",
+    ),
     "trials and final runs are evaluated alike": ("evaluation.recall_at", "evaluation.weights"),
     "the search sets it": ("data.validation_fold", "evaluation.split", "evaluation.untrained", "train.tensorboard"),
     "the search sets what a trial saves": ("checkpoint.every_steps", "checkpoint.storage_path"),

@@ -91,6 +91,7 @@ def finished_run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     (folder / "photos.yaml").write_text(yaml.safe_dump(raw))
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (40, 30), "teal").save(folder / name)
+    shutil.copytree(image_folder, folder / "new-photos")
     ray_dmml.train(Config.load(folder / "photos.yaml"), folder / "runs/photos", local=True)
     return folder
 

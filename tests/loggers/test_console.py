@@ -13,7 +13,11 @@ from ray_dmml.config.schema import Config
 from ray_dmml.loggers.console import show_run
 
 FIGURES = {"peers": {"peer0": {"recall@1": 0.25}, "peer1": {"recall@1": 0.5}}, "ensemble": {"recall@1": 0.75}}
-UNTRAINED = {"peers": {"peer0": {"recall@1": 0.125}, "peer1": {"recall@1": 0.987}}, "ensemble": {"recall@1": 0.982}}
+UNTRAINED = {
+    "split": "test",
+    "peers": {"peer0": {"recall@1": 0.125}, "peer1": {"recall@1": 0.987}},
+    "ensemble": {"recall@1": 0.982},
+}
 TERMS = {"loss": 1.5, "metric": 0.5, "distance": 0.25, "angle": 0.125}
 
 
@@ -24,7 +28,7 @@ def run(console: Console) -> None:
         log.info("data      characters")
         log.debug("training")
         logger.rewind(0)
-        logger.log({"untrained": UNTRAINED, "split": "test"}, 0)
+        logger.log({"untrained": UNTRAINED}, 0)
         logger.log({}, 10)
         logger.log({"peers": {"peer0": TERMS, "peer1": {}}}, 9)
         logger.log({"peers": {"peer0": {}, "peer1": {}}}, 10)
@@ -74,7 +78,7 @@ def test_figures_of_test_classes_are_never_in_the_column_of_validation_classes()
         config = Config.parse({"train": {"steps": 10}, "data": {"validation_fraction": fraction}})
         with show_run(console, config) as logger:
             logger.rewind(0)
-            logger.log({"untrained": UNTRAINED, "split": "test"}, 0)
+            logger.log({"untrained": UNTRAINED}, 0)
             logger.log({}, 1)
         lines = text.getvalue().splitlines()
         [line] = [line for line in lines if "Recall@1 on test classes, untrained" in line]

@@ -25,7 +25,8 @@ from ray_dmml.loggers.logger import Logger
 from ray_dmml.ray_backend.coordinator import Coordinator
 from ray_dmml.ray_backend.peer_actor import PeerActor
 from ray_dmml.ray_backend.ray_cohort import RayCohort
-from ray_dmml.training.run import evaluate, train
+from ray_dmml.training.evaluate import evaluate
+from ray_dmml.training.run import train
 from ray_dmml.training.run_dir import RunDir
 
 pytestmark = pytest.mark.ray

@@ -84,6 +84,7 @@ def test_a_run_folder_holds_what_was_promised(run: Path, settings: dict[str, Any
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "images.csv.gz",
         "metrics.jsonl",
         "results.json",
         "run.json",
@@ -227,7 +228,8 @@ def test_without_test_the_test_classes_are_never_read(image_folder: Path, tmp_pa
         file.write_bytes(b"no image")
     raw = tiny(root, data={"check_images": False}, evaluation={"split": "validation"})
     results = train(Config.parse(raw), tmp_path / "run", local=True)
-    assert (results["split"], results["num_classes"], results["untrained"]) == ("validation", 2, {})
+    assert (results["split"], results["num_classes"]) == ("validation", 2)
+    assert list(results["untrained"]) == list(results["peers"])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     judged_at = {row["step"]: row["validation"] for row in rows if "validation" in row}
     at_step = judged_at[results["step"]]

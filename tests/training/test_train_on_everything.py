@@ -60,7 +60,7 @@ def test_without_validation_classes_the_run_is_not_evaluated(image_folder: Path,
     assert results["peers"] == results["ensemble"] == results["untrained"] == results["untrained_ensemble"] == {}
     assert (results["weights"], results["step"]) == ("last", 2)
     assert "not evaluated: all classes were trained on" in printed(results)
-    with pytest.raises(UserError, match="all classes were trained on"):
+    with pytest.raises(UserError, match=r"all its images were trained on; `ray-dmml evaluate .* --data"):
         evaluate(run)
     files = sorted(image_folder.glob("*/0.png"))
     embeddings = load_cohort(run).embed_files(files)
@@ -100,6 +100,6 @@ def test_a_split_that_is_not_there_is_refused(image_folder: Path, tmp_path: Path
         Config.parse(raw)
     raw = manifest(image_folder, tmp_path, with_split=True)
     raw["evaluation"] = {"split": "test"}
-    with pytest.raises(UserError, match=r"evaluation\.split is test, but the data set has no test classes"):
+    with pytest.raises(UserError, match=r"evaluation\.split is test, but the data set has no test images"):
         train(Config.parse(raw), tmp_path / "run", local=True)
     assert not (tmp_path / "run").exists()

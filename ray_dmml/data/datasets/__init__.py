@@ -1,16 +1,16 @@
-"""Data sets and their class-disjoint splits, by the name in the config."""
+"""Data sets and their splits, by the name in the config."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.cores import num_cores
 from ray_dmml.data.cache import through_cache
-from ray_dmml.data.dataset import ImageSet, Splits, check_images, hold_out_classes
+from ray_dmml.data.dataset import ImageSet, Splits, check_images, hold_out_classes, hold_out_images
 from ray_dmml.data.datasets import benchmarks, characters, folder, manifest
 from ray_dmml.data.staging import fetch, local_root
 from ray_dmml.errors import UserError
@@ -32,27 +32,63 @@ def load_splits(config: DataConfig, skip: frozenset[str] = frozenset(), check: b
     Raises:
         UserError: files are missing or unreadable, or not laid out as the data set needs.
     """
-    sets = [images for images in _read(config) if images is not None]
-    if config.cache_gib and config.name != "characters":
+    train, test = _read(config)
+    if train is None:
+        raise UserError(f"manifest {config.manifest} has no rows of split 'train'")
+    sets, skipped = _usable([train] if test is None else [train, test], config, skip, check)
+    train, test = sets[0], sets[1] if len(sets) > 1 else None
+    _require_two_classes(train, "training")
+    if test is not None:
+        _require_queries(test)
+    hold_out = hold_out_images if config.split_by == "image" else hold_out_classes
+    train, validation = hold_out(train, config.validation_fraction, config.validation_seed, config.validation_fold)
+    return Splits(train, validation, test, tuple(sorted(skipped)))
+
+
+def load_images(config: DataConfig) -> ImageSet:
+    """All images of an ``imagefolder``, or of a ``manifest`` (only those of split ``validation`` if there are any), to
+    be evaluated. ``check_images`` and ``on_bad_image`` apply.
+
+    Raises:
+        UserError: as :func:`load_splits`.
+    """
+    train, test = _read(config.model_copy(update={"train_fraction": 1.0}))
+    images = train if test is None else test
+    if images is None:
+        raise UserError(f"manifest {config.manifest} has no rows")
+    [images], _ = _usable([images], config, frozenset(), check=True)
+    _require_queries(images)
+    return images
+
+
+def _usable(
+    sets: Sequence[ImageSet], config: DataConfig, skip: frozenset[str], check: bool
+) -> tuple[list[ImageSet], list[str]]:
+    """The sets read through the cache, without the images that cannot be read, and the names of those."""
+    is_built_in = config.name == "characters"
+    if config.cache_gib and not is_built_in:
         sets = through_cache(sets, config.cache_dir, int(config.cache_gib * 2**30))
     skipped: list[str] = []
     sets = [_without(images, skip, skipped) for images in sets]
-    if check and config.check_images and config.name != "characters":
+    if check and config.check_images and not is_built_in:
         bad = _unreadable(config, *sets)
         sets = [_without(images, bad, skipped) for images in sets]
-    train, test = sets[0], sets[1] if len(sets) > 1 else None
-    for split, images in zip(("training", "test"), sets, strict=False):
-        if images.num_classes < 2:
-            raise UserError(f"the {split} images are of {images.num_classes} classes; at least 2 are needed")
-    if test is not None and not test.can_be_evaluated():
+    return sets, skipped
+
+
+def _require_two_classes(images: ImageSet, split: str) -> None:
+    if images.num_classes < 2:
+        raise UserError(f"the {split} images are of {images.num_classes} classes; at least 2 are needed")
+
+
+def _require_queries(images: ImageSet) -> None:
+    """Raises UserError if the test images cannot be evaluated."""
+    _require_two_classes(images, "test")
+    if not images.can_be_evaluated():
         raise UserError(
             "no test image has another of its class to find: every query needs an image of its "
             "class in the gallery (is_query and is_gallery of a manifest)"
         )
-    train, validation = hold_out_classes(
-        train, config.validation_fraction, config.validation_seed, config.validation_fold
-    )
-    return Splits(train, validation, test, tuple(sorted(skipped)))
 
 
 def prepare(config: DataConfig) -> str:
@@ -74,8 +110,8 @@ def prepare(config: DataConfig) -> str:
     return f"{counts}, {'built in' if config.name == 'characters' else f'in {local_root(config)}'}"
 
 
-def _read(config: DataConfig) -> tuple[ImageSet, ImageSet | None]:
-    """The training images and the test images, if there are any."""
+def _read(config: DataConfig) -> tuple[ImageSet | None, ImageSet | None]:
+    """The training images and the test images; a manifest may lack either of them."""
     if config.name == "characters":
         return characters.load(config.decode_size)
     root = fetch(config)

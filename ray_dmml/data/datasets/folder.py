@@ -1,4 +1,4 @@
-"""A folder with one folder of images a class, split by class into train and test."""
+"""A folder with one folder of images a class, split by class, or each class by image, into train and test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NoReturn
 import numpy as np
 
 from ray_dmml.config.schema import DataConfig
-from ray_dmml.data.dataset import FileImages, ImageSet
+from ray_dmml.data.dataset import FileImages, ImageSet, part_of_each_class
 from ray_dmml.data.decoding import printable
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
@@ -22,15 +22,15 @@ def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet | None]:
     """Train and test images of ROOT/CLASS/**/IMAGE. Hidden files and folders (.name) are left out.
 
     The first ``round(train_fraction * C)`` classes in name order train, or as many drawn by ``split_seed``. The others
-    are the test classes; with ``train_fraction`` 1 there are none.
+    are the test classes; with ``train_fraction`` 1 there are none. With ``split_by: image``, the same holds for the
+    images of each class, see :func:`~ray_dmml.data.dataset.part_of_each_class`.
 
     Raises:
         UserError: there are too few classes, or one has no images or cannot be read.
     """
     classes = _class_folders(root)
-    num_train = round(config.train_fraction * len(classes))
-    if config.train_fraction < 1:
-        _require_both_splits(root, len(classes), num_train, config.train_fraction)
+    if config.train_fraction < 1 and config.split_by == "class":
+        _require_both_splits(root, len(classes), config.train_fraction)
     elif len(classes) < 2:
         raise UserError(
             f"{root} has {len(classes)} class folders; data.name 'imagefolder' needs at least 2 (ROOT/CLASS/image.jpg)"
@@ -41,16 +41,29 @@ def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet | None]:
     images = ImageSet(files, labels, tuple(classes))
     if config.train_fraction == 1:
         return images, None
-    order = np.arange(len(classes))
+    is_test = _test_images(labels, config)
+    if not is_test.any():
+        raise UserError(
+            f"data.split_by: image needs 4 images of a class, 2 to train and 2 to test, and no class of {root} has them"
+        )
+    return images.subset(np.flatnonzero(~is_test)), images.subset(np.flatnonzero(is_test))
+
+
+def _test_images(labels: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Marks the test images: (N,) bool."""
+    generator = None
     if config.split_seed is not None:
         generator = np.random.Generator(np.random.PCG64(derive_seed("split", config.split_seed)))
-        order = generator.permutation(order)
-    is_train = np.isin(labels, order[:num_train])
-    return images.subset(np.flatnonzero(is_train)), images.subset(np.flatnonzero(~is_train))
+    if config.split_by == "image":
+        return part_of_each_class(labels, 1 - config.train_fraction, generator)
+    num_classes = int(labels.max()) + 1
+    order = np.arange(num_classes) if generator is None else generator.permutation(num_classes)
+    return np.isin(labels, order[round(config.train_fraction * num_classes) :])
 
 
-def _require_both_splits(root: Path, num_classes: int, num_train: int, train_fraction: float) -> None:
+def _require_both_splits(root: Path, num_classes: int, train_fraction: float) -> None:
     """Raises UserError if there are not 2 classes to train and 2 to test."""
+    num_train = round(train_fraction * num_classes)
     advice = "set data.train_fraction=1 to train on all classes without a test"
     if num_classes < 4:
         raise UserError(

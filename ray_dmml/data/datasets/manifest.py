@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -36,9 +37,9 @@ class _Row(NamedTuple):
     is_gallery: bool
 
 
-def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet | None]:
-    """Train and test images of a manifest, whose paths are relative to ``root`` or inside it. If all its rows train,
-    there are no test images.
+def load(config: DataConfig, root: Path) -> tuple[ImageSet | None, ImageSet | None]:
+    """Train and test images of a manifest, whose paths are relative to ``root`` or inside it; None for a split without
+    rows.
 
     Rows with flags are evaluated as queries against gallery. Without flags it is all against all. The flags of training
     rows apply if their class is held out for validation.
@@ -49,20 +50,19 @@ def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet | None]:
     manifest = config.manifest or Path()
     rows = _read(manifest, root)
     train, test = ([row for row in rows if row.split == split] for split in ("train", "validation"))
-    if not train:
-        raise UserError(f"manifest {manifest} has no rows of split 'train'")
     both = sorted({row.label for row in train} & {row.label for row in test})
-    if both:
+    if both and config.split_by == "class":
         raise UserError(
             f"manifest {manifest}: label {_cut(both[0])!r} is in both splits ({len(both)} such labels); "
-            "classes must be in one of train and validation"
+            "classes must be in one of train and validation, unless data.split_by is image"
         )
     missing = [row.path for row in rows if not os.path.isfile(os.path.join(root, row.path))]
     if missing:
         raise UserError(
             f"manifest {manifest} lists {_cut(missing[0])}, which is not in {root} ({len(missing)} files are missing)"
         )
-    return _image_set(train, root, config), _image_set(test, root, config) if test else None
+    train_set, test_set = (_image_set(split, root, config) if split else None for split in (train, test))
+    return train_set, test_set
 
 
 def _image_set(rows: list[_Row], root: Path, config: DataConfig) -> ImageSet:
@@ -96,6 +96,8 @@ def _read(manifest: Path, root: Path) -> list[_Row]:
                         f"manifest {manifest} has no column '{column}'; its first line must name "
                         "path, label and, if wanted, split, is_query and is_gallery"
                     )
+            if "split" not in names and (close := get_close_matches("split", [str(n).strip().lower() for n in names])):
+                raise UserError(f"manifest {manifest} has no column 'split' but one like it, {_cut(close[0])!r}")
             rows: dict[str, _Row] = {}
             for cells in reader:
                 where = f"manifest {manifest}, line {reader.line_num}"

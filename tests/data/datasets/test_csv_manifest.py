@@ -201,8 +201,13 @@ def test_a_duplicate_row_is_refused(tmp_path: Path, again: str) -> None:
 @pytest.mark.parametrize("column", ["path", "label", "split"])
 def test_a_missing_or_double_column_is_refused(tmp_path: Path, column: str) -> None:
     """The message has its name."""
-    message = manifest_refusal(tmp_path, HEAD.replace(column, "other") + rows())
-    assert f"has no column '{column}'" in message
+    if column == "split":  # all rows would train, and one that is mistyped must not have this effect
+        for name in ("Split", "splits", "spilt", " split"):
+            message = manifest_refusal(tmp_path, HEAD.replace(column, name) + rows())
+            assert "has no column 'split' but one like it" in message
+    else:
+        message = manifest_refusal(tmp_path, HEAD.replace(column, "other") + rows())
+        assert f"has no column '{column}'" in message
     message = manifest_refusal(tmp_path, f"{column}," + HEAD + rows())
     assert f"has two columns '{column}'" in message
 

@@ -1,0 +1,118 @@
+"""images.csv.gz: the images of a run with their sizes, classes and splits. A run resumes with the same ones only."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ray_dmml.data.dataset import FileImages, ImageSet, Splits
+from ray_dmml.data.decoding import printable
+from ray_dmml.errors import UserError
+from ray_dmml.training.run_dir import replace_file
+
+HEADER = ["name", "bytes", "label", "split"]
+CHUNK, NUM_THREADS = 256, 16  # a network file system answers many questions at a time
+SHOWN = 3  # names in a message, of each kind of difference
+
+
+class Row(NamedTuple):
+    """An image: its name (a path relative to ``data.root``), the size of its file ("" if it has none), the name of its
+    class, and ``training``, ``validation`` or ``test``."""
+
+    name: str
+    size: str
+    label: str
+    split: str
+
+
+class ImageList:
+    """The images of all splits, in their order."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = list(rows)
+
+    @classmethod
+    def of(cls, splits: Splits) -> ImageList:
+        """Asks the file system for the size of each image; no file is read."""
+        return cls(row for split, images in splits.parts().items() for row in _rows(split, images))
+
+    @classmethod
+    def read(cls, path: Path) -> ImageList | None:
+        """The list in a file; None if there is no such file, or it is damaged."""
+        try:
+            text = gzip.decompress(path.read_bytes()).decode("utf-8", "surrogateescape")
+            header, *rows = csv.reader(io.StringIO(text, newline=""))
+            return cls(map(Row._make, rows)) if header == HEADER else None
+        except (OSError, EOFError, ValueError, TypeError, csv.Error):
+            return None
+
+    def write(self, path: Path) -> None:
+        """Raises CheckpointError if the file cannot be written."""
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([HEADER, *self.rows])
+        replace_file(path, gzip.compress(text.getvalue().encode("utf-8", "surrogateescape"), 6, mtime=0))
+
+    def only(self, *splits: str) -> ImageList:
+        """The images of these splits."""
+        return ImageList(row for row in self.rows if row.split in splits)
+
+    def differences(self, now: ImageList) -> str:
+        """What became of these images, in one sentence; "" if nothing has changed."""
+        before, after = ({row.name: row for row in each.rows} for each in (self, now))
+        both = before.keys() & after.keys()
+        kinds = {
+            "missing or unreadable": before.keys() - both,
+            "new": after.keys() - both,
+            "of another size": {name for name in both if before[name].size != after[name].size},
+            "of another class": {name for name in both if before[name].label != after[name].label},
+            "in another split": {name for name in both if before[name].split != after[name].split},
+        }
+        found = [f"{len(names)} {kind} ({some_names(names)})" for kind, names in kinds.items() if names]
+        if not found and self.rows != now.rows:
+            found = ["they are in another order"]
+        return ", ".join(found)
+
+    def training_set(self) -> ImageSet:
+        """Names and classes of the images that were trained on. They cannot be read."""
+        rows = self.only("training").rows
+        names, labels = np.unique([row.label for row in rows], return_inverse=True)
+        files = FileImages(Path(), [row.name for row in rows], 1)
+        return ImageSet(files, labels.astype(np.int64), tuple(names.tolist()))
+
+
+def require_same_images(path: Path, splits: Splits, run: Path) -> None:
+    """Raises UserError if the images are not those in the list at ``path``, which a resumed run began with."""
+    before = ImageList.read(path)
+    changes = before.differences(ImageList.of(splits)) if before is not None else ""
+    if changes:
+        raise UserError(
+            f"--resume {run}: its images have changed: {changes}. A run goes on with the images that it began with; "
+            f"start a new run with --init-from {run} instead"
+        )
+
+
+def _rows(split: str, images: ImageSet) -> list[Row]:
+    source = images.source
+
+    def sizes(start: int) -> list[int | None]:
+        return [source.size(index) for index in range(start, min(start + CHUNK, len(images)))]
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        all_sizes = [size for chunk in pool.map(sizes, range(0, len(images), CHUNK)) for size in chunk]
+    return [
+        Row(source.name(index), "" if size is None else str(size), images.class_names[label], split)
+        for index, (size, label) in enumerate(zip(all_sizes, images.labels.tolist(), strict=True))
+    ]
+
+
+def some_names(names: Iterable[str]) -> str:
+    """The first names in order, for a message."""
+    ordered = sorted(names)
+    return ", ".join(map(printable, ordered[:SHOWN])) + (", ..." if len(ordered) > SHOWN else "")
