@@ -175,14 +175,26 @@ def read_images(config: Config) -> Splits:
             sampler.small_classes,
             config.data.images_per_class,
         )
+    _warn_of_frozen_statistics(config)
+    return splits
+
+
+def _warn_of_frozen_statistics(config: Config) -> None:
+    if config.train.init_from:
+        return
     for peer in config.cohort.peers:
-        if peer.weights == "none" and peer.batch_norm == "frozen" and not config.train.init_from:
+        if peer.weights == "none" and peer.batch_norm == "frozen" and _has_batch_norm(peer.backbone):
             logger.warning(
                 "%s starts from random weights with frozen BatchNorm statistics; batch_norm: train learns better "
                 "from scratch",
                 peer.name,
             )
-    return splits
+
+
+def _has_batch_norm(backbone: str) -> bool:
+    from ray_dmml.models.backbone import has_batch_norm  # imports timm
+
+    return has_batch_norm(backbone)
 
 
 def _cohort_class(local: bool) -> CohortFactory:
