@@ -224,24 +224,29 @@ class PeerConfig(Section):
     """Seed of the initial weights. null: it is `seed`. Peers with the same one start with equal weights."""
 
     backbone: str = "tf_efficientnet_lite0"
-    """Name of the network. Any timm model name is allowed."""
+    """Name of the network. Any timm model name is allowed, also with a tag of its weights, such as
+    `vit_small_patch14_dinov2.lvd142m`, and `hf-hub:OWNER/NAME` for a timm model on the Hugging Face hub."""
 
     weights: str = "none"
     """Initial weights. `none`: random ones. `pretrained`: timm downloads them. `offline`: ImageNet's for
-    tf_efficientnet_lite0, 1 and 2, from the extra offline-weights. Else a file: weights of the backbone, or a peer's
-    weights.safetensors of another run."""
+    tf_efficientnet_lite0, 1 and 2, from the extra offline-weights. Else a file: weights of the backbone as they were
+    published, or a peer's weights.safetensors of another run. A classifier in the file is not used. All other layers
+    must be in both the file and the network."""
 
     embedding_size: Count = 128
     """D: number of dimensions of an embedding."""
 
-    pooling: Literal["avg", "avgmax"] = "avg"
-    """`avg` averages the feature map. `avgmax` takes the mean of its average and its maximum."""
+    pooling: Literal["native", "avg", "max", "avgmax", "token", "gem"] = "native"
+    """`native` is what the backbone was trained with. `avg` averages the feature map, or the tokens of the patches.
+    `max` takes the maximum, `avgmax` the mean of both, `gem` the generalised mean with p = 3, and `token` the class
+    token. Layers that the backbone was trained with stay, or the pooling is refused."""
 
     batch_norm: Literal["frozen", "train"] = "frozen"
     """`frozen` keeps the loaded statistics of BatchNorm, for fine-tuning. `train` updates them."""
 
     input_size: Annotated[Seed, Field(ge=8)] | None = None
-    """Side, in pixels, of the square that the network receives. null: it is the backbone's own."""
+    """Side, in pixels, of the square that the network receives. null: it is the backbone's own. A transformer needs a
+    multiple of its patch size; its position embeddings are resampled."""
 
     view: Annotated[
         Annotated[Literal["weak", "standard", "strong"], Tag("preset")] | Annotated[tuple[Transform, ...], Tag("list")],

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 from collections.abc import Callable
+from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
@@ -16,7 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import UserError
-from ray_dmml.models.pretrained import load_initial_weights, timm_args
+from ray_dmml.models.backbone import create_backbone
+from ray_dmml.models.pooling import change_pooling
+from ray_dmml.models.pretrained import load_initial_weights
 from ray_dmml.randomness import seeded
 
 
@@ -37,15 +38,17 @@ class EmbeddingNet(nn.Module):
     def __init__(self, config: PeerConfig) -> None:
         super().__init__()
         backbone = config.backbone
-        self.backbone: nn.Module = _create_backbone(backbone, config.pooling, config.input_size)
+        self.backbone: nn.Module = create_backbone(backbone, config.input_size)
         pretraining = resolve_model_data_config(self.backbone)
         self.input_size = size = config.input_size or int(pretraining["input_size"][-1])
         self.eval_crop = float(pretraining["crop_pct"])
         self.frozen_batch_norm = config.batch_norm == "frozen"
         # Some timm models pool into more features than their num_features.
+        self.backbone.eval()
         try:
+            self.token_pool = change_pooling(self.backbone, backbone, config.pooling, size)
             with torch.no_grad():
-                features = self.backbone.eval()(torch.zeros(1, 3, size, size))
+                features = self.features(torch.zeros(1, 3, size, size))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(f"backbone {backbone} does not take {size} x {size} px images: {error}") from None
         if features.ndim != 2:
@@ -63,9 +66,17 @@ class EmbeddingNet(nn.Module):
 
     def forward_unnormalized(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) float32, the head's output before normalisation."""
-        features = self.backbone(standardize(images, self.mean, self.std))  # (B, F)
+        features = self.features(standardize(images, self.mean, self.std))
         # Normalised in float32 whatever the autocast type: a half-precision norm is off by 1e-3.
         return self.head(features).float()
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float32, standardized -> (B, F) pooled features of the backbone."""
+        backbone: Any = self.backbone
+        if self.token_pool is None:
+            return backbone(images)
+        pooled = self.token_pool(backbone.forward_features(images))
+        return backbone.fc_norm(pooled) if hasattr(backbone, "fc_norm") else pooled
 
     def train(self, mode: bool = True) -> EmbeddingNet:
         super().train(mode)
@@ -119,15 +130,3 @@ def autocast(amp: str, device: torch.device) -> torch.autocast:
     """The mixed-precision context of a peer's net for ``PeerConfig.amp``."""
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(amp)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def _create_backbone(name: str, pooling: str, input_size: int | None) -> nn.Module:
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
-        raise UserError(f"unknown backbone {name!r}: it must be a timm model name; {hint}")
-    try:
-        return timm.create_model(name, **timm_args(name, pooling, input_size))
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        size = f" and input_size {input_size}" if input_size else ""
-        raise UserError(f"backbone {name} cannot be built with pooling {pooling!r}{size}: {error}") from None

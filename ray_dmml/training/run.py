@@ -143,23 +143,40 @@ def read_images(config: Config) -> Splits:
             sampler.small_classes,
             config.data.images_per_class,
         )
-    if splits.validation is not None:
-        num_classes, num_queries = splits.validation.num_classes, splits.validation.num_evaluated()
-        if num_classes < FEW_CLASSES or num_queries < FEW_QUERIES:
-            logger.warning(
-                "validation Recall@1 is coarse: it is of %d classes and %d queries, and one query is %.2g points",
-                num_classes,
-                num_queries,
-                100 / num_queries,
-            )
+    _warn_of_few_queries(splits)
+    _warn_of_frozen_statistics(config)
+    return splits
+
+
+def _warn_of_few_queries(splits: Splits) -> None:
+    if splits.validation is None:
+        return
+    num_classes, num_queries = splits.validation.num_classes, splits.validation.num_evaluated()
+    if num_classes < FEW_CLASSES or num_queries < FEW_QUERIES:
+        logger.warning(
+            "validation Recall@1 is coarse: it is of %d classes and %d queries, and one query is %.2g points",
+            num_classes,
+            num_queries,
+            100 / num_queries,
+        )
+
+
+def _warn_of_frozen_statistics(config: Config) -> None:
+    if config.train.init_from:
+        return
     for peer in config.cohort.peers:
-        if peer.weights == "none" and peer.batch_norm == "frozen" and not config.train.init_from:
+        if peer.weights == "none" and peer.batch_norm == "frozen" and _has_batch_norm(peer.backbone):
             logger.warning(
                 "%s starts from random weights with frozen BatchNorm statistics; batch_norm: train learns better "
                 "from scratch",
                 peer.name,
             )
-    return splits
+
+
+def _has_batch_norm(backbone: str) -> bool:
+    from ray_dmml.models.backbone import has_batch_norm  # imports timm
+
+    return has_batch_norm(backbone)
 
 
 def _cohort_class(local: bool) -> CohortFactory:

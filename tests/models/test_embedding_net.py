@@ -143,9 +143,7 @@ def test_unknown_backbones_are_refused_with_the_nearest_name() -> None:
         EmbeddingNet(peer(backbone="@@@"))
 
 
-def test_sizes_and_poolings_that_the_backbone_does_not_support() -> None:
-    """A transformer needs a multiple of its patch size."""
-    with pytest.raises(UserError, match=r"backbone test_vit .*30"):
-        EmbeddingNet(peer(backbone="test_vit", input_size=30))
-    with pytest.raises(UserError, match="backbone test_vit cannot be built with pooling 'no'"):
-        EmbeddingNet(peer(backbone="test_vit").model_copy(update={"pooling": "no"}))
+def test_sizes_that_the_backbone_does_not_support() -> None:
+    """Too small for its windows."""
+    with pytest.raises(UserError, match=r"backbone test_maxvit (cannot be built|does not take).* 40"):
+        EmbeddingNet(peer(backbone="test_maxvit", input_size=40))

