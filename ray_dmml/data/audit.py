@@ -28,6 +28,7 @@ from ray_dmml.cores import num_cores
 from ray_dmml.data.dataset import BadImageError
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.decoding import printable
+from ray_dmml.data.findings import Findings
 
 NEAR = 0.98  # the least cosine of the thumbnails of near duplicates
 NEIGHBOURS = 8
@@ -68,6 +69,7 @@ class AuditReport:
         images_per_class: K, the images of each class in a batch.
         small_classes: ``label`` and ``images`` of each class of train or validation with fewer than K.
         class_sizes: images of each class of all splits, ascending.
+        notes: what of the data set is not used, such as files that are not images.
     """
 
     splits: dict[str, dict[str, int]]
@@ -76,6 +78,7 @@ class AuditReport:
     images_per_class: int
     small_classes: list[dict[str, Any]]
     class_sizes: list[int]
+    notes: list[str]
 
     def is_clean(self) -> bool:
         """Nothing needs repair. Near duplicates within a class are no fault: photos of one object."""
@@ -96,7 +99,8 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
     Raises:
         UserError: a run could not load the data set either.
     """
-    loaded = load_splits(config, check=False)
+    findings = Findings()
+    loaded = load_splits(config, check=False, findings=findings)
     sets = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
     splits = {split: images for split, images in sets.items() if images is not None}
     places = [(split, index) for split, images in splits.items() for index in range(len(images))]
@@ -147,6 +151,7 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
             if size < config.images_per_class
         ],
         class_sizes=sorted(size for part in sizes.values() for size in part),
+        notes=findings.notes,
     )
 
 
@@ -191,6 +196,8 @@ def print_report(report: AuditReport, console: Console) -> None:
         table.add_row(split, str(size["images"]), str(size["classes"]))
     console.print(table)
     out = partial(console.print, highlight=False, markup=False)
+    for note in report.notes:
+        out(f"\n{note}")
     groups = [(group, _describe(group)) for group in report.duplicates]
     small = [f"{printable(row['label'])}: {row['images']}" for row in report.small_classes]
     for title, lines, unit in (

@@ -2,7 +2,7 @@
 
 The file has a header and one record an image, in the order of the images' names::
 
-    header: magic, SHA-256 of the images' paths and decoders, zeros to HEADER_BYTES
+    header: magic, SHA-256 of the images' names and decoders, zeros to HEADER_BYTES
     record: crc32 of the pixels | stamp of the image's file | uint8 pixels (3, S, S) | zeros
 
 Whichever process decodes an image first writes its record; two that decode the same image write the same bytes. A
@@ -26,17 +26,16 @@ import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
-import PIL
 import torch
 from filelock import FileLock
 from torch import Tensor
 
 from ray_dmml.data.dataset import FileImages, ImageSet, Stamp
+from ray_dmml.data.formats import decoder_versions
 
-FORMAT = 3  # increases with every change of the file's layout or of how images are decoded
+FORMAT = 4  # increases with every change of the file's layout or of how images are decoded
 HEADER_BYTES = 4096
 SUFFIX = ".images"
 LOCK_S = 20.0  # a network file system may never grant the folder's lock
@@ -68,7 +67,7 @@ class ImageCache:
     Args:
         path: the file, made by :func:`open_cache`.
         size: S of the images, in pixels.
-        slots: slot of each image by its path.
+        slots: slot of each image by its name.
 
     Raises:
         OSError: the file cannot be opened or locked.
@@ -146,7 +145,7 @@ class CachedImages:
         return CachedImages(self._source.subset(indices), self._cache)
 
     def read(self, index: int) -> Tensor:
-        slot = self._cache.slots[self._source.paths[index]]
+        slot = self._cache.slots[self._source.name(index)]
         image = self._cache.get(slot, lambda: self._source.stamp(index))
         if image is None:
             # The stamp is taken first: if the file changes meanwhile, it is decoded again.
@@ -185,11 +184,10 @@ def open_cache(sources: Sequence[FileImages], folder: Path, limit_bytes: int) ->
     Raises:
         OSError: it does not fit, or the disk fails.
     """
-    paths = sorted({path for source in sources for path in source.paths})
+    names = sorted({source.name(index) for source in sources for index in range(len(source))})
     root, resize, size = sources[0].root, sources[0].resize, sources[0].decode_size
-    num_bytes = HEADER_BYTES + len(paths) * record_bytes(size)
-    decoders = (torch.__version__, metadata.version("torchvision"), PIL.__version__)
-    key = (str(root.resolve()), resize, f"{FORMAT} {size}", *decoders, *paths)
+    num_bytes = HEADER_BYTES + len(names) * record_bytes(size)
+    key = (str(root.resolve()), resize, f"{FORMAT} {size}", torch.__version__, *decoder_versions(), *names)
     digest = hashlib.sha256("\0".join(key).encode(errors="surrogateescape")).hexdigest()
     header = (_MAGIC + digest.encode()).ljust(HEADER_BYTES, b"\0")
     path = folder / f"{digest[:24]}{SUFFIX}"
@@ -205,7 +203,7 @@ def open_cache(sources: Sequence[FileImages], folder: Path, limit_bytes: int) ->
                 file.truncate(num_bytes)  # it takes disk only as images are decoded
             os.replace(partial, path)  # processes that have the old file open keep it
         os.utime(path)  # the time of its last use
-        return ImageCache(path, size, {path: slot for slot, path in enumerate(paths)})
+        return ImageCache(path, size, {name: slot for slot, name in enumerate(names)})
 
 
 def record_bytes(size: int) -> int:

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from ray_dmml.data.decoding import Resize, decode, printable, reason_of, to_square
+from ray_dmml.data.decoding import Box, Resize, crop, decode, printable, reason_of, to_square
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 
@@ -57,19 +57,30 @@ class FileImages:
         decode_size: S, in pixels.
         resize: ``stretch`` resizes both sides to S. ``center_crop`` resizes the shorter side to S and cuts out the
             middle.
+        boxes: the part of each file's upright image that is used; None: all of it.
     """
 
-    def __init__(self, root: Path, paths: Iterable[str], decode_size: int, resize: Resize = "stretch") -> None:
+    def __init__(
+        self,
+        root: Path,
+        paths: Iterable[str],
+        decode_size: int,
+        resize: Resize = "stretch",
+        boxes: Iterable[Box | None] | None = None,
+    ) -> None:
         self.root, self.paths, self.decode_size, self.resize = root, tuple(paths), decode_size, resize
+        self.boxes = (None,) * len(self.paths) if boxes is None else tuple(boxes)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return self.paths[index]
+        box = self.boxes[index]
+        return self.paths[index] if box is None else f"{self.paths[index]} ({box})"
 
     def subset(self, indices: Sequence[int]) -> FileImages:
-        return FileImages(self.root, (self.paths[index] for index in indices), self.decode_size, self.resize)
+        paths, boxes = (self.paths[index] for index in indices), (self.boxes[index] for index in indices)
+        return FileImages(self.root, paths, self.decode_size, self.resize, boxes)
 
     def size(self, index: int) -> int | None:
         try:
@@ -91,7 +102,8 @@ class FileImages:
 
     def read(self, index: int) -> Tensor:
         try:
-            return to_square(decode(self.root / self.paths[index]), self.decode_size, self.resize)
+            image, box = decode(self.root / self.paths[index]), self.boxes[index]
+            return to_square(image if box is None else crop(image, box), self.decode_size, self.resize)
         except Exception as error:  # a corrupt file makes decoders raise nearly anything
             raise self._bad(index, error) from error
 

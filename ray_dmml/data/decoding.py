@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from ray_dmml.data.formats import formats
+from ray_dmml.data.orientation import orientation_of, turn
 
 Resize = Literal["stretch", "center_crop"]
 
 MAX_PIXELS = 178_956_970  # 0.5 GiB as uint8 RGB; Pillow's own limit is the same
 MAX_FILE_BYTES = 2**30  # as many pixels, with 16 bits a channel and no compression
-
-FORMATS = (
-    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF"),
-    "WEBP",
-)
-"""Pillow's names of the formats that are read."""
 
 # torchvision decodes these faster. A corrupt PNG ends its process (torchvision 0.29: SIGSEGV), and
 # of a GIF it decodes every frame, so Pillow decodes those.
@@ -32,8 +28,20 @@ _FORMATS_OF_TORCHVISION = frozenset({"JPEG", "MPO", "WEBP"})
 _MAX_ASPECT_RATIO = 16
 
 
+class Box(NamedTuple):
+    """A part of an upright image, in pixels from its top left corner. The last row and column are not in it."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    def __str__(self) -> str:
+        return f"x {self.left} to {self.right}, y {self.top} to {self.bottom}"
+
+
 def decode(path: Path) -> Tensor:
-    """Decodes an image file to uint8 (3, H, W), upright according to its EXIF orientation.
+    """Decodes an image file to uint8 (3, H, W), upright according to its EXIF or XMP.
 
     The content decides the format, not the suffix. The first frame of an animation is decoded. The size in the file's
     header is checked before memory is reserved for the pixels.
@@ -49,7 +57,9 @@ def decode(path: Path) -> Tensor:
             from torchvision.io import ImageReadMode, decode_image
 
             with suppress(RuntimeError):  # rare kinds of JPEG; and Pillow's message says what is wrong
-                return decode_image(torch.from_numpy(array), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+                # torchvision turns by the first APP1 segment of a JPEG only, and a WebP never.
+                pixels = decode_image(torch.from_numpy(array), mode=ImageReadMode.RGB)
+                return turn(pixels, orientation_of(opened))
         return _decode_with_pillow(opened)
 
 
@@ -69,7 +79,7 @@ def _open(data: bytes) -> Image.Image:
     """Reads the header of an image: its format and size. Pixels are not decoded yet."""
     too_large = f"it claims too many pixels: at most {MAX_PIXELS} are decoded"
     try:
-        opened = Image.open(io.BytesIO(data), formats=_formats_of_pillow())
+        opened = Image.open(io.BytesIO(data), formats=formats())
     except Image.DecompressionBombError:
         raise OSError(too_large) from None
     if opened.width * opened.height > MAX_PIXELS:  # a program may have lifted Pillow's limit
@@ -77,21 +87,30 @@ def _open(data: bytes) -> Image.Image:
     return opened
 
 
-@functools.cache
-def _formats_of_pillow() -> tuple[str, ...]:
-    """The formats that this Pillow was built with; without EPS, for which it runs Ghostscript."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
 def _decode_with_pillow(opened: Image.Image) -> Tensor:
-    upright = ImageOps.exif_transpose(opened)
-    upright.info.pop("transparency", None)  # alpha is dropped, and convert would warn of it
-    if upright.mode.startswith("I;16"):  # convert would clip at 255
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    elif upright.mode in ("I", "F"):
+    orientation = orientation_of(opened) if opened.format == "TIFF" else 0
+    opened.load()
+    orientation = orientation or orientation_of(opened)
+    is_16_bit = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PPM")
+    opened.info.pop("transparency", None)  # alpha is dropped, and convert would warn of it
+    if is_16_bit:  # convert would clip at 255
+        opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+    elif opened.mode in ("I", "F"):
         raise OSError("its pixels have 32 bits, and nothing says which value is white")
-    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+    return turn(torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1), orientation)
+
+
+def crop(image: Tensor, box: Box) -> Tensor:
+    """The part of uint8 (3, H, W) inside the box, which may reach beyond the image.
+
+    Raises:
+        ValueError: all of the box is outside.
+    """
+    height, width = image.shape[1:]
+    left, top, right, bottom = max(box.left, 0), max(box.top, 0), min(box.right, width), min(box.bottom, height)
+    if left >= right or top >= bottom:
+        raise ValueError(f"the box is outside of its {width} x {height} pixels")
+    return image[:, top:bottom, left:right]
 
 
 def to_square(image: Tensor, size: int, resize: Resize) -> Tensor:

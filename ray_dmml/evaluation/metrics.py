@@ -55,8 +55,9 @@ def retrieval_metrics(
     if not recall_at or min(recall_at) < 1:
         raise UserError(f"recall_at must hold one or more K of at least 1, not {list(recall_at)}")
     everything = np.arange(len(labels))
-    queries = _indices(query, everything, "query")
-    searched = _indices(gallery, everything, "gallery")
+    # In the order of the images, so that ties and sums do not depend on the order in which they are listed.
+    queries = np.sort(_indices(query, everything, "query"))
+    searched = np.sort(_indices(gallery, everything, "gallery"))
     position = np.full(len(labels), -1)  # of each image in the gallery
     position[searched] = np.arange(len(searched))
     if (position >= 0).sum() != len(searched):

@@ -15,6 +15,7 @@ from ray_dmml.config.loading import dotted
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.datasets import load_splits
+from ray_dmml.data.findings import Findings
 from ray_dmml.data.loader import build_sampler
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.loggers.jsonl import JsonlLogger
@@ -135,7 +136,10 @@ def read_images(config: Config) -> Splits:
             data.classes_per_batch x data.images_per_class can be made of them.
     """
     logger.debug("reading the images")
-    splits = load_splits(config.data)
+    findings = Findings()
+    splits = load_splits(config.data, findings=findings)
+    for note in findings.notes:
+        logger.warning("%s", note)
     sampler = build_sampler(config, splits)
     if sampler.small_classes:
         logger.warning(

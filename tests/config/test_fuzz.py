@@ -20,6 +20,7 @@ from ray_dmml.config import yamlio
 from ray_dmml.config.loading import QUICKSTART, dotted
 from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data.datasets import manifest
+from ray_dmml.data.findings import Findings
 from ray_dmml.errors import UserError
 
 FEW = 200
@@ -196,7 +197,8 @@ def test_anything_as_a_manifest(folder: Path, content: bytes) -> bool:
     """CSV-like text and arbitrary bytes."""
     (folder / "m.csv").write_bytes(content)
     try:
-        manifest.load(DataConfig(name="manifest", manifest=folder / "m.csv", root=folder, decode_size=8), folder)
+        config = DataConfig(name="manifest", manifest=folder / "m.csv", root=folder, decode_size=8)
+        manifest.load(config, folder, Findings())
     except UserError as error:
         assert str(error)
         return False

@@ -1,5 +1,7 @@
 """Batches of P classes x K images."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -99,6 +101,56 @@ def test_a_huge_class_bounds_the_epoch():
     """An epoch has as many batches as the largest class has groups, not more."""
     sampler = ClassBalancedSampler(labels_of([400] + [10] * 8), 4, 4, 0)
     assert sampler.steps_per_epoch == 100
+
+
+class CountingGenerator(np.random.Generator):
+    """Counts the items of everything that is drawn or shuffled."""
+
+    items = 0
+
+    def random(self, size: int) -> np.ndarray:
+        CountingGenerator.items += size
+        return super().random(size)
+
+    def permutation(self, x: object) -> np.ndarray:
+        drawn = super().permutation(x)
+        CountingGenerator.items += len(drawn)
+        return drawn
+
+    def choice(self, a: object, size: int, replace: bool) -> np.ndarray:
+        CountingGenerator.items += size
+        return super().choice(a, size, replace=replace)
+
+
+@pytest.mark.parametrize(
+    ("class_sizes", "num_classes"),
+    [([1200] + [2] * 50, 16), ([1200, 2], 2), ([1200, 900, 3], 3), ([400, 800] + [1] * 90, 16), ([20] * 60, 16)],
+)
+def test_the_work_of_an_epoch_is_linear(
+    class_sizes: list[int], num_classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is drawn in an epoch are a few items for each image and each place in a batch."""
+    labels = labels_of(class_sizes)
+    monkeypatch.setattr(np.random, "Generator", CountingGenerator)
+    CountingGenerator.items = 0
+    sampler = ClassBalancedSampler(labels, num_classes, 4, 0)
+    epoch_of(sampler)
+    assert CountingGenerator.items < 5 * (len(labels) + sampler.steps_per_epoch * sampler.batch_size)
+
+
+@pytest.mark.parametrize("class_sizes", [[20_000, 2, 2], [20_000, 15_000, 3], [20_000] + [1] * 90])
+def test_no_batch_looks_at_all_images(class_sizes: list[int]) -> None:
+    """Once the epoch is planned, the memory of a batch does not depend on the largest class."""
+    labels = labels_of(class_sizes)
+    sampler = ClassBalancedSampler(labels, 3, 4, 0)
+    sampler.batch(0)
+    tracemalloc.start()
+    try:
+        for step in range(1, 200):
+            sampler.batch(step)
+        assert tracemalloc.get_traced_memory()[1] < labels.nbytes / 3
+    finally:
+        tracemalloc.stop()
 
 
 def test_classes_meet_many_others():

@@ -49,7 +49,7 @@ def test_metrics_equal_the_loops(seed: int, num: int, num_classes: int, chunk: i
     x, labels = grid(num, 3, seed), rng.integers(0, num_classes, num)
     all_images = np.arange(num)
     query = rng.permutation(num)[: rng.integers(1, num + 1)] if subset else all_images
-    gallery = rng.permutation(num)[: rng.integers(1, num + 1)] if subset else all_images
+    gallery = np.sort(rng.permutation(num)[: rng.integers(1, num + 1)]) if subset else all_images  # ties go by image
     place = {image: index for index, image in enumerate(gallery.tolist())}
     own = np.array([place.get(image, -1) for image in query.tolist()])
     ranked = naive_nearest(x[query], x[gallery], own)
@@ -83,6 +83,28 @@ def test_metrics_equal_pytorch_metric_learnings(split: bool) -> None:
         [theirs[name] for name in names], abs=1e-6
     )
     assert 0.2 < ours["recall@1"] < 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), num=st.integers(4, 40), whole=st.booleans())
+def test_the_order_of_queries_and_gallery_changes_nothing(seed: int, num: int, whole: bool) -> None:
+    """To the bit, also with ties, and where queries and gallery are as many as the images."""
+    rng = np.random.default_rng(seed)
+    x, labels = grid(num, 3, seed), np.arange(num) // 2
+    query, gallery = (np.arange(num) if whole else np.sort(rng.permutation(num)[: num // 2 + 2]) for _ in range(2))
+    results = [
+        retrieval_metrics(x, labels, recall_at=(1, 2), query=q, gallery=g)
+        for q in (query, query[::-1], rng.permutation(query))
+        for g in (gallery, gallery[::-1], rng.permutation(gallery))
+        if _has_pair(q, g)
+    ]
+    assert all(result == results[0] for result in results)
+    if whole and results:
+        assert results[0] == retrieval_metrics(x, labels, recall_at=(1, 2))
+
+
+def _has_pair(query: np.ndarray, gallery: np.ndarray) -> bool:
+    return any(other in gallery for other in (query ^ 1).tolist())
 
 
 def test_chunks_change_nothing() -> None:

@@ -12,13 +12,16 @@ from ray_dmml.cores import num_cores
 from ray_dmml.data.cache import through_cache
 from ray_dmml.data.dataset import ImageSet, Splits, check_images, hold_out_classes, hold_out_images
 from ray_dmml.data.datasets import benchmarks, characters, folder, manifest
+from ray_dmml.data.findings import Findings
 from ray_dmml.data.staging import fetch, local_root
 from ray_dmml.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def load_splits(config: DataConfig, skip: frozenset[str] = frozenset(), check: bool = True) -> Splits:
+def load_splits(
+    config: DataConfig, skip: frozenset[str] = frozenset(), check: bool = True, findings: Findings | None = None
+) -> Splits:
     """Train, validation and test images: the same, in the same order, in every process.
 
     The process that loads first checks the images. It passes its ``Splits.skipped`` to the others as ``skip``; they
@@ -28,11 +31,12 @@ def load_splits(config: DataConfig, skip: frozenset[str] = frozenset(), check: b
         config: the data set and where it is; ``check_images`` and ``on_bad_image`` apply.
         skip: names of images to leave out.
         check: False: do not decode the images, whatever the config says.
+        findings: gets the notes of the data set: what of it is not used.
 
     Raises:
         UserError: files are missing or unreadable, or not laid out as the data set needs.
     """
-    train, test = _read(config)
+    train, test = _read(config, findings or Findings())
     if train is None:
         raise UserError(f"manifest {config.manifest} has no rows of split 'train'")
     sets, skipped = _usable([train] if test is None else [train, test], config, skip, check)
@@ -52,7 +56,7 @@ def load_images(config: DataConfig) -> ImageSet:
     Raises:
         UserError: as :func:`load_splits`.
     """
-    train, test = _read(config.model_copy(update={"train_fraction": 1.0}))
+    train, test = _read(config.model_copy(update={"train_fraction": 1.0}), Findings())
     images = train if test is None else test
     if images is None:
         raise UserError(f"manifest {config.manifest} has no rows")
@@ -110,15 +114,18 @@ def prepare(config: DataConfig) -> str:
     return f"{counts}, {'built in' if config.name == 'characters' else f'in {local_root(config)}'}"
 
 
-def _read(config: DataConfig) -> tuple[ImageSet | None, ImageSet | None]:
+def _read(config: DataConfig, findings: Findings) -> tuple[ImageSet | None, ImageSet | None]:
     """The training images and the test images; a manifest may lack either of them."""
     if config.name == "characters":
         return characters.load(config.decode_size)
     root = fetch(config)
     if not root.is_dir() and not (config.name == "cub200" and config.download):
         raise UserError(f"data.root {root} is not an existing folder")
-    readers = {"imagefolder": folder.load, "manifest": manifest.load}
-    return readers.get(config.name, benchmarks.load)(config, root)
+    if config.name == "imagefolder":
+        return folder.load(config, root, findings)
+    if config.name == "manifest":
+        return manifest.load(config, root, findings)
+    return benchmarks.load(config, root)
 
 
 def _unreadable(config: DataConfig, *sets: ImageSet) -> set[str]:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.data.dataset import FileImages, ImageSet, part_of_each_class
-from ray_dmml.data.decoding import printable
+from ray_dmml.data.datasets.class_folders import find_images
+from ray_dmml.data.findings import Findings
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-
-def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet | None]:
-    """Train and test images of ROOT/CLASS/**/IMAGE. Hidden files and folders (.name) are left out.
+def load(config: DataConfig, root: Path, findings: Findings) -> tuple[ImageSet, ImageSet | None]:
+    """Train and test images of ROOT/CLASS/**/IMAGE, see :func:`~ray_dmml.data.datasets.class_folders.find_images`.
 
     The first ``round(train_fraction * C)`` classes in name order train, or as many drawn by ``split_seed``. The others
     are the test classes; with ``train_fraction`` 1 there are none. With ``split_by: image``, the same holds for the
@@ -28,16 +25,16 @@ def load(config: DataConfig, root: Path) -> tuple[ImageSet, ImageSet | None]:
     Raises:
         UserError: there are too few classes, or one has no images or cannot be read.
     """
-    classes = _class_folders(root)
+    paths = find_images(root, findings)
+    classes = list(paths)
     if config.train_fraction < 1 and config.split_by == "class":
         _require_both_splits(root, len(classes), config.train_fraction)
     elif len(classes) < 2:
         raise UserError(
             f"{root} has {len(classes)} class folders; data.name 'imagefolder' needs at least 2 (ROOT/CLASS/image.jpg)"
         )
-    paths = [_images_under(root, name) for name in classes]
-    labels = np.repeat(np.arange(len(classes)), list(map(len, paths)))
-    files = FileImages(root, list(chain.from_iterable(paths)), config.decode_size, config.resize)
+    labels = np.repeat(np.arange(len(classes)), list(map(len, paths.values())))
+    files = FileImages(root, list(chain.from_iterable(paths.values())), config.decode_size, config.resize)
     images = ImageSet(files, labels, tuple(classes))
     if config.train_fraction == 1:
         return images, None
@@ -75,38 +72,3 @@ def _require_both_splits(root: Path, num_classes: int, train_fraction: float) ->
             f"data.train_fraction {train_fraction} of {num_classes} classes is {num_train} to "
             f"train; at least 2 must train and 2 be left to test; {advice}"
         )
-
-
-def _class_folders(root: Path) -> list[str]:
-    """Names in order. A class may be a link to a folder elsewhere, but not to one around it."""
-    try:
-        names = sorted(name for name in os.listdir(root) if name[0] != "." and (root / name).is_dir())
-    except OSError as error:
-        _refuse(error)
-    around = os.path.realpath(root)
-    for name in names:
-        target = os.path.realpath(root / name)
-        if os.path.islink(root / name) and os.path.commonpath([target, around]) == target:
-            raise UserError(
-                f"class folder {printable(str(root / name))} is a link to {printable(target)}, "
-                "which holds the other classes too: remove it"
-            )
-    return names
-
-
-def _images_under(root: Path, name: str) -> list[str]:
-    """Paths in order. Links to files are followed. Links to folders are not: they may form a circle."""
-    paths: list[str] = []
-    for folder, subfolders, files in os.walk(root / name, onerror=_refuse):
-        subfolders[:] = [subfolder for subfolder in subfolders if subfolder[0] != "."]
-        inside = Path(folder).relative_to(root)
-        paths += [(inside / file).as_posix() for file in files if file[0] != "." and file.lower().endswith(SUFFIXES)]
-    if not paths:
-        raise UserError(
-            f"class folder {printable(str(root / name))} has no images ({', '.join(SUFFIXES)}): fill or remove it"
-        )
-    return sorted(paths)
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise UserError(f"folder {printable(str(error.filename))} cannot be read: {error.strerror}") from None
