@@ -7,7 +7,9 @@ It is the same as `ray-dmml tune`. Without arguments it runs on the built-in dat
 
 import typer
 
+from ray_dmml import interruption
 from ray_dmml.cli.tune import tune
 
 if __name__ == "__main__":
+    interruption.watch()
     typer.run(tune)

@@ -1,6 +1,22 @@
 """``python -m ray_dmml.cli`` is the command ``ray-dmml``."""
 
-from ray_dmml.cli.main import main
+import signal
+
+from ray_dmml import interruption
+
+
+def main() -> None:
+    """The entry point. The imports of the command take time, in which a signal may come."""
+    interruption.watch()
+    from ray_dmml.cli.main import main as run_command
+
+    try:
+        run_command()
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:  # Ray's own handler raises it while Ray starts
+            interruption.end(signal.SIGTERM)
+        raise
+
 
 if __name__ == "__main__":  # Processes that Python spawns import this module again.
     main()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import typer
 from rich.console import Console
 
+from ray_dmml import interruption
 from ray_dmml.cli.output import print_line
 from ray_dmml.errors import Interrupted
+from ray_dmml.loggers.logger import Logger
 
 
 @contextmanager
@@ -29,48 +33,75 @@ def ray_and_torch() -> Iterator[None]:
     loading.start()
     try:
         with ray_session():
+            interruption.watch_again()  # Ray has a handler of SIGTERM
             loading.join()
             yield
     finally:
         loading.join()  # Python cannot exit during an import of torch.
 
 
-class Interruptible:
-    """A block that ends, when it is interrupted, with the command that resumes it and the exit code of the signal."""
+class Interruptible(Logger):
+    """A block that a signal ends with the command that resumes it, and with the signal's exit code. As a logger of a
+    run it follows how far the run is.
+
+    While steps are made, the first signal lets the run stop after its step, with a checkpoint. Before the first step
+    and after the last one there is nothing to save, and a signal ends the process at once.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._received = 0
+        self._num_steps = 0
+        self._stack = ExitStack()
         self._resume = ("", Path())
+        self._discard: Callable[[], None] | None = None
+        self._is_written = False  # the run's folder is this process's
 
-    def resume_with(self, command: str, file: Path) -> None:
-        """The command resumes what the block has done, once the file exists."""
-        self._resume = command, file
+    def resume_with(self, command: str, file: Path, discard: Callable[[], None] | None = None) -> None:
+        """The command resumes what the block has done, once the file exists. ``discard`` removes what a run has
+        written before that."""
+        self._resume, self._discard = (command, file), discard
 
-    def listen(self) -> None:
-        """From now on the first signal lets the run stop after its step, and the second one ends the process. Before
-        that, every signal ends the process."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+    def follow(self, num_steps: int) -> Interruptible:
+        """The logger of a run of so many steps."""
+        self._num_steps = num_steps
+        return self
 
     def should_stop(self) -> bool:
-        return self._received != 0
+        """For the run, which asks before each of its calls of the peers."""
+        interruption.outlive_first(self._announce)
+        return interruption.received() != 0
 
-    def _handle(self, number: int, frame: object) -> None:
-        if self._received:
-            raise KeyboardInterrupt
-        self._received = number
+    def rewind(self, step: int) -> None:
+        self._is_written = True
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        if "checkpoint" in metrics and step == self._num_steps:
+            interruption.outlive_first(None)
+            if interruption.received():
+                raise Interrupted(f"stopped at step {step} of {step}, before the last evaluation")
+
+    def _announce(self) -> None:
         with suppress(RuntimeError):  # the signal interrupted another print
             print_line(self._console, "stopping after this step, with a checkpoint; a second signal stops at once")
 
+    def _last_line(self) -> str:
+        command, file = self._resume
+        return f"interrupted; resume with: {command}" if command and file.exists() else "interrupted"
+
+    def _end(self) -> None:
+        """The process ends in mid-run: no console can be used any more."""
+        os.write(self._console.file.fileno(), f"{self._last_line()}\n".encode())
+        if self._discard and self._is_written and not self._resume[1].exists():
+            self._discard()
+
     def __enter__(self) -> Interruptible:
+        self._stack.enter_context(interruption.at_end(self._end))
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self._stack.close()
         if isinstance(error, Interrupted):
             print_line(self._console, str(error))
         if isinstance(error, (KeyboardInterrupt, Interrupted)):
-            command, file = self._resume
-            hint = f"; resume with: {command}" if command and file.exists() else ""
-            print_line(self._console, f"interrupted{hint}")
-            raise typer.Exit(128 + (self._received or signal.SIGINT)) from None  # as in a shell
+            print_line(self._console, self._last_line())
+            raise typer.Exit(128 + (interruption.received() or signal.SIGINT)) from None  # as in a shell

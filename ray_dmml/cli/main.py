@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 from importlib import metadata
 from typing import Annotated
 
@@ -50,4 +52,8 @@ def main() -> None:
     # The hub that timm downloads weights from logs every retry. Our one error message is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # A terminal may not have every character of a name. That is no reason to fail after finished work.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

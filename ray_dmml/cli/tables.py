@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ray_dmml.loggers.tables import print_table
+
 _HEADINGS = {"map@r": "MAP@R", "r_precision": "R-prec"}
 
 
@@ -42,7 +44,7 @@ def results_table(results: Mapping[str, Any], console: Console) -> None:
         add_row(name, figures)
     table.add_section()
     add_row("ensemble", results["ensemble"], style="bold")
-    console.print(table)
+    print_table(table, console)
     if "data" in results:
         console.print(f"images: {results['data']}", highlight=False, markup=False, soft_wrap=True)
 

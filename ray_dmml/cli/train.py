@@ -56,19 +56,19 @@ def train(
         else:
             run = _resumed_run(resume, out, init_from)
             settings = _resumed_config(run, config, overrides)
-        signals.resume_with(f"ray-dmml train --resume {run}", run / "checkpoints" / "index.json")
+        discard = None if resume else RunDir(run).discard
+        signals.resume_with(f"ray-dmml train --resume {run}", run / "checkpoints" / "index.json", discard)
         with nullcontext() if local else ray_and_torch():
             from ray_dmml.loggers.console import show_run
             from ray_dmml.training.run import train as train_cohort
 
-            signals.listen()
             with show_run(console, settings) as console_logger:
                 results = train_cohort(
                     settings,
                     None if resume else run,
                     resume=run if resume else None,
                     local=local,
-                    loggers=[console_logger],
+                    loggers=[console_logger, signals.follow(settings.train.steps)],
                     should_stop=signals.should_stop,
                 )
         if as_json:

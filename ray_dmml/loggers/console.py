@@ -105,7 +105,8 @@ class LiveLogger(LinesLogger):
         self._names = [str(peer.name) for peer in config.cohort.peers]
         self._recall: dict[str, float] = {}
         self._evaluated = "Recall@1 (validation)" if config.data.validation_fraction else ""
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
+        spinner = SpinnerColumn("line" if console.options.ascii_only else "dots")
+        columns = [spinner, TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
         columns += [TextColumn("{task.fields[rate]}"), TimeRemainingColumn(compact=True)]
         self._bar = Progress(*columns, console=console, expand=True)
         self._task = self._bar.add_task("", total=None, rate="")

@@ -8,6 +8,7 @@ counts on workers that the placement group makes its autoscaler start.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def cluster_nodes(rows: Sequence[Mapping[str, Any]], here: str) -> tuple[list[No
     rows = [row for row in rows if row["Alive"]]
     nodes = [labelled(row["Resources"], row.get("Labels")) for row in rows]
     is_on_head = any(row["NodeID"] == here and HEAD in row["Resources"] for row in rows)
-    growth = growth_of(Path.home() / BOOTSTRAP_FILE) if is_on_head else []
+    growth = growth_of(Path(os.path.expanduser("~"), BOOTSTRAP_FILE)) if is_on_head else []
     return nodes, left_to_grow(nodes, growth)
 
 

@@ -15,6 +15,7 @@ from ray.exceptions import AuthenticationError
 
 from ray_dmml.cores import num_cores
 from ray_dmml.errors import UserError
+from ray_dmml.ray_backend.private_ray import SafeJobConfig, own_token, session_folder
 
 _TOKEN_HINT = (
     "set RAY_AUTH_MODE=token and give the cluster's token in RAY_AUTH_TOKEN, in a file named by "
@@ -29,12 +30,12 @@ def ray_session() -> Iterator[None]:
     cannot be joined."""
     with ExitStack() as stack:
         if not ray.is_initialized():
-            _start_ray()
+            _start_ray(stack)
             stack.callback(ray.shutdown)
         yield
 
 
-def _start_ray() -> None:
+def _start_ray(stack: ExitStack) -> None:
     # Ray reports usage to its developers by default. A user may set this variable to 1.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -47,10 +48,18 @@ def _start_ray() -> None:
         raise UserError(f"RAY_AUTH_TOKEN_PATH {token} is not a file: it must contain the cluster's token")
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        # Without "local" Ray would join any cluster that was left in the temporary folder.
-        ray.init("local", num_cpus=num_cores(), include_dashboard=False, **settings)
+        settings |= {"include_dashboard": False, "_temp_dir": session_folder(), "job_config": SafeJobConfig()}
+        stack.enter_context(own_token())
+        try:
+            # Without "local" Ray would join any cluster that was left in the temporary folder.
+            ray.init("local", num_cpus=num_cores(), **settings)
+        except Exception as error:  # Ray has no class of its own for this
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"Ray cannot be started on this machine: {reason}") from error
         return
     _require_answer(address)
+    if "://" not in address:  # a client's job starts in the folder of its server
+        settings["job_config"] = SafeJobConfig()
     try:
         ray.init(address=address, **settings)
     except (ConnectionError, RuntimeError, ValueError) as error:

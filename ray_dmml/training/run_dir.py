@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -69,6 +70,16 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be created: {error}") from None
+
+    def discard(self) -> None:
+        """Removes what a run has written, but no other file, and the folder if it is empty then."""
+        for folder in (self.checkpoints.folder, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.config_file, self.metrics_file, self.results_file, self.environment_file):
+            file.unlink(missing_ok=True)
+            file.with_name(file.name + ".tmp").unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
 
     @contextmanager
     def lock(self) -> Iterator[None]:

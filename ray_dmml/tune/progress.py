@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ray_dmml.loggers.tables import print_table
 from ray_dmml.tune.results import (
     baseline_is_best,
     final_columns,
@@ -115,4 +116,4 @@ def final_table(final: Mapping[str, Any], search: Search, console: Console) -> N
         table.add_column(name, justify="right" if place else "left", no_wrap=not place)
     for row in final_rows(final, search):
         table.add_row(*row)
-    console.print(table)
+    print_table(table, console)

@@ -102,6 +102,29 @@ def test_once_stops_after_the_step(
     assert RunDir(tmp_path / "undisturbed").checkpoints.load("last").peers == last.peers
 
 
+@pytest.mark.parametrize(
+    ("number", "seconds", "options"),
+    [
+        (signal.SIGINT, 0.3, ["--local"]),
+        (signal.SIGINT, 1.0, []),
+        (signal.SIGTERM, 2.5, []),
+        pytest.param(signal.SIGINT, 1.7, [], marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 4.0, [], marks=pytest.mark.slow),
+    ],
+)
+def test_before_the_first_step_it_ends_at_once(
+    image_folder: Path, tmp_path: Path, number: signal.Signals, seconds: float, options: list[str]
+) -> None:
+    """Amid imports, while Ray starts, while peers start: the exit code, at most one line, no process, no run."""
+    process = start(image_folder, tmp_path, *options)
+    time.sleep(seconds)
+    os.killpg(process.pid, number)  # a terminal sends it to all
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 128 + number and output in ("", "interrupted\n"), output
+    assert not (tmp_path / "run").exists()
+    assert_nothing_left(process.pid)
+
+
 def test_twice_stops_now(image_folder: Path, tmp_path: Path) -> None:
     """The second one does not wait for a step that never ends, such as that of a stopped peer."""
     process = start(image_folder, tmp_path)

@@ -66,7 +66,7 @@ class Hosts:
             (self._home / ".ray" / "auth_token").write_text(os.urandom(32).hex())
             self.cluster.write_text(yamlio.dump(self._settings()))
             self._commands.mkdir()
-            for name, module in (("ray", "ray.scripts.scripts"), ("ray-dmml", "ray_dmml.cli.main")):
+            for name, module in (("ray", "ray.scripts.scripts"), ("ray-dmml", "ray_dmml.cli")):
                 script = self._commands / name
                 script.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
                 script.chmod(0o755)

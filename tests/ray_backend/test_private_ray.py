@@ -1,0 +1,73 @@
+"""A private Ray starts with odd home and temporary folders, and its workers import nothing from the working folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_dmml.errors import UserError
+from ray_dmml.ray_backend import private_ray
+from ray_dmml.ray_backend.private_ray import session_folder
+
+SCRIPT = """
+import json, os
+import ray
+from ray_dmml.ray_backend.session import ray_session
+
+@ray.remote
+def find(*names):
+    import importlib.util
+    return [name for name in names if importlib.util.find_spec(name)]
+
+with ray_session():
+    found = ray.get(find.remote("stray", "wanted", "beside"))
+    folder = ray._private.worker._global_node.get_session_dir_path()
+print(json.dumps({"found": found, "folder": folder, "has_token": "RAY_AUTH_TOKEN" in os.environ}))
+"""
+
+
+@pytest.mark.ray
+def test_odd_folders(tmp_path: Path) -> None:
+    """The home folder cannot be made, the temporary folder has a long name, and modules lie in the working folder, in
+    PYTHONPATH and beside the script. Workers find what the process finds."""
+    for folder, module in (("work", "stray"), ("path", "wanted"), ("script", "beside")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{module}.py").touch()
+    script = tmp_path / "script" / "run.py"
+    script.write_text(SCRIPT)
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    path = os.pathsep.join([str(tmp_path / "path"), str(Path(private_ray.__file__).parents[2])])
+    environment |= {"PYTHONPATH": path, "HOME": "/proc/no/home", "TMPDIR": str(long)}
+    command = [sys.executable, str(script)]
+    ended = subprocess.run(command, cwd=tmp_path / "work", env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    answer = json.loads(ended.stdout)
+    assert answer["found"] == ["wanted", "beside"] and not answer["has_token"]
+    assert not answer["folder"].startswith(str(long)) and len(answer["folder"] + "/sockets/plasma_store") <= 107
+
+
+def test_the_folder_of_a_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TMPDIR where it can be used, another one where not. RAY_TMPDIR is an order: it is refused if it cannot be."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(private_ray, "SOCKET", "/s")  # so that the names of tests are short enough
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert session_folder() == f"{tmp_path}/ray"
+    for bad in (str(tmp_path / ("x" * 100)), "/proc/no/folder"):
+        monkeypatch.setenv("TMPDIR", bad)
+        assert not session_folder().startswith(bad) and os.access(session_folder(), os.W_OK)
+        monkeypatch.setenv("RAY_TMPDIR", bad)
+        with pytest.raises(
+            UserError, match=rf"RAY_TMPDIR cannot be used \({bad}/ray: .*\): set RAY_TMPDIR to a folder"
+        ):
+            session_folder()
+        monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setattr(private_ray, "MIN_FREE_BYTES", 2**70)
+    with pytest.raises(UserError, match=r"there is no folder for Ray's sockets and logs .*the disk is full"):
+        session_folder()
