@@ -150,6 +150,7 @@ def read_images(config: Config) -> Splits:
             sampler.small_classes,
             config.data.images_per_class,
         )
+        _refuse_small_classes(config, splits.train.num_classes, sampler.small_classes)
     if splits.validation is not None:
         num_classes, num_queries = splits.validation.num_classes, splits.validation.num_evaluated()
         if num_classes < FEW_CLASSES or num_queries < FEW_QUERIES:
@@ -167,6 +168,24 @@ def read_images(config: Config) -> Splits:
                 peer.name,
             )
     return splits
+
+
+def _refuse_small_classes(config: Config, num_classes: int, num_small: int) -> None:
+    """Raises UserError if the metric loss needs as many images of each class, and small classes have fewer."""
+    from ray_dmml.losses.metric import MetricLoss  # takes a second to import
+    from ray_dmml.losses.rehearsal import rehearse_small_classes
+
+    size = config.cohort.peers[0].embedding_size
+    loss = MetricLoss(config.loss.metric, num_classes, size)
+    try:
+        rehearse_small_classes(loss, num_classes, size)
+    except Exception as error:  # whatever the loss raises
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"loss.metric: {config.loss.metric.name} does not work with batches in which a class has fewer images than "
+            f"another, and {num_small} training classes have fewer than data.images_per_class, which is "
+            f"{config.data.images_per_class}: {reason}"
+        ) from None
 
 
 def _cohort_class(local: bool) -> CohortFactory:

@@ -169,6 +169,20 @@ def test_wrong_images(config_file: Callable[..., Path], tmp_path: Path, image_fo
     assert not out.exists()
 
 
+def test_a_loss_that_needs_equal_classes(config_file: Callable[..., Path], tmp_path: Path, image_folder: Path) -> None:
+    """It is refused where a class has fewer images than others, which a batch might contain only in mid-run."""
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    config = config_file(set_to({"name": "SmoothAPLoss"}, "loss", "metric"), train={"steps": 1})
+    command = ("train", "--local", "--config", config, "--set", f"data.root={images}")
+    assert cli(*command, "--out", tmp_path / "equal").exit_code == 0
+    for image in (images / "class00").glob("[2-4].png"):
+        image.unlink()
+    error = complaint(*command, "--set", "data.validation_fraction=0", "--out", tmp_path / "run")
+    assert "SmoothAPLoss does not work with batches in which a class has fewer images" in error
+    assert "1 training classes have fewer than data.images_per_class, which is 3" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_label_in_both_splits(config_file: Callable[..., Path], tmp_path: Path, image_folder: Path) -> None:
     """A manifest is refused if a test class is also a training class. The label is named."""
     rows = ["path,label,split"]
