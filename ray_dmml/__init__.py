@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray_dmml.config.schema import Config
+    from ray_dmml.data.image_files import list_images
     from ray_dmml.errors import UserError
     from ray_dmml.inference import TrainedCohort, load_cohort
     from ray_dmml.training.evaluate import evaluate
     from ray_dmml.training.run import train
 
-__all__ = ["Config", "TrainedCohort", "UserError", "evaluate", "load_cohort", "train"]
+__all__ = ["Config", "TrainedCohort", "UserError", "evaluate", "list_images", "load_cohort", "train"]
 
 _HOMES = {
     "Config": "ray_dmml.config.schema",
     "UserError": "ray_dmml.errors",
+    "list_images": "ray_dmml.data.image_files",
     "TrainedCohort": "ray_dmml.inference",
     "load_cohort": "ray_dmml.inference",
     "evaluate": "ray_dmml.training.evaluate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +10,43 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ray_dmml.cores import num_cores
 from ray_dmml.data.augmentations import View, evaluation_view
 from ray_dmml.data.dataset import FileImages, ImageSet
 from ray_dmml.data.decoding import Resize
+from ray_dmml.data.image_files import files_of
 from ray_dmml.data.loader import in_chunks
 from ray_dmml.evaluation.ensemble import ensemble_embedding
 from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net
 from ray_dmml.models.pretrained import load_net_weights
 from ray_dmml.training.run_dir import RunDir
 
+Files = Path | str | Iterable[Path | str]
+"""A folder (its images in the order of :func:`~ray_dmml.data.image_files.list_images`), a file, or several files."""
+
 
 class TrainedPeer:
-    """One trained net in evaluation mode, with the evaluation view of its images."""
+    """One trained net in evaluation mode, with the evaluation view of its images.
 
-    def __init__(self, net: EmbeddingNet, view: View) -> None:
+    Images are decoded to squares of side S = ``decode_size``, in the way of ``resize``.
+    """
+
+    def __init__(self, net: EmbeddingNet, view: View, decode_size: int, resize: Resize) -> None:
         self.net, self.view = net.eval(), view
+        self.decode_size, self.resize = decode_size, resize
 
     def embed(self, images: Tensor) -> Tensor:
         """Embeds decoded images: uint8 (B, 3, S, S) -> (B, D) float32, rows of length 1."""
         with torch.no_grad():
             return self.net(self.view(images).to(next(self.net.parameters()).device))
+
+    def embed_files(self, files: Files, batch_size: int = 64) -> np.ndarray:
+        """Embeds image files, ``batch_size`` at a time: (N, D) float32, rows of length 1, in the files' order.
+
+        Raises UserError with the name of a file that cannot be read, and if a folder has no images.
+        """
+        batches = [self.embed(batch).cpu().numpy() for batch in _decoded(files, self, batch_size)]
+        return np.concatenate([np.empty((0, self.net.head.out_features), np.float32), *batches])
 
 
 class TrainedCohort:
@@ -45,17 +62,21 @@ class TrainedCohort:
         """Embeds decoded images: uint8 (B, 3, S, S) -> (B, sum of D) float32, rows of length 1."""
         return ensemble_embedding([p.embed(images).cpu().numpy() for p in self.peers.values()])
 
-    def embed_files(self, paths: Iterable[Path | str], batch_size: int = 64) -> np.ndarray:
-        """Embeds image files, ``batch_size`` at a time: (N, sum of D) float32, rows of length 1, in their order.
+    def embed_files(self, files: Files, batch_size: int = 64) -> np.ndarray:
+        """Embeds image files, ``batch_size`` at a time: (N, sum of D) float32, rows of length 1, in the files' order.
 
-        Raises UserError with the name of a file that cannot be read.
+        Raises UserError with the name of a file that cannot be read, and if a folder has no images.
         """
-        files = [str(Path(path).resolve()) for path in paths]
-        source = FileImages(Path(), files, self.decode_size, self.resize)
-        images = ImageSet(source, np.zeros(len(files), np.int64), ("unknown",))
         size = sum(peer.net.head.out_features for peer in self.peers.values())
-        batches = [self.embed(batch) for batch in in_chunks(images, batch_size)]
+        batches = [self.embed(batch) for batch in _decoded(files, self, batch_size)]
         return np.concatenate([np.empty((0, size), np.float32), *batches])
+
+
+def _decoded(files: Files, like: TrainedPeer | TrainedCohort, batch_size: int) -> Iterator[Tensor]:
+    """Batches of decoded files, uint8 (<= batch_size, 3, S, S). All cores decode ahead."""
+    paths = [str(path.resolve()) for path in files_of(files)]
+    source = FileImages(Path(), paths, like.decode_size, like.resize)
+    return in_chunks(ImageSet(source, np.zeros(len(paths), np.int64), ("unknown",)), batch_size, num_cores())
 
 
 def load_cohort(run: Path | str, weights: str | None = None, *, device: str = "cpu") -> TrainedCohort:
@@ -81,5 +102,7 @@ def load_cohort(run: Path | str, weights: str | None = None, *, device: str = "c
         net = build_embedding_net(peer, config.seed, initial_weights=False)
         load_net_weights(net, safetensors.torch.load(files[file]), f"of {peer.name}")
         view = evaluation_view(net.input_size, peer.eval_crop or net.eval_crop, config.data.decode_size)
-        peers[str(peer.name)] = TrainedPeer(net.to(device), view)
+        layout = torch.channels_last if peer.channels_last else torch.contiguous_format  # as in training
+        net.to(device).to(memory_format=layout)
+        peers[str(peer.name)] = TrainedPeer(net, view, config.data.decode_size, config.data.resize)
     return TrainedCohort(peers, config.data.decode_size, config.data.resize)

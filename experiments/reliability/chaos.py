@@ -318,10 +318,10 @@ def drive(folder: Path) -> None:
     package.addHandler(Sentences())
     run = folder / "disk" / "run"
     if (run / "config.yaml").exists():
-        train(resume=run, loggers=[Steps()], cohort_factory=FaultyCohort)
+        train(resume=run, progress=False, loggers=[Steps()], cohort_factory=FaultyCohort)
     else:
         config = Config.parse(plan["settings"])
-        train(config, run, loggers=[Steps()], cohort_factory=FaultyCohort)
+        train(config, run, progress=False, loggers=[Steps()], cohort_factory=FaultyCohort)
     ray.shutdown()
 
 
@@ -405,7 +405,7 @@ class Undisturbed:
             return dropped.keys() <= struck and last.peers == after_drops(config, dropped)
         if variant not in self._found:
             alone = self._work / f"undisturbed-{variant}"
-            train(config, alone, local=True)
+            train(config, alone, local=True, progress=False)
             self._found[variant] = outcome(alone)
         return bool(outcome(run) == self._found[variant])
 

@@ -84,7 +84,7 @@ def main(
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         began = time.monotonic()
-        train(Config.parse(raw), Path(folder) / "run")
+        train(Config.parse(raw), Path(folder) / "run", progress=False)
         seconds = time.monotonic() - began
         ended.set()
         watcher.join()

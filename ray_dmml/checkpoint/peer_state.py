@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ray_dmml.checkpoint.store import PeerFiles
+from ray_dmml.checkpoint.store import STATE_FILE, PeerFiles
 from ray_dmml.errors import UserError
 
 
@@ -21,19 +21,20 @@ def encode_peer(state: Mapping[str, Any]) -> PeerFiles:
     if "ema" in rest:
         files["ema.safetensors"] = _to_safetensors(rest.pop("ema"))
     torch.save(rest, buffer := io.BytesIO())
-    return {**files, "training.pt": buffer.getvalue()}
+    return {**files, STATE_FILE: buffer.getvalue()}
 
 
 def decode_peer(files: Mapping[str, bytes]) -> dict[str, Any]:
     """Decodes what :func:`encode_peer` encoded, with tensors on the CPU. No file can run code.
 
+    Without training.pt the state is ``net`` and, if there is one, ``ema``.
+
     Raises:
         UserError: a file is missing or not of its format, or contains more than tensors and plain values.
     """
-    missing = {"training.pt", "weights.safetensors"} - files.keys()
-    if missing:
-        raise UserError(f"a peer's state has no {' and no '.join(sorted(missing))}")
-    state = _read(files, "training.pt")
+    if "weights.safetensors" not in files:
+        raise UserError("a peer's state has no weights.safetensors")
+    state = _read(files, STATE_FILE) if STATE_FILE in files else {}
     state["net"] = _read(files, "weights.safetensors")
     if "ema.safetensors" in files:
         state["ema"] = _read(files, "ema.safetensors")

@@ -6,7 +6,8 @@
             manifest.json               step, config, size and SHA-256 of every file
             peer0/weights.safetensors   the net, enough for evaluation and --init-from
             peer0/ema.safetensors       its averaged weights, if the peer has them
-            peer0/training.pt           the rest of its state for resuming, read with weights_only=True
+            peer0/training.pt           the rest of its state for resuming, read with weights_only=True; not there
+                                        if the run has ended with checkpoint.final: weights
 
 A checkpoint is written under a temporary name, synced and renamed. Then one rename replaces the index,
 and only then older checkpoints are removed. After an interruption at any point, ``last`` names a complete
@@ -40,6 +41,9 @@ STEP_FOLDER = re.compile(r"step-(\d{8,12})(-\d{1,6})?")
 
 PeerFiles = dict[str, bytes]  # the state of a peer: names of files to contents
 
+STATE_FILE = "training.pt"
+"""The file of a peer that only resuming needs."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -49,6 +53,10 @@ class Checkpoint:
     step: int
     meta: dict[str, Any]
     peers: dict[str, PeerFiles]
+
+    def can_be_resumed(self) -> bool:
+        """Whether it is more than weights."""
+        return all(STATE_FILE in files for files in self.peers.values())
 
 
 class CheckpointStore:
@@ -79,6 +87,30 @@ class CheckpointStore:
         self._damaged.discard(name)
         self._remove_old()
         return self.folder / name
+
+    def keep_weights(self) -> None:
+        """Replaces the last and the best checkpoint by their weights alone, and removes all others.
+
+        Raises:
+            CheckpointError: they cannot be written, or one is damaged. What is not replaced is unchanged.
+        """
+        try:
+            index = self.index()
+            for name in set(index.values()):
+                old = read_checkpoint(self.folder / name)
+                if not any(STATE_FILE in files for files in old.peers.values()):
+                    continue
+                peers = {
+                    peer: {file: content for file, content in files.items() if file != STATE_FILE}
+                    for peer, files in old.peers.items()
+                }
+                new = free_name(name, os.listdir(self.folder))
+                is_best = index.get("best") == name
+                index = {which: new if was == name else was for which, was in index.items()}
+                self._write(new, peers, manifest.dump_manifest(old.step, peers, old.meta, best=is_best), index)
+        except (OSError, DamagedError) as error:
+            raise CheckpointError(f"the checkpoints cannot be reduced to their weights: {error}") from None
+        self._remove_old(num_to_keep=1)
 
     def index(self) -> dict[str, str]:
         """``{"last": name, "best": name}`` as far as they exist. Manifests replace a damaged index.json."""
@@ -155,9 +187,9 @@ class CheckpointStore:
         folders = [path.name for path in self.folder.glob("step-*") if path.is_dir()]
         return sorted(filter(STEP_FOLDER.fullmatch, folders), key=_age)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, num_to_keep: int | None = None) -> None:
         undamaged = [name for name in self.names() if name not in self._damaged]
-        kept = {*undamaged[-self.num_to_keep :], *self.index().values()}
+        kept = {*undamaged[-(num_to_keep or self.num_to_keep) :], *self.index().values()}
         for folder in self.folder.glob("*step-*"):
             is_ours = STEP_FOLDER.fullmatch(folder.name.removeprefix(".").removesuffix(".tmp"))
             if folder.is_dir() and is_ours and folder.name not in kept:

@@ -7,15 +7,17 @@ import os
 import typer
 from rich.console import Console
 
+from ray_dmml.cli.command import Command, Group
 from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_address
 from ray_dmml.cli.output import print_json, print_line, show_log, user_errors
+from ray_dmml.config.loading import QUICKSTART
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 
-data_app = typer.Typer(help="Audit the images of a data set, or fetch them.", no_args_is_help=True)
+data_app = typer.Typer(cls=Group, help="Audit the images of a data set, or fetch them.", no_args_is_help=True)
 
 
-@data_app.command()
+@data_app.command(cls=Command)
 def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Audit a data set: unreadable images, duplicates, wrong labels, small classes.
 
@@ -23,7 +25,7 @@ def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJso
     """
     console = Console(stderr=True)
     with user_errors(), show_log(console):
-        settings = Config.load(config, overrides or ()).data
+        settings = Config.load(config or QUICKSTART, overrides or ()).data
         from rich.progress import Progress
 
         from ray_dmml.data.audit import audit, print_report
@@ -39,7 +41,7 @@ def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJso
         raise typer.Exit(1)
 
 
-@data_app.command()
+@data_app.command(cls=Command)
 def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Address = None) -> None:
     """Copy or download the images to this machine, or to every node of a cluster, and verify them.
 
@@ -48,7 +50,7 @@ def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Addre
     console = Console()
     use_address(address)
     with user_errors(), show_log(console):
-        settings = Config.load(config, overrides or ()).data
+        settings = Config.load(config or QUICKSTART, overrides or ()).data
         if "RAY_ADDRESS" not in os.environ:
             from ray_dmml.data.datasets import prepare
 

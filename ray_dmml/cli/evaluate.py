@@ -17,7 +17,8 @@ Weights = StrEnum("Weights", ["last", "best", "ema"])
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     weights: Annotated[
-        Weights | None, typer.Option(help="Weights to evaluate. Default: those of the run's own results.")
+        Weights | None,
+        typer.Option(metavar="last|best|ema", help="Weights to evaluate. Default: those of the run's own results."),
     ] = None,
     data: Annotated[
         Path | None,

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ray_dmml.cli.command import Command, Group
 from ray_dmml.cli.config import config
 from ray_dmml.cli.data import data_app
 from ray_dmml.cli.evaluate import evaluate
@@ -19,15 +20,14 @@ from ray_dmml.cli.tune import tune
 
 app = typer.Typer(
     name="ray-dmml",
+    cls=Group,
     help="Diversified mutual learning for image retrieval: peers that learn from each other, on Ray.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(train)
-app.command()(evaluate)
-app.command()(tune)
-app.command()(config)
+for _command in (train, evaluate, tune, config):
+    app.command(cls=Command)(_command)
 app.add_typer(data_app, name="data")
 
 

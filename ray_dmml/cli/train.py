@@ -15,7 +15,7 @@ from ray_dmml.cli.lifecycle import Interruptible, ray_and_torch
 from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_address
 from ray_dmml.cli.output import elapsed, print_json, print_line, show_log, user_errors
 from ray_dmml.cli.tables import results_table
-from ray_dmml.config.loading import read_settings, refuse_old
+from ray_dmml.config.loading import QUICKSTART, read_settings, refuse_old
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.training.run_dir import RunDir
@@ -25,7 +25,8 @@ def train(
     config: ConfigFile = None,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the new run. Default: runs/DATA-TIME.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the new run. Default: runs/NAME-TIME, with data.name."),
     ] = None,
     resume: Annotated[
         str | None,
@@ -68,6 +69,7 @@ def train(
                     None if resume else run,
                     resume=run if resume else None,
                     local=local,
+                    progress=False,
                     loggers=[console_logger, signals.follow(settings.train.steps)],
                     should_stop=signals.should_stop,
                 )
@@ -79,11 +81,8 @@ def train(
 
 
 def _new_config(config: Path | None, overrides: list[str] | None, init_from: Path | None) -> Config:
-    settings = Config.load(config, overrides or ())
-    if init_from is None:
-        return settings
-    train_config = settings.train.model_copy(update={"init_from": init_from.resolve()})
-    return settings.model_copy(update={"train": train_config})
+    settings = Config.load(config or QUICKSTART, overrides or ())
+    return settings if init_from is None else settings.with_overrides({"train.init_from": init_from})
 
 
 def _resumed_run(resume: str, out: Path | None, init_from: Path | None) -> Path:
@@ -92,7 +91,7 @@ def _resumed_run(resume: str, out: Path | None, init_from: Path | None) -> Path:
         raise UserError("--resume continues from the run's own checkpoint: it takes no --init-from")
     if "://" not in resume:
         if out is not None:
-            raise UserError("--resume continues a run in its folder: it takes no --out")
+            raise UserError("--resume continues a run in its own folder: give no --out")
         return Path(resume)
     from ray_dmml.checkpoint.remote import RemoteRun
 

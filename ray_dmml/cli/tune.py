@@ -29,13 +29,13 @@ def tune(
     overrides: Overrides = None,
     space: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="YAML of the space and the options below. Default: quickstart."),
+        typer.Option(metavar="FILE", help="YAML of the space and the options below. Default: the quickstart's."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the new search. Default: runs/tune-TIME.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the search in this folder.")] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Number of trials. Default: 8.")] = None,
+    num_samples: Annotated[int | None, typer.Option(metavar="N", help="Number of trials. Default: 8.")] = None,
     sampler: Annotated[
         str | None, typer.Option(metavar="optuna|random", help="Default: optuna if it is installed, else random.")
     ] = None,
@@ -43,13 +43,18 @@ def tune(
         str | None, typer.Option(metavar="asha|none", help="asha stops worse trials early. Default: asha.")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="Seeds of each trial; more than 1 need --scheduler none. Default: 1.")
+        int | None,
+        typer.Option(metavar="N", help="Seeds of each trial; more than 1 need --scheduler none. Default: 1."),
     ] = None,
     final_seeds: Annotated[
-        int | None, typer.Option(help="Final runs of the best trial and of the baseline on test classes. Default: 3.")
+        int | None,
+        typer.Option(metavar="N", help="Final runs of the best trial and of the baseline on test classes. Default: 3."),
     ] = None,
     gpus_per_trial: Annotated[
-        float | None, typer.Option(min=0, help="GPUs that the peers of a trial share. Default: 1, if there is any.")
+        float | None,
+        typer.Option(
+            min=0, metavar="NUMBER", help="GPUs that the peers of a trial share. Default: 1, if there is any."
+        ),
     ] = None,
     address: Address = None,
     as_json: AsJson = False,

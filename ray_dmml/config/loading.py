@@ -6,7 +6,7 @@ This module knows nothing of the models in `schema`. Its results are nested dict
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ MAX_CONFIG_BYTES = 8 * 2**20
 BUILT_IN_WEIGHTS = ("none", "pretrained", "offline")  # values of a peer's `weights` that are not a path
 
 
-def read_settings(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """The settings of a YAML file after `KEY=VALUE` overrides, with absolute paths, not validated.
+Overrides = str | Iterable[str] | Mapping[str, Any]
+"""Changes of settings: texts `KEY=VALUE` as `--set` takes them, or a mapping of keys to values. Keys are dotted."""
+
+
+def read_settings(path: Path, overrides: Overrides = ()) -> dict[str, Any]:
+    """The settings of a YAML file after the overrides, with absolute paths, not validated.
 
     Raises:
         UserError: the file cannot be read, or an override cannot be applied.
@@ -27,22 +31,44 @@ def read_settings(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     raw = read_yaml(path)
     try:
         _resolve_paths(raw, path.parent.resolve())
-        for override in overrides:
-            key, equals, text = override.partition("=")
-            source = f"--set {shorten(repr(override))}"
-            if not equals or not key:
-                raise UserError(f"{source}: write KEY=VALUE, such as train.steps=500")
-            if key.count(".") >= yamlio.MAX_DEPTH:
-                raise UserError(f"{source}: a key has at most {yamlio.MAX_DEPTH} parts")
-            try:
-                value = yamlio.load(text)
-            except yamlio.YAMLError as error:
-                raise UserError(f"{source}: the value is not valid YAML: {error}") from None
-            set_setting(raw, key, value, source)
-        _resolve_paths(raw, Path.cwd())
     except RuntimeError as error:  # `~name` of an unknown user
         raise UserError(f"config file {path}: a path in it cannot be resolved: {error}") from None
+    return override_settings(raw, overrides)
+
+
+def override_settings(raw: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """Applies overrides to nested settings, in place. Relative paths are relative to the current folder.
+
+    Raises:
+        UserError: an override cannot be applied.
+    """
+    for key, value, source in _pairs(overrides):
+        if key.count(".") >= yamlio.MAX_DEPTH:
+            raise UserError(f"{source}: a key has at most {yamlio.MAX_DEPTH} parts")
+        set_setting(raw, key, value, source)
+    try:
+        _resolve_paths(raw, Path.cwd())
+    except RuntimeError as error:
+        raise UserError(f"a path in an override cannot be resolved: {error}") from None
     return raw
+
+
+def _pairs(overrides: Overrides) -> Iterator[tuple[str, Any, str]]:
+    """Key, value, and the name in messages of each override."""
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            plain = str(value) if isinstance(value, Path) else value
+            yield str(key), plain, f"override {shorten(repr(key))}"
+        return
+    for override in [overrides] if isinstance(overrides, str) else overrides:
+        key, equals, text = str(override).partition("=")
+        source = f"override {shorten(repr(override))}"
+        if not equals or not key:
+            raise UserError(f"{source}: write KEY=VALUE, such as train.steps=500")
+        try:
+            yield key, yamlio.load(text), source
+        except yamlio.YAMLError as error:
+            raise UserError(f"{source}: the value is not valid YAML: {error}") from None
 
 
 def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ray_dmml.config import habits
 from ray_dmml.config.loading import is_set, shorten
 
 MAX_LISTED = 20  # mistakes that a message lists; it counts the others
@@ -39,6 +40,10 @@ def explain(error: ValidationError, source: str, model: type[BaseModel], raw: Ma
             message = f"unknown setting; {_hint(location, model)}"
         elif kind == "value_error":
             message = str(problem["ctx"]["error"])
+        elif kind == "model_type" and location and problem["input"] is not None:
+            message = _section_needed(where, problem["input"], _section_at(location, model))
+        elif kind == "tuple_type":
+            message = _list_needed(location, problem["input"])
         elif not isinstance(problem["input"], (dict, list, tuple)):
             message += f" (got {shorten(repr(problem['input']))})"
         lines.append(f"{where}: {message}")
@@ -62,18 +67,73 @@ def _as_written(location: list[str], raw: Mapping[str, Any]) -> list[str]:
     return [*location[:3], *path]
 
 
+def hint(name: str, model: type[BaseModel]) -> str:
+    """What to write instead of a setting that does not exist; empty: nothing is near."""
+    text = _hint([name], model)
+    return "" if text.startswith("known here") else text
+
+
+def refuse_change(section: type[BaseModel], name: str, value: Any, model: type[BaseModel]) -> str:
+    """The message for an assignment to a field of a config, which never changes."""
+    place = next((place for place, kind in _all_sections(model) if kind is section), "")
+    key = f"{place}.{name}".lstrip(".").replace("cohort.peers", "cohort.peers.0")
+    shown = shorten(repr(value), 60) if isinstance(value, (str, int, float, type(None))) else "..."
+    return (
+        f"{key} cannot be changed in place: make a changed copy of the whole config, "
+        f"config.with_overrides({{{key!r}: {shown}}})"
+    )
+
+
+def _section_needed(where: str, value: Any, section: type[BaseModel] | None) -> str:
+    """The message for a plain value in place of a section, such as `loss.metric: MultiSimilarityLoss`."""
+    got, main = shorten(repr(value)), getattr(section, "main_setting", "")
+    names = ", ".join(section.model_fields) if section else ""
+    if isinstance(value, bool):
+        return f"it has settings of its own ({names}), not a value (got {got}); {{}} means their defaults"
+    if not main or isinstance(value, (list, tuple)):
+        return f"it has settings of its own ({names}), not a value (got {got})"
+    return f"it has settings of its own, not a value (got {got}); did you mean {where}.{main}={shorten(str(value))}?"
+
+
+def _list_needed(location: list[str], value: Any) -> str:
+    """The message for another value in place of a list."""
+    if location == ["cohort", "peers"]:
+        example = ", ".join(["{}"] * value) if type(value) is int and 0 < value < 10 else "{}, {}"
+        if isinstance(value, dict) and value:
+            example = ", ".join(f"{{name: {shorten(str(name), 20)}}}" for name in islice(value, 2))
+        return f"a list with an entry for each peer is needed, such as [{example}]"
+    if isinstance(value, Mapping):
+        return "a list is needed, not a mapping"
+    return f"a list is needed (got {shorten(repr(value))}), such as [{shorten(str(value))}]"
+
+
 def _hint(location: list[str], model: type[BaseModel]) -> str:
-    """The settings nearest to an unknown one: a similar name in its section, or the same name in another."""
-    section = _section_at(location[:-1], model)
+    """What to write instead of an unknown setting: a similar name in its section, the same name in another section,
+    or the setting that has this name in other tools."""
+    section, wanted = _section_at(location[:-1], model), location[-1]
     if section is None:
         return "nothing is allowed here"
     names = [*section.model_fields, *getattr(section, "extra_keys", ())]
-    near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.6)
-    if not near:
-        # The shallowest comes first: `steps` means train.steps before a peer's schedule.steps.
-        elsewhere = sorted([*_all_names(section), *_all_names(model)], key=lambda n: n.count("."))
-        near = [name for name in elsewhere if name.rsplit(".", 1)[-1] == location[-1]][:1]
-    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
+    if (sentence := habits.sentence_of(wanted)) and "args" not in names:
+        return sentence
+    if (found := habits.setting_of(wanted)) and "args" not in names:
+        return _did_you_mean(found, location)
+    # `margin` is no mistyped `args`, but one of them.
+    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.7 if "args" in names else 0.6)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    if "args" in names:
+        return f"arguments of the class are in 'args': did you mean 'args.{shorten(wanted)}'?"
+    # The shallowest comes first: `steps` means train.steps before a peer's schedule.steps.
+    everywhere = sorted([*all_names(section), *all_names(model)], key=lambda n: n.count("."))
+    found = next((name for name in everywhere if name.rsplit(".", 1)[-1] == wanted), None)
+    return _did_you_mean(found, location) if found else f"known here: {', '.join(names)}"
+
+
+def _did_you_mean(setting: str, location: list[str]) -> str:
+    """Names a setting as it is written at a location: relative to the section if it is inside of it."""
+    here = "".join(f"{part}." for part in location[:-1] if part != "base" and not part.isdigit())
+    return f"did you mean {setting.removeprefix(here).replace('cohort.peers.', 'cohort.base.')!r}?"
 
 
 def _section_at(location: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
@@ -91,12 +151,17 @@ def _section_at(location: list[str], model: type[BaseModel]) -> type[BaseModel] 
     return model
 
 
-def _all_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all settings in a section."""
+def _all_sections(model: type[BaseModel], place: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """The sections of a model, itself included, each with its dotted place."""
+    yield place, model
     for name, field in model.model_fields.items():
-        yield prefix + name
         for inner in sections_in(field.annotation):
-            yield from _all_names(inner, f"{prefix}{name}.")
+            yield from _all_sections(inner, f"{place}.{name}".lstrip("."))
+
+
+def all_names(model: type[BaseModel]) -> list[str]:
+    """The dotted names of all settings in a section."""
+    return [f"{place}.{name}".lstrip(".") for place, section in _all_sections(model) for name in section.model_fields]
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:

@@ -6,15 +6,15 @@ wrong with it. The field docstrings are the reference that `ray-dmml config` pri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ray_dmml.config import yamlio
-from ray_dmml.config.loading import BUILT_IN_WEIGHTS, QUICKSTART, read_settings
-from ray_dmml.config.messages import explain
+from ray_dmml.config.loading import BUILT_IN_WEIGHTS, QUICKSTART, Overrides, override_settings, read_settings
+from ray_dmml.config.messages import explain, refuse_change
 from ray_dmml.errors import UserError
 
 
@@ -24,6 +24,10 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     extra_keys: ClassVar[tuple[str, ...]] = ()  # a file may have these here too; a validator replaces them by fields
+    main_setting: ClassVar[str] = ""  # the setting that a plain value in place of the section probably means
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UserError(refuse_change(type(self), name, value, Config))
 
 
 def _no_bool(value: Any) -> Any:
@@ -50,6 +54,8 @@ Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
 class DataConfig(Section):
     """Which images are used, how they are split by class, and how a batch is drawn."""
+
+    main_setting = "name"
 
     name: Literal["characters", "cub200", "cars196", "sop", "inshop", "imagefolder", "manifest"] = "characters"
     """The data set. `characters` is built in and needs no files. `imagefolder` and `manifest` read your own images."""
@@ -138,6 +144,8 @@ class DataConfig(Section):
 class Transform(Section):
     """One transform of torchvision.transforms.v2."""
 
+    main_setting = "name"
+
     name: str
     """Class name of the transform, such as RandomResizedCrop."""
 
@@ -147,6 +155,8 @@ class Transform(Section):
 
 class OptimizerConfig(Section):
     """The optimiser of one peer."""
+
+    main_setting = "name"
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
     """The optimiser."""
@@ -172,6 +182,8 @@ class OptimizerConfig(Section):
 
 class ScheduleConfig(Section):
     """The factor that all learning rates of a peer are multiplied by, as a function of the step."""
+
+    main_setting = "name"
 
     name: Literal["constant", "step", "cosine"] = "constant"
     """`step` multiplies the rates by `gamma` at each milestone. `cosine` lets them fall to 0 at `steps`."""
@@ -203,6 +215,8 @@ class ScheduleConfig(Section):
 class EmaConfig(Section):
     """An exponential moving average of a peer's weights."""
 
+    main_setting = "decay"
+
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """Share of the average that is kept at each update."""
 
@@ -212,6 +226,8 @@ class EmaConfig(Section):
 
 class PeerConfig(Section):
     """One peer: its network, its view of the images, how often it updates, and its resources."""
+
+    main_setting = "backbone"
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
     """Name of the peer in tables, logs and files. null: it is peer0, peer1, ... by position."""
@@ -421,6 +437,8 @@ class CohortConfig(Section):
 class MinerConfig(Section):
     """Selects the pairs or triplets of a batch that the metric loss receives."""
 
+    main_setting = "name"
+
     name: str
     """`DistanceWeightedNegativeMiner` (of this package) or a class of pytorch_metric_learning.miners."""
 
@@ -437,6 +455,8 @@ TRIPLET_DEFAULTS: dict[str, Any] = {
 
 class MetricLossConfig(Section):
     """The metric loss of a peer, from pytorch-metric-learning."""
+
+    main_setting = "name"
 
     name: str = "TripletMarginLoss"
     """A class of pytorch_metric_learning.losses."""
@@ -483,6 +503,8 @@ class RelationalConfig(Section):
 class LossConfig(Section):
     """A peer minimises: metric loss + mean over its teachers of (w_d * distance + w_a * angle)."""
 
+    main_setting = "metric.name"
+
     metric: MetricLossConfig = Field(default_factory=lambda: MetricLossConfig.model_validate({}))
     """The metric loss of every peer."""
 
@@ -492,6 +514,8 @@ class LossConfig(Section):
 
 class TrainConfig(Section):
     """Length and rhythm of the training loop."""
+
+    main_setting = "steps"
 
     steps: Count = 1000
     """Number of batches that every peer is trained on."""
@@ -523,9 +547,14 @@ class CheckpointConfig(Section):
     num_to_keep: Count = 2
     """Number of latest checkpoints to keep beside the best one. With 2, there is another if the latest is damaged."""
 
+    final: Literal["state", "weights"] = "state"
+    """What the checkpoints hold after the end of the run. `state`: everything, so more steps can be added later.
+    `weights`: only the last and the best weights, a third of the size with Adam; the run can then be evaluated, used
+    and started from, but neither resumed nor extended."""
+
     storage_path: str | None = None
     """Folder or URI (`s3://bucket/folder`, `gs://`, a mount) to which each checkpoint and the other files of the run
-    are copied. `--resume` accepts it too. null: the run is in its own folder only."""
+    are copied. A run can be resumed from there, too. null: the run is in its own folder only."""
 
 
 class FailureConfig(Section):
@@ -533,7 +562,7 @@ class FailureConfig(Section):
 
     on_peer_loss: Literal["restart", "drop", "fail"] = "restart"
     """If a peer dies or hangs, `restart` starts it again, and all peers return to the last checkpoint. `drop` does so
-    until `max_failures`, and then continues without the peer until the next `--resume`. `fail` ends the run."""
+    until `max_failures`, and then continues without the peer until the run is resumed. `fail` ends the run."""
 
     max_failures: Whole = 5
     """Maximum number of restarts in a run, all peers together. After that the run ends with its last checkpoint intact,
@@ -635,18 +664,47 @@ class Config(Section):
         return which
 
     @classmethod
-    def load(cls, path: Path | str | None = None, overrides: Iterable[str] = ()) -> Config:
-        """Reads a YAML file (None: the built-in quickstart) and applies `KEY=VALUE` overrides.
+    def load(cls, path: Path | str | None = None, overrides: Overrides = ()) -> Config:
+        """Reads a YAML file (None: no file, only the defaults, as `Config()`) and applies overrides.
 
-        Relative paths in the file are relative to its folder; those in overrides to the current one.
+        Args:
+            path: the file. Relative paths in it are relative to its folder.
+            overrides: as in :meth:`with_overrides`.
 
         Raises:
             UserError: the file is missing or not valid YAML, or settings are unknown or out of range. The message lists
                 all of them.
         """
-        path, overrides = QUICKSTART if path is None else Path(path), tuple(overrides)
-        raw = read_settings(path, overrides)
-        return cls.parse(raw, source=f"{path} with --set" if overrides else str(path))
+        changes = " with overrides" if overrides else ""
+        if path is None:
+            return cls.parse(override_settings({}, overrides), source=f"the defaults{changes}")
+        return cls.parse(read_settings(Path(path), overrides), source=f"{path}{changes}")
+
+    @classmethod
+    def quickstart(cls, overrides: Overrides = ()) -> Config:
+        """The built-in experiment that `ray-dmml train` runs without a config: two small peers, built-in images."""
+        return cls.load(QUICKSTART, overrides)
+
+    def with_overrides(self, overrides: Overrides) -> Config:
+        """A changed copy; a config itself never changes. Every peer states all its settings, so a change for all
+        peers is one override for each.
+
+        Args:
+            overrides: `{"train.steps": 500}` or `["train.steps=500"]`, with dotted keys. Relative paths are relative
+                to the current folder.
+
+        Raises:
+            UserError: a setting is unknown or out of range.
+        """
+        raw = self.model_dump(mode="json")
+        for peer in raw["cohort"]["peers"]:  # the default follows `seed`
+            if peer["init_seed"] == peer["seed"]:
+                del peer["init_seed"]
+        metric = raw["loss"]["metric"]
+        if metric["name"] == "TripletMarginLoss":  # another loss has not its defaults
+            defaults = MetricLossConfig.model_validate({}).model_dump(mode="json")
+            raw["loss"]["metric"] = {key: value for key, value in metric.items() if value != defaults[key]}
+        return Config.parse(override_settings(raw, overrides), source="the config with overrides")
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], source: str = "config") -> Config:

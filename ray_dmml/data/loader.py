@@ -5,6 +5,7 @@ Only the sampler is random, so a thread may decode a batch ahead of its step.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,17 +71,20 @@ class BatchLoader:
         return Batch(step, torch.stack(images), labels)
 
 
-def in_chunks(images: ImageSet, size: int) -> Iterator[Tensor]:
-    """Decodes all images in order, ``size`` at a time: uint8 (<= size, 3, S, S)."""
+def in_chunks(images: ImageSet, size: int, threads: int = 1) -> Iterator[Tensor]:
+    """Decodes all images in order, ``size`` at a time: uint8 (<= size, 3, S, S).
 
-    def load(start: int) -> Tensor:
-        return torch.stack([images.source.read(index) for index in range(start, min(start + size, len(images)))])
-
-    pending: Future[Tensor] | None = None
-    with ThreadPoolExecutor(1, thread_name_prefix="decode") as ahead:
+    The threads decode the next chunk while the caller works on one.
+    """
+    decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    try:
+        pending: deque[list[Future[Tensor]]] = deque()
         for start in range(0, len(images), size):
-            previous, pending = pending, ahead.submit(load, start)
-            if previous is not None:
-                yield previous.result()
-        if pending is not None:
-            yield pending.result()
+            indices = range(start, min(start + size, len(images)))
+            pending.append([decoders.submit(images.source.read, index) for index in indices])
+            if len(pending) == 2:
+                yield torch.stack([image.result() for image in pending.popleft()])
+        for chunk in pending:
+            yield torch.stack([image.result() for image in chunk])
+    finally:
+        decoders.shutdown(wait=True, cancel_futures=True)

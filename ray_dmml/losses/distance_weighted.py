@@ -1,6 +1,6 @@
-"""Distance-weighted sampling of negatives, and Euclidean distances without cancellation.
+"""Distance-weighted sampling of negatives, Euclidean distances without cancellation, and angles with a gradient.
 
-Both extend pytorch-metric-learning. They are the miner and the distance of the triplet baseline.
+They extend pytorch-metric-learning. The first two are the miner and the distance of the triplet baseline.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ class ExactEuclideanDistance(distances.LpDistance):
     def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         # The library's version adds 1e-6 to every difference.
         return torch.linalg.vector_norm(query_emb - ref_emb, dim=1)
+
+
+class BoundedCosineSimilarity(distances.CosineSimilarity):
+    """Cosines within ±(1 - 1e-6): the angle of equal embeddings has a gradient, and it is zero. The derivative of the
+    arc cosine at 1, which TupletMarginLoss needs for equal images, is infinite."""
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        return super().compute_mat(query_emb, ref_emb).clamp(-1 + 1e-6, 1 - 1e-6)
 
 
 class DistanceWeightedNegativeMiner(miners.BaseMiner):

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from ray_dmml.config.schema import MetricLossConfig
 from ray_dmml.errors import UserError
-from ray_dmml.losses.distance_weighted import DistanceWeightedNegativeMiner, ExactEuclideanDistance
-from ray_dmml.randomness import seeded
+from ray_dmml.losses.distance_weighted import (
+    BoundedCosineSimilarity,
+    DistanceWeightedNegativeMiner,
+    ExactEuclideanDistance,
+)
+from ray_dmml.losses.rehearsal import refuse_other_sizes, rehearse
 
 _KINDS: dict[str, tuple[Any, type]] = {
     "loss": (losses, losses.BaseMetricLossFunction),
@@ -45,7 +49,8 @@ class MetricLoss(nn.Module):
         embedding_size: D. A loss that requires it gets it.
 
     Raises:
-        UserError: a name is unknown, a class refuses its arguments, or the parts do not work together.
+        UserError: a name is unknown, a class refuses its arguments, or the parts fail in a rehearsal (see
+            :mod:`~ray_dmml.losses.rehearsal`).
     """
 
     def __init__(self, config: MetricLossConfig, num_classes: int, embedding_size: int) -> None:
@@ -63,17 +68,15 @@ class MetricLoss(nn.Module):
             old: Any = getattr(module, "distance", None)
             if type(old) is distances.LpDistance and old.p == 2:
                 module.distance = ExactEuclideanDistance(normalize_embeddings=old.normalize_embeddings, power=old.power)
-        # One small batch, so that parts which do not work together fail before training:
-        labels = torch.arange(8) // 2 % num_classes
+            elif isinstance(module, losses.TupletMarginLoss):
+                module.distance = BoundedCosineSimilarity()
+        refuse_other_sizes(config.args, num_classes, embedding_size)
         try:
-            with seeded("dry run"), torch.no_grad():
-                result = self(torch.eye(8, embedding_size) + 0.1, labels)
-                if not (isinstance(result, Tensor) and result.ndim == 0):
-                    raise TypeError("the result is not a single number")
-        except (TypeError, ValueError, AssertionError, AttributeError, KeyError) as error:
+            rehearse(self, num_classes, embedding_size)
+        except Exception as error:
             names = [config.name, config.miner and config.miner.name, config.reducer]
             parts = " with ".join(name for name in names if name)
-            reason = error or type(error).__name__
+            reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"loss.metric: {parts} does not work with these settings: {reason}") from error
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:

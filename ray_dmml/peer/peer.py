@@ -235,8 +235,12 @@ class Peer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
+        """Restores what :meth:`state_dict` returned. With ``net`` and ``ema`` alone, the peer can only be evaluated."""
         self.net.load_state_dict(state["net"])
+        if "optimizer" not in state:
+            if self.ema is not None and "ema" in state:
+                self.ema.module.load_state_dict(state["ema"])
+            return
         self.metric.load_state_dict(state["metric"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])

@@ -62,6 +62,7 @@ def train(
     *,
     resume: Path | str | None = None,
     local: bool = False,
+    progress: bool = True,
     loggers: Sequence[Logger] = (),
     should_stop: Callable[[], bool] = lambda: False,
     cohort_factory: CohortFactory | None = None,
@@ -73,6 +74,8 @@ def train(
         out: folder of the new run. Not with ``resume``.
         resume: folder of a run that goes on from its last checkpoint, or is extended by more ``train.steps``.
         local: all peers in this process, without Ray: the same numbers, more slowly.
+        progress: print lines about the run to standard error, in a notebook to the cell. Messages go only through
+            Python's :mod:`logging` where the program has set it up.
         loggers: further sinks of metrics, beside metrics.jsonl and TensorBoard in the run's folder.
         should_stop: asked about once a second. When it returns True, the run writes a checkpoint and ends.
         cohort_factory: builds the cohort; None: the one on Ray, or with ``local`` the one in this process.
@@ -95,7 +98,7 @@ def train(
             run_dir.ensure_empty()
         else:
             if out is not None:
-                raise UserError("--resume continues a run in its folder: it takes no --out")
+                raise UserError("resume continues a run in its own folder: give no out")
             run_dir = RunDir.open(resume)
             stack.enter_context(run_dir.lock())
             config = config or run_dir.config()
@@ -105,6 +108,10 @@ def train(
         remote = _open_remote(config, run_dir, is_new=resume is None)
         metrics_file = JsonlLogger(run_dir.metrics_file)
         sinks: list[Logger] = [metrics_file, *loggers]
+        if progress:
+            from ray_dmml.loggers.progress import show_progress
+
+            sinks.append(stack.enter_context(show_progress(config)))
         if config.train.tensorboard:
             from ray_dmml.loggers.tensorboard import TensorBoardLogger
 
@@ -147,6 +154,7 @@ def read_images(config: Config) -> Splits:
             sampler.small_classes,
             config.data.images_per_class,
         )
+        _refuse_small_classes(config, splits.train.num_classes, sampler.small_classes)
     _warn_of_few_queries(splits)
     _warn_of_frozen_statistics(config)
     return splits
@@ -181,6 +189,24 @@ def _has_batch_norm(backbone: str) -> bool:
     from ray_dmml.models.backbone import has_batch_norm  # imports timm
 
     return has_batch_norm(backbone)
+
+
+def _refuse_small_classes(config: Config, num_classes: int, num_small: int) -> None:
+    """Raises UserError if the metric loss needs as many images of each class, and small classes have fewer."""
+    from ray_dmml.losses.metric import MetricLoss  # takes a second to import
+    from ray_dmml.losses.rehearsal import rehearse_small_classes
+
+    size = config.cohort.peers[0].embedding_size
+    loss = MetricLoss(config.loss.metric, num_classes, size)
+    try:
+        rehearse_small_classes(loss, num_classes, size)
+    except Exception as error:  # whatever the loss raises
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"loss.metric: {config.loss.metric.name} does not work with batches in which a class has fewer images than "
+            f"another, and {num_small} training classes have fewer than data.images_per_class, which is "
+            f"{config.data.images_per_class}: {reason}"
+        ) from None
 
 
 def _cohort_class(local: bool) -> CohortFactory:
@@ -236,16 +262,21 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], may_chan
 
 
 def _refuse_changes(config: Config, checkpoint: Checkpoint, run_dir: RunDir) -> None:
-    """Raises UserError if a resumed run has settings that would change its numbers."""
+    """Raises UserError if a resumed run has settings that would change its numbers, or no state to go on from."""
+    if not checkpoint.can_be_resumed():
+        raise UserError(
+            f"{run_dir.path} has ended and kept only its weights (checkpoint.final: weights), so it can be neither "
+            f"resumed nor extended; a new run with train.init_from={run_dir.path} starts from its weights"
+        )
     changes = changed_settings(checkpoint.meta["config"], config.model_dump(mode="json"), MAY_CHANGE_ON_RESUME)
     if changes:
         raise UserError(
-            f"--resume {run_dir.path}: its config was changed: {'; '.join(changes)}. Only the number of steps, "
-            "what is written and evaluated, and where the images are may change; start a new run with "
-            f"--init-from {run_dir.path} instead"
+            f"{run_dir.path} cannot be resumed, because its config was changed: {'; '.join(changes)}. Only the number "
+            "of steps, what is written and evaluated, and where the images are may change; a new run with "
+            f"train.init_from={run_dir.path} starts from its weights"
         )
     if config.train.steps < checkpoint.step:
         raise UserError(
-            f"--resume {run_dir.path}: it has finished {checkpoint.step} steps already, "
-            f"train.steps is {config.train.steps}"
+            f"{run_dir.path} cannot be resumed: it has finished {checkpoint.step} steps already, and train.steps is "
+            f"{config.train.steps}"
         )

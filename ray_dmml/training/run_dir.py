@@ -62,7 +62,7 @@ class RunDir:
         if self.path.exists() and (
             not self.path.is_dir() or any(path.suffix != ".tmp" for path in self.path.iterdir())
         ):
-            raise UserError(f"{self.path} already exists; give another --out, or continue it with --resume {self.path}")
+            raise UserError(f"{self.path} already exists; give another folder (out), or continue this run (resume)")
 
     def create(self) -> None:
         """Makes the folder. Raises UserError if that is not possible."""

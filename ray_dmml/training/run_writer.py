@@ -92,8 +92,14 @@ class RunWriter:
     def write_metrics(self) -> None:
         retry_write(self._metrics_file.write)
 
-    def write_results(self, results: dict[str, Any]) -> None:
+    def write_results(self, results: dict[str, Any], *, keep_state: bool) -> None:
+        """Writes results.json, the last file of a run, and then removes what only resuming needs, if it is unwanted."""
         retry_write(lambda: self._run_dir.write_results(results))
+        if not keep_state:
+            try:
+                self._run_dir.checkpoints.keep_weights()
+            except CheckpointError as error:
+                logger.warning("%s; they still have the state for resuming", error)
         self._copy_to_remote()
 
     def close(self) -> None:

@@ -316,7 +316,7 @@ class Trainer:
             return True
         if state.best == 1 and not self._is_saturated:
             self._is_saturated = True
-            advice = "hold out more classes, or evaluate with --weights last"
+            advice = "hold out more classes, or evaluate the last weights"
             logger.warning("validation Recall@1 is 100 %% since step %d: %s", state.best_step, advice)
         return False
 
@@ -361,7 +361,7 @@ class Trainer:
             results["dropped"] = self.state.dropped
         for line in describe_waits(self.cohort, self._train_s):
             logger.info("%s", line)
-        self._writer.write_results(results)
+        self._writer.write_results(results, keep_state=self.config.checkpoint.final == "state")
         return results
 
     def _load_final_weights(self) -> tuple[str, int]:

@@ -94,9 +94,9 @@ def _results_of(folder: Path, config: Config, make_logger: LoggerFactory, local:
         return dict(json.loads(run.results_file.read_text()))
     with make_logger(config) as run_logger:
         if run.config_file.exists():
-            return train(resume=folder, loggers=[run_logger], local=local)
+            return train(resume=folder, progress=False, loggers=[run_logger], local=local)
         shutil.rmtree(folder, ignore_errors=True)
-        return train(config, folder, loggers=[run_logger], local=local)
+        return train(config, folder, progress=False, loggers=[run_logger], local=local)
 
 
 def _final_config(config: Config, seed: int) -> Config:

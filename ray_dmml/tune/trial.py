@@ -151,9 +151,9 @@ class _Attempt(Logger):
             self.trial.starts.append(run.checkpoints.load("last").step if run.checkpoints.index() else 0)
             self.write()
             if run.config_file.exists():
-                train(config, resume=run.path, loggers=[self], local=local)
+                train(config, resume=run.path, loggers=[self], local=local, progress=False)
             else:
-                train(config, run.path, loggers=[self], local=local)
+                train(config, run.path, loggers=[self], local=local, progress=False)
         rows = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
         last = next(row for row in reversed(rows) if "validation" in row)
         return self._report_of(last["step"], last["validation"])

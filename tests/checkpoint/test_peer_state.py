@@ -51,5 +51,13 @@ def test_garbage_is_a_user_error(name: str) -> None:
     torch.save([1], buffer)
     with pytest.raises(UserError, match=r"training\.pt holds a list"):
         decode_peer({**files, "training.pt": buffer.getvalue()})
-    with pytest.raises(UserError, match=r"has no training\.pt"):
-        decode_peer({"weights.safetensors": files["weights.safetensors"]})
+    with pytest.raises(UserError, match=r"has no weights\.safetensors"):
+        decode_peer({"training.pt": files["training.pt"]})
+
+
+def test_weights_alone_are_decoded() -> None:
+    """They are all that is left after a run with checkpoint.final: weights."""
+    state = peer_state()
+    files = encode_peer(state)
+    del files["training.pt"]
+    assert_same(decode_peer(files), {name: state[name] for name in ("net", "ema")})

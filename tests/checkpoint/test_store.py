@@ -42,6 +42,58 @@ def new_folder(memory: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=memory))
 
 
+@pytest.mark.parametrize("best", [1, 3])
+def test_weights_alone_are_kept(tmp_path: Path, best: int) -> None:
+    """The last and the best checkpoint lose the state for resuming and nothing else. A second time changes nothing."""
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2, 3):
+        store.save(step, FILES, META, best=step == best)
+    store.keep_weights()
+    names = folders(store)
+    assert len(names) == len({best, 3})
+    weights = {peer: {"weights.safetensors": files["weights.safetensors"]} for peer, files in FILES.items()}
+    for which, step in (("last", 3), ("best", best)):
+        kept = load_without_warnings(store, which)
+        assert (kept.step, kept.meta, kept.peers) == (step, META, weights)
+        assert not kept.can_be_resumed()
+    store.keep_weights()
+    assert folders(store) == names
+    (tmp_path / "index.json").unlink()  # the manifests know, too
+    assert {which: read_checkpoint(store.path(which)).step for which in ("last", "best")} == {"last": 3, "best": best}
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_weights_alone_at_any_interruption(
+    tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """If the disk refuses the n-th sync or rename, the last and the best checkpoint are whole, with or without the
+    state, and nothing half-written is left after the next attempt."""
+    store = CheckpointStore(new_folder(memory))
+    for step in (1, 2, 3):
+        store.save(step, FILES, META, best=step == 2)
+    left = [number]
+
+    def failing(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            left[0] -= 1
+            if left[0] == -1:
+                raise OSError(28, "No space left on device")
+            return function(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(os.fsync))
+        patch.setattr(os, "rename", failing(os.rename))
+        patch.setattr(os, "replace", failing(os.replace))
+        with pytest.raises(CheckpointError, match="No space left"):
+            store.keep_weights()
+    assert {which: load_without_warnings(store, which).step for which in ("last", "best")} == {"last": 3, "best": 2}
+    store.keep_weights()
+    assert len(folders(store)) == 2 and not any(name.startswith(".") for name in folders(store))
+    assert not any(load_without_warnings(store, which).can_be_resumed() for which in ("last", "best"))
+
+
 def test_saved_is_loaded(tmp_path: Path) -> None:
     """Step, meta and every peer's files come back. Nothing but the checkpoint and the index is left."""
     store = CheckpointStore(tmp_path / "checkpoints")

@@ -114,10 +114,26 @@ def test_wrong_arguments(config_file: Callable[..., Path], tmp_path: Path) -> No
     assert "unknown setting" in complaint("config", "--set", "sede=1")
     shutil.copy(config, tmp_path / "config.yaml")
     assert "checkpoint" in complaint("evaluate", tmp_path)
-    assert "takes no --out" in complaint(*train, "--resume", tmp_path, "--out", out)
+    assert "give no --out" in complaint(*train, "--resume", tmp_path, "--out", out)
     error = complaint(*train, "--resume", tmp_path, "--init-from", tmp_path)
     assert "takes no --init-from" in error
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--epochs", "10"), "--set KEY=VALUE; the length is 'train.steps'"),
+        (("--batch-size", "10"), "--set KEY=VALUE; a batch is 'data.classes_per_batch' classes"),
+        (("--lr", "1"), "--set KEY=VALUE; did you mean 'cohort.base.optimizer.lr'?"),
+        (("--steps=5",), "--set KEY=VALUE; did you mean 'train.steps'?"),
+        (("photos.yaml",), "A config is given as --config FILE, a setting as --set KEY=VALUE"),
+    ],
+)
+def test_options_that_are_settings(arguments: tuple[str, ...], message: str) -> None:
+    """What people write from habit gets the option and the setting to write instead."""
+    ended = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["train", *arguments])
+    assert ended.exit_code == 2 and message in ended.stderr
 
 
 def test_wrong_images(config_file: Callable[..., Path], tmp_path: Path, image_folder: Path) -> None:
@@ -151,6 +167,20 @@ def test_wrong_images(config_file: Callable[..., Path], tmp_path: Path, image_fo
         shutil.rmtree(folder)
     assert "2 class folders" in complaint(*command)
     assert not out.exists()
+
+
+def test_a_loss_that_needs_equal_classes(config_file: Callable[..., Path], tmp_path: Path, image_folder: Path) -> None:
+    """It is refused where a class has fewer images than others, which a batch might contain only in mid-run."""
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    config = config_file(set_to({"name": "SmoothAPLoss"}, "loss", "metric"), train={"steps": 1})
+    command = ("train", "--local", "--config", config, "--set", f"data.root={images}")
+    assert cli(*command, "--out", tmp_path / "equal").exit_code == 0
+    for image in (images / "class00").glob("[2-4].png"):
+        image.unlink()
+    error = complaint(*command, "--set", "data.validation_fraction=0", "--out", tmp_path / "run")
+    assert "SmoothAPLoss does not work with batches in which a class has fewer images" in error
+    assert "1 training classes have fewer than data.images_per_class, which is 3" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_label_in_both_splits(config_file: Callable[..., Path], tmp_path: Path, image_folder: Path) -> None:
@@ -193,14 +223,14 @@ def test_a_run_is_not_overwritten(config_file: Callable[..., Path], run: Path) -
     """A folder that exists stays unchanged, and the message says how to continue it."""
     before = (run / "metrics.jsonl").read_bytes()
     error = complaint("train", "--local", "--config", config_file(), "--out", run)
-    assert "already exists" in error and f"--resume {run}" in error
+    assert f"{run} already exists; give another folder (out), or continue this run (resume)" in error
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_mistyped_setting_is_no_older_version(run: Path) -> None:
     """The run is as it was; only --set is wrong."""
     error = complaint("train", "--local", "--resume", run, "--set", "run.max_restarts=9")
-    assert "run: unknown setting" in error and "older version" not in error and "--set" in error
+    assert "run: unknown setting" in error and "older version" not in error and "with overrides" in error
 
 
 def test_a_changed_run_is_not_resumed(run: Path, tmp_path: Path) -> None:
@@ -208,7 +238,7 @@ def test_a_changed_run_is_not_resumed(run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     key = "cohort.peers.1.optimizer.lr"
     error = complaint("train", "--local", "--resume", folder, "--set", f"{key}=0.5")
-    assert f"its config was changed: {key} was 0.001 and is 0.5" in error
+    assert f"cannot be resumed, because its config was changed: {key} was 0.001 and is 0.5" in error
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("classes_per_batch: 4", "classes_per_batch: 5"))
     error = complaint("train", "--local", "--resume", folder)

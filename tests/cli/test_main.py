@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -37,6 +38,7 @@ def test_every_option_has_a_help_text(command: str) -> None:
     ended = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*command.split(), "--help"])
     assert ended.exit_code == 0
     rows = [row for row in ended.stdout.splitlines() if "  --" in row or row.startswith("│ --")]
+    assert not re.search("<[a-z ]+>", "".join(rows))  # types are words of ours, such as FILE
     assert rows and all(row.strip("│ ").rsplit("  ", 1)[-1].endswith((".", "-")) for row in rows)
 
 

@@ -121,7 +121,7 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return paths
 
 
-WHOLE = yamlio.load(Config.load(None).to_yaml())
+WHOLE = yamlio.load(Config.quickstart().to_yaml())
 SHORT = yamlio.load(QUICKSTART.read_text())
 PLACES = {"whole": (WHOLE, places(WHOLE)), "short": (SHORT, places(SHORT))}
 

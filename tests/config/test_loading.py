@@ -63,7 +63,7 @@ def test_overrides_reach_everything(tmp_path: Path) -> None:
 def test_wrong_overrides_are_refused(override: str, message: str) -> None:
     """The message says why the override cannot be applied."""
     with pytest.raises(UserError) as caught:
-        Config.load(None, [override])
+        Config.quickstart([override])
     assert message in str(caught.value)
 
 

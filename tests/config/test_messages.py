@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ray_dmml.config import habits
+from ray_dmml.config.messages import all_names
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 
@@ -17,7 +20,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"cohort": {"peers": [{"update_intervall": 2}]}},
         r"cohort\.peers\.0\.update_intervall: unknown setting; did you mean 'update_interval'",
     ),
-    ({"train": {"lr": 1}}, r"train\.lr: unknown setting; did you mean 'cohort\.peers\.optimizer"),
+    ({"train": {"lr": 1}}, r"train\.lr: unknown setting; did you mean 'cohort\.base\.optimizer\.lr'"),
     ({"data": {"qqqq": 1}}, r"data\.qqqq: unknown setting; known here: name, root"),
     ({"cohort": {"bsae": {}}}, r"cohort\.bsae: unknown setting; did you mean 'base'"),
     ({"train": {"steps": "many"}}, r"train\.steps: .*integer.*'many'"),
@@ -46,6 +49,55 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"data": {"images_per_class": 1}}, r"images_per_class: .*2 \(got 1\)"),
     ({"evaluation": {"recall_at": []}}, r"evaluation\.recall_at: .*at least 1"),
 ]
+
+
+HABITS: list[tuple[str, str]] = [
+    ("epochs: 3", "epochs: unknown setting; the length is 'train.steps', in batches"),
+    ("train: {epochs: 3}", "train.epochs: unknown setting; the length is 'train.steps', in batches"),
+    ("batch_size: 3", "a batch is 'data.classes_per_batch' classes x 'data.images_per_class' images"),
+    ("data: {batch_size: 3}", "a batch is 'data.classes_per_batch' classes x 'data.images_per_class' images"),
+    ("device: cuda", "a peer uses a GPU if there is one; 'cohort.base.num_gpus' says how many"),
+    ("path: x", "did you mean 'data.root'?"),
+    ("data: {path: x}", "data.path: unknown setting; did you mean 'root'?"),
+    ("image_size: 96", "did you mean 'cohort.base.input_size'?"),
+    ("data: {image_size: 96}", "did you mean 'cohort.base.input_size'?"),
+    ("cohort: {base: {image_size: 96}}", "cohort.base.image_size: unknown setting; did you mean 'input_size'?"),
+    ("lr: 0.1", "did you mean 'cohort.base.optimizer.lr'?"),
+    ("cohort: {peers: [{lr: 0.1}]}", "cohort.peers.0.lr: unknown setting; did you mean 'optimizer.lr'?"),
+    ("cohort: {base: {optimizer: {learning_rate: 1}}}", "learning_rate: unknown setting; did you mean 'lr'?"),
+    ("model: resnet50", "did you mean 'cohort.base.backbone'?"),
+    ("cohort: {num_peers: 3}", "'cohort.peers' is a list with an entry for each peer"),
+    ("cohort: {peers: 3}", "cohort.peers: a list with an entry for each peer is needed, such as [{}, {}, {}]"),
+    ("cohort: {peers: {a: {}}}", "a list with an entry for each peer is needed, such as [{name: a}]"),
+    ("cohort: {peers: [resnet50]}", "(got 'resnet50'); did you mean cohort.peers.0.backbone=resnet50?"),
+    ("cohort: {base: {schedule: cosine}}", "did you mean cohort.base.schedule.name=cosine?"),
+    ("cohort: {base: {ema: true}}", "it has settings of its own (decay, as_teacher), not a value (got True)"),
+    ("loss: {metric: MultiSimilarityLoss}", "did you mean loss.metric.name=MultiSimilarityLoss?"),
+    ("loss: MultiSimilarityLoss", "did you mean loss.metric.name=MultiSimilarityLoss?"),
+    ("loss: {margin: 0.1}", "arguments of the metric loss are in 'loss.metric.args'"),
+    ("loss: {metric: {margin: 0.1}}", "arguments of the class are in 'args': did you mean 'args.margin'?"),
+    ("evaluation: {recall_at: 5}", "evaluation.recall_at: a list is needed (got 5), such as [5]"),
+    ("train: {out: runs/x}", "the folder of a run is not a setting: it is `train --out`, or `out` of train()"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), HABITS)
+def test_names_of_other_tools_are_understood(text: str, message: str, tmp_path: Path) -> None:
+    """The message has the setting to write, relative to the section only where it is in that section."""
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        Config.load(tmp_path / "c.yaml")
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_habits_lead_to_settings_that_exist() -> None:
+    """And no name stands in the table that is a setting there."""
+    names = set(all_names(Config))
+    for name in [*habits.OF_A_RUN, *habits.OF_A_PEER]:
+        assert habits.setting_of(name) in names, name
+    quoted = re.findall(r"'([a-z_.]+)'", " ".join(habits.SENTENCES.values()))
+    places = {place.replace("cohort.base", "cohort.peers").removesuffix(".args.margin") for place in quoted}
+    assert len(places) > 5 and places <= names
 
 
 @pytest.mark.parametrize(("raw", "message"), MISTAKES)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from loss_samples import batch, build
+from pytorch_metric_learning import losses
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn import functional as F
@@ -63,12 +64,13 @@ def test_a_batch_without_triplets_gives_zero_with_a_gradient(labels: Tensor) -> 
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("name", ["TripletMarginLoss", "ContrastiveLoss", "NCALoss", "FastAPLoss"])
+@pytest.mark.parametrize("name", ["TripletMarginLoss", "ContrastiveLoss", "NCALoss", "FastAPLoss", "TupletMarginLoss"])
 def test_duplicate_images_leave_value_and_gradient_finite(name: str) -> None:
-    """Distances of exactly zero, within a class and between classes, for all L2 losses."""
+    """Distances of exactly zero, and cosines of exactly one, within a class and between classes."""
     x, labels = batch(8, 4, 16)
     x = x.float()
     x[1], x[8] = x[0], x[4]
+    x[12] = x[13] = torch.eye(16)[3]
     x.requires_grad_()
     loss = build(name=name)(x, labels)
     loss.backward()
@@ -158,12 +160,37 @@ def test_args_reach_the_classes() -> None:
             "0 < cutoff < nonzero_loss_cutoff <= 2",
         ),
         ({"name": "PNPLoss", "miner": {"name": "HDCMiner"}}, "PNPLoss with HDCMiner"),
+        (
+            {"name": "ArcFaceLoss", "args": {"num_classes": 4}},
+            r"loss\.metric\.args\.num_classes is 4, and there are 10 training classes: leave it out",
+        ),
+        (
+            {"name": "ArcFaceLoss", "args": {"embedding_size": 32}},
+            r"loss\.metric\.args\.embedding_size is 32, and the embedding_size of a peer is 16: leave it out",
+        ),
+        ({"reducer": "PerAnchorReducer"}, "with PerAnchorReducer does not work with these settings: Triplet reduction"),
+        (
+            {"name": "NTXentLoss", "args": {"temperature": 0}},
+            "these settings: its value is not finite",
+        ),
     ],
 )
 def test_mistakes_are_named(config: dict[str, object], message: str) -> None:
     """The error proposes similar names, and lists the args that a class takes."""
     with pytest.raises(UserError, match=message):
         build(**config)
+
+
+def test_bounded_angles_change_nothing_else() -> None:
+    """TupletMarginLoss of images that are not equal is the library's, with its gradient."""
+    x, labels = batch(6, 4, 16, spread=0.7)
+    results = []
+    for loss in (build(name="TupletMarginLoss"), losses.TupletMarginLoss()):
+        given = x.clone().requires_grad_()
+        value = loss(given, labels)
+        value.backward()
+        results.append((value.detach(), given.grad))
+    assert torch.allclose(results[0][0], results[1][0]) and torch.allclose(results[0][1], results[1][1])
 
 
 def test_building_uses_no_random_numbers_but_for_proxies() -> None:

@@ -340,6 +340,34 @@ def test_a_finished_run_can_be_resumed(run: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "run", run)
 
 
+def test_weights_alone_after_the_end(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    """With checkpoint.final: weights a run ends with the same weights and results, and with no other state. It can be
+    evaluated and started from, but not resumed; a finished run can be reduced to that later."""
+    config = changed(settings, checkpoint={"final": "weights"})
+    before = json.loads((run / "results.json").read_text())
+    direct, later = tmp_path / "direct", tmp_path / "later"
+    train(config, direct, local=True)
+    shutil.copytree(run, later)
+    train(config, resume=later, local=True)
+    for reduced in (direct, later):
+        files = {file.name for file in (reduced / "checkpoints").rglob("*") if file.is_file()}
+        assert files == {"index.json", "manifest.json", "weights.safetensors", "ema.safetensors"}
+        assert figures(json.loads((reduced / "results.json").read_text())) == figures(before)
+        for weights in ("last", "best", "ema"):
+            assert figures(evaluate(reduced, weights)) == figures(evaluate(run, weights))
+        for weights in ("last", "best"):
+            found, expected = (CheckpointStore(of / "checkpoints").load(weights) for of in (reduced, run))
+            for peer, content in found.peers.items():
+                assert content["weights.safetensors"] == expected.peers[peer]["weights.safetensors"]
+    more = changed(settings, train={"steps": 8})
+    for again in (None, more):
+        with pytest.raises(UserError, match=r"kept only its weights \(checkpoint\.final: weights\).*train\.init_from="):
+            train(again, resume=direct, local=True)
+    for of in (direct, run):
+        train(changed(settings, train={"init_from": of, "steps": 1}), tmp_path / f"from-{of.name}", local=True)
+    assert_same(stored(tmp_path / "from-direct"), stored(tmp_path / "from-run"))
+
+
 def test_only_the_number_of_steps_and_what_is_written_may_change(
     run: Path, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -347,11 +375,11 @@ def test_only_the_number_of_steps_and_what_is_written_may_change(
     shutil.copytree(run, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     other = Config.parse({**settings, "loss": {"relational": {"angle_weight": 9.0}}})
-    with pytest.raises(UserError, match=r"loss\.relational\.angle_weight was 2.0 and is 9.0.*--init-from"):
+    with pytest.raises(UserError, match=r"loss\.relational\.angle_weight was 2.0 and is 9.0.*train\.init_from="):
         train(other, resume=tmp_path / "run", local=True)
-    with pytest.raises(UserError, match=r"finished 6 steps already, train\.steps is 5"):
+    with pytest.raises(UserError, match=r"finished 6 steps already, and train\.steps is 5"):
         train(changed(settings, train={"steps": 5}), resume=tmp_path / "run", local=True)
-    with pytest.raises(UserError, match="it takes no --out"):
+    with pytest.raises(UserError, match="resume continues a run in its own folder: give no out"):
         train(resume=tmp_path / "run", out=tmp_path / "other", local=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     moved = shutil.copytree(settings["data"]["root"], tmp_path / "images")

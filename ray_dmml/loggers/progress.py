@@ -1,0 +1,46 @@
+"""The progress of a run that Python code starts, in a script or a notebook: lines, as plain text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from ray_dmml.config.schema import Config
+from ray_dmml.loggers.console import LinesLogger
+from ray_dmml.loggers.logger import Logger
+
+
+@contextmanager
+def show_progress(config: Config) -> Iterator[Logger]:
+    """Prints losses, evaluations and checkpoints, and the sentences that the package logs (INFO and above).
+
+    Lines go to standard error, in a notebook to the cell. If the program has set up Python's logging, the sentences go
+    only there.
+    """
+    in_notebook = Console().is_jupyter
+    display = LinesLogger(Console(stderr=not in_notebook, force_jupyter=False), config)
+    package = logging.getLogger("ray_dmml")
+    if package.hasHandlers():
+        yield display
+        return
+    handler, level = _Sentences(display), package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield display
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+
+
+class _Sentences(logging.Handler):
+    def __init__(self, display: LinesLogger) -> None:
+        super().__init__()
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        self._display.print(f"{kind}{record.getMessage()}")
