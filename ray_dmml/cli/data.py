@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_address
 from ray_dmml.cli.output import print_json, print_line, show_log, user_errors
+from ray_dmml.config.parts import load_parts
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 
@@ -23,7 +24,9 @@ def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJso
     """
     console = Console(stderr=True)
     with user_errors(), show_log(console):
-        settings = Config.load(config, overrides or ()).data
+        whole = Config.load(config, overrides or ())
+        load_parts(whole)
+        settings = whole.data
         from rich.progress import Progress
 
         from ray_dmml.data.audit import audit, print_report
@@ -48,7 +51,8 @@ def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Addre
     console = Console()
     use_address(address)
     with user_errors(), show_log(console):
-        settings = Config.load(config, overrides or ()).data
+        whole = Config.load(config, overrides or ())
+        code, settings = load_parts(whole), whole.data
         if "RAY_ADDRESS" not in os.environ:
             from ray_dmml.data.datasets import prepare
 
@@ -59,7 +63,7 @@ def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Addre
 
         errors = []
         with ray_session():
-            for node, outcome in prepare_everywhere(settings):
+            for node, outcome in prepare_everywhere(settings, code):
                 if isinstance(outcome, UserError):
                     errors.append(f"{node}: {outcome}")
                 else:
