@@ -31,8 +31,8 @@ def _call(config: DataConfig, root: Path | None) -> tuple[ImageSet, ImageSet | N
     part = find_part("data.name", config.name)
     sets: Any = call_part("data.name", config.name, part, config.args, config, root)
     what = f"data.name: {config.name} must return the training images and the test images, each a ray_dmml.ImageSet"
-    kinds = (ImageSet, (ImageSet, type(None)))
-    if not isinstance(sets, tuple) or len(sets) != 2 or not all(map(isinstance, sets, kinds)):
+    is_pair = isinstance(sets, tuple) and len(sets) == 2
+    if not (is_pair and isinstance(sets[0], ImageSet) and isinstance(sets[1], (ImageSet, type(None)))):
         got = [type(each).__name__ for each in sets] if isinstance(sets, tuple) else type(sets).__name__
         raise UserError(f"{what}, and returns {got}")
     for images, split in zip(sets, ("training", "test"), strict=True):
