@@ -106,6 +106,7 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
             {"backbone": "own_nets:Broken"},
             r"own_nets:Broken fails on 224 x 224 px at .*own_nets.py, line 26: Attribute",
         ),
+        ({"pooling": "avg"}, r"own_nets:Mean pools itself, so pooling must be native, not avg"),
         ({"weights": "pretrained"}, r"weights: pretrained are those of timm's networks"),
         ({"backbone": "test_resnet", "backbone_args": {"x": 1}}, r"backbone_args are those of a backbone of your own"),
     ],
