@@ -15,18 +15,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray_dmml.config.schema import Config
+    from ray_dmml.data.dataset import FileImages, ImageSet
     from ray_dmml.data.image_files import list_images
+    from ray_dmml.data.sampler import ClassBalancedSampler
     from ray_dmml.errors import UserError
     from ray_dmml.inference import TrainedCohort, load_cohort
+    from ray_dmml.loggers.logger import Logger
+    from ray_dmml.losses.relational import relational_losses
     from ray_dmml.training.evaluate import evaluate
     from ray_dmml.training.run import train
 
-__all__ = ["Config", "TrainedCohort", "UserError", "evaluate", "list_images", "load_cohort", "train"]
+__all__ = [
+    "ClassBalancedSampler",
+    "Config",
+    "FileImages",
+    "ImageSet",
+    "Logger",
+    "TrainedCohort",
+    "UserError",
+    "evaluate",
+    "list_images",
+    "load_cohort",
+    "relational_losses",
+    "train",
+]
 
 _HOMES = {
+    "ClassBalancedSampler": "ray_dmml.data.sampler",
     "Config": "ray_dmml.config.schema",
+    "FileImages": "ray_dmml.data.dataset",
+    "ImageSet": "ray_dmml.data.dataset",
+    "Logger": "ray_dmml.loggers.logger",
     "UserError": "ray_dmml.errors",
     "list_images": "ray_dmml.data.image_files",
+    "relational_losses": "ray_dmml.losses.relational",
     "TrainedCohort": "ray_dmml.inference",
     "load_cohort": "ray_dmml.inference",
     "evaluate": "ray_dmml.training.evaluate",

@@ -10,6 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ray_dmml.config.code import read_code, use_code
+from ray_dmml.config.parts import require_trust
 from ray_dmml.cores import num_cores
 from ray_dmml.data.augmentations import View, evaluation_view
 from ray_dmml.data.dataset import FileImages, ImageSet
@@ -79,7 +81,9 @@ def _decoded(files: Files, like: TrainedPeer | TrainedCohort, batch_size: int) -
     return in_chunks(ImageSet(source, np.zeros(len(paths), np.int64), ("unknown",)), batch_size, num_cores())
 
 
-def load_cohort(run: Path | str, weights: str | None = None, *, device: str = "cpu") -> TrainedCohort:
+def load_cohort(
+    run: Path | str, weights: str | None = None, *, device: str = "cpu", trust_code: bool = False
+) -> TrainedCohort:
     """Loads the trained peers of a run. It needs neither the run's images nor Ray.
 
     Args:
@@ -87,12 +91,17 @@ def load_cohort(run: Path | str, weights: str | None = None, *, device: str = "c
         weights: ``last``, ``best`` or ``ema`` (averaged weights of the last checkpoint; a peer without them uses
             its last weights). None takes the weights that the run's results are of.
         device: where the nets compute.
+        trust_code: build own backbones that the run's config names.
 
     Raises:
-        UserError: there is no such run or checkpoint, or it is damaged.
+        UserError: there is no such run or checkpoint, it is damaged, or it has an own backbone and ``trust_code`` is
+            False.
     """
     folder = RunDir.open(run)
     config = folder.config()
+    require_trust(config, folder.path, trust_code, "trust_code=True", settings="backbone")
+    if trust_code:
+        use_code(read_code(config.code))
     which = config.weights_to_evaluate(weights)
     checkpoint = folder.checkpoints.load("best" if which == "best" else "last")
     peers = {}

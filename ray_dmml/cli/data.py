@@ -11,6 +11,7 @@ from ray_dmml.cli.command import Command, Group
 from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_address
 from ray_dmml.cli.output import print_json, print_line, show_log, user_errors
 from ray_dmml.config.loading import QUICKSTART
+from ray_dmml.config.parts import load_parts
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 
@@ -25,7 +26,9 @@ def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJso
     """
     console = Console(stderr=True)
     with user_errors(), show_log(console):
-        settings = Config.load(config or QUICKSTART, overrides or ()).data
+        whole = Config.load(config or QUICKSTART, overrides or ())
+        load_parts(whole)
+        settings = whole.data
         from rich.progress import Progress
 
         from ray_dmml.data.audit import audit, print_report
@@ -50,7 +53,8 @@ def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Addre
     console = Console()
     use_address(address)
     with user_errors(), show_log(console):
-        settings = Config.load(config or QUICKSTART, overrides or ()).data
+        whole = Config.load(config or QUICKSTART, overrides or ())
+        code, settings = load_parts(whole), whole.data
         if "RAY_ADDRESS" not in os.environ:
             from ray_dmml.data.datasets import prepare
 
@@ -61,7 +65,7 @@ def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Addre
 
         errors = []
         with ray_session():
-            for node, outcome in prepare_everywhere(settings):
+            for node, outcome in prepare_everywhere(settings, code):
                 if isinstance(outcome, UserError):
                     errors.append(f"{node}: {outcome}")
                 else:

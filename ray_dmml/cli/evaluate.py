@@ -28,6 +28,9 @@ def evaluate(
         ),
     ] = None,
     overrides: Overrides = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run code that the run's config names beside this package.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a checkpoint of a run again, on its test classes or on other images.
@@ -39,7 +42,7 @@ def evaluate(
         from ray_dmml.training.evaluate import evaluate as evaluate_run
 
         config = changed_config(run, overrides) if overrides else None
-        results = evaluate_run(run, weights.value if weights else None, data=data, config=config)
+        results = evaluate_run(run, weights.value if weights else None, data=data, config=config, trust_code=trust_code)
     if as_json:
         print_json(results)
     else:

@@ -194,6 +194,9 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     for peer in map(_mapping, [cohort.get("base"), *(peers if isinstance(peers, list) else [])]):
         if peer.get("weights") not in BUILT_IN_WEIGHTS:
             paths.append((peer, "weights"))
+    if isinstance(code := raw.get("code"), list):
+        files = [Path(file).expanduser() if isinstance(file, str) and file else file for file in code]
+        raw["code"] = [str(folder / file) if isinstance(file, Path) else file for file in files]
     for section, key in paths:
         value = section.get(key)
         if isinstance(value, str) and value:

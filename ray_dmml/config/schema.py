@@ -6,15 +6,28 @@ wrong with it. The field docstrings are the reference that `ray-dmml config` pri
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from ray_dmml.config import yamlio
-from ray_dmml.config.loading import BUILT_IN_WEIGHTS, QUICKSTART, Overrides, override_settings, read_settings
+from ray_dmml.config.loading import BUILT_IN_WEIGHTS, QUICKSTART, Overrides, override_settings, read_settings, shorten
 from ray_dmml.config.messages import explain, refuse_change
+from ray_dmml.config.parts import is_own, is_path
 from ray_dmml.errors import UserError
 
 
@@ -52,13 +65,30 @@ Rate = Annotated[Number, Field(ge=0, le=1e30)]  # fits into float32
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
 
+DATA_SETS = ("characters", "cub200", "cars196", "sop", "inshop", "imagefolder", "manifest")
+VIEWS = ("weak", "standard", "strong")
+
+
+def _known_or_own(names: tuple[str, ...], name: str) -> str:
+    if name not in names and not is_own(name):
+        listed = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+        raise ValueError(f"Input should be {listed}, or your own as module:name (got {shorten(repr(name))})")
+    return name
+
+
+DataSetName = Annotated[str, AfterValidator(partial(_known_or_own, DATA_SETS))]
+ViewName = Annotated[str, AfterValidator(partial(_known_or_own, VIEWS))]
+
+
 class DataConfig(Section):
     """Which images are used, how they are split by class, and how a batch is drawn."""
 
     main_setting = "name"
 
-    name: Literal["characters", "cub200", "cars196", "sop", "inshop", "imagefolder", "manifest"] = "characters"
-    """The data set. `characters` is built in and needs no files. `imagefolder` and `manifest` read your own images."""
+    name: DataSetName = "characters"
+    """The data set: characters, cub200, cars196, sop, inshop, imagefolder or manifest, or a function of your own, as
+    `module:function` or an entry point. `characters` is built in and needs no files. `imagefolder` and `manifest` read
+    your own images."""
 
     root: Path | None = None
     """Folder of the images, or of the data set's unpacked archive. `characters` does not use it."""
@@ -69,6 +99,9 @@ class DataConfig(Section):
 
     manifest: Path | None = None
     """`manifest`: a CSV file with columns path and label; perhaps split (train or validation), is_query, is_gallery."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of a data set of your own."""
 
     download: bool = True
     """Download `cub200` into `root` if it is missing, and verify it. Errors say where to get other data sets."""
@@ -128,7 +161,9 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> DataConfig:
-        if self.name != "characters" and self.root is None and self.source is None:
+        if self.args and self.name in DATA_SETS:
+            raise ValueError(f"data.args are those of a data set of your own, not of '{self.name}'")
+        if self.name in DATA_SETS[1:] and self.root is None and self.source is None:
             raise ValueError(f"data.name '{self.name}' needs data.root, the folder of its images, or data.source")
         if self.name == "characters" and self.source is not None:
             raise ValueError("data.name 'characters' is built in and has no data.source")
@@ -142,12 +177,12 @@ class DataConfig(Section):
 
 
 class Transform(Section):
-    """One transform of torchvision.transforms.v2."""
+    """One transform of torchvision.transforms.v2, or of your own."""
 
     main_setting = "name"
 
     name: str
-    """Class name of the transform, such as RandomResizedCrop."""
+    """Class name of the transform, such as RandomResizedCrop, or `module:Class` or an entry point."""
 
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of its constructor. `size` is the peer's input size unless it is given here."""
@@ -241,7 +276,11 @@ class PeerConfig(Section):
 
     backbone: str = "tf_efficientnet_lite0"
     """Name of the network. Any timm model name is allowed, also with a tag of its weights, such as
-    `vit_small_patch14_dinov2.lvd142m`, and `hf-hub:OWNER/NAME` for a timm model on the Hugging Face hub."""
+    `vit_small_patch14_dinov2.lvd142m`, and `hf-hub:OWNER/NAME` for a timm model on the Hugging Face hub. A
+    network of your own is `module:Class` or an entry point."""
+
+    backbone_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of a backbone of your own."""
 
     weights: str = "none"
     """Initial weights. `none`: random ones. `pretrained`: timm downloads them. `offline`: ImageNet's for
@@ -265,10 +304,11 @@ class PeerConfig(Section):
     multiple of its patch size; its position embeddings are resampled."""
 
     view: Annotated[
-        Annotated[Literal["weak", "standard", "strong"], Tag("preset")] | Annotated[tuple[Transform, ...], Tag("list")],
+        Annotated[ViewName, Tag("preset")] | Annotated[tuple[Transform, ...], Tag("list")],
         Discriminator(lambda value: "preset" if isinstance(value, str) else "list"),
     ] = "standard"
-    """Augmentation of the training images: the name of a preset, or a list of torchvision v2 transforms."""
+    """Augmentation of the training images: weak, standard, strong, or `module:Class`, or a list of transforms of
+    torchvision v2 and of your own."""
 
     eval_crop: Annotated[float, Field(ge=0.1, le=1)] | None = None
     """Share of the side that the centre crop keeps in evaluation. null: it is the backbone's own, often 0.875."""
@@ -330,6 +370,13 @@ class PeerConfig(Section):
                 f"num_gpus {gpus:g} does not fit {replicas} replicas. One replica has a GPU or a part of "
                 "one; several have a GPU each, because NCCL allows no two processes on one. If num_gpus "
                 "is above 1, it must be a whole number, and replicas the same or null"
+            )
+        if self.backbone_args and not is_own(self.backbone):
+            raise ValueError(f"backbone_args are those of a backbone of your own, not of {self.backbone}")
+        if self.weights in ("pretrained", "offline") and is_path(self.backbone):
+            raise ValueError(
+                f"weights: {self.weights} are those of timm's networks; {self.backbone} may load its own when it is "
+                "built, or give a file"
             )
         if self.frozen and self.weights in BUILT_IN_WEIGHTS:
             raise ValueError(
@@ -440,7 +487,8 @@ class MinerConfig(Section):
     main_setting = "name"
 
     name: str
-    """`DistanceWeightedNegativeMiner` (of this package) or a class of pytorch_metric_learning.miners."""
+    """`DistanceWeightedNegativeMiner` (of this package), a class of pytorch_metric_learning.miners, `module:Class` or
+    an entry point."""
 
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of its constructor."""
@@ -454,23 +502,24 @@ TRIPLET_DEFAULTS: dict[str, Any] = {
 
 
 class MetricLossConfig(Section):
-    """The metric loss of a peer, from pytorch-metric-learning."""
+    """The metric loss of a peer, from pytorch-metric-learning or your own."""
 
     main_setting = "name"
 
     name: str = "TripletMarginLoss"
-    """A class of pytorch_metric_learning.losses."""
+    """A class of pytorch_metric_learning.losses, `module:Class` or an entry point."""
 
     args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of its constructor. num_classes and embedding_size are filled in if the loss requires them. The margin
-    of TripletMarginLoss is 0.2 unless it is given here."""
+    """Arguments of its constructor. num_classes and embedding_size are filled in if the loss requires them. A distance,
+    and a loss or miner inside of another loss, is written {name: ..., args: {...}}. The margin of TripletMarginLoss is
+    0.2 unless it is given here."""
 
     miner: MinerConfig | None = None
     """The miner. null: there is none. TripletMarginLoss has distance-weighted negatives unless one is given here."""
 
     reducer: str | None = None
-    """A class of pytorch_metric_learning.reducers. null: it is the loss's own. TripletMarginLoss has MeanReducer unless
-    a reducer is given here."""
+    """A class of pytorch_metric_learning.reducers, `module:Class` or an entry point. null: it is the loss's own.
+    TripletMarginLoss has MeanReducer unless a reducer is given here."""
 
     @model_validator(mode="before")
     @classmethod
@@ -481,6 +530,10 @@ class MetricLossConfig(Section):
             args = _deep_merge(TRIPLET_DEFAULTS["args"], given.pop("args", {}))
             return {**TRIPLET_DEFAULTS, **given, "args": args}
         return raw
+
+
+RELATIONAL_TERMS = ("distance", "angle")
+"""Names of the terms of relational distillation."""
 
 
 class RelationalConfig(Section):
@@ -500,8 +553,35 @@ class RelationalConfig(Section):
     """Number of first steps over which both weights rise linearly from 0."""
 
 
+class MutualTermConfig(Section):
+    """A mutual term of your own."""
+
+    name: str
+    """The term, as `module:Class` or an entry point: it takes the student's embeddings (B, D) and a list of the
+    teachers' (B, D_n), and returns a scalar."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the class, or further arguments of a function."""
+
+    weight: NonNegative = 1.0
+    """Weight of the term."""
+
+    warmup_steps: Whole = 0
+    """Number of first steps over which the weight rises linearly from 0."""
+
+    label: Annotated[str, Field(pattern=r"^\w+$")] | None = None
+    """Name of the term in metrics.jsonl and on the console. null: it is that of the class or function."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_label(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and isinstance(raw.get("name"), str) and raw.get("label") is None:
+            return {**raw, "label": re.sub(r"\W", "_", re.split(r"[:.]", raw["name"])[-1])}
+        return raw
+
+
 class LossConfig(Section):
-    """A peer minimises: metric loss + mean over its teachers of (w_d * distance + w_a * angle)."""
+    """A peer minimises: metric loss + mean over its teachers of (w_d * distance + w_a * angle) + terms of your own."""
 
     main_setting = "metric.name"
 
@@ -510,6 +590,26 @@ class LossConfig(Section):
 
     relational: RelationalConfig = RelationalConfig()
     """The mutual term."""
+
+    mutual: tuple[MutualTermConfig, ...] = ()
+    """Further mutual terms, of your own (docs/own-parts.md)."""
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> LossConfig:
+        labels = ["loss", "metric", *RELATIONAL_TERMS, *(str(term.label) for term in self.mutual)]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"mutual terms need other labels than {', '.join(twice)}, which are used twice")
+        return self
+
+
+class LoggerConfig(Section):
+    """A logger of your own."""
+
+    name: str
+    """A subclass of ray_dmml.Logger, as `module:Class` or an entry point."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of its constructor. `config` and `folder` (of the run) are filled in if it requires them."""
 
 
 class TrainConfig(Section):
@@ -535,6 +635,9 @@ class TrainConfig(Section):
 
     tensorboard: bool = True
     """Write TensorBoard events to RUN/tensorboard."""
+
+    loggers: tuple[LoggerConfig, ...] = ()
+    """Loggers of your own, beside metrics.jsonl and TensorBoard."""
 
 
 class CheckpointConfig(Section):
@@ -609,6 +712,10 @@ class Config(Section):
 
     seed: Seed = 0
     """Seed of the run. Together with the peers' own seeds it determines all random numbers."""
+
+    code: tuple[Path, ...] = ()
+    """Python files and packages (folders) of your own, which the config names parts of (`module:Class`). They are sent
+    to every process of the run."""
 
     data: DataConfig = DataConfig()
     """Images, splits and batches."""

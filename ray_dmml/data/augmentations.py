@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from ray_dmml.config.schema import Transform
+from ray_dmml.config.parts import describe, find_part, is_own, make_part, parameters_of, place_of
+from ray_dmml.config.schema import VIEWS, Transform
 from ray_dmml.errors import UserError
 
 RESIZE_BEFORE_CROP = 256 / 224
@@ -63,23 +64,33 @@ class View:
         source: its name in an error.
         draws: it is random: it is applied to each image separately, with new random numbers.
         device: the device that computes it.
+        copies: it may change its input.
 
     Raises:
         UserError: it fails on a black image, or gives another shape or type.
     """
 
     def __init__(
-        self, pipeline: v2.Transform, size: int, decode_size: int, source: str, *, draws: bool, device: torch.device
+        self,
+        pipeline: v2.Transform,
+        size: int,
+        decode_size: int,
+        source: str,
+        *,
+        draws: bool,
+        device: torch.device,
+        copies: bool = False,
     ) -> None:
-        self._pipeline, self._draws, self._device = pipeline, draws, device
+        self._pipeline, self._draws, self._device, self._copies = pipeline, draws, device, copies
         generator_state = torch.get_rng_state()
         black = torch.zeros(3, decode_size, decode_size, dtype=torch.uint8, device=device)
         try:
             result = pipeline(black)
-        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        except Exception as error:
+            why = f"{describe(error)}{place_of(error)}" if copies else error
             raise UserError(
-                f"{source} does not work on decoded images of {decode_size} x {decode_size} px: {error}"
-            ) from None
+                f"{source} does not work on decoded images of {decode_size} x {decode_size} px: {why}"
+            ) from error
         finally:
             torch.set_rng_state(generator_state)
         output = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
@@ -94,7 +105,8 @@ class View:
         images = images.to(self._device, non_blocking=True)
         if not self._draws:
             return self._pipeline(images)
-        return torch.stack([self._pipeline(image) for image in images])
+        # Peers in one process share the decoded images.
+        return torch.stack([self._pipeline(image.clone() if self._copies else image) for image in images])
 
 
 def training_view(
@@ -106,12 +118,16 @@ def training_view(
     Raises:
         UserError: a transform is unknown (with the nearest known name) or refuses its arguments.
     """
-    transforms = _preset(config, size) if isinstance(config, str) else config
+    if isinstance(config, str):
+        config = _preset(config, size) if config in VIEWS else [Transform(name=config)]
+    transforms = config
     source = f"view of {owner}"
     built = [_build(transform, size, source) for transform in transforms]
     everywhere = all(transform.name in _ON_ANY_DEVICE for transform in transforms)
     pipeline = v2.Compose(built) if built else v2.Identity()
-    return View(pipeline, size, decode_size, source, draws=True, device=device if everywhere else CPU)
+    has_own = not all(type(part).__module__.startswith("torchvision.") for part in built)
+    where = device if everywhere else CPU
+    return View(pipeline, size, decode_size, source, draws=True, device=where, copies=has_own)
 
 
 def evaluation_view(size: int, crop: float, decode_size: int, device: torch.device = CPU) -> View:
@@ -121,15 +137,23 @@ def evaluation_view(size: int, crop: float, decode_size: int, device: torch.devi
     return View(pipeline, size, decode_size, "the evaluation view", draws=False, device=device)
 
 
-def _build(transform: Transform, size: int, source: str) -> v2.Transform:
-    transforms = {name: cls for name, cls in vars(v2).items() if inspect.isclass(cls) and issubclass(cls, v2.Transform)}
+def _build(transform: Transform, size: int, source: str) -> Callable[..., Any]:
+    transforms: dict[str, Any] = {
+        name: cls for name, cls in vars(v2).items() if inspect.isclass(cls) and issubclass(cls, v2.Transform)
+    }
     del transforms["Transform"]
     cls = transforms.get(transform.name)
+    if cls is None and is_own(transform.name):
+        takes_size = "size" in parameters_of(find_part(source, transform.name))
+        args: dict[str, Any] = {"size": [size, size]} if takes_size else {}
+        return make_part(source, transform.name, args | transform.args)
     if cls is None:
         near = difflib.get_close_matches(transform.name, transforms, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "see torchvision.transforms.v2"
+        hint = (
+            f"did you mean {', '.join(near)}?" if near else "see torchvision.transforms.v2, or name your module:Class"
+        )
         raise UserError(f"{source}: unknown transform {transform.name!r}; {hint}")
-    args: dict[str, Any] = dict(transform.args)
+    args = dict(transform.args)
     if "size" in inspect.signature(cls).parameters:
         args.setdefault("size", [size, size])
     if isinstance(args.get("interpolation"), str):

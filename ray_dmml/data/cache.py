@@ -164,6 +164,9 @@ def through_cache(sets: Sequence[ImageSet], folder: Path | None, limit_bytes: in
         limit_bytes: the most that all cache files in the folder may take.
     """
     sources = [images.source for images in sets if isinstance(images.source, FileImages)]
+    kinds = {(source.root, source.decode_size, source.resize) for source in sources}
+    if len(sources) < len(sets) or len(kinds) > 1:  # a data set of one's own has its own way
+        return list(sets)
     try:
         folder = folder or default_folder()
         if not hasattr(os, "preadv"):

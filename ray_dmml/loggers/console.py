@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ray_dmml.config.schema import Config
+from ray_dmml.config.schema import RELATIONAL_TERMS, Config
 from ray_dmml.loggers.logger import Logger, learned_terms
 
-TERMS = ("loss", "metric", "distance", "angle")
+TERMS = ("loss", "metric", *RELATIONAL_TERMS)
 
 
 @contextmanager
@@ -64,6 +64,7 @@ class LinesLogger(Logger):
     def __init__(self, console: Console, config: Config) -> None:
         self._console, self._num_steps = console, config.train.steps
         self._parts = "images" if config.data.split_by == "image" else "classes"  # of which a split has its own
+        self._terms = (*TERMS, *(str(term.label) for term in config.loss.mutual))
         self._latest: dict[str, Mapping[str, float]] = {}
 
     def print(self, text: str) -> None:
@@ -77,7 +78,7 @@ class LinesLogger(Logger):
             self._latest |= learned_terms(metrics["peers"])
         if "images_per_second" in metrics:
             peers = (
-                f"{name} " + " ".join(f"{term} {terms[term]:.4f}" for term in TERMS if term in terms)
+                f"{name} " + " ".join(f"{term} {terms[term]:.4f}" for term in self._terms if term in terms)
                 for name, terms in self._latest.items()
             )
             rate = f"{metrics['images_per_second']:.1f} images/s"
@@ -147,15 +148,15 @@ class LiveLogger(LinesLogger):
             return Group(self._bar)
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("peer", no_wrap=True)
-        for heading in TERMS:
+        for heading in self._terms:
             table.add_column(heading, justify="right")
         if self._evaluated:
             table.add_column(self._evaluated, justify="right")
         for name in self._names:
             terms = self._latest.get(name, {})
-            table.add_row(name, *(f"{terms[t]:.4f}" if t in terms else "-" for t in TERMS), *self._percent(name))
+            table.add_row(name, *(f"{terms[t]:.4f}" if t in terms else "-" for t in self._terms), *self._percent(name))
         if len(self._names) > 1 and self._evaluated:
-            table.add_row("ensemble", *([""] * len(TERMS)), *self._percent("ensemble"))
+            table.add_row("ensemble", *([""] * len(self._terms)), *self._percent("ensemble"))
         return Group(table, self._bar)
 
     def _percent(self, name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The metric loss of one peer, built by name from pytorch-metric-learning: loss, miner and reducer."""
+"""The metric loss of one peer, built by name from pytorch-metric-learning or own code: loss, miner and reducer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from pytorch_metric_learning import distances, losses, miners, reducers
 from torch import Tensor, nn
 
+from ray_dmml.config.parts import describe, find_part, is_own, make_part, place_of
 from ray_dmml.config.schema import MetricLossConfig
 from ray_dmml.errors import UserError
 from ray_dmml.losses.distance_weighted import (
@@ -18,6 +19,7 @@ from ray_dmml.losses.distance_weighted import (
     DistanceWeightedNegativeMiner,
     ExactEuclideanDistance,
 )
+from ray_dmml.losses.memory import CrossBatchMemory
 from ray_dmml.losses.rehearsal import refuse_other_sizes, rehearse
 
 _KINDS: dict[str, tuple[Any, type]] = {
@@ -26,13 +28,33 @@ _KINDS: dict[str, tuple[Any, type]] = {
     "reducer": (reducers, reducers.BaseReducer),
     "distance": (distances, distances.BaseDistance),
 }
-_UNSUPPORTED = {
-    "DynamicSoftMarginLoss",  # its running state is not in its state_dict
-    "HistogramLoss",  # fails on duplicate images
-    # Abstract classes, and classes that need other inputs than embeddings and labels:
-    *("GenericPairLoss", "ManifoldLoss", "VICRegLoss", "EmbeddingsAlreadyPackagedAsTriplets"),
-    *("DoNothingReducer", "MultipleReducers", "BatchedDistance"),
+_OURS: dict[str, dict[str, type]] = {
+    "loss": {"CrossBatchMemory": CrossBatchMemory, "MultipleLosses": losses.MultipleLosses},
+    "miner": {"DistanceWeightedNegativeMiner": DistanceWeightedNegativeMiner},
+    "reducer": {},
+    "distance": {},
 }
+"""Further classes by name: those of this package, and wrappers, which are no subclasses of the library's bases."""
+
+_PARTS = {"distance": "distance", "loss": "loss", "losses": "loss", "miner": "miner", "miners": "miner"}
+"""Arguments that are parts themselves, and of which kind."""
+
+_TWO_VIEWS = "it needs two embeddings of each image"
+_ABSTRACT = "it is abstract"
+_UNSUPPORTED = {
+    "DynamicSoftMarginLoss": "its running state is not in its state_dict",
+    "HistogramLoss": "it fails on equal images",
+    "SelfSupervisedLoss": _TWO_VIEWS,
+    "VICRegLoss": _TWO_VIEWS,
+    "ManifoldLoss": "it needs other inputs than embeddings and labels",
+    "EmbeddingsAlreadyPackagedAsTriplets": "it needs batches of triplets",
+    "GenericPairLoss": _ABSTRACT,
+    "BaseLossWrapper": _ABSTRACT,
+    "DoNothingReducer": "it gives no single number",
+    "MultipleReducers": "its reducers are objects",
+    "BatchedDistance": "its distance is an object",
+}
+"""Classes of the library that cannot be used here, and why."""
 
 
 class MetricLoss(nn.Module):
@@ -43,8 +65,9 @@ class MetricLoss(nn.Module):
     :class:`~ray_dmml.losses.distance_weighted.ExactEuclideanDistance`.
 
     Args:
-        config: names and arguments of the parts. The argument ``distance`` of a loss or a miner is a
-            mapping: ``{name: CosineSimilarity, args: {...}}``.
+        config: names and arguments of the parts. An argument that is a part itself is a mapping:
+            ``{name: CosineSimilarity, args: {...}}``. So are the losses and miners inside of ``CrossBatchMemory`` and
+            ``MultipleLosses``, one or a list of them.
         num_classes: number of training classes. A loss that requires it gets it.
         embedding_size: D. A loss that requires it gets it.
 
@@ -60,8 +83,8 @@ class MetricLoss(nn.Module):
         arguments = {}
         if config.reducer is not None:
             arguments["reducer"] = _build("reducer", "loss.metric.reducer", config.reducer)
-        self.loss: nn.Module = _build("loss", "loss.metric", config.name, config.args, sizes, **arguments)
-        self.miner: nn.Module | None = None
+        self.loss: Any = _build("loss", "loss.metric", config.name, config.args, sizes, **arguments)
+        self.miner: Any = None
         if config.miner is not None:
             self.miner = _build("miner", "loss.metric.miner", config.miner.name, config.miner.args)
         for module in list(self.modules()):
@@ -77,6 +100,8 @@ class MetricLoss(nn.Module):
             names = [config.name, config.miner and config.miner.name, config.reducer]
             parts = " with ".join(name for name in names if name)
             reason = str(error).partition("\n")[0] or type(error).__name__
+            if any(name and is_own(name) for name in names):
+                reason = f"{describe(error)}{place_of(error)}"
             raise UserError(f"loss.metric: {parts} does not work with these settings: {reason}") from error
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -89,7 +114,8 @@ class MetricLoss(nn.Module):
             if embeddings.dtype != torch.float64:
                 embeddings = embeddings.float()
             mined = self.miner(embeddings, labels) if self.miner is not None else None
-            return self.loss(embeddings, labels, mined)
+            # A loss of one's own need not know of miners.
+            return self.loss(embeddings, labels) if mined is None else self.loss(embeddings, labels, mined)
 
 
 def _build(
@@ -104,30 +130,51 @@ def _build(
     library, base = _KINDS[kind]
     classes = {key: value for key, value in vars(library).items() if inspect.isclass(value) and value is not base}
     known = {key: cls for key, cls in classes.items() if issubclass(cls, base) and key not in _UNSUPPORTED}
-    if kind == "miner":
-        known["DistanceWeightedNegativeMiner"] = DistanceWeightedNegativeMiner
+    known |= _OURS[kind]
+    args = {key: _build_inside(key, value, f"{where}.args.{key}", sizes) for key, value in (args or {}).items()}
+    if name not in known and is_own(name):
+        return _build_own(where if kind == "reducer" else f"{where}.name", name, {**args, **arguments}, sizes or {})
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
-        raise UserError(f"{where}: there is no {kind} {name!r}; {hint}")
-    args = dict(args or {})
+        if name in classes and name in _UNSUPPORTED:
+            raise UserError(f"{where}: {kind} {name} cannot be used: {_UNSUPPORTED[name]}")
+        raise UserError(f"{where}: there is no {kind} {name!r}; {hint}, or name your own as module:Class")
     parameters = _parameters(known[name])
     takes = f"it takes {', '.join(parameters) or 'none'}"
     if unknown := sorted(set(args) - set(parameters)):
         raise UserError(f"{where}.args: {name} does not take {', '.join(unknown)}; {takes}")
-    distance = args.get("distance")
-    if distance is not None:
-        if not (isinstance(distance, Mapping) and {"name"} <= set(distance) <= {"name", "args"}):
-            raise UserError(f"{where}.args.distance: write {{name: ..., args: {{...}}}}")
-        args["distance"] = _build("distance", f"{where}.args.distance", str(distance["name"]), distance.get("args"))
     for key, size in (sizes or {}).items():
         if parameters.get(key) is inspect.Parameter.empty:
             args.setdefault(key, size)
     try:
         return known[name](**args, **arguments)
-    except (TypeError, ValueError, AssertionError, KeyError) as error:
-        refused, why = args or "to be built without args", error or type(error).__name__
+    except Exception as error:  # wrappers raise nothing more special
+        refused, why = args or "to be built without args", str(error) or type(error).__name__
         raise UserError(f"{where}: {name} refuses {refused}: {why}; {takes}") from error
+
+
+def _build_own(setting: str, name: str, args: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
+    part: Any = find_part(setting, name)
+    parameters = _parameters(part) if inspect.isclass(part) else {}
+    needed = {key: size for key, size in sizes.items() if parameters.get(key) is inspect.Parameter.empty}
+    return make_part(setting, name, {**needed, **args})
+
+
+def _build_inside(key: str, value: Any, where: str, sizes: Mapping[str, int] | None) -> Any:
+    """An argument of a part: a part of its own if the argument is one, a list of them, or a plain value."""
+    kind = _PARTS.get(key)
+    if kind is None or value is None:
+        return value
+    if isinstance(value, list) and key.endswith("s"):
+        return [_build_inside(key, each, f"{where}.{n}", sizes) for n, each in enumerate(value)]
+    allowed = {"name", "args", "reducer"} if kind == "loss" else {"name", "args"}
+    if not (isinstance(value, Mapping) and {"name"} <= set(value) <= allowed):
+        raise UserError(f"{where}: write {{name: ..., args: {{...}}}}")
+    arguments = {}
+    if value.get("reducer") is not None:
+        arguments["reducer"] = _build("reducer", f"{where}.reducer", str(value["reducer"]))
+    return _build(kind, where, str(value["name"]), value.get("args"), sizes, **arguments)
 
 
 def _parameters(cls: type) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import UserError
 from ray_dmml.models.backbone import create_backbone
+from ray_dmml.models.own_backbone import build_own_backbone, is_own_backbone
 from ray_dmml.models.pooling import change_pooling
 from ray_dmml.models.pretrained import load_initial_weights
 from ray_dmml.randomness import seeded
@@ -38,7 +39,9 @@ class EmbeddingNet(nn.Module):
     def __init__(self, config: PeerConfig) -> None:
         super().__init__()
         backbone = config.backbone
-        self.backbone: nn.Module = create_backbone(backbone, config.input_size)
+        self.backbone: nn.Module = (
+            build_own_backbone(config) if is_own_backbone(backbone) else create_backbone(backbone, config.input_size)
+        )
         pretraining = resolve_model_data_config(self.backbone)
         self.input_size = size = config.input_size or int(pretraining["input_size"][-1])
         self.eval_crop = float(pretraining["crop_pct"])

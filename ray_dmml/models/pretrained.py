@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import UserError
 from ray_dmml.models.backbone import brief, timm_args
+from ray_dmml.models.own_backbone import is_own_backbone
 
 State = dict[str, Tensor]
 
@@ -60,6 +61,8 @@ def load_initial_weights(net: nn.Module, config: PeerConfig) -> None:
         if config.frozen:
             problem = f"{config.weights} holds backbone weights only: the frozen peer {config.name} needs its head too"
             raise UserError(f"{problem} (RUN/checkpoints/step-.../PEER/weights.safetensors)")
+    if is_own_backbone(config.backbone):
+        return _load(backbone, state, source)
     load_official_weights(backbone, state, config, source)
 
 

@@ -17,8 +17,8 @@ LOSS_LR_FACTOR = 100
 pretrained net; the factor is that of Proxy-Anchor (Kim et al. 2020, https://arxiv.org/abs/2003.13911)."""
 
 
-def build_optimizer(config: OptimizerConfig, net: EmbeddingNet, metric: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer with one parameter group each for backbone, head and the metric loss's own parameters.
+def build_optimizer(config: OptimizerConfig, net: EmbeddingNet, losses: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer with one parameter group each for backbone, head and the losses' own parameters.
 
     Each group has a ``base_lr``; :func:`set_learning_rates` derives ``lr`` from it at every update.
     """
@@ -28,7 +28,7 @@ def build_optimizer(config: OptimizerConfig, net: EmbeddingNet, metric: nn.Modul
         {"params": list(net.backbone.parameters()), "base_lr": config.lr},
         {"params": list(net.head.parameters()), "base_lr": head_lr},
     ]
-    if proxies := list(metric.parameters()):
+    if proxies := list(losses.parameters()):
         groups.append({"params": proxies, "base_lr": loss_lr})
     args: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name == "sgd":

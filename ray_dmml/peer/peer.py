@@ -89,7 +89,6 @@ class Peer:
         self.device = device
         self._publishes_unit_length = loss.relational.normalize
         self._skips_nonfinite = on_nonfinite == "skip"
-        self._mutual = MutualLoss(loss.relational, ignore_nonfinite=self._skips_nonfinite)
         self._max_consecutive_nonfinite = max_consecutive_nonfinite
         self._num_consecutive_nonfinite = 0
         self._run_seed = run_seed
@@ -101,11 +100,13 @@ class Peer:
         self.eval_view = evaluation_view(self.net.input_size, crop, decode_size, device)
         with self._seeded("loss", "init"):
             self.metric = MetricLoss(loss.metric, num_classes, config.embedding_size).to(device)
+            self.mutual = MutualLoss(loss, config.embedding_size, ignore_nonfinite=self._skips_nonfinite).to(device)
+        self._losses = torch.nn.ModuleDict({"metric": self.metric, "mutual": self.mutual})
         self.ema = build_ema(config.ema, self.net)
         self._training_forward = (
             compiled(self.net, self.name, device) if config.compile else self.net.forward_unnormalized
         )
-        self.optimizer = build_optimizer(config.optimizer, self.net, self.metric)
+        self.optimizer = build_optimizer(config.optimizer, self.net, self._losses)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         self.replicas: Replicas | None = None
         """Further processes that share the peer's batches, if it has more than one device."""
@@ -164,7 +165,8 @@ class Peer:
         terms: dict[str, Tensor] = {}
         is_finite = metric_loss is not None
         if metric_loss is not None:
-            mutual, mutual_terms = self._mutual(out.raw, out.embedding, teachers, step)
+            with self._seeded(step, "mutual"):
+                mutual, mutual_terms = self.mutual(out.raw, out.embedding, teachers, step)
             loss = metric_loss if mutual is None else metric_loss + mutual
             terms = {"loss": loss, "metric": metric_loss, **mutual_terms}
             for name in ("metric", *mutual_terms):
@@ -222,6 +224,7 @@ class Peer:
         state: dict[str, Any] = {
             "net": self.net.state_dict(),
             "metric": self.metric.state_dict(),
+            "mutual": self.mutual.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "num_consecutive_nonfinite": self._num_consecutive_nonfinite,
@@ -242,6 +245,7 @@ class Peer:
                 self.ema.module.load_state_dict(state["ema"])
             return
         self.metric.load_state_dict(state["metric"])
+        self.mutual.load_state_dict(state["mutual"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self._num_consecutive_nonfinite = state["num_consecutive_nonfinite"]
@@ -318,7 +322,7 @@ class Peer:
 
     def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         own = [(f"net.{name}", p) for name, p in self.net.named_parameters()]
-        return own + [(f"metric.{name}", p) for name, p in self.metric.named_parameters()]
+        return own + list(self._losses.named_parameters())
 
     @property
     def _ema_net(self) -> EmbeddingNet:

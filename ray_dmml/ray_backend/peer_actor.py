@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from ray_dmml.config.code import Files
 from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.errors import ReplicaLostError, UserError
 
@@ -55,6 +56,7 @@ class PeerActor:
         self,
         config: Config,
         position: int,
+        code: Files,
         skipped: Sequence[str],
         digests: Mapping[str, str],
         threads: int,
@@ -64,29 +66,32 @@ class PeerActor:
         """Builds the peer at a position of ``cohort.peers``.
 
         Args:
+            code: the files of the setting `code`.
             skipped: names of images to leave out.
             digests: digests of the driver's images, by split.
             initial_weights: False leaves the initial weights unread, because a state is loaded next.
             options: Ray's options for the actors of its replicas.
 
         Raises:
-            UserError: the peer cannot be built, cannot have its device, or its images are not the driver's.
+            UserError: the peer cannot be built, its node lacks an own part, it cannot have its device, or its images
+                are not the driver's.
             PeerLostError: one of its replicas died.
         """
         from ray_dmml.data.datasets import load_splits
         from ray_dmml.data.loader import BatchLoader, build_sampler
         from ray_dmml.peer.peer import build_peer
         from ray_dmml.ray_backend.exchange import Exchange
-        from ray_dmml.ray_backend.process import device_of, prepare_process
+        from ray_dmml.ray_backend.process import device_of, prepare_process, use_parts
         from ray_dmml.ray_backend.replica_actor import ReplicaActors
 
         prepare_process(threads)
         self._config = config
+        use_parts(config, code)
         self._splits = load_splits(config.data, skip=frozenset(skipped), check=False)
         peer = config.cohort.peers[position]
         _require_same_images(self._splits, digests, config.data, str(peer.name))
         self._peer = build_peer(config, position, self._splits.train.num_classes, device_of(peer), initial_weights)
-        self._replicas = ReplicaActors(self._peer, config, threads, options)
+        self._replicas = ReplicaActors(self._peer, config, code, threads, options)
         self._loader = BatchLoader(self._splits.train, build_sampler(config, self._splits), threads)
         self.exchange = Exchange()
         self._num_sent = self._num_chunks = 0

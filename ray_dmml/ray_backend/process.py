@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import socket
 
 import ray
 import torch
 
-from ray_dmml.config.schema import PeerConfig
+from ray_dmml.config.code import Files, use_code
+from ray_dmml.config.parts import require_parts
+from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
@@ -17,6 +20,16 @@ def prepare_process(threads: int) -> None:
     """Sets torch's threads and the C library's memory management."""
     torch.set_num_threads(threads)
     tune_malloc()
+
+
+def use_parts(config: Config, code: Files) -> None:
+    """Makes the files of the setting `code` importable. Raises UserError, with the name of this host, if an own part of
+    the config is missing here."""
+    try:
+        use_code(code)
+        require_parts(config)
+    except UserError as error:
+        raise UserError(f"on host {socket.gethostname()} ({ray.util.get_node_ip_address()}): {error}") from error
 
 
 def tune_malloc() -> None:

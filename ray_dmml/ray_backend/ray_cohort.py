@@ -26,6 +26,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_dmml.cohort.cohort import StepRow
+from ray_dmml.config.parts import load_parts
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import PeerLostError, UserError
 from ray_dmml.ray_backend.coordinator import Coordinator, PeerStatus
@@ -69,6 +70,7 @@ class RayCohort:
         self.coordinator: Any = None  # the actor of this generation
         self.waited = dict.fromkeys(self.names, 0.0)
         self._config, self._skipped, self._digests = config, splits.skipped, splits.digests()
+        self._code = load_parts(config)  # peers that start again later get the same
         self._positions = {name: position for position, name in enumerate(self.names)}
         self._step_seconds: deque[float] = deque(maxlen=31)  # of the latest calls of run
         self._median_step = 0.0
@@ -166,7 +168,7 @@ class RayCohort:
             position = self._positions[name]
             threads, options = self.threads[position], self._reservation.options(position)
             refs[name] = actor.build.remote(
-                config, position, self._skipped, self._digests, threads, initial_weights, options
+                config, position, self._code, self._skipped, self._digests, threads, initial_weights, options
             )
         self._gather(refs)
         refs = {name: actor.join.remote(self.coordinator, self.names) for name, actor in self.actors.items()}

@@ -12,6 +12,7 @@ import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from ray_dmml.config.code import Files, use_code
 from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.errors import ReplicaLostError
 from ray_dmml.peer.data_parallel import LOOPBACK, Replica, ReplicaChannel, Replicas
@@ -24,8 +25,9 @@ from ray_dmml.ray_backend.rendezvous import store_at
 class ReplicaActor:
     """The process of one more replica of a peer."""
 
-    def build(self, config: PeerConfig, run_seed: int, threads: int) -> None:
+    def build(self, config: PeerConfig, run_seed: int, code: Files, threads: int) -> None:
         prepare_process(threads)
+        use_code(code)
         self._config, self._run_seed = config, run_seed
         self._device = device_of(config)
 
@@ -38,13 +40,13 @@ class ReplicaActor:
 
 class ReplicaActors:
     """The replica actors of a peer, which become its ``replicas`` if it has any. ``options`` are Ray's for each one.
-    The peer's actor owns them, so Ray ends them with it.
+    ``code``: the files of the setting `code`. The peer's actor owns them, so Ray ends them with it.
 
     Raises:
         ReplicaLostError: a replica died at its start.
     """
 
-    def __init__(self, peer: Peer, config: Config, threads: int, options: Mapping[str, Any]) -> None:
+    def __init__(self, peer: Peer, config: Config, code: Files, threads: int, options: Mapping[str, Any]) -> None:
         self.is_complete = True  # False once a replica is lost
         self._serving: list[Any] = []
         size = peer.config.num_replicas
@@ -52,7 +54,7 @@ class ReplicaActors:
             return
         self._actors = [ray.remote(ReplicaActor).options(**options).remote() for _ in range(1, size)]
         try:
-            ray.get([actor.build.remote(peer.config, config.seed, threads) for actor in self._actors])
+            ray.get([actor.build.remote(peer.config, config.seed, code, threads) for actor in self._actors])
         except RayActorError as error:
             raise ReplicaLostError(f"{peer.name}: a replica died at its start: {first_line(error)}") from error
         patience = config.cohort.start_timeout_s / 3

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_dmml.checkpoint.store import Checkpoint
+from ray_dmml.config.parts import load_parts, require_trust
 from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data.dataset import ImageSet, Splits
 from ray_dmml.data.datasets import load_images, load_splits
@@ -22,7 +23,7 @@ from ray_dmml.training.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = ("data.root", "data.source", "data.manifest", "data.cache_gib", "data.cache_dir", "evaluation.*")
+MAY_CHANGE = ("code*", "data.root", "data.source", "data.manifest", "data.cache_gib", "data.cache_dir", "evaluation.*")
 """Settings of a run that its evaluation may change."""
 
 
@@ -32,6 +33,7 @@ def evaluate(
     *,
     data: Path | str | None = None,
     config: Config | None = None,
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a run's checkpoint again, in this process. It writes nothing.
 
@@ -43,18 +45,21 @@ def evaluate(
             folder). All classes of the folder, and all rows of the manifest or those of split ``validation`` if there
             are any, are evaluated. None: the run's own images.
         config: the run's config with another place of its images, or other settings of ``evaluation``; None: unchanged.
+        trust_code: run the own parts that the run's config names.
 
     Returns:
         The same as :func:`~ray_dmml.training.run.train`. With ``data``, ``split`` is ``other``, and figures of the
         untrained peers are left out. With ``data`` or ``config`` there is also ``data``, where the images are.
 
     Raises:
-        UserError: there is no such run or checkpoint, its images are gone or have changed, or all of them were trained
-            on.
+        UserError: there is no such run or checkpoint, its images are gone or have changed, all of them were trained
+            on, or it has own parts and ``trust_code`` is False.
     """
     run_dir = RunDir.open(run)
     is_unchanged = data is None and config is None
     config = config or run_dir.config()
+    require_trust(config, run_dir.path, trust_code, "--trust-code, or trust_code=True in Python")
+    load_parts(config)
     weights = config.weights_to_evaluate(weights)
     checkpoint = run_dir.checkpoints.load("best" if weights == "best" else "last")
     if data is None:

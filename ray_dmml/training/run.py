@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ray_dmml.checkpoint.store import Checkpoint, PeerFiles
 from ray_dmml.cohort.cohort import CohortFactory
 from ray_dmml.config.loading import dotted
-from ray_dmml.config.schema import Config
+from ray_dmml.config.parts import load_parts
+from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.findings import Findings
@@ -20,6 +21,7 @@ from ray_dmml.data.loader import build_sampler
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.loggers.jsonl import JsonlLogger
 from ray_dmml.loggers.logger import Logger, Loggers
+from ray_dmml.loggers.own_loggers import build_loggers
 from ray_dmml.training.image_list import require_same_images
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.run_writer import RunWriter
@@ -41,7 +43,9 @@ MAY_CHANGE_ON_RESUME = (
     "failure.*",
     "train.tensorboard",
     "evaluation.*",
+    "train.loggers*",
     # Where things are and how bytes travel: neither changes a number.
+    "code*",
     "data.root",
     "data.source",
     "data.manifest",
@@ -105,9 +109,10 @@ def train(
             if run_dir.checkpoints.index():
                 checkpoint = run_dir.checkpoints.load("last")
                 _refuse_changes(config, checkpoint, run_dir)
+        load_parts(config)
         remote = _open_remote(config, run_dir, is_new=resume is None)
         metrics_file = JsonlLogger(run_dir.metrics_file)
-        sinks: list[Logger] = [metrics_file, *loggers]
+        sinks: list[Logger] = [metrics_file, *loggers, *build_loggers(config, run_dir.path)]
         if progress:
             from ray_dmml.loggers.progress import show_progress
 
@@ -177,7 +182,7 @@ def _warn_of_frozen_statistics(config: Config) -> None:
     if config.train.init_from:
         return
     for peer in config.cohort.peers:
-        if peer.weights == "none" and peer.batch_norm == "frozen" and _has_batch_norm(peer.backbone):
+        if peer.weights == "none" and peer.batch_norm == "frozen" and _has_batch_norm(peer):
             logger.warning(
                 "%s starts from random weights with frozen BatchNorm statistics; batch_norm: train learns better "
                 "from scratch",
@@ -185,10 +190,13 @@ def _warn_of_frozen_statistics(config: Config) -> None:
             )
 
 
-def _has_batch_norm(backbone: str) -> bool:
-    from ray_dmml.models.backbone import has_batch_norm  # imports timm
+def _has_batch_norm(peer: PeerConfig) -> bool:
+    from ray_dmml.models.backbone import has_batch_norm  # these import timm
+    from ray_dmml.models.own_backbone import build_own_backbone, is_own_backbone
 
-    return has_batch_norm(backbone)
+    if is_own_backbone(peer.backbone):
+        return has_batch_norm(build_own_backbone(peer))
+    return has_batch_norm(peer.backbone)
 
 
 def _refuse_small_classes(config: Config, num_classes: int, num_small: int) -> None:

@@ -25,6 +25,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
+from ray_dmml.config.parts import load_parts
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.ray_backend.session import ray_session
 from ray_dmml.training.run import read_images
@@ -72,6 +73,8 @@ def run_search(
         search = files.search()
     else:
         RunDir(files.path).ensure_empty()
+    for config in search.config_variants():
+        load_parts(config)
     # Every trial reads the same images. An error in them is reported once, before any trial.
     splits = read_images(search.trial_config({}))
     with ray_session():

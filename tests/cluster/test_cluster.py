@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -353,6 +354,36 @@ def test_peers_on_three_hosts(hosts: Hosts, image_folder: Path, local_results: t
     assert results_of(out) == local_results, output
     assert RunDir(out).environment()["transport"] == transport
     assert len(set(RunDir(out).environment()["nodes"])) == 3
+
+
+PARTS = ROOT / "tests/cohort/parts_source.py"
+
+
+@pytest.mark.cluster
+def test_own_parts_on_three_hosts(hosts: Hosts, image_folder: Path, tmp_path: Path) -> None:
+    """A loss, a mutual term, views, a backbone and a data set from a file that only the first host has: the weights and
+    metrics of one process. A module that the other hosts lack is named."""
+    raw = settings(image_folder, "direct", steps=12)
+    raw["data"] |= {"name": "outside_parts:reversed_folder", "args": {"num_test": 6}}
+    raw["loss"] = {"metric": {"name": "outside_parts:Pairs"}, "mutual": [{"name": "outside_parts:Scaled"}]}
+    raw["cohort"]["base"]["view"] = "outside_parts:Noise"
+    raw["cohort"]["peers"] = [{"backbone": "outside_parts:Blocks", "backbone_args": {"width": 5}}, {}, {}]
+    shutil.copy(PARTS, tmp_path / "outside_parts.py")
+    train(Config.parse({**raw, "code": [str(tmp_path / "outside_parts.py")]}), tmp_path / "run", local=True)
+
+    content = shlex.quote(PARTS.read_text())
+    hosts.ssh(1, f"mkdir -p ~/parts && printf %s {content} > ~/parts/outside_parts.py")
+    config, out = hosts.folder / "own.yaml", hosts.folder / "own"
+    config.write_text(yamlio.dump({**raw, "code": ["~/parts/outside_parts.py"]}))
+    command = f"ray-dmml train --address auto --config {config} --out {out}"
+    output = hosts.ray("exec", plain(command))
+    assert results_of(out) == results_of(tmp_path / "run"), output
+    assert len(set(RunDir(out).environment()["nodes"])) == 3
+    config.write_text(yamlio.dump(raw))
+    output = hosts.ray("exec", plain(f"PYTHONPATH=~/parts {command}2"), check=False)
+    missing = r"error: on host host\d \(10.77.0.1\d\): .*'outside_parts:\w+'.* no module outside_parts"
+    assert re.search(missing, output), output
+    assert "Traceback" not in output
 
 
 SHOW_JOBS = "tail -n 50 /tmp/ray/session_latest/logs/job-driver-*; ls ~/runs/c"

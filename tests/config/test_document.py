@@ -108,6 +108,8 @@ def test_every_setting_is_documented(image_folder: Path) -> None:
     raw = tiny(image_folder)
     raw["cohort"]["base"]["ema"] = {}
     raw["cohort"]["peers"][0] = {"view": [{"name": "RandomResizedCrop"}]}
+    raw["loss"] = {"mutual": [{"name": "parts:Term"}]}
+    raw["train"]["loggers"] = [{"name": "parts:MyLogger"}]
     printed = " ".join(documented_yaml(Config.parse(raw)).replace("#", " ").split())
     sections = [s for s in Section.__subclasses__() if s.__module__ == schema.__name__]
     assert len(sections) >= 16

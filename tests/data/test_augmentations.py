@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from ray_dmml.config.code import read_code, use_code
 from ray_dmml.config.schema import Transform
 from ray_dmml.data.augmentations import evaluation_view, training_view
 from ray_dmml.errors import UserError
@@ -107,3 +110,77 @@ def test_wrong_views_are_refused(name: str, args: dict[str, Any], message: str) 
     """Unknown names, wrong arguments and unusable outputs are errors of the user."""
     with pytest.raises(UserError, match=message):
         training_view([Transform(name=name, args=args)], 24, 40, "peer0")
+
+
+# --- views of one's own ---------------------------------------------------------------------
+
+OWN = """
+import random
+import numpy as np
+import torch
+
+class Noise:
+    def __init__(self, size, strength=40):
+        self.size, self.strength = size, strength
+
+    def __call__(self, image):
+        image //= 2
+        drawn = np.random.randint(0, self.strength, image.shape, dtype=np.uint8)
+        return (image + torch.from_numpy(drawn) + random.randint(0, 9))[:, :self.size[0], :self.size[1]]
+
+def darker(image, by=2):
+    return image // by
+
+def floats(image):
+    return image / 255
+
+def broken(image):
+    return image.no_such_method()
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[None]:
+    """The module own_views."""
+    (tmp_path / "own_views.py").write_text(OWN)
+    use_code(read_code([tmp_path / "own_views.py"]))
+    yield
+    use_code({})
+
+
+@pytest.mark.usefixtures("own")
+def test_a_view_of_ones_own(images: Tensor) -> None:
+    """Alone or beside torchvision's. It gets the size; all of its random numbers follow the seed, and differ between
+    images; the decoded images, which other peers use as well, stay as they are."""
+    listed = [
+        Transform(name="own_views:Noise", args={"strength": 9}),
+        Transform(name="own_views:darker", args={"by": 3}),
+    ]
+    before = images.clone()
+    for config in ("own_views:Noise", [*listed, Transform(name="RandomHorizontalFlip")]):
+        view = training_view(config, 24, 40, "peer0")
+        with seeded("a"):
+            first = view(images)
+        with seeded("a"):
+            assert torch.equal(view(images), first)
+        with seeded("b"):
+            assert not torch.equal(view(images), first)
+        assert first.shape == (6, 3, 24, 24) and len({image.numpy().tobytes() for image in first}) == 6
+        assert torch.equal(images, before)
+    plain = training_view([*listed[1:], Transform(name="CenterCrop")], 24, 40, "peer0")
+    assert torch.equal(plain(images), images[:, :, 8:32, 8:32] // 3)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_views:Noises", r"^view of peer0 'own_views:Noises': module own_views .*did you mean Noise"),
+        ("own_views:darker", r"gives torch.uint8 \(3, 40, 40\), but the net takes uint8 \(3, 24, 24\)"),
+        ("own_views:floats", r"gives torch.float32"),
+        ("own_views:broken", r"^view of peer0 does not work .*AttributeError: .* at .*own_views.py, line 22"),
+    ],
+)
+def test_mistakes_in_views_of_ones_own_are_named(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        training_view(name, 24, 40, "peer0")

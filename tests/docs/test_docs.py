@@ -33,6 +33,7 @@ from typer.testing import CliRunner
 import ray_dmml
 from ray_dmml import Config
 from ray_dmml.cli.main import app
+from ray_dmml.config.code import use_code
 from ray_dmml.tune.search_space import Search, load_search
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +135,38 @@ def test_block(block: Block, folder: Path) -> None:
             assert_tree_exists(block.text, folder)
         case _:
             pytest.fail(f"{block}: mark it with <!-- not run here: REASON -->")
+
+
+def test_the_own_parts_of_the_page(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/own-parts.md: its Python blocks as one file, and its settings together in one run."""
+    monkeypatch.chdir(tmp_path)
+    blocks = list(blocks_of(ROOT / "docs/own-parts.md"))
+    (tmp_path / "parts.py").write_text("\n\n".join(block.text for block in blocks if block.language == "python"))
+    (tmp_path / "flat").mkdir()
+    for image in image_folder.glob("*/*.png"):
+        shutil.copy(image, tmp_path / "flat" / f"{image.parent.name}-{image.name}")
+    raw = tiny(image_folder)
+    peers: list[dict[str, Any]] = [{}, {}]
+    for block in blocks:
+        if block.language == "yaml" and "parts:" in block.text:
+            settings = yaml.safe_load(block.text)
+            raw["code"] = settings.pop("code")
+            for peer, more in zip(peers, settings.pop("cohort", {}).get("peers", []), strict=False):
+                peer |= more
+            for section, entries in settings.items():
+                raw[section] = {**raw.get(section, {}), **entries}
+    raw["loss"]["mutual"][0]["warmup_steps"] = 0  # the page has more steps
+    peers[1]["backbone"] = "test_resnet"
+    raw["cohort"]["peers"] = peers
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(raw))
+    results = ray_dmml.train(Config.load(tmp_path / "all.yaml"), tmp_path / "run", local=True)
+    assert results["num_classes"] == 5
+    first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert list(first["peers"]["peer0"]) == ["loss", "metric", "distance", "angle", "similarities", "squared"]
+    assert float((tmp_path / "run/best_recall.txt").read_text()) > 0
+    output = CliRunner().invoke(app, ["config", "--config", "all.yaml"]).output
+    assert "parts:Blocks" in output and "parts:BestRecall" in output
+    use_code({})
 
 
 def run_python(block: Block, folder: Path) -> None:

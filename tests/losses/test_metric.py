@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
+from ray_dmml.config.code import read_code, use_code
 from ray_dmml.errors import UserError
 from ray_dmml.losses.distance_weighted import ExactEuclideanDistance
 
@@ -147,7 +150,7 @@ def test_args_reach_the_classes() -> None:
     [
         ({"name": "TripletLoss"}, "no loss 'TripletLoss'; did you mean .*TripletMarginLoss"),
         ({"name": "@"}, "no loss '@'; known are .*ContrastiveLoss"),
-        ({"name": "HistogramLoss"}, "no loss 'HistogramLoss'"),
+        ({"name": "HistogramLoss"}, "HistogramLoss cannot be used: it fails on equal images"),
         ({"miner": {"name": "DistanceWeighted"}}, "no miner.*DistanceWeightedMiner"),
         ({"reducer": "Mean"}, "no reducer 'Mean'.*MeanReducer"),
         ({"reducer": "ThresholdReducer"}, "ThresholdReducer refuses"),
@@ -198,3 +201,174 @@ def test_building_uses_no_random_numbers_but_for_proxies() -> None:
     torch.manual_seed(0)
     build()
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+
+
+# --- wrappers, and losses of one's own ------------------------------------------------------
+
+MEMORY = {
+    "name": "CrossBatchMemory",
+    "args": {"memory_size": 60, "loss": {"name": "ContrastiveLoss", "args": {"neg_margin": 0.5}}},
+}
+
+
+def test_the_memory_loss_compares_with_recent_batches() -> None:
+    """It equals a contrastive loss over all pairs of the batch and of the last 60 embeddings, written out."""
+    loss = build(**MEMORY)
+    memory: list[tuple[Tensor, int]] = []
+    for seed in range(5):
+        x, labels = batch(5, 5, 16, spread=0.7, seed=seed)
+        x = x.float()
+        got = loss(x, labels).item()
+        memory = [*memory, *zip(x, labels.tolist(), strict=True)][-60:]
+        here = len(memory) - len(x)  # the batch is the end of the memory
+        pairs: dict[bool, list[float]] = {True: [], False: []}
+        for i, label in enumerate(labels.tolist()):
+            for j, (other, other_label) in enumerate(memory):
+                if j != here + i:
+                    distance = (x[i] - other).norm().item()
+                    pairs[label == other_label].append(distance if label == other_label else max(0.0, 0.5 - distance))
+        # The library's reducer of this loss: the mean of the terms above zero, of each kind.
+        expected = sum(sum(terms) / max(1, sum(t > 0 for t in terms)) for terms in pairs.values())
+        assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_memory_is_state() -> None:
+    """A loss that is stored before, at or after the memory is full goes on to the same bits; building it leaves no
+    remembered batch behind."""
+    batches = [batch(5, 5, 16, seed=seed) for seed in range(6)]
+    whole = build(**MEMORY)
+    expected = [whole(x.float(), labels) for x, labels in batches]
+    assert expected[0] == build(**MEMORY)(batches[0][0].float(), batches[0][1])
+    for stop in range(6):
+        first, second = build(**MEMORY), build(**MEMORY)
+        got = [first(x.float(), labels) for x, labels in batches[:stop]]
+        second.load_state_dict(first.state_dict())
+        got += [second(x.float(), labels) for x, labels in batches[stop:]]
+        assert torch.equal(torch.stack(got), torch.stack(expected))
+
+
+def test_parts_inside_of_wrappers() -> None:
+    """Miners, distances and reducers of the inner losses, and several losses with weights."""
+    x, labels = batch(10, 4, 16)
+    loss = build(
+        name="MultipleLosses",
+        args={
+            "losses": [
+                {"name": "ProxyAnchorLoss"},
+                {
+                    "name": "ContrastiveLoss",
+                    "args": {"distance": {"name": "CosineSimilarity"}},
+                    "reducer": "SumReducer",
+                },
+            ],
+            "miners": [None, {"name": "PairMarginMiner"}],
+            "weights": [1, 0.5],
+        },
+    )
+    proxies, contrastive = loss.loss.losses
+    assert (proxies.num_classes, type(contrastive.distance).__name__) == (10, "CosineSimilarity")
+    assert len(list(loss.parameters())) == 1  # the proxies
+    mined = loss.loss.miners[1](x.float(), labels)
+    expected = proxies(x.float(), labels) + 0.5 * contrastive(x.float(), labels, mined)
+    assert torch.equal(loss(x.float(), labels), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "SelfSupervisedLoss"}, "SelfSupervisedLoss cannot be used: it needs two embeddings of each image"),
+        ({"name": "CrossBatchMemory"}, "CrossBatchMemory refuses.*loss"),
+        ({"name": "CrossBatchMemory", "args": {"loss": "ContrastiveLoss"}}, "args.loss: write {name: "),
+        ({"name": "CrossBatchMemory", "args": {"loss": {"name": "ProxyNCALoss"}}}, "not supported for ProxyNCALoss"),
+        ({"name": "CrossBatchMemory", "args": {"loss": {"name": "Contrastive"}}}, "args.loss: there is no loss 'Contr"),
+    ],
+)
+def test_mistakes_in_wrappers_are_named(config: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(**config)
+
+
+OWN = """
+import torch
+from torch import nn
+from pytorch_metric_learning import losses, miners
+
+class Spread(nn.Module):
+    def __init__(self, num_classes, embedding_size, scale=1.0):
+        super().__init__()
+        self.centers = nn.Parameter(torch.zeros(num_classes, embedding_size))
+        self.scale = scale
+
+    def forward(self, embeddings, labels):
+        return self.scale * (embeddings - self.centers[labels]).square().mean()
+
+def spread(embeddings, labels, scale=1.0):
+    return scale * embeddings.square().mean()
+
+class Pairs(losses.ContrastiveLoss):
+    pass
+
+class Miner(miners.BaseMiner):
+    def mine(self, embeddings, labels, ref_emb, ref_labels):
+        return torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
+
+def wrong(embeddings, labels):
+    return embeddings
+
+def broken(embeddings, labels):
+    return embeddings @ labels
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[None]:
+    """The module own_losses, which no package has."""
+    (tmp_path / "own_losses.py").write_text(OWN)
+    use_code(read_code([tmp_path / "own_losses.py"]))
+    yield
+    use_code({})
+
+
+@pytest.mark.usefixtures("own")
+def test_losses_of_ones_own() -> None:
+    """A module gets the sizes that it requires, and its parameters learn; a function and a subclass of the library's
+    losses work as well, with miners of one's own."""
+    x, labels = batch(10, 4, 16)
+    x = x.float()
+    module = build(name="own_losses:Spread", args={"scale": 2.0})
+    module(x, labels).backward()
+    (centers,) = module.parameters()
+    assert centers.shape == (10, 16) and centers.grad.abs().sum() > 0
+    assert module(x, labels) == 2 * x.square().mean()
+    assert build(name="own_losses:spread", args={"scale": 3.0})(x, labels) == 3 * x.square().mean()
+    pairs = build(name="own_losses:Pairs", args={"neg_margin": 0.5}, miner={"name": "own_losses:Miner"})
+    triplets = tuple(torch.tensor([index]) for index in (0, 1, 2))
+    assert torch.equal(pairs(x, labels), losses.ContrastiveLoss(neg_margin=0.5)(x, labels, triplets))
+    wrapped = {"loss": {"name": "ContrastiveLoss"}, "miner": {"name": "own_losses:Miner"}}
+    assert type(build(name="CrossBatchMemory", args=wrapped).loss.miner).__name__ == "Miner"
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"name": "own_losses:Spred"},
+            "loss.metric.name 'own_losses:Spred': module own_losses .* has no Spred; did you",
+        ),
+        ({"name": "own_losses:Spread", "args": {"size": 1}}, "own_losses:Spread does not fit its args: .*'size'"),
+        ({"name": "own_losses:wrong"}, "own_losses:wrong does not work .*: the result is not a single number"),
+        (
+            {"name": "own_losses:broken"},
+            "own_losses:broken does not work .*: RuntimeError: .* at .*own_losses.py, line 29",
+        ),
+        (
+            {"name": "own_losses:spread", "reducer": "MeanReducer"},
+            "own_losses:spread does not fit its args: .*'reducer'",
+        ),
+        ({"miner": {"name": "own_losses:spread"}}, "TripletMarginLoss with own_losses:spread"),
+    ],
+)
+def test_mistakes_in_losses_of_ones_own_are_named(config: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(**config)

@@ -73,19 +73,28 @@ def publish(peer: Peer, step: int) -> Tensor:
 
 MUTUAL: dict[str, Any] = {"relational": {"distance_weight": 1.0, "angle_weight": 2.0}}
 RAW: dict[str, Any] = {"relational": {**MUTUAL["relational"], "normalize": False}}
+MEMORY = {"name": "CrossBatchMemory", "args": {"memory_size": 30, "loss": {"name": "ContrastiveLoss"}}}
 CASES = [
     (2, {"batch_norm": "frozen"}, MUTUAL),
     (2, {"batch_norm": "frozen"}, RAW),
     (5, {"batch_norm": "frozen"}, MUTUAL),
     (2, {"batch_norm": "frozen", "ema": {"decay": 0.5, "as_teacher": True}}, MUTUAL),
     (2, {"batch_norm": "frozen", "update_interval": 2}, MUTUAL),
+    (2, {"batch_norm": "frozen"}, {**MUTUAL, "metric": MEMORY}),
 ]
 
 
 @pytest.mark.parametrize(
     ("size", "more", "loss"),
     CASES,
-    ids=["even", "before normalisation", "uneven", "averaged weights published", "accumulating"],
+    ids=[
+        "even",
+        "before normalisation",
+        "uneven",
+        "averaged weights published",
+        "accumulating",
+        "a loss with a memory",
+    ],
 )
 def test_replicas_learn_what_one_device_learns_from_the_whole_batch(
     share: Share, size: int, more: dict[str, Any], loss: dict[str, Any]

@@ -7,11 +7,11 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from ray_dmml.config.schema import DataConfig
+from ray_dmml.config.schema import DATA_SETS, DataConfig
 from ray_dmml.cores import num_cores
 from ray_dmml.data.cache import through_cache
 from ray_dmml.data.dataset import ImageSet, Splits, check_images, hold_out_classes, hold_out_images
-from ray_dmml.data.datasets import benchmarks, characters, folder, manifest
+from ray_dmml.data.datasets import benchmarks, characters, folder, manifest, own_data_set
 from ray_dmml.data.findings import Findings
 from ray_dmml.data.staging import fetch, local_root
 from ray_dmml.errors import UserError
@@ -111,13 +111,17 @@ def prepare(config: DataConfig) -> str:
         f"{len(images)} {split} images of {images.num_classes} classes"
         for split, images in load_splits(config, check=False).parts().items()
     )
-    return f"{counts}, {'built in' if config.name == 'characters' else f'in {local_root(config)}'}"
+    if config.root is None and config.source is None:
+        return f"{counts}, {'built in' if config.name == 'characters' else f'by {config.name}'}"
+    return f"{counts}, in {local_root(config)}"
 
 
 def _read(config: DataConfig, findings: Findings) -> tuple[ImageSet | None, ImageSet | None]:
     """The training images and the test images; a manifest may lack either of them."""
     if config.name == "characters":
         return characters.load(config.decode_size)
+    if config.name not in DATA_SETS:
+        return own_data_set.load(config)
     root = fetch(config)
     if not root.is_dir() and not (config.name == "cub200" and config.download):
         raise UserError(f"data.root {root} is not an existing folder")

@@ -1,0 +1,55 @@
+"""A data set that a function of one's own reads: ``data.name: module:function``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ray_dmml.config.parts import call_part, find_part
+from ray_dmml.config.schema import DataConfig
+from ray_dmml.data.dataset import ImageSet
+from ray_dmml.data.staging import fetch
+from ray_dmml.errors import UserError
+
+
+def load(config: DataConfig) -> tuple[ImageSet, ImageSet | None]:
+    """Calls ``function(config, root, **data.args)``, which returns the training images and the test images (or None).
+
+    ``root`` is the folder of ``data.root``, or of the copy of ``data.source``; None if neither is set.
+
+    Raises:
+        UserError: the function cannot be found or fails, or returns something else.
+    """
+    root = fetch(config) if config.root is not None or config.source is not None else None
+    return _call(config, root)
+
+
+def _call(config: DataConfig, root: Path | None) -> tuple[ImageSet, ImageSet | None]:
+    part = find_part("data.name", config.name)
+    sets: Any = call_part("data.name", config.name, part, config.args, config, root)
+    what = f"data.name: {config.name} must return the training images and the test images, each a ray_dmml.ImageSet"
+    is_pair = isinstance(sets, tuple) and len(sets) == 2
+    if not (is_pair and isinstance(sets[0], ImageSet) and isinstance(sets[1], (ImageSet, type(None)))):
+        got = [type(each).__name__ for each in sets] if isinstance(sets, tuple) else type(sets).__name__
+        raise UserError(f"{what}, and returns {got}")
+    for images, split in zip(sets, ("training", "test"), strict=True):
+        if images is not None and (problem := _problem(images, config.decode_size)):
+            raise UserError(f"{what}; in the {split} images {problem}")
+    return sets
+
+
+def _problem(images: ImageSet, size: int) -> str | None:
+    """What is wrong with a set, seen without reading all images."""
+    labels: Any = images.labels
+    if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.shape != (len(images.source),):
+        return f"labels must be an int64 array with one entry for each of the {len(images.source)} images"
+    if not np.array_equal(np.unique(labels), np.arange(images.num_classes)):
+        return f"labels must be 0 to {images.num_classes - 1}, the positions in class_names, each at least once"
+    image: Any = images.source.read(0)
+    if not isinstance(image, Tensor) or str(image.dtype) != "torch.uint8" or image.shape != (3, size, size):
+        got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        return f"read() must give uint8 (3, {size}, {size}), of data.decode_size, and gives {got}"
+    return None

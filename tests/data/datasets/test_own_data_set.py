@@ -1,0 +1,122 @@
+"""A data set that a function of one's own reads: used like the others, or refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_dmml.config.code import read_code, use_code
+from ray_dmml.config.schema import Config, DataConfig
+from ray_dmml.data.datasets import load_splits
+from ray_dmml.errors import UserError
+
+OWN = """
+import numpy as np
+import torch
+from ray_dmml import FileImages, ImageSet
+
+class Colours:
+    '''Images that are no files: one colour each.'''
+    def __init__(self, values, size): self.values, self.size = values, size
+    def __len__(self): return len(self.values)
+    def name(self, index): return f"colour {self.values[index]}"
+    def read(self, index): return torch.full((3, self.size, self.size), self.values[index], dtype=torch.uint8)
+    def subset(self, indices): return Colours([self.values[i] for i in indices], self.size)
+
+def colours(config, root, num_classes=8):
+    def images_of(first):
+        values = list(range(20 * first, 20 * first + 3 * num_classes))
+        labels = np.arange(len(values)) // 3
+        return ImageSet(Colours(values, config.decode_size), labels, tuple(f"{first}-{n}" for n in range(num_classes)))
+    assert root is None
+    return images_of(0), images_of(5)
+
+def files(config, root):
+    def images_of(names):
+        paths = [f"{name}/{n}.png" for name in names for n in range(5)]
+        return ImageSet(FileImages(root, paths, config.decode_size), np.repeat(np.arange(len(names)), 5), names)
+    return images_of(tuple(f"class{n:02d}" for n in range(12))), images_of(tuple(f"class{n}" for n in range(12, 16)))
+
+def no_test(config, root):
+    return colours(config, root)[0], None
+
+def one_set(config, root):
+    return colours(config, root)[0]
+
+def wrong_labels(config, root):
+    train, test = colours(config, root)
+    return train, ImageSet(test.source, test.labels + 1, test.class_names)
+
+def wrong_size(config, root):
+    train, test = colours(config, root)
+    return ImageSet(Colours(train.source.values, 9), train.labels, train.class_names), test
+
+def broken(config, root):
+    return open("no such file")
+"""
+
+
+@pytest.fixture(autouse=True)
+def own(tmp_path: Path) -> Iterator[None]:
+    """The module own_data."""
+    (tmp_path / "own_data.py").write_text(OWN)
+    use_code(read_code([tmp_path / "own_data.py"]))
+    yield
+    use_code({})
+
+
+def settings(name: str, **given: Any) -> DataConfig:
+    return DataConfig(name=f"own_data:{name}", decode_size=12, **given)
+
+
+def test_images_that_are_no_files() -> None:
+    """Without data.root, with args; validation classes are held out of the training images."""
+    splits = load_splits(settings("colours", args={"num_classes": 10}, validation_fraction=0.3))
+    assert splits.train.num_classes == 7 and splits.test.num_classes == 10
+    assert splits.validation is not None and splits.validation.num_classes == 3
+    image = splits.test.source.read(4)
+    assert torch.equal(image, torch.full((3, 12, 12), 104, dtype=torch.uint8))
+
+
+def test_there_may_be_no_test_images() -> None:
+    assert load_splits(settings("no_test")).test is None
+
+
+def test_files_are_checked_and_cached(image_folder: Path, tmp_path: Path) -> None:
+    """As those of any data set."""
+    config = settings("files", root=image_folder, cache_dir=tmp_path / "cache")
+    splits = load_splits(config)
+    assert splits.test.class_names == ("class12", "class13", "class14", "class15")
+    assert list((tmp_path / "cache").glob("*.images"))
+    plain = load_splits(config.model_copy(update={"cache_gib": 0.0}))
+    assert torch.equal(splits.train.source.read(7), plain.train.source.read(7))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", r"^data.name 'own_data:nothing': module own_data .* has no nothing"),
+        ("one_set", r"must return the training images and the test images, .* and returns ImageSet"),
+        ("wrong_labels", r"in the test images labels must be 0 to 7"),
+        (
+            "wrong_size",
+            r"in the training images read\(\) must give uint8 \(3, 12, 12\), .* gives .*\(3, 9, 9\)",
+        ),
+        ("broken", r"^data.name: own_data:broken fails at .*own_data.py, line 43: FileNotFoundError"),
+    ],
+)
+def test_mistakes_are_named(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_splits(settings(name))
+
+
+def test_settings_that_do_not_fit() -> None:
+    """A name that is neither known nor written as module:function, and args of a data set of the package."""
+    with pytest.raises(UserError, match=r"data.name: Input should be 'characters', .* or your own as module:name"):
+        Config.parse({"data": {"name": "cub"}})
+    with pytest.raises(UserError, match=r"data.args are those of a data set of your own, not of 'characters'"):
+        Config.parse({"data": {"args": {"size": 1}}})

@@ -1,0 +1,140 @@
+"""The sum of the mutual terms: those of relational distillation, and own ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ray_dmml.config.code import read_code, use_code
+from ray_dmml.config.schema import LossConfig
+from ray_dmml.errors import UserError
+from ray_dmml.losses.mutual import MutualLoss
+from ray_dmml.losses.relational import relational_losses
+
+OWN = """
+import torch
+from torch import nn
+
+def similarities(student, teachers, power=1):
+    terms = [(student @ student.T - teacher @ teacher.T).abs().pow(power).mean() for teacher in teachers]
+    return torch.stack(terms).mean()
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, student, teachers):
+        self.count += 1
+        return similarities(self.scale * student, teachers)
+
+def broken(student, teachers):
+    return (student - teachers[0][:, :3]).sum()
+
+def by_row(student, teachers):
+    return student.sum(dim=1)
+"""
+
+
+@pytest.fixture(autouse=True)
+def own(tmp_path: Path) -> Iterator[None]:
+    """The module own_terms."""
+    (tmp_path / "own_terms.py").write_text(OWN)
+    use_code(read_code([tmp_path / "own_terms.py"]))
+    yield
+    use_code({})
+
+
+def build(**config: Any) -> MutualLoss:
+    return MutualLoss(LossConfig.model_validate(config), 8, ignore_nonfinite=False)
+
+
+def batch() -> tuple[Tensor, list[Tensor]]:
+    """A student's embeddings before normalization, and those of two teachers of other sizes."""
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(6, 8, generator=generator).requires_grad_()
+    return raw, [torch.randn(6, size, generator=generator) for size in (5, 8)]
+
+
+def naive(student: Tensor, teachers: list[Tensor], power: int = 1) -> float:
+    means = []
+    for teacher in teachers:
+        total = 0.0
+        for i in range(6):
+            for j in range(6):
+                total += abs(student[i].dot(student[j]) - teacher[i].dot(teacher[j])).item() ** power
+        means.append(total / 36)
+    return sum(means) / len(means)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_own_terms_are_added_with_their_weights(normalize: bool) -> None:
+    """They get what the relational terms get: unit length, or the head's output; two terms of one function differ
+    in args and label."""
+    raw, teachers = batch()
+    loss = build(
+        relational={"normalize": normalize},
+        mutual=[
+            {"name": "own_terms:similarities", "weight": 3},
+            {"name": "own_terms:similarities", "weight": 0.5, "args": {"power": 2}, "label": "squared"},
+            {"name": "own_terms:Scaled", "weight": 0},
+        ],
+    )
+    total, terms = loss(raw, F.normalize(raw), teachers, 0)
+    student = (F.normalize(raw) if normalize else raw).detach()
+    assert list(terms) == ["distance", "angle", "similarities", "squared"]
+    assert terms["similarities"].item() == pytest.approx(naive(student, teachers), rel=1e-5)
+    assert terms["squared"].item() == pytest.approx(naive(student, teachers, 2), rel=1e-5)
+    both = relational_losses(student, teachers)
+    expected = both.distance + 2 * both.angle + 3 * terms["similarities"] + 0.5 * terms["squared"]
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    total.backward()
+    assert raw.grad is not None and raw.grad.abs().sum() > 0
+
+
+def test_an_own_term_alone_with_a_warm_up() -> None:
+    """Without relational weights only the own term is left, whose weight rises linearly; before that there is none."""
+    raw, teachers = batch()
+    loss = build(
+        relational={"distance_weight": 0, "angle_weight": 0},
+        mutual=[{"name": "own_terms:similarities", "weight": 2, "warmup_steps": 4}],
+    )
+    assert loss(raw, F.normalize(raw), teachers, 0) == (None, {})
+    at_one, terms = loss(raw, F.normalize(raw), teachers, 1)
+    assert at_one.item() == pytest.approx(0.5 * terms["similarities"].item())
+    assert loss(raw, F.normalize(raw), teachers, 9)[0].item() == pytest.approx(2 * terms["similarities"].item())
+    assert loss(raw, F.normalize(raw), [], 9) == (None, {})
+
+
+def test_parameters_and_buffers_of_a_term_are_those_of_the_loss() -> None:
+    """They learn and are stored; building the loss leaves them as they were."""
+    loss = build(mutual=[{"name": "own_terms:Scaled"}])
+    assert [value.item() for value in loss.state_dict().values()] == [1, 0]
+    raw, teachers = batch()
+    loss(raw, F.normalize(raw), teachers, 0)[0].backward()
+    (scale,) = loss.parameters()
+    assert scale.grad is not None and scale.grad != 0
+    assert [value.item() for value in loss.state_dict().values()] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "own_terms:broken",
+            r"loss.mutual.0: own_terms:broken fails on a student .* \(4, 8\) at .*own_terms.py, line 20",
+        ),
+        ("own_terms:by_row", r"loss.mutual.0: own_terms:by_row must return a scalar tensor, and returns \(4,\)"),
+        ("own_terms:rows", r"loss.mutual.0.name 'own_terms:rows': module own_terms .*has no rows"),
+    ],
+)
+def test_mistakes_are_named(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(mutual=[{"name": name}])
