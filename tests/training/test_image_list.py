@@ -76,12 +76,20 @@ def move_one(root: Path) -> None:
 def test_a_run_does_not_go_on_with_other_images(
     finished: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], None], message: str
 ) -> None:
-    """It says what has changed. The same images in another folder are the same."""
-    run, root = shutil.copytree(finished[0], tmp_path / "run"), shutil.copytree(finished[1], tmp_path / "moved")
-    assert train(config_of(root, steps=2), resume=run, local=True)["step"] == 2
+    """It says what has changed."""
+    run, root = finished[0], shutil.copytree(finished[1], tmp_path / "changed")
     change(root)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=f"its images have changed: {message}"):
-        train(config_of(root, steps=3), resume=run, local=True)
+        train(config_of(root, steps=2), resume=run, local=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_goes_on_with_images_that_have_moved(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    """The same images in another folder, with other times."""
+    run, root = shutil.copytree(finished[0], tmp_path / "run"), tmp_path / "moved"
+    shutil.copytree(finished[1], root, copy_function=shutil.copyfile)
+    assert train(config_of(root, steps=2), resume=run, local=True)["step"] == 2
 
 
 def test_differences_are_named_by_kind() -> None:

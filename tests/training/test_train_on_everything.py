@@ -19,7 +19,7 @@ SHORT = {"steps": 2, "evaluate_every": 1, "log_every": 1}
 
 
 def all_classes(root: Path, validation_fraction: float) -> dict[str, Any]:
-    raw = tiny(root, train=SHORT)
+    raw = tiny(root, train=SHORT, checkpoint={"every_steps": 0})
     raw["data"] |= {"train_fraction": 1, "validation_fraction": validation_fraction}
     return raw
 
@@ -70,16 +70,19 @@ def test_without_validation_classes_the_run_is_not_evaluated(image_folder: Path,
     assert train(longer, resume=run, local=True)["step"] == 3
 
 
-@pytest.mark.parametrize("kind", ["imagefolder", "all rows train", "no column split"])
-def test_with_validation_classes_the_run_is_evaluated_on_them(image_folder: Path, tmp_path: Path, kind: str) -> None:
-    """The best checkpoint is chosen, and the final figures, with those of the untrained peers, are of these classes."""
-    raw = all_classes(image_folder, 0.25)
-    if kind != "imagefolder":
-        raw = manifest(image_folder, tmp_path, with_split=kind == "all rows train")
-    config = Config.parse(raw)
-    splits = load_splits(config.data)
+@pytest.mark.parametrize("with_split", [True, False])
+def test_a_manifest_without_test_rows(image_folder: Path, tmp_path: Path, with_split: bool) -> None:
+    """It is the folder with train_fraction 1: all rows are of split train, or there is no such column."""
+    listed = load_splits(Config.parse(manifest(image_folder, tmp_path, with_split=with_split)).data)
+    splits = load_splits(Config.parse(all_classes(image_folder, 0.25)).data)
     assert splits.test is None and splits.validation is not None
     assert splits.train.num_classes + splits.validation.num_classes == NUM_CLASSES
+    assert listed.digests() == splits.digests()
+
+
+def test_with_validation_classes_the_run_is_evaluated_on_them(image_folder: Path, tmp_path: Path) -> None:
+    """The best checkpoint is chosen, and the final figures, with those of the untrained peers, are of these classes."""
+    config = Config.parse(all_classes(image_folder, 0.25))
     run = tmp_path / "run"
     results = train(config, run, local=True)
     assert (results["split"], results["num_classes"], results["num_images"]) == ("validation", 4, 20)

@@ -84,3 +84,11 @@ def test_a_final_run_that_fails_stops_no_other(
     damage(0)
     with pytest.raises(UserError, match="stesp"):
         final_runs(files, search, best, [best], local=True)
+
+
+def test_without_test_classes_there_are_no_final_runs(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Nothing is trained: nothing could be compared."""
+    search, files, best = make_search(raw, final_seeds=2), SearchDir(tmp_path), ended("b", 3.0)
+    final = final_runs(files, search, best, [best], has_test_classes=False, local=True)
+    assert [final[name]["test"] for name in ("best", "baseline")] == [[], []]
+    assert final["best"]["params"] == {ANGLE: 3.0} and not list(tmp_path.iterdir())
