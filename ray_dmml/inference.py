@@ -53,7 +53,7 @@ class TrainedCohort:
         files = [str(Path(path).resolve()) for path in paths]
         source = FileImages(Path(), files, self.decode_size, self.resize)
         images = ImageSet(source, np.zeros(len(files), np.int64), ("unknown",))
-        size = sum(peer.net.head.out_features for peer in self.peers.values())
+        size = sum(peer.net.embedding_size for peer in self.peers.values())
         batches = [self.embed(batch) for batch in in_chunks(images, batch_size)]
         return np.concatenate([np.empty((0, size), np.float32), *batches])
 
