@@ -48,7 +48,7 @@ class TrainedPeer:
         Raises UserError with the name of a file that cannot be read, and if a folder has no images.
         """
         batches = [self.embed(batch).cpu().numpy() for batch in _decoded(files, self, batch_size)]
-        return np.concatenate([np.empty((0, self.net.head.out_features), np.float32), *batches])
+        return np.concatenate([np.empty((0, self.net.embedding_size), np.float32), *batches])
 
 
 class TrainedCohort:
@@ -69,7 +69,7 @@ class TrainedCohort:
 
         Raises UserError with the name of a file that cannot be read, and if a folder has no images.
         """
-        size = sum(peer.net.head.out_features for peer in self.peers.values())
+        size = sum(peer.net.embedding_size for peer in self.peers.values())
         batches = [self.embed(batch) for batch in _decoded(files, self, batch_size)]
         return np.concatenate([np.empty((0, size), np.float32), *batches])
 

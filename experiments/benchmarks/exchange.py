@@ -50,7 +50,7 @@ class Exchanger:
         torch.set_num_threads(threads)
         self._step = 0
         names, device = ("peer0", "peer1"), torch.device("cpu")
-        member = Member(position, device, names, (SIZE, SIZE), Teachers(2), coordinator)
+        member = Member(position, device, names, Teachers(2), coordinator)
         self._exchange, connected = connect(member, transport, TIMEOUT_S)
         return connected
 

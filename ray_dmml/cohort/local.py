@@ -20,6 +20,7 @@ from ray_dmml.cores import num_cores
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import BatchLoader, build_sampler
 from ray_dmml.errors import PeerLostError
+from ray_dmml.peer.kept_embeddings import keep_embeddings
 from ray_dmml.peer.memory import explain_out_of_memory
 from ray_dmml.peer.peer import build_peer
 
@@ -62,6 +63,9 @@ class LocalCohort:
 
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
         rows = []
+        for peer in self.peers:
+            with explain_out_of_memory(peer):
+                keep_embeddings(peer, self._splits.train, self._config.data)
         for step in range(start, stop):
             rows.append(self._step(step))
             on_step(step + 1)

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from ray_dmml.config import yamlio
-from ray_dmml.config.loading import BUILT_IN_WEIGHTS, QUICKSTART, Overrides, override_settings, read_settings, shorten
+from ray_dmml.config.loading import QUICKSTART, Overrides, override_settings, read_settings, shorten
 from ray_dmml.config.messages import explain, refuse_change
 from ray_dmml.config.parts import is_own, is_path
 from ray_dmml.errors import UserError
@@ -289,7 +289,7 @@ class PeerConfig(Section):
     must be in both the file and the network."""
 
     embedding_size: Count = 128
-    """D: number of dimensions of an embedding."""
+    """D: number of dimensions of an embedding. That of a frozen peer is given by its weights."""
 
     pooling: Literal["native", "avg", "max", "avgmax", "token", "gem"] = "native"
     """`native` is what the backbone was trained with. `avg` averages the feature map, or the tokens of the patches.
@@ -320,7 +320,12 @@ class PeerConfig(Section):
     """At the k-1 batches between, `accumulate` averages the gradients, and `skip` only publishes embeddings."""
 
     frozen: bool = False
-    """The peer teaches and does not learn. Its weights must come from a file that includes the head."""
+    """The peer teaches and does not learn. With `weights` of a backbone alone (`pretrained`, `offline`, a file) it
+    teaches with the pooled features of the backbone; with a peer's weights.safetensors, with that peer's embeddings."""
+
+    teacher_view: Literal["own", "evaluation"] = "own"
+    """What a frozen peer embeds. `own`: its `view` of each batch. `evaluation`: the evaluation view of every training
+    image, once before training; it then takes no time at a step."""
 
     ema: EmaConfig | None = None
     """Keep an exponential moving average of the peer's weights. null: no average is kept."""
@@ -378,11 +383,10 @@ class PeerConfig(Section):
                 f"weights: {self.weights} are those of timm's networks; {self.backbone} may load its own when it is "
                 "built, or give a file"
             )
-        if self.frozen and self.weights in BUILT_IN_WEIGHTS:
-            raise ValueError(
-                "a frozen peer needs weights from a file that includes its head "
-                f"(RUN/checkpoints/step-.../PEER/weights.safetensors), not weights: {self.weights}"
-            )
+        if self.frozen and self.weights == "none":
+            raise ValueError("a frozen peer never learns, so it needs weights: pretrained, offline or a file")
+        if self.teacher_view == "evaluation" and not self.frozen:
+            raise ValueError("teacher_view: evaluation needs frozen: true; the embeddings of other peers change")
         if self.frozen and self.ema is not None:
             raise ValueError("a frozen peer never changes, so it has nothing to average")
         return self

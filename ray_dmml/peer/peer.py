@@ -108,6 +108,8 @@ class Peer:
         )
         self.optimizer = build_optimizer(config.optimizer, self.net, self._losses)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+        self.kept: Tensor | None = None
+        """(N, D) float32 to publish for each training image, if a frozen peer has computed them before training."""
         self.replicas: Replicas | None = None
         """Further processes that share the peer's batches, if it has more than one device."""
 
@@ -120,6 +122,9 @@ class Peer:
             NonFiniteLossError: an embedding is NaN or infinite. With ``on_nonfinite: skip`` the output is
                 marked instead, and no peer learns from it.
         """
+        if self.kept is not None:
+            published = self.kept[batch.indices.to(self.device)]
+            return PeerOutput(batch, published, None, None, self._check_finite("embedding", published, batch.step))
         with self._seeded(batch.step, "view"):
             images = self._augment(self.view, batch.images)
         raw = embedding = None
@@ -187,6 +192,10 @@ class Peer:
 
     # --- evaluation -------------------------------------------------------------------------
 
+    def embed_to_publish(self, images: Tensor) -> Tensor:
+        """What the peer publishes of the evaluation view of decoded images: (B, D) float32."""
+        return self._to_publish(self._infer(self.net, self._augment(self.eval_view, images)))
+
     def embed_images(
         self,
         images: ImageSet,
@@ -225,7 +234,7 @@ class Peer:
             "net": self.net.state_dict(),
             "metric": self.metric.state_dict(),
             "mutual": self.mutual.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {} if self.config.frozen else self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "num_consecutive_nonfinite": self._num_consecutive_nonfinite,
             "gradients": {
@@ -239,14 +248,15 @@ class Peer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned. With ``net`` and ``ema`` alone, the peer can only be evaluated."""
-        self.net.load_state_dict(state["net"])
+        load_net_weights(self.net, state["net"], f"of {self.name}")
         if "optimizer" not in state:
             if self.ema is not None and "ema" in state:
                 self.ema.module.load_state_dict(state["ema"])
             return
         self.metric.load_state_dict(state["metric"])
         self.mutual.load_state_dict(state["mutual"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if not self.config.frozen:
+            self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self._num_consecutive_nonfinite = state["num_consecutive_nonfinite"]
         if self.ema is not None:

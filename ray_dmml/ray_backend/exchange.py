@@ -44,15 +44,19 @@ def verify(rows: Tensor, expected: int, teacher: str, step: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Member:
-    """One peer among the others of its generation. ``names`` and ``sizes`` (embedding sizes D) are those of all peers.
-    A peer's rank is its position there."""
+    """One peer among the others of its generation. ``names`` are those of all peers. A peer's rank is its position
+    there."""
 
     rank: int
     device: torch.device
     names: tuple[str, ...]
-    sizes: tuple[int, ...]
     teachers: Teachers
     coordinator: Any
+
+    def embedding_sizes(self, own: int) -> list[int]:
+        """D of every peer, once all of them have called this. A frozen peer's is known when its weights are loaded."""
+        sizes: list[int] = ray.get(self.coordinator.gather.remote("embedding sizes", self.rank, own))
+        return sizes
 
 
 class Exchange:
@@ -78,12 +82,14 @@ class CoordinatorExchange(Exchange):
 
     def __init__(self, member: Member) -> None:
         self._member = member
+        self._sizes: list[int] = []  # known from the first step on
 
     def start(self, step: int, embedding: Tensor) -> None:
         member, array = self._member, embedding.cpu().numpy()
         teachers = list(member.teachers.at(step)[member.rank])
         self._step = step
-        self._shapes = {teacher: (len(array), member.sizes[teacher]) for teacher in teachers}
+        self._sizes = self._sizes or member.embedding_sizes(array.shape[1])
+        self._shapes = {teacher: (len(array), self._sizes[teacher]) for teacher in teachers}
         count = 1 + sum(len(_parts(*shape)) for shape in self._shapes.values())
         parts = [array[rows] for rows in _parts(*array.shape)]
         call = member.coordinator.exchange.options(num_returns=count)
@@ -126,9 +132,8 @@ class DirectExchange(Exchange):
         self._member = member
         is_gloo = backend == "gloo"
         self._device = torch.device("cpu") if is_gloo else member.device
-        # gloo needs equal shapes in a collective, so narrower embeddings are padded to the widest.
-        sizes = [max(member.sizes)] * len(member.sizes) if member.teachers.all_others else member.sizes
-        self._widths = [max(_CHECKSUM_FLOATS, size) for size in sizes]
+        self._sizes: list[int] = []  # known from the first step on
+        self._widths: list[int] = []
         dist.init_process_group(
             backend,
             store=store,
@@ -144,6 +149,8 @@ class DirectExchange(Exchange):
 
     def start(self, step: int, embedding: Tensor) -> None:
         self._step, rank = step, self._member.rank
+        if not self._sizes:
+            self._learn_sizes(embedding.shape[1])
         teachers = self._member.teachers.at(step)
         sent = self.pack(embedding, self._widths[rank])  # outside the block: its errors are not those of other peers
         self._received = {n: torch.empty(len(sent), self._widths[n], device=self._device) for n in teachers[rank]}
@@ -165,11 +172,18 @@ class DirectExchange(Exchange):
                 self._pending.pop(0)
         embeddings = []
         for teacher, received in self._received.items():
-            rows = received[:-1, : self._member.sizes[teacher]].contiguous()
+            rows = received[:-1, : self._sizes[teacher]].contiguous()
             # A copy, because a view as int64 must start at a multiple of 8 bytes.
             expected = int(received[-1, :_CHECKSUM_FLOATS].clone().view(torch.int64))
             embeddings.append(verify(rows, expected, self._member.names[teacher], self._step))
         return embeddings
+
+    def _learn_sizes(self, own: int) -> None:
+        self._sizes = self._member.embedding_sizes(own)
+        # gloo needs equal shapes in a collective, so narrower embeddings are padded to the widest.
+        widest = [max(self._sizes)] * len(self._sizes)
+        sizes = widest if self._member.teachers.all_others else self._sizes
+        self._widths = [max(_CHECKSUM_FLOATS, size) for size in sizes]
 
     @contextmanager
     def _explain_loss(self) -> Iterator[None]:

@@ -92,7 +92,9 @@ class PeerActor:
         _require_same_images(self._splits, digests, config.data, str(peer.name))
         self._peer = build_peer(config, position, self._splits.train.num_classes, device_of(peer), initial_weights)
         self._replicas = ReplicaActors(self._peer, config, code, threads, options)
-        self._loader = BatchLoader(self._splits.train, build_sampler(config, self._splits), threads)
+        # A peer that publishes what it has kept needs no images.
+        sampler, decode = build_sampler(config, self._splits), peer.teacher_view == "own"
+        self._loader = BatchLoader(self._splits.train, sampler, threads, decode=decode)
         self.exchange = Exchange()
         self._num_sent = self._num_chunks = 0
         self._coordinator: Any = None
@@ -109,13 +111,22 @@ class PeerActor:
         self._rank, self._coordinator = list(names).index(self._peer.name), coordinator
         coordinator.heartbeat.remote(self._rank)  # from the first one on, the next are missed
         cohort, device = self._config.cohort, self._peer.device
-        sizes = tuple(peer.embedding_size for peer in cohort.peers if peer.name in names)
         teachers = Teachers(len(names), cohort.max_teachers, self._config.seed)
-        member = Member(self._rank, device, tuple(names), sizes, teachers, coordinator)
+        member = Member(self._rank, device, tuple(names), teachers, coordinator)
         self.exchange, transport = connect(member, cohort.transport, cohort.start_timeout_s)
         num_replicas, node_id = self._peer.config.num_replicas, ray.get_runtime_context().get_node_id()
         devices = f"{device} x {num_replicas}" if num_replicas > 1 else str(device)
         return PeerPlace(devices, transport, node_id, ray.util.get_node_ip_address(), os.getpid())
+
+    def keep_embeddings(self) -> None:
+        """Embeds the training images once if the peer publishes such embeddings."""
+        from ray_dmml.peer.kept_embeddings import keep_embeddings
+        from ray_dmml.peer.memory import explain_out_of_memory
+
+        with explain_out_of_memory(self._peer), self._replicas.explain_loss():
+            keep_embeddings(
+                self._peer, self._splits.train, self._config.data, after_chunk=lambda: self._report(num_chunks=1)
+            )
 
     def run(self, start: int, stop: int) -> tuple[list[dict[str, float]], float]:
         """Trains steps ``start .. stop - 1``. Returns the terms of each step's loss, and the seconds spent waiting for

@@ -75,6 +75,7 @@ class RayCohort:
         self._step_seconds: deque[float] = deque(maxlen=31)  # of the latest calls of run
         self._median_step = 0.0
         self._has_new_peers = True  # a peer that has made no step yet
+        self._must_keep_embeddings = True  # before the first step of a generation
         self._session = ExitStack()
         self._session.enter_context(ray_session())
         try:
@@ -90,6 +91,10 @@ class RayCohort:
             raise
 
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
+        if self._must_keep_embeddings:
+            # Not within the first step, where the other peers would wait and seem to hang.
+            self._gather({name: self.actors[name].keep_embeddings.remote() for name in self._keeping_peers()})
+            self._must_keep_embeddings = False
         began = time.monotonic()
         refs = {name: actor.run.remote(start, stop) for name, actor in self.actors.items()}
         patience = None
@@ -107,6 +112,10 @@ class RayCohort:
 
     def embeddings(self, split: str, *, ema: bool = False) -> dict[str, np.ndarray]:
         return self._gather({name: actor.embeddings.remote(split, ema) for name, actor in self.actors.items()})
+
+    def _keeping_peers(self) -> list[str]:
+        peers = self._config.cohort.peers
+        return [name for name in self.names if peers[self._positions[name]].teacher_view == "evaluation"]
 
     def state(self) -> dict[str, PeerFiles]:
         return self._gather({name: actor.state.remote() for name, actor in self.actors.items()})
@@ -155,6 +164,7 @@ class RayCohort:
         missing = [name for name in self.names if name not in self.actors]
         starting = {name: self.start_actor(name) for name in missing}
         self._has_new_peers = self._has_new_peers or bool(starting)
+        self._must_keep_embeddings = True
         actors = self.actors | starting
         self.actors = {name: actors[name] for name in self.names}
         if not is_first:  # a peer was lost, perhaps with its node: another node may have to start first

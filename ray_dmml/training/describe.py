@@ -47,7 +47,8 @@ def _describe_peer(peer: PeerConfig) -> str:
     role = "frozen" if peer.frozen else f"update every {every}"
     if peer.update_mode == "skip" and peer.update_interval > 1:
         role += " (skip)"
-    return f"{peer.name:<9} {peer.backbone}, {peer.embedding_size}-d, seed {peer.seed}, view {view}, {role}"
+    size = "" if peer.frozen else f"{peer.embedding_size}-d, "  # that of a frozen peer is that of its weights
+    return f"{peer.name:<9} {peer.backbone}, {size}seed {peer.seed}, view {view}, {role}"
 
 
 def describe_waits(cohort: Cohort, train_s: float) -> Iterator[str]:

@@ -36,7 +36,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"cohort": {"peers": [{"name": "a"}, {"name": "a"}]}}, "unique; used twice: a"),
     ({"cohort": {"peers": [{"name": "../a"}]}}, r"peers\.0\.name: .*'\.\./a'"),
     ({"cohort": {"peers": [{}, {"seed": 0}]}}, "peer0 and peer1 have the same seed and settings"),
-    ({"cohort": {"peers": [{}, FROZEN]}}, "needs weights from a file that includes its head"),
+    ({"cohort": {"peers": [{}, FROZEN]}}, "a frozen peer never learns, so it needs weights: pretrained, offline or a"),
+    ({"cohort": {"peers": [{"teacher_view": "evaluation"}]}}, "teacher_view: evaluation needs frozen: true"),
     ({"cohort": {"peers": [FROZEN | {"weights": "w"}]}}, "every peer is frozen"),
     (
         {"cohort": {"peers": [{}, FROZEN | {"weights": "w", "ema": {}}]}},

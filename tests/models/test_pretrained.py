@@ -132,12 +132,20 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
         load_net_weights(net, other, "of x")
 
 
-def test_a_frozen_peer_needs_its_head(tmp_path: Path) -> None:
-    """With backbone weights alone the other peers would learn from a random projection."""
-    path = tmp_path / "w.pth"
-    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), path)
-    with pytest.raises(UserError, match="holds backbone weights only: the frozen peer peer0 needs"):
-        build_embedding_net(peer(weights=str(path), frozen=True), 0)
+def test_a_frozen_peer_has_the_head_of_its_weights(tmp_path: Path) -> None:
+    """Backbone weights alone: none, because a random projection teaches nothing. A whole net: the one in the file,
+    whatever its size."""
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    path = tmp_path / "w.safetensors"
+    donor = build_embedding_net(peer(init_seed=9, embedding_size=5), 0).eval()
+    safetensors.torch.save_file(donor.backbone.state_dict(), path)
+    net = build_embedding_net(peer(weights=str(path), frozen=True), 0).eval()
+    features = donor.backbone((images - donor.mean) / donor.std)
+    assert torch.allclose(net(images), torch.nn.functional.normalize(features), atol=1e-6)
+    assert net.embedding_size == features.shape[1] and list(net.head.parameters()) == []
+    safetensors.torch.save_file(donor.state_dict(), path)
+    net = build_embedding_net(peer(weights=str(path), frozen=True), 0).eval()
+    assert net.embedding_size == 5 and torch.equal(net(images), donor(images))
 
 
 class Malicious:
