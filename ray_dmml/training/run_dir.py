@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ray_dmml.checkpoint.store import CheckpointStore
@@ -62,7 +63,8 @@ class RunDir:
         if self.path.exists() and (
             not self.path.is_dir() or any(path.suffix != ".tmp" for path in self.path.iterdir())
         ):
-            raise UserError(f"{self.path} already exists; give another --out, or continue it with --resume {self.path}")
+            resume = f"--resume {quote(str(self.path))}"
+            raise UserError(f"{self.path} already exists; give another --out, or continue it with {resume}")
 
     def create(self) -> None:
         """Makes the folder. Raises UserError if that is not possible."""
