@@ -46,6 +46,11 @@ def watch_again() -> None:
             signal.signal(number, _handle)
 
 
+def is_watching() -> bool:
+    """Whether :func:`watch` was called."""
+    return bool(_watched_process)
+
+
 def received() -> int:
     """The number of the first signal that the process has outlived; 0: there was none."""
     return _received

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ray_dmml.cli.options import AsJson, Overrides
+from ray_dmml.cli.options import AsJson, Overrides, path
 from ray_dmml.cli.output import print_json, show_log, user_errors
 from ray_dmml.cli.tables import results_table
 
@@ -15,7 +15,7 @@ Weights = StrEnum("Weights", ["last", "best", "ema"])
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    run: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="Folder of a run.")],
     weights: Annotated[
         Weights | None,
         typer.Option(metavar="last|best|ema", help="Weights to evaluate. Default: those of the run's own results."),
@@ -23,6 +23,7 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Option(
+            parser=path,
             metavar="PLACE",
             help="Other images: a folder with one folder a class, or a manifest (CSV). Default: the run's own.",
         ),

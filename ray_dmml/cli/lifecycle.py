@@ -94,6 +94,17 @@ class Interruptible(Logger):
         if self._discard and self._is_written and not self._resume[1].exists():
             self._discard()
 
+    @contextmanager
+    def end_early(self) -> Iterator[None]:
+        """A run that has stopped within the block ends the process there. Ray and torch take seconds to close."""
+        try:
+            yield
+        except Interrupted as error:
+            if not interruption.is_watching():
+                raise
+            print_line(self._console, str(error))
+            interruption.end(interruption.received() or signal.SIGINT)
+
     def __enter__(self) -> Interruptible:
         self._stack.enter_context(interruption.at_end(self._end))
         return self

@@ -8,8 +8,23 @@ from typing import Annotated
 
 import typer
 
+
+def path(text: str) -> Path:
+    """The parser of options and arguments that are paths. An empty one, often of an unset variable of a shell, would
+    be the current folder."""
+    if not text:
+        raise typer.BadParameter("the path is empty")
+    return Path(text)
+
+
+def not_empty(text: str) -> str:
+    """The parser of a path or URI."""
+    return str(text if "://" in text else path(text))
+
+
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML config. Default: the quickstart.")
+    Path | None,
+    typer.Option("--config", "-c", parser=path, metavar="FILE", help="YAML config. Default: the quickstart."),
 ]
 Overrides = Annotated[
     list[str] | None,

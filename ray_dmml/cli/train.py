@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from ray_dmml.cli.lifecycle import Interruptible, ray_and_torch
-from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_address
+from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, not_empty, path, use_address
 from ray_dmml.cli.output import elapsed, print_json, print_line, show_log, user_errors
 from ray_dmml.cli.tables import results_table
 from ray_dmml.config.loading import QUICKSTART, read_settings, refuse_old
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
+from ray_dmml.training.quick_check import check_quickly
 from ray_dmml.training.run_dir import RunDir
 
 
@@ -26,18 +29,19 @@ def train(
     overrides: Overrides = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of the new run. Default: runs/NAME-TIME, with data.name."),
+        typer.Option(parser=path, metavar="DIR", help="Folder of the new run. Default: runs/DATA-TIME."),
     ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
+            parser=not_empty,
             metavar="RUN",
             help="Continue a run from its last checkpoint, or extend it by more train.steps. RUN is a "
             "folder, or the URI of a copy, which is first fetched into --out.",
         ),
     ] = None,
     init_from: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Start from the weights of another run's peers.")
+        Path | None, typer.Option(parser=path, metavar="RUN", help="Start from the weights of another run's peers.")
     ] = None,
     address: Address = None,
     local: Annotated[bool, typer.Option("--local", help="Train all peers in this process, without Ray.")] = False,
@@ -58,8 +62,9 @@ def train(
             run = _resumed_run(resume, out, init_from)
             settings = _resumed_config(run, config, overrides)
         discard = None if resume else RunDir(run).discard
-        signals.resume_with(f"ray-dmml train --resume {run}", run / "checkpoints" / "index.json", discard)
-        with nullcontext() if local else ray_and_torch():
+        signals.resume_with(f"ray-dmml train --resume {quote(str(run))}", run / "checkpoints" / "index.json", discard)
+        check_quickly(settings, on_this_machine=local or "RAY_ADDRESS" not in os.environ)
+        with nullcontext() if local else ray_and_torch(), signals.end_early():
             from ray_dmml.loggers.console import show_run
             from ray_dmml.training.run import train as train_cohort
 

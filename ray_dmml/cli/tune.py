@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from ray_dmml.cli.lifecycle import Interruptible, ray_and_torch
-from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_address
+from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, path, use_address
 from ray_dmml.cli.output import elapsed, print_json, print_line, show_log, user_errors
 from ray_dmml.config.loading import QUICKSTART, read_settings
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
+from ray_dmml.training.quick_check import check_quickly
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.tune.search_space import Search, load_search
 
@@ -29,12 +32,14 @@ def tune(
     overrides: Overrides = None,
     space: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="YAML of the space and the options below. Default: the quickstart's."),
+        typer.Option(parser=path, metavar="FILE", help="YAML of the space and the options. Default: the quickstart's."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the new search. Default: runs/tune-TIME.")
+        Path | None, typer.Option(parser=path, metavar="DIR", help="Folder of the new search. Default: runs/tune-TIME.")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the search in this folder.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(parser=path, metavar="DIR", help="Continue the search in this folder.")
+    ] = None,
     num_samples: Annotated[int | None, typer.Option(metavar="N", help="Number of trials. Default: 8.")] = None,
     sampler: Annotated[
         str | None, typer.Option(metavar="optuna|random", help="Default: optuna if it is installed, else random.")
@@ -73,7 +78,8 @@ def tune(
             search = _new_search(config, overrides, space, changes)
         else:
             search = _resumed_search(folder, config=config, set=overrides, space=space, out=out, **changes)
-        signals.resume_with(f"ray-dmml tune --resume {folder}", folder / "search.yaml")
+        signals.resume_with(f"ray-dmml tune --resume {quote(str(folder))}", folder / "search.yaml")
+        check_quickly(search.trial_config({}), on_this_machine="RAY_ADDRESS" not in os.environ)
         with ray_and_torch():
             from ray_dmml.loggers.console import show_run
             from ray_dmml.tune.progress import TrialsTable, final_table

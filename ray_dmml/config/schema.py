@@ -55,6 +55,14 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value
 
 
+def _not_empty(value: Any) -> Any:
+    """Refuses an empty path, which Python would read as the current folder."""
+    if value == "":
+        raise ValueError("the path is empty")
+    return value
+
+
+FilePath = Annotated[Path, BeforeValidator(_not_empty)]
 Seed = Annotated[int, BeforeValidator(_no_bool)]
 Count = Annotated[Seed, Field(ge=1)]
 Whole = Annotated[Seed, Field(ge=0)]
@@ -90,14 +98,14 @@ class DataConfig(Section):
     `module:function` or an entry point. `characters` is built in and needs no files. `imagefolder` and `manifest` read
     your own images."""
 
-    root: Path | None = None
+    root: FilePath | None = None
     """Folder of the images, or of the data set's unpacked archive. `characters` does not use it."""
 
-    source: str | None = None
+    source: Annotated[str, BeforeValidator(_not_empty)] | None = None
     """Folder or URI (as in `checkpoint.storage_path`) from which every node copies the images once and verifies them.
     The copy is in `root`, or in `cache_dir` if `root` is null. null: the images are in `root`."""
 
-    manifest: Path | None = None
+    manifest: FilePath | None = None
     """`manifest`: a CSV file with columns path and label; perhaps split (train or validation), is_query, is_gallery."""
 
     args: dict[str, Any] = Field(default_factory=dict)
@@ -155,7 +163,7 @@ class DataConfig(Section):
     """Disk space in GiB for the cache of decoded images, which all runs and data sets of a machine share. A data set
     that does not fit is not cached, and its images are decoded at every use. 0: nothing is cached."""
 
-    cache_dir: Path | None = None
+    cache_dir: FilePath | None = None
     """Folder of this cache. null: `ray-dmml` in `$XDG_CACHE_HOME` or in `~/.cache`. If all data sets together exceed
     `cache_gib`, the least recently used one is removed first."""
 
@@ -282,7 +290,7 @@ class PeerConfig(Section):
     backbone_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of a backbone of your own."""
 
-    weights: str = "none"
+    weights: Annotated[str, BeforeValidator(_not_empty)] = "none"
     """Initial weights. `none`: random ones. `pretrained`: timm downloads them. `offline`: ImageNet's for
     tf_efficientnet_lite0, 1 and 2, from the extra offline-weights. Else a file: weights of the backbone as they were
     published, or a peer's weights.safetensors of another run. A classifier in the file is not used. All other layers
@@ -467,6 +475,8 @@ class CohortConfig(Section):
         names = [str(peer.name) for peer in self.peers]
         if "ensemble" in names:
             raise ValueError("no peer may be named ensemble, which is the name of all peers together")
+        if "manifest.json" in map(str.lower, names):
+            raise ValueError("no peer may be named manifest.json, which is a file beside the peers in a checkpoint")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"peer names must be unique; used twice: {', '.join(twice)}")
@@ -624,7 +634,7 @@ class TrainConfig(Section):
     steps: Count = 1000
     """Number of batches that every peer is trained on."""
 
-    init_from: Path | None = None
+    init_from: FilePath | None = None
     """Folder of a run. Each peer starts from the weights of the peer with the same name there: the best ones if there
     are any, else the last. null: peers start as `weights` says."""
 
@@ -659,7 +669,7 @@ class CheckpointConfig(Section):
     `weights`: only the last and the best weights, a third of the size with Adam; the run can then be evaluated, used
     and started from, but neither resumed nor extended."""
 
-    storage_path: str | None = None
+    storage_path: Annotated[str, BeforeValidator(_not_empty)] | None = None
     """Folder or URI (`s3://bucket/folder`, `gs://`, a mount) to which each checkpoint and the other files of the run
     are copied. A run can be resumed from there, too. null: the run is in its own folder only."""
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import get_current_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.ray_backend.placement import cluster_nodes, plan, shown
+
+NOTICE_S = 30.0
+"""Seconds between two lines while a run waits."""
+
+logger = logging.getLogger(__name__)
 
 
 class Reservation:
@@ -51,20 +59,43 @@ class Reservation:
 def _reserve(config: Config) -> tuple[Any, list[dict[str, float]]]:
     cohort = config.cohort
     alive, growth = cluster_nodes(ray.nodes(), ray.get_runtime_context().get_node_id())
+    if not alive:
+        raise UserError("the Ray cluster has ended: none of its nodes is alive")
     bundles = plan(config, alive, growth)
     labels = [dict(peer.labels) for peer in cohort.peers]
     group = placement_group(bundles, strategy=cohort.placement_strategy.upper(), bundle_label_selector=labels)
+    may_grow = f" and may grow by {shown(growth)}" if growth else ""
     try:
-        ray.get(group.ready(), timeout=cohort.placement_timeout_s)
+        for waited in _wait(group.ready(), cohort.placement_timeout_s):
+            has = f"the cluster has {shown([ray.cluster_resources()])}{may_grow}"
+            free = f"{shown([ray.available_resources()])} are free"
+            logger.info("waiting for room for %s: after %.0f s, %s, and %s", bundles, waited, has, free)
     except GetTimeoutError:
+        free = f"{shown([ray.available_resources()])} are free"
         remove_placement_group(group)
-        may_grow = f" and may grow by {shown(growth)}" if growth else ""
         raise UserError(
             f"the cluster did not grant {bundles} within {cohort.placement_timeout_s:g} s "
-            f"(cohort.placement_timeout_s): it has {shown([ray.cluster_resources()])}{may_grow}; "
-            f"{shown([ray.available_resources()])} are free"
+            f"(cohort.placement_timeout_s): it has {shown([ray.cluster_resources()])}{may_grow}; {free}"
         ) from None
+    except RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the cluster has ended while this run waited for room in it: {reason}") from error
     except BaseException:  # such as Ctrl-C: a group that waits would make the cluster grow
         remove_placement_group(group)
         raise
     return group, bundles
+
+
+def _wait(ref: Any, timeout_s: float) -> Iterator[float]:
+    """Waits for a result, and yields the seconds waited every NOTICE_S. Raises GetTimeoutError after ``timeout_s``."""
+    began = time.monotonic()
+    while True:
+        waited = time.monotonic() - began
+        try:
+            ray.get(ref, timeout=min(NOTICE_S, max(0.0, timeout_s - waited)))
+            return
+        except GetTimeoutError:
+            waited = time.monotonic() - began
+            if waited >= timeout_s:
+                raise
+        yield waited

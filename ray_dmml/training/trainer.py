@@ -92,6 +92,7 @@ class Trainer:
         self._writer, self._loggers, self._should_stop = writer, loggers, should_stop
         self._checkpoint = checkpoint
         self._cohort: Cohort | None = None
+        self._saved_step = 0  # of the last checkpoint
         self._reached = 0  # the last step that every peer is known to have finished
         self._dropped_peers: dict[str, PeerFiles] = {}
         self._step_s = CALL_S  # seconds of a step; before the first one, a step is a call
@@ -258,7 +259,7 @@ class Trainer:
     def interrupt(self) -> None:
         """Ends a run that was asked to stop, with a checkpoint. Raises Interrupted."""
         message = f"stopped at step {self.state.step} of {self.config.train.steps}"
-        if self.state.step and not self.save(best=False):
+        if self.state.step not in (0, self._saved_step) and not self.save(best=False):
             kept = self.run_dir.checkpoints.load("last").step
             raise Interrupted(f"{message}; the last checkpoint is of step {kept}")
         raise Interrupted(message)
@@ -339,6 +340,7 @@ class Trainer:
         is_last = state.step == self.config.train.steps
         if not self._writer.save(state.step, peers, meta, best=best, is_last=is_last):
             return False
+        self._saved_step = state.step
         self._loggers.log({"checkpoint": "best" if best else "last"}, state.step)
         return True
 

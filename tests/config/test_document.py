@@ -44,8 +44,8 @@ PEER = st.fixed_dictionaries(
     {},
     optional={
         "backbone": TEXT,
-        # `~name` of an unknown user is an error; another test covers it.
-        "weights": TEXT.filter(lambda text: not text.startswith("~")),
+        # `~name` of an unknown user and an empty path are errors; other tests cover them.
+        "weights": TEXT.filter(lambda text: text and not text.startswith("~")),
         "embedding_size": st.integers(1, 999),
         "init_seed": st.integers(-5, 5),
         "view": st.sampled_from(["weak", "strong"]) | st.lists(TRANSFORM, max_size=3),

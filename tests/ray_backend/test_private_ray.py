@@ -54,7 +54,7 @@ def test_odd_folders(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_a_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TMPDIR where it can be used, another one where not. RAY_TMPDIR is an order: it is refused if it cannot be."""
+    """TMPDIR where it can be used, another one where not. RAY_TMPDIR is refused if it cannot be used."""
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setattr(private_ray, "SOCKET", "/s")  # so that the names of tests are short enough
     monkeypatch.setenv("TMPDIR", str(tmp_path))
