@@ -79,13 +79,14 @@ CASES = [
     (5, {"batch_norm": "frozen"}, MUTUAL),
     (2, {"batch_norm": "frozen", "ema": {"decay": 0.5, "as_teacher": True}}, MUTUAL),
     (2, {"batch_norm": "frozen", "update_interval": 2}, MUTUAL),
+    (2, {"batch_norm": "train", "freeze_blocks": "all"}, MUTUAL),
 ]
 
 
 @pytest.mark.parametrize(
     ("size", "more", "loss"),
     CASES,
-    ids=["even", "before normalisation", "uneven", "averaged weights published", "accumulating"],
+    ids=["even", "before normalisation", "uneven", "averaged weights published", "accumulating", "frozen backbone"],
 )
 def test_replicas_learn_what_one_device_learns_from_the_whole_batch(
     share: Share, size: int, more: dict[str, Any], loss: dict[str, Any]
@@ -117,6 +118,19 @@ def test_fewer_images_than_replicas(share: Share) -> None:
         expected = build(config).net.eval().forward_unnormalized(images)
     assert embeddings.shape == (1, 8)
     torch.testing.assert_close(embeddings, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_features_of_the_backbone(share: Share) -> None:
+    """Before the head, from 3 processes as from one."""
+    config = settings(**STILL)
+    images = batch(0).images[:, :, 2:34, 2:34]
+    with share(config, 3) as (peer, _), torch.no_grad():
+        assert peer.replicas is not None
+        features = peer.replicas.infer(peer.net.eval(), images, ema=False, features=True)
+    with torch.no_grad():
+        expected = build(config).net.eval().backbone_features(images)
+    assert features.shape == (12, expected.shape[1]) and expected.shape[1] != 8
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_loaded_weights_reach_the_replicas(share: Share) -> None:
