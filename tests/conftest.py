@@ -151,7 +151,7 @@ def unlike_peers(root: Path, **changes: Any) -> Config:
             "update_interval": 2,
             "update_mode": "skip",
             "view": "strong",
-            "optimizer": {"name": "adamw", "clip_norm": 1.0},
+            "optimizer": {"name": "adamw", "clip_norm": 1.0, "layer_decay": 0.8},
         },
         {
             "backbone": "test_convnext",
@@ -159,6 +159,7 @@ def unlike_peers(root: Path, **changes: Any) -> Config:
             "update_interval": 3,
             "view": "weak",
             "pooling": "avgmax",
+            "freeze_blocks": 1,
             "optimizer": {"name": "sgd", "lr": 0.01},
         },
     ]

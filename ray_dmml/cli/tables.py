@@ -14,7 +14,8 @@ _HEADINGS = {"map@r": "MAP@R", "r_precision": "R-prec"}
 
 
 def results_table(results: Mapping[str, Any], console: Console) -> None:
-    """Prints the content of results.json: a row for each peer and for the ensemble, before and after training."""
+    """Prints the content of results.json: a row for each frozen backbone, and one for each peer and for the ensemble
+    before and after training."""
     if results["split"] is None:
         what = "images" if results["split_by"] == "image" else "classes"
         console.print(f"not evaluated: all {what} were trained on", highlight=False)
@@ -35,6 +36,9 @@ def results_table(results: Mapping[str, Any], console: Console) -> None:
         cells = (f"{100 * figures[metric]:.1f}" if metric in figures else "-" for metric in metrics)
         table.add_row(name, *cells, style=style)
 
+    backbones = _distinct(results["frozen_backbones"])
+    for names, figures in backbones:
+        add_row("frozen backbone" if len(backbones) == 1 else f"{', '.join(names)}, frozen backbone", figures)
     before = "at the start" if results["init_from"] else "untrained"
     for name, figures in results["untrained"].items():
         add_row(f"{name}, {before}", figures)
@@ -62,3 +66,15 @@ def _describe_images(results: Mapping[str, Any]) -> str:
     if results["num_queries"] is not None:
         counts = f"{results['num_queries']:,} queries in {results['num_gallery']:,} {images}"
     return f"{counts} of {results['num_classes']} {classes}"
+
+
+def _distinct(figures_of: Mapping[str, Mapping[str, float]]) -> list[tuple[list[str], Mapping[str, float]]]:
+    """Equal figures once, with the names of the peers that have them."""
+    rows: list[tuple[list[str], Mapping[str, float]]] = []
+    for name, figures in figures_of.items():
+        names = next((names for names, known in rows if known == figures), None)
+        if names is None:
+            rows.append(([name], figures))
+        else:
+            names.append(name)
+    return rows

@@ -3,7 +3,7 @@ peer in a Ray actor (:mod:`~ray_dmml.ray_backend.ray_cohort`). Every implementat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ class Cohort(Protocol):
 
     def embeddings(self, split: str, *, ema: bool = False) -> dict[str, np.ndarray]:
         """(N, D) float32 embeddings of ``train``, ``validation`` or ``test`` by each peer."""
+        ...
+
+    def features(self, split: str, names: Collection[str]) -> dict[str, np.ndarray]:
+        """(N, F) float32 pooled features of a split by the backbones of these peers, at unit length."""
         ...
 
     def state(self) -> dict[str, PeerFiles]:

@@ -6,7 +6,7 @@ mutual loss -> backward -> step every k-th batch``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from ray_dmml.cores import num_cores
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import BatchLoader, build_sampler
 from ray_dmml.errors import PeerLostError
+from ray_dmml.peer.build import build_peer
 from ray_dmml.peer.kept_embeddings import keep_embeddings
 from ray_dmml.peer.memory import explain_out_of_memory
-from ray_dmml.peer.peer import build_peer
 
 
 class LocalCohort:
@@ -86,11 +86,20 @@ class LocalCohort:
         return row
 
     def embeddings(self, split: str, *, ema: bool = False) -> dict[str, np.ndarray]:
+        return self._embed(split, self.names, ema=ema)
+
+    def features(self, split: str, names: Collection[str]) -> dict[str, np.ndarray]:
+        return self._embed(split, names, features=True)
+
+    def _embed(
+        self, split: str, names: Collection[str], *, ema: bool = False, features: bool = False
+    ) -> dict[str, np.ndarray]:
         images, batch_size = getattr(self._splits, split), self._config.evaluation.batch_size
         embeddings = {}
         for peer in self.peers:
-            with explain_out_of_memory(peer):
-                embeddings[peer.name] = peer.embed_images(images, batch_size, ema=ema)
+            if peer.name in names:
+                with explain_out_of_memory(peer):
+                    embeddings[peer.name] = peer.embed_images(images, batch_size, ema=ema, features=features)
         return embeddings
 
     def state(self) -> dict[str, PeerFiles]:
@@ -102,7 +111,7 @@ class LocalCohort:
 
     def load_weights(self, state: Mapping[str, PeerFiles]) -> None:
         for peer in self.peers:
-            peer.load_weights(decode_peer(state[peer.name])["net"])
+            peer.load_weights(decode_peer(state[peer.name]))
 
     def recover(self, failure: PeerLostError, *, drop: bool = False) -> None:
         raise RuntimeError("peers in one process are lost with it") from failure

@@ -213,8 +213,14 @@ class OptimizerConfig(Section):
     loss_lr: Rate | None = None
     """Learning rate of the metric loss's own parameters (proxies, centres). null: it is 100 times `lr`."""
 
+    layer_decay: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Factor by which the learning rate falls from block to block, from the head to the stem, so that fine-tuning
+    changes the first blocks least: the last block has `lr` times this factor. 0.65 to 0.9 is usual for transformers.
+    null: the whole backbone has `lr`."""
+
     weight_decay: NonNegative = 1e-5
-    """L2 penalty (adam, sgd) or decoupled weight decay (adamw)."""
+    """L2 penalty (adam, sgd) or decoupled weight decay (adamw). Biases, the parameters of normalisation layers, and
+    what the backbone itself exempts (position embeddings, class tokens) have none."""
 
     momentum: Fraction = 0.9
     """Momentum of sgd. The other optimisers do not use it."""
@@ -265,6 +271,20 @@ class EmaConfig(Section):
 
     as_teacher: bool = False
     """Publish the embeddings of the averaged weights, not of the current ones, to the other peers."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters beside layers of a backbone that keeps its weights. They need the extra `lora` (peft)."""
+
+    rank: Count = 8
+    """Rank of the adapters."""
+
+    alpha: Positive = 16.0
+    """What an adapter adds to its layer is multiplied by alpha / rank."""
+
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("qkv", "attn.proj", "fc1", "fc2")
+    """Ends of the names of the linear and convolutional layers that have an adapter. The default names those of most
+    transformers in timm."""
 
 
 class PeerConfig(Section):
@@ -335,6 +355,13 @@ class PeerConfig(Section):
     """What a frozen peer embeds. `own`: its `view` of each batch. `evaluation`: the evaluation view of every training
     image, once before training; it then takes no time at a step."""
 
+    freeze_blocks: Whole | Literal["all"] | None = None
+    """Number of first blocks of the backbone that keep their initial weights, together with the stem: blocks of a
+    transformer, stages of a convolutional net. `all`: the whole backbone; only the head learns. null: none."""
+
+    lora: LoraConfig | None = None
+    """Train low-rank adapters and the head, and keep the weights of the backbone. null: there are no adapters."""
+
     ema: EmaConfig | None = None
     """Keep an exponential moving average of the peer's weights. null: no average is kept."""
 
@@ -397,6 +424,10 @@ class PeerConfig(Section):
             raise ValueError("teacher_view: evaluation needs frozen: true; the embeddings of other peers change")
         if self.frozen and self.ema is not None:
             raise ValueError("a frozen peer never changes, so it has nothing to average")
+        if self.frozen and (self.freeze_blocks is not None or self.lora is not None):
+            raise ValueError("a frozen peer never changes: it has no freeze_blocks and no lora")
+        if self.freeze_blocks is not None and self.lora is not None:
+            raise ValueError("lora freezes all blocks of the backbone: give freeze_blocks or lora")
         return self
 
 
@@ -647,6 +678,11 @@ class TrainConfig(Section):
     monitor: Literal["ensemble", "mean_peer"] = "ensemble"
     """The best checkpoint has the highest validation Recall@1: that of the ensemble, or the mean of the peers."""
 
+    early_stopping: Count | None = None
+    """Number of evaluations without a better value of `monitor` after which the run ends as if it had reached `steps`.
+    It needs validation classes and `evaluate_every`. Trials and final runs of a search do not use it. null: the run
+    makes all its steps."""
+
     tensorboard: bool = True
     """Write TensorBoard events to RUN/tensorboard."""
 
@@ -718,7 +754,8 @@ class EvaluationConfig(Section):
     test classes; if there are none, the validation classes; if there are none either, the run is not evaluated."""
 
     untrained: bool = True
-    """Also evaluate the untrained peers on these classes, for comparison."""
+    """Also evaluate the untrained peers and their frozen backbones (the features before the head) on these classes, for
+    comparison. A run warns if a peer with pretrained weights ends below its frozen backbone."""
 
 
 class Config(Section):
@@ -758,6 +795,13 @@ class Config(Section):
             raise ValueError("evaluation.split is test, but there are no test classes: data.train_fraction is 1")
         if self.evaluation.split == "validation" and not self.data.validation_fraction:
             raise ValueError("evaluation.split is validation, but there are none: data.validation_fraction is 0")
+        if self.train.early_stopping is not None:
+            if not self.data.validation_fraction:
+                raise ValueError(
+                    "train.early_stopping needs validation classes, but there are none: data.validation_fraction is 0"
+                )
+            if not self.train.evaluate_every:
+                raise ValueError("train.early_stopping needs evaluations before the end: train.evaluate_every is 0")
         try:
             self.weights_to_evaluate()
         except UserError as error:

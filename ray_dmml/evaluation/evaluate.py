@@ -13,7 +13,8 @@ from ray_dmml.evaluation.metrics import retrieval_metrics
 
 Figures = dict[str, Any]
 """``{"peers": {name: {"recall@1": ...}}, "ensemble": {"recall@1": ...}}``, all as fractions. Those of untrained peers
-also have ``split``, ``test`` or ``validation``."""
+also have ``split``, ``test`` or ``validation``, and ``backbones``: the figures of each peer's features before the
+head."""
 
 
 def evaluate_embeddings(embeddings: Mapping[str, np.ndarray], images: ImageSet, recall_at: Sequence[int]) -> Figures:
@@ -22,12 +23,13 @@ def evaluate_embeddings(embeddings: Mapping[str, np.ndarray], images: ImageSet, 
     Recall@1 is always included. Errors are those of
     :func:`~ray_dmml.evaluation.metrics.retrieval_metrics`.
     """
-    ks = sorted({1, *recall_at})
-
-    def metrics(vectors: np.ndarray) -> dict[str, float]:
-        return retrieval_metrics(vectors, images.labels, recall_at=ks, query=images.query, gallery=images.gallery)
-
     return {
-        "peers": {name: metrics(vectors) for name, vectors in embeddings.items()},
-        "ensemble": metrics(ensemble_embedding(list(embeddings.values()))),
+        "peers": {name: evaluate_vectors(vectors, images, recall_at) for name, vectors in embeddings.items()},
+        "ensemble": evaluate_vectors(ensemble_embedding(list(embeddings.values())), images, recall_at),
     }
+
+
+def evaluate_vectors(vectors: np.ndarray, images: ImageSet, recall_at: Sequence[int]) -> dict[str, float]:
+    """Evaluates (N, D) unit-length vectors of the images. Recall@1 is always included."""
+    ks = sorted({1, *recall_at})
+    return retrieval_metrics(vectors, images.labels, recall_at=ks, query=images.query, gallery=images.gallery)

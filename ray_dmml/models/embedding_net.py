@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import UserError
 from ray_dmml.models.backbone import create_backbone
+from ray_dmml.models.blocks import freeze_blocks, frozen_modules
 from ray_dmml.models.own_backbone import build_own_backbone, is_own_backbone
 from ray_dmml.models.pooling import change_pooling
 from ray_dmml.models.pretrained import load_initial_weights
@@ -49,6 +50,8 @@ class EmbeddingNet(nn.Module):
         self.eval_crop = float(pretraining["crop_pct"])
         self.frozen = config.frozen
         self.frozen_batch_norm = config.batch_norm == "frozen"
+        self.untrained_modules: tuple[nn.Module, ...] = ()
+        """Modules that stay in evaluation mode, because they do not learn."""
         # Some timm models pool into more features than their num_features.
         self.backbone.eval()
         try:
@@ -93,9 +96,12 @@ class EmbeddingNet(nn.Module):
 
     def forward_unnormalized(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) float32, the head's output before normalisation."""
-        features = self.features(standardize(images, self.mean, self.std))
         # Normalised in float32 whatever the autocast type: a half-precision norm is off by 1e-3.
-        return self.head(features).float()
+        return self.head(self.backbone_features(images)).float()
+
+    def backbone_features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, F) float32, the pooled features before the head."""
+        return self.features(standardize(images, self.mean, self.std)).float()
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float32, standardized -> (B, F) pooled features of the backbone."""
@@ -111,6 +117,8 @@ class EmbeddingNet(nn.Module):
             for module in self.backbone.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
+        for module in self.untrained_modules:
+            module.eval()
         return self
 
 
@@ -139,6 +147,8 @@ def build_embedding_net(config: PeerConfig, run_seed: int, initial_weights: bool
         net.head = nn.Linear(net.num_features, config.embedding_size)
     if initial_weights:
         load_initial_weights(net, config)
+    freeze_blocks(net.backbone, config)
+    net.untrained_modules = frozen_modules(net.backbone)
     return net
 
 

@@ -27,9 +27,10 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, ReduceOp, ReduceOpt
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import ReplicaLostError
 from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embedding_net, compiled
+from ray_dmml.models.lora import add_adapters
 from ray_dmml.randomness import seeded
 
-_WEIGHTS, _EMBED, _INFER, _BACKWARD = range(4)
+_WEIGHTS, _EMBED, _INFER, _FEATURES, _BACKWARD = range(5)
 _HEADER_SIZE = 6  # command, net (0 the trained one, 1 the averaged one), rows or head size, height, width, seed
 _COMPUTED = 1  # tag of the message that a result is ready; data has the tag 0
 _NEVER = timedelta(days=7)  # a replica waits as long as its peer lives; Ray ends both together
@@ -159,8 +160,11 @@ class Replicas:
         self._all = embeddings.requires_grad_()
         return self._all
 
-    def infer(self, net: EmbeddingNet, images: Tensor, *, ema: bool) -> Tensor:
-        """Embeds images without gradients in evaluation mode; ``ema``: the net holds the averaged weights."""
+    def infer(self, net: EmbeddingNet, images: Tensor, *, ema: bool, features: bool = False) -> Tensor:
+        """Embeds images without gradients in evaluation mode; ``ema``: the net holds the averaged weights.
+        ``features``: the result is (B, F), before the head."""
+        if features:
+            return self._share(_FEATURES, int(ema), net.backbone_features, net, images)[1]
         return self._share(_INFER, int(ema), net.forward_unnormalized, net, images)[1]
 
     def backward(self, net: nn.Module) -> None:
@@ -227,7 +231,9 @@ class Replica:
 
     def __init__(self, config: PeerConfig, run_seed: int, channel: ReplicaChannel) -> None:
         self._config, self._channel = config, channel
-        net = build_embedding_net(config, run_seed, initial_weights=False).to(channel.device)
+        net = build_embedding_net(config, run_seed, initial_weights=False)
+        add_adapters(net, config, run_seed)
+        net.to(channel.device)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self._nets = {0: net.to(memory_format=layout)}
         if config.ema is not None:
@@ -245,7 +251,7 @@ class Replica:
             elif command == _BACKWARD:
                 self._backward()
             else:
-                self._embed(command == _EMBED, which, *rest)
+                self._embed(command, which, *rest)
 
     def _receive_weights(self, which: int, head_size: int) -> None:
         net = self._nets[which]
@@ -258,7 +264,8 @@ class Replica:
                 for tensor, piece in zip(tensors, pieces, strict=True):
                     tensor.copy_(piece.view_as(tensor))
 
-    def _embed(self, trains: bool, which: int, rows: int, height: int, width: int, seed: int) -> None:
+    def _embed(self, command: int, which: int, rows: int, height: int, width: int, seed: int) -> None:
+        trains = command == _EMBED
         if trains:  # else the last training batch may still wait for its gradient
             self._embedding = None
         # As tensor_split divides the batch.
@@ -268,12 +275,13 @@ class Replica:
         images = torch.empty((size, 3, height, width), dtype=torch.uint8, device=self._channel.device)
         self._channel.receive(images, 0)
         net = self._nets[which].train(trains)
+        forward = {_EMBED: self._forward, _INFER: net.forward_unnormalized, _FEATURES: net.backbone_features}[command]
         with (
             seeded(seed, self._channel.rank),
             autocast(self._config.amp, self._channel.device),
             nullcontext() if trains else torch.no_grad(),
         ):
-            embedding = self._forward(images) if trains else net.forward_unnormalized(images)
+            embedding = forward(images)
         if trains:
             self._embedding = embedding
         self._channel.computed()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ray_dmml.config.schema import EmaConfig, OptimizerConfig, ScheduleConfig
+from ray_dmml.models.blocks import layer_numbers
 from ray_dmml.models.embedding_net import EmbeddingNet
 
 LOSS_LR_FACTOR = 100
@@ -18,15 +21,18 @@ pretrained net; the factor is that of Proxy-Anchor (Kim et al. 2020, https://arx
 
 
 def build_optimizer(config: OptimizerConfig, net: EmbeddingNet, losses: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer with one parameter group each for backbone, head and the losses' own parameters.
+    """An optimizer of the parameters that learn: those of backbone, head and losses.
 
     Each group has a ``base_lr``; :func:`set_learning_rates` derives ``lr`` from it at every update.
+
+    Raises:
+        UserError: the backbone has no ``group_matcher`` for ``layer_decay``.
     """
     head_lr = config.lr if config.head_lr is None else config.head_lr
     loss_lr = config.lr * LOSS_LR_FACTOR if config.loss_lr is None else config.loss_lr
-    groups: list[dict[str, Any]] = [
-        {"params": list(net.backbone.parameters()), "base_lr": config.lr},
-        {"params": list(net.head.parameters()), "base_lr": head_lr},
+    groups = [
+        *_backbone_groups(config, net.backbone),
+        *({**group, "base_lr": head_lr} for group in param_groups_weight_decay(net.head, config.weight_decay)),
     ]
     if proxies := list(losses.parameters()):
         groups.append({"params": proxies, "base_lr": loss_lr})
@@ -35,6 +41,23 @@ def build_optimizer(config: OptimizerConfig, net: EmbeddingNet, losses: nn.Modul
         return torch.optim.SGD(groups, momentum=config.momentum, **args)
     optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     return optimizers[config.name](groups, **args)
+
+
+def _backbone_groups(config: OptimizerConfig, backbone: nn.Module) -> list[dict[str, Any]]:
+    """Parameters with and without weight decay; with ``layer_decay``, those of each layer apart."""
+    exempt: Collection[str] = getattr(backbone, "no_weight_decay", tuple)()
+    groups = param_groups_weight_decay(backbone, config.weight_decay, no_weight_decay_list=exempt)
+    if config.layer_decay is None:
+        return [{**group, "base_lr": config.lr} for group in groups]
+    layers, head = layer_numbers(backbone, coarse=False)
+    layer_of = {id(parameter): layers[name] for name, parameter in backbone.named_parameters()}
+    rates = [config.lr * config.layer_decay ** (head - layer) for layer in range(head + 1)]
+    return [
+        {**group, "params": parameters, "base_lr": rate}
+        for group in groups
+        for layer, rate in enumerate(rates)
+        if (parameters := [p for p in group["params"] if layer_of[id(p)] == layer])
+    ]
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, step: int) -> None:

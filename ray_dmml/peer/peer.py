@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ray_dmml.config.schema import Config, LossConfig, PeerConfig
+from ray_dmml.config.schema import LossConfig, PeerConfig
 from ray_dmml.data.augmentations import View, evaluation_view, training_view
 from ray_dmml.data.dataset import ImageSet
 from ray_dmml.data.loader import Batch, in_chunks
@@ -26,6 +26,7 @@ from ray_dmml.errors import NonFiniteLossError, UserError
 from ray_dmml.losses.metric import MetricLoss
 from ray_dmml.losses.mutual import MutualLoss
 from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embedding_net, compiled
+from ray_dmml.models.lora import adapter_state, add_adapters, load_adapter_state
 from ray_dmml.models.pretrained import load_net_weights
 from ray_dmml.peer.data_parallel import Replicas
 from ray_dmml.peer.optim import build_ema, build_optimizer, set_learning_rates
@@ -94,6 +95,7 @@ class Peer:
         self._run_seed = run_seed
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.net: EmbeddingNet = build_embedding_net(config, run_seed, initial_weights)
+        add_adapters(self.net, config, run_seed)
         self.net.to(device).to(memory_format=layout)
         crop = config.eval_crop if config.eval_crop is not None else self.net.eval_crop
         self.view = training_view(config.view, self.net.input_size, decode_size, self.name, device)
@@ -202,12 +204,14 @@ class Peer:
         batch_size: int,
         *,
         ema: bool = False,
+        features: bool = False,
         after_chunk: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
         """Embeds the evaluation view of every image: (N, D) float32 at unit length, in the images' order.
 
         Args:
             ema: use the moving average of the weights if the peer keeps one.
+            features: the pooled features of the backbone, (N, F), instead of what the head makes of them.
             after_chunk: called after every ``batch_size`` images.
 
         Raises:
@@ -216,7 +220,7 @@ class Peer:
         net = self._ema_net if ema and self.ema is not None else self.net
         chunks = []
         for chunk in in_chunks(images, batch_size):
-            raw = self._infer(net, self._augment(self.eval_view, chunk))
+            raw = self._infer(net, self._augment(self.eval_view, chunk), features=features)
             chunks.append(F.normalize(raw).cpu())
             after_chunk()
         embeddings = torch.cat(chunks)
@@ -232,6 +236,7 @@ class Peer:
         functions of the step and need no state."""
         state: dict[str, Any] = {
             "net": self.net.state_dict(),
+            "adapters": adapter_state(self.net),
             "metric": self.metric.state_dict(),
             "mutual": self.mutual.state_dict(),
             "optimizer": {} if self.config.frozen else self.optimizer.state_dict(),
@@ -243,6 +248,7 @@ class Peer:
         }
         if self.ema is not None:
             state["ema"] = self.ema.module.state_dict()
+            state["ema_adapters"] = adapter_state(self._ema_net)
             state["num_ema_updates"] = self.ema.n_averaged
         return state
 
@@ -253,6 +259,7 @@ class Peer:
             if self.ema is not None and "ema" in state:
                 self.ema.module.load_state_dict(state["ema"])
             return
+        load_adapter_state(self.net, state.get("adapters", {}))
         self.metric.load_state_dict(state["metric"])
         self.mutual.load_state_dict(state["mutual"])
         if not self.config.frozen:
@@ -261,21 +268,25 @@ class Peer:
         self._num_consecutive_nonfinite = state["num_consecutive_nonfinite"]
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+            load_adapter_state(self._ema_net, state["ema_adapters"])
             self.ema.n_averaged.copy_(state["num_ema_updates"])
         for name, parameter in self._named_parameters():
             gradient = state["gradients"].get(name)
             # A gradient has the memory layout of its parameter.
             parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)
 
-    def load_weights(self, net: dict[str, Tensor]) -> None:
-        """Loads weights of the net; optimizer and counters stay as they were built.
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Loads the weights of the net from what :meth:`state_dict` returned; optimizer and counters stay as they were
+        built. Adapters of another shape than the net's are loaded as part of the weights.
 
         Raises:
             UserError: names or shapes differ.
         """
-        load_net_weights(self.net, net, f"for {self.name}")
+        load_net_weights(self.net, state["net"], f"for {self.name}")
+        load_adapter_state(self.net, state.get("adapters", {}))
         if self.ema is not None:
-            self.ema.module.load_state_dict(net)
+            self.ema.module.load_state_dict(state["net"])
+            load_adapter_state(self._ema_net, state.get("adapters", {}))
 
     # --- inside -----------------------------------------------------------------------------
 
@@ -342,13 +353,13 @@ class Peer:
     def _to_publish(self, raw: Tensor) -> Tensor:
         return F.normalize(raw) if self._publishes_unit_length else raw
 
-    def _infer(self, net: EmbeddingNet, images: Tensor) -> Tensor:
-        """(B, D) embeddings before normalization, in evaluation mode, without a graph."""
+    def _infer(self, net: EmbeddingNet, images: Tensor, *, features: bool = False) -> Tensor:
+        """(B, D) embeddings before normalization, in evaluation mode, without a graph; or the (B, F) features."""
         net.eval()
         with torch.no_grad(), self._autocast():
             if self.replicas is None:
-                return net.forward_unnormalized(images)
-            return self.replicas.infer(net, images, ema=net is not self.net)
+                return net.backbone_features(images) if features else net.forward_unnormalized(images)
+            return self.replicas.infer(net, images, ema=net is not self.net, features=features)
 
     def _augment(self, view: View, images: Tensor) -> Tensor:
         """A view of decoded images, on the peer's device."""
@@ -376,23 +387,3 @@ class Peer:
             f"{self.name}: the {what} is not finite {when}; try a lower learning rate, "
             "optimizer.clip_norm, or a smaller weight of the mutual term"
         )
-
-
-def build_peer(config: Config, position: int, num_classes: int, device: torch.device, initial_weights: bool) -> Peer:
-    """The peer at a position of ``cohort.peers``.
-
-    Args:
-        num_classes: number of training classes.
-        initial_weights: False leaves the initial weights unread, because a state is loaded next.
-    """
-    return Peer(
-        config.cohort.peers[position],
-        config.loss,
-        run_seed=config.seed,
-        num_classes=num_classes,
-        decode_size=config.data.decode_size,
-        device=device,
-        on_nonfinite=config.failure.on_nonfinite,
-        max_consecutive_nonfinite=config.failure.max_consecutive_nonfinite,
-        initial_weights=initial_weights,
-    )

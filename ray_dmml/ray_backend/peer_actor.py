@@ -79,7 +79,7 @@ class PeerActor:
         """
         from ray_dmml.data.datasets import load_splits
         from ray_dmml.data.loader import BatchLoader, build_sampler
-        from ray_dmml.peer.peer import build_peer
+        from ray_dmml.peer.build import build_peer
         from ray_dmml.ray_backend.exchange import Exchange
         from ray_dmml.ray_backend.process import device_of, prepare_process, use_parts
         from ray_dmml.ray_backend.replica_actor import ReplicaActors
@@ -158,13 +158,15 @@ class PeerActor:
             waited = time.perf_counter() - began
             return self._peer.step(out, loss, teachers), waited
 
-    def embeddings(self, split: str, ema: bool) -> np.ndarray:
-        """(N, D) float32 embeddings of a split."""
+    def embeddings(self, split: str, ema: bool, features: bool = False) -> np.ndarray:
+        """(N, D) float32 embeddings of a split; or the (N, F) ``features`` of the backbone."""
         from ray_dmml.peer.memory import explain_out_of_memory
 
         images, batch_size = getattr(self._splits, split), self._config.evaluation.batch_size
         with explain_out_of_memory(self._peer), self._replicas.explain_loss():
-            return self._peer.embed_images(images, batch_size, ema=ema, after_chunk=lambda: self._report(num_chunks=1))
+            return self._peer.embed_images(
+                images, batch_size, ema=ema, features=features, after_chunk=lambda: self._report(num_chunks=1)
+            )
 
     def state(self) -> PeerFiles:
         """The peer's state, as a checkpoint stores it."""
@@ -182,7 +184,7 @@ class PeerActor:
         """Loads the weights of the net only."""
         from ray_dmml.checkpoint.peer_state import decode_peer
 
-        self._peer.load_weights(decode_peer(files)["net"])
+        self._peer.load_weights(decode_peer(files))
 
     def ping(self) -> bool:
         """Whether the peer is built. The answer comes once the actor has finished its last call. Raises

@@ -15,7 +15,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from statistics import median_high
@@ -112,6 +112,10 @@ class RayCohort:
 
     def embeddings(self, split: str, *, ema: bool = False) -> dict[str, np.ndarray]:
         return self._gather({name: actor.embeddings.remote(split, ema) for name, actor in self.actors.items()})
+
+    def features(self, split: str, names: Collection[str]) -> dict[str, np.ndarray]:
+        actors = {name: actor for name, actor in self.actors.items() if name in names}
+        return self._gather({name: actor.embeddings.remote(split, False, True) for name, actor in actors.items()})
 
     def _keeping_peers(self) -> list[str]:
         peers = self._config.cohort.peers

@@ -8,6 +8,7 @@ from typing import Any
 from ray_dmml.cohort.cohort import Cohort
 from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.data.dataset import Splits
+from ray_dmml.training.state import TrainingState
 
 LONG_WAIT = 0.1
 """Share of the training time from which on the waiting of a peer is worth a line."""
@@ -49,6 +50,15 @@ def _describe_peer(peer: PeerConfig) -> str:
         role += " (skip)"
     size = "" if peer.frozen else f"{peer.embedding_size}-d, "  # that of a frozen peer is that of its weights
     return f"{peer.name:<9} {peer.backbone}, {size}seed {peer.seed}, view {view}, {role}"
+
+
+def describe_early_stop(state: TrainingState, config: Config) -> str:
+    """Why a run ended before its last step, and how it goes on."""
+    return (
+        f"no better validation Recall@1 in {state.num_since_best} evaluations since step {state.best_step}: training "
+        f"ends at step {state.step} of {config.train.steps} (train.early_stopping; resume with a larger number or null "
+        "to go on)"
+    )
 
 
 def describe_waits(cohort: Cohort, train_s: float) -> Iterator[str]:

@@ -45,6 +45,7 @@ def results_of(
     return {
         "untrained": untrained.get("peers", {}),
         "untrained_ensemble": untrained.get("ensemble", {}),
+        "frozen_backbones": untrained.get("backbones", {}),
         **figures,
         "weights": weights,
         "step": step,

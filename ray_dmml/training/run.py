@@ -39,6 +39,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.steps",
     "train.log_every",
     "train.evaluate_every",
+    "train.early_stopping",
     "checkpoint.*",
     "failure.*",
     "train.tensorboard",

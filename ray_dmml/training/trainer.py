@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,42 +22,18 @@ from ray_dmml.data.loader import build_sampler
 from ray_dmml.errors import Interrupted, PeerLostError
 from ray_dmml.evaluation.evaluate import Figures, evaluate_embeddings
 from ray_dmml.loggers.logger import Logger
-from ray_dmml.training.describe import describe_cohort, describe_waits
+from ray_dmml.training.backbones import evaluate_backbones, warn_of_harm
+from ray_dmml.training.describe import describe_cohort, describe_early_stop, describe_waits
 from ray_dmml.training.recovery import Decision, RecoveryPolicy
 from ray_dmml.training.results import NOT_EVALUATED, evaluated_split, results_of
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.run_writer import RunWriter
+from ray_dmml.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
 CALL_S = 1.0
 """Seconds of training in one call of the peers. A run that is asked to stop does so within this time."""
-
-
-@dataclass
-class TrainingState:
-    """What the loop carries over an interruption; the peers' own states are in the checkpoint."""
-
-    step: int = 0
-    """Finished steps."""
-
-    best: float = -1.0
-    """The best validation Recall@1 so far."""
-
-    best_step: int = 0
-    untrained: Figures = field(default_factory=dict)
-    """Figures of the untrained peers on the classes of the final evaluation."""
-
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Peers that the others go on without, and since which step."""
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint | None) -> TrainingState:
-        """The state that a checkpoint holds."""
-        if checkpoint is None:
-            return cls()
-        meta = {key: checkpoint.meta[key] for key in ("best", "best_step", "untrained")}
-        return cls(checkpoint.step, dropped=dict(checkpoint.meta["dropped"]), **meta)
 
 
 class Trainer:
@@ -141,10 +116,10 @@ class Trainer:
             self.roll_back(failure, decision, checkpoint)
 
     def train(self) -> None:
-        """Trains from the current step to the last one."""
+        """Trains from the current step to the last one, or until early stopping ends the run."""
         if self.state.step == 0:
             self.before_first_step()
-        while self.state.step < self.config.train.steps:
+        while not self.state.is_over(self.config):
             stop = self.next_stop()
             self.train_until(stop)
             if self.state.step < stop:
@@ -163,8 +138,7 @@ class Trainer:
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and after the last one, is due."""
-        step = self.state.step
-        return step == self.config.train.steps or (every > 0 and step % every == 0)
+        return self.state.is_over(self.config) or (every > 0 and self.state.step % every == 0)
 
     def train_until(self, stop: int) -> None:
         """Trains up to a step, or to an earlier one if the run is asked to stop."""
@@ -278,7 +252,8 @@ class Trainer:
             self.save(best=False)
         if self.config.evaluation.untrained and self.split is not None and not self.state.untrained:
             logger.debug("evaluating the untrained peers")
-            self.state.untrained = {**self._evaluate(self.split), "split": self.split}
+            backbones = evaluate_backbones(self.cohort, self.config, self.split, getattr(self.splits, self.split))
+            self.state.untrained = {**self._evaluate(self.split), "split": self.split, "backbones": backbones}
             self._loggers.log({"untrained": self.state.untrained}, 0)
 
     def _on_step(self, step: int) -> None:
@@ -312,8 +287,7 @@ class Trainer:
         value = figures["ensemble"]["recall@1"]
         if self.config.train.monitor == "mean_peer":
             value = float(np.mean([row["recall@1"] for row in figures["peers"].values()]))
-        if value > state.best:
-            state.best, state.best_step = value, state.step
+        if state.take(value):
             return True
         if state.best == 1 and not self._is_saturated:
             self._is_saturated = True
@@ -329,16 +303,9 @@ class Trainer:
         """Writes a checkpoint; False if that is not possible and training can go on without it."""
         state = self.state
         logger.debug("saving a checkpoint")
-        meta = {
-            "config": self.config.model_dump(mode="json"),
-            "best": state.best,
-            "best_step": state.best_step,
-            "untrained": state.untrained,
-            "dropped": state.dropped,
-        }
         peers = {**self.cohort.state(), **self._dropped_peers}
-        is_last = state.step == self.config.train.steps
-        if not self._writer.save(state.step, peers, meta, best=best, is_last=is_last):
+        is_last = state.is_over(self.config)
+        if not self._writer.save(state.step, peers, state.meta(self.config), best=best, is_last=is_last):
             return False
         self._saved_step = state.step
         self._loggers.log({"checkpoint": "best" if best else "last"}, state.step)
@@ -348,6 +315,8 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """The final evaluation, if there are images for one, written to results.json."""
+        if has_stopped_early := self.state.step < self.config.train.steps:
+            logger.info("%s", describe_early_stop(self.state, self.config))
         self._writer.write_metrics()
         weights, step = self._load_final_weights()
         figures, images = NOT_EVALUATED, None
@@ -359,10 +328,14 @@ class Trainer:
         if self._train_s:
             rate = self._batch_size * self._num_steps / self._train_s
             results["images_per_second"] = round(rate, 2)
+        if has_stopped_early:
+            results["stopped_early"] = self.state.step
         if self.state.dropped:
             results["dropped"] = self.state.dropped
         for line in describe_waits(self.cohort, self._train_s):
             logger.info("%s", line)
+        for line in warn_of_harm(self.config, results):
+            logger.warning("%s", line)
         self._writer.write_results(results, keep_state=self.config.checkpoint.final == "state")
         return results
 

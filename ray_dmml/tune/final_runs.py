@@ -105,6 +105,7 @@ def _final_config(config: Config, seed: int) -> Config:
     return changed(
         config.model_copy(update={"seed": seed}),
         data={"validation_fraction": 0.0},
+        train={"early_stopping": None},
         evaluation={"split": "test", "untrained": False, "weights": weights},
         checkpoint={"storage_path": None},  # A storage has room for one run.
     )

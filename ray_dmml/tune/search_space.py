@@ -35,7 +35,13 @@ _FIXED_IN_TRIALS = {
         "data.split_seed",
     ),
     "trials and final runs are evaluated alike": ("evaluation.recall_at", "evaluation.weights"),
-    "the search sets it": ("data.validation_fold", "evaluation.split", "evaluation.untrained", "train.tensorboard"),
+    "the search sets it": (
+        "data.validation_fold",
+        "evaluation.split",
+        "evaluation.untrained",
+        "train.tensorboard",
+        "train.early_stopping",
+    ),
     "the search sets what a trial saves": ("checkpoint.every_steps", "checkpoint.storage_path"),
 }
 """Settings that ``trial`` and ``space`` may not change, by the reason."""
@@ -221,7 +227,7 @@ class Search:
         weights = "ema" if config.evaluation.weights == "ema" else "last"
         return changed(
             config.model_copy(update={"seed": config.seed + seed}),
-            train={"tensorboard": False},
+            train={"tensorboard": False, "early_stopping": None},  # the scheduler ends trials
             data={"validation_fold": config.data.validation_fold + fold},
             evaluation={"split": "validation", "untrained": False, "weights": weights},
             checkpoint={"every_steps": every_steps, "storage_path": None},

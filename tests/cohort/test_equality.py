@@ -28,6 +28,7 @@ def outcome(cohort: Cohort, start: int = 0, stop: int = STEPS) -> dict[str, Any]
         "state": {name: decode_peer(files) for name, files in cohort.state().items()},
         "test": cohort.embeddings("test"),
         "ema": cohort.embeddings("validation", ema=True),
+        "features": cohort.features("validation", cohort.names[1:]),
     }
 
 

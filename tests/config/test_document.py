@@ -106,7 +106,7 @@ def test_every_config_survives_yaml(tmp_path_factory: Any, raw: dict[str, Any]) 
 def test_every_setting_is_documented(image_folder: Path) -> None:
     """Each field of each section has a docstring, and `ray-dmml config` prints all of them."""
     raw = tiny(image_folder)
-    raw["cohort"]["base"]["ema"] = {}
+    raw["cohort"]["base"] |= {"ema": {}, "lora": {}}
     raw["cohort"]["peers"][0] = {"view": [{"name": "RandomResizedCrop"}]}
     raw["loss"] = {"mutual": [{"name": "parts:Term"}]}
     raw["train"]["loggers"] = [{"name": "parts:MyLogger"}]

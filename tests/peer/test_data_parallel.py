@@ -81,6 +81,7 @@ CASES = [
     (2, {"batch_norm": "frozen", "ema": {"decay": 0.5, "as_teacher": True}}, MUTUAL),
     (2, {"batch_norm": "frozen", "update_interval": 2}, MUTUAL),
     (2, {"batch_norm": "frozen"}, {**MUTUAL, "metric": MEMORY}),
+    (2, {"batch_norm": "train", "freeze_blocks": "all"}, MUTUAL),
 ]
 
 
@@ -94,6 +95,7 @@ CASES = [
         "averaged weights published",
         "accumulating",
         "a loss with a memory",
+        "frozen backbone",
     ],
 )
 def test_replicas_learn_what_one_device_learns_from_the_whole_batch(
@@ -126,6 +128,19 @@ def test_fewer_images_than_replicas(share: Share) -> None:
         expected = build(config).net.eval().forward_unnormalized(images)
     assert embeddings.shape == (1, 8)
     torch.testing.assert_close(embeddings, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_features_of_the_backbone(share: Share) -> None:
+    """Before the head, from 3 processes as from one."""
+    config = settings(**STILL)
+    images = batch(0).images[:, :, 2:34, 2:34]
+    with share(config, 3) as (peer, _), torch.no_grad():
+        assert peer.replicas is not None
+        features = peer.replicas.infer(peer.net.eval(), images, ema=False, features=True)
+    with torch.no_grad():
+        expected = build(config).net.eval().backbone_features(images)
+    assert features.shape == (12, expected.shape[1]) and expected.shape[1] != 8
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_loaded_weights_reach_the_replicas(share: Share) -> None:

@@ -17,7 +17,8 @@ from ray_dmml.config.schema import Config
 from ray_dmml.data.augmentations import training_view
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import BatchLoader, build_sampler
-from ray_dmml.peer.peer import Peer, build_peer
+from ray_dmml.peer.build import build_peer
+from ray_dmml.peer.peer import Peer
 from ray_dmml.randomness import seeded
 
 pytestmark = [
@@ -93,10 +94,10 @@ def test_the_state_moves_between_devices(image_folder: Path) -> None:
     for one, other in zip(train(first, config, 5, 8), train(second, config, 5, 8), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.05)
     on_cpu = build_peer(config_of(image_folder), 0, splits.train.num_classes, torch.device("cpu"), True)
-    on_cpu.load_weights(decode_peer(files)["net"])
+    on_cpu.load_weights(decode_peer(files))
     expected = on_cpu.embed_images(splits.test, 16)
     peer = build_peer(config_of(image_folder), 0, splits.train.num_classes, torch.device("cuda"), True)
-    peer.load_weights(decode_peer(files)["net"])
+    peer.load_weights(decode_peer(files))
     assert peer.embed_images(splits.test, 16) == pytest.approx(expected, abs=5e-3)
 
 

@@ -121,7 +121,10 @@ def test_a_cohort_of_one_is_plain_metric_learning(image_folder: Path) -> None:
         found = decode_peer(cohort.state()["peer0"])
 
     net = build_embedding_net(config.cohort.peers[0], 5).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-5)
+    decaying = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim <= 1]  # biases and BatchNorm
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": decaying, "weight_decay": 1e-5}]
+    optimizer = torch.optim.Adam(groups, lr=1e-3)
     view = v2.Compose([v2.RandomResizedCrop([32, 32], scale=(0.2, 1.0)), v2.RandomHorizontalFlip()])
     criterion = losses.TripletMarginLoss(margin=0.2, distance=ExactEuclideanDistance(), reducer=reducers.MeanReducer())
     miner = DistanceWeightedNegativeMiner()
@@ -466,7 +469,9 @@ def test_schedules(schedule: dict[str, Any], expected: list[float]) -> None:
 def test_rates_of_backbone_head_and_proxies() -> None:
     """Each group has its own; by default the head's is that of the backbone, the proxies' 100 fold."""
     peer = build(settings(optimizer={"lr": 0.002}), metric=PROXIES)
-    assert [group["base_lr"] for group in peer.optimizer.param_groups] == [0.002, 0.002, 0.2]
+    rate_of = {id(p): group["base_lr"] for group in peer.optimizer.param_groups for p in group["params"]}
+    assert {rate_of[id(p)] for p in peer.net.parameters()} == {0.002}
+    assert {rate_of[id(p)] for p in peer.metric.parameters()} == {0.2}
     for moving, rates in {
         "net.backbone": {"lr": 0.05, "head_lr": 0, "loss_lr": 0},
         "net.head": {"lr": 0, "head_lr": 0.05, "loss_lr": 0},
@@ -526,13 +531,13 @@ def test_load_weights_takes_the_net_only() -> None:
     config = settings(optimizer={"lr": 1e-3}, ema={"decay": 0.9})
     donor, peer = build(config), build(config)
     train(donor, 0, 3)
-    peer.load_weights(weights(donor))
+    peer.load_weights(donor.state_dict())
     assert_same(weights(peer), weights(donor))
     assert_same(peer.ema.module.state_dict(), donor.net.state_dict())
     assert peer.optimizer.state_dict()["state"] == {} and int(peer.ema.n_averaged) == 0
     misfit = build_embedding_net(settings(embedding_size=9), 0).state_dict()
     with pytest.raises(UserError, match=r"weights for peer0 do not fit: head\.weight"):
-        peer.load_weights(misfit)
+        peer.load_weights({"net": misfit, "adapters": {}})
 
 
 # --- precision ------------------------------------------------------------------------------
