@@ -82,6 +82,22 @@ def test_held_out_classes_are_disjoint_and_complete(class_sizes, fraction, seed)
             assert part.class_names[part.labels[index]] == f"class{images.labels[number]}"
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.booleans(), st.randoms(use_true_random=False))
+def test_the_evaluated_queries_are_counted(classes: list[int], all_against_all: bool, random) -> None:
+    """Those for which a loop over the gallery finds another image of the class."""
+    labels = np.unique(classes, return_inverse=True)[1]
+    indices = range(len(labels))
+    query, gallery = ([i for i in indices if random.random() < 0.6] for _ in range(2))
+    if all_against_all:
+        query = gallery = list(indices)
+    names = tuple(map(str, range(labels.max() + 1)))
+    flags = () if all_against_all else (np.array(query, np.int64), np.array(gallery, np.int64))
+    images = ImageSet(Numbers(indices), labels, names, *flags)
+    expected = sum(any(g != q and labels[g] == labels[q] for g in gallery) for q in query)
+    assert images.num_evaluated() == expected and images.can_be_evaluated() == (expected > 0)
+
+
 def test_holding_out_follows_its_seed():
     """The same seed holds out the same classes, another seed others, fraction 0 none."""
     images = numbered([3] * 30)

@@ -27,7 +27,9 @@ def finished(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     """A run of one step and its images; not to be written into."""
     folder = tmp_path_factory.mktemp("remembers")
     root = shutil.copytree(image_folder, folder / "images")
-    train(config_of(root), folder / "run", local=True)
+    config = config_of(root)
+    storage = config.checkpoint.model_copy(update={"storage_path": str(folder / "copy")})
+    train(config.model_copy(update={"checkpoint": storage}), folder / "run", local=True)
     return folder / "run", root
 
 
@@ -44,6 +46,7 @@ def test_the_list_has_every_image(finished: tuple[Path, Path]) -> None:
     assert splits.validation is not None and splits.test is not None
     for split, part in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
         assert {row["label"] for row in rows if row["split"] == split} == set(part.class_names)
+    assert (run.parent / "copy" / "images.csv.gz").read_bytes() == (run / "images.csv.gz").read_bytes()
 
 
 def lose_two(root: Path) -> None:
