@@ -67,7 +67,7 @@ class AuditReport:
         unreadable: ``name`` and ``reason`` of each image that cannot be read.
         duplicates: groups of images, the exact duplicates first.
         images_per_class: K, the images of each class in a batch.
-        small_classes: ``label`` and ``images`` of each class of train or validation with fewer than K.
+        small_classes: ``label`` and ``images`` of each class that trains (now or with another seed) with fewer than K.
         class_sizes: images of each class of all splits, ascending.
         notes: what of the data set is not used, such as files that are not images.
     """
@@ -132,6 +132,9 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
             if watch is not None:
                 watch(done, len(places))
     sizes = {split: np.bincount(images.labels).tolist() for split, images in splits.items()}
+    size_of = Counter[str]()  # a class may be in several splits
+    for split, images in splits.items():
+        size_of.update(dict(zip(images.class_names, sizes[split], strict=True)))
     copies = list(images_of.values())
     near = _similar(np.stack(list(thumbnails.values()))) if len(copies) > 1 else []
     return AuditReport(
@@ -146,11 +149,12 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
         small_classes=[
             {"label": label, "images": size}
             for split, images in splits.items()
-            if split != "test"
+            # Held-out classes train with another seed; of held-out images, each class trains with its others.
+            if split == "train" or (split == "validation" and config.split_by == "class")
             for label, size in zip(images.class_names, sizes[split], strict=True)
             if size < config.images_per_class
         ],
-        class_sizes=sorted(size for part in sizes.values() for size in part),
+        class_sizes=sorted(size_of.values()),
         notes=findings.notes,
     )
 

@@ -13,6 +13,7 @@ from ray_dmml.config.parts import load_parts, require_trust
 from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data.dataset import ImageSet, Splits
 from ray_dmml.data.datasets import load_images, load_splits
+from ray_dmml.data.findings import Findings
 from ray_dmml.data.staging import local_root
 from ray_dmml.errors import UserError
 from ray_dmml.evaluation.evaluate import evaluate_embeddings
@@ -114,7 +115,10 @@ def _other_images(config: Config, run_dir: RunDir) -> Splits:
     trained = ImageList.read(run_dir.images_file)
     if trained is None:
         raise UserError(f"{run_dir.path} has no images.csv.gz, which names its training classes")
-    images = load_images(config.data)
+    findings = Findings()
+    images = load_images(config.data, findings)
+    for note in findings.notes:
+        logger.warning("%s", note)
     splits = Splits(trained.training_set(), None, images)
     known = {(row.name, row.size) for row in trained.only("training").rows}
     if again := [row.name for row in ImageList.of(splits).only("test").rows if (row.name, row.size) in known]:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_dmml import Config, UserError, train
+from ray_dmml.data.audit import audit
 from ray_dmml.data.dataset import ImageSet, part_of_each_class
 from ray_dmml.data.datasets import load_splits
 
@@ -118,6 +119,15 @@ def test_a_manifest_may_have_a_label_in_both_splits(root: Path, tmp_path: Path) 
     assert len(splits.test) == 6 and len(splits.train) == 6 and len(names_of(splits.validation)) == 4
     with pytest.raises(UserError, match=r"label 'apple' is in both splits .* unless data\.split_by is image"):
         load_splits(config_of(root, **data, split_by="class").data)
+
+
+def test_data_check_counts_the_images_of_a_class_that_train(root: Path) -> None:
+    """The few validation images of each class are no small class; the whole class is one bar of the histogram."""
+    report = audit(config_of(root, validation_fraction=0.25).data)
+    assert report.small_classes == []
+    assert report.class_sizes == sorted(SIZES.values())
+    report = audit(config_of(root, validation_fraction=0.25, images_per_class=3).data)
+    assert {row["label"] for row in report.small_classes} == {"apple", "fig"}  # 2 of 8 train
 
 
 def test_mistakes_are_named(root: Path, tmp_path: Path) -> None:

@@ -49,14 +49,14 @@ def load_splits(
     return Splits(train, validation, test, tuple(sorted(skipped)))
 
 
-def load_images(config: DataConfig) -> ImageSet:
+def load_images(config: DataConfig, findings: Findings) -> ImageSet:
     """All images of an ``imagefolder``, or of a ``manifest`` (only those of split ``validation`` if there are any), to
-    be evaluated. ``check_images`` and ``on_bad_image`` apply.
+    be evaluated. ``check_images`` and ``on_bad_image`` apply. ``findings`` gets the notes of what is not used.
 
     Raises:
         UserError: as :func:`load_splits`.
     """
-    train, test = _read(config.model_copy(update={"train_fraction": 1.0}), Findings())
+    train, test = _read(config.model_copy(update={"train_fraction": 1.0}), findings)
     images = train if test is None else test
     if images is None:
         raise UserError(f"manifest {config.manifest} has no rows")
