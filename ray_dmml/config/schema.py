@@ -118,7 +118,7 @@ class DataConfig(Section):
     """`class`: no class is in two of training, validation and test, so the figures are of classes never seen. `image`:
     they share the classes and no image, so the figures are of known classes. `imagefolder` splits each class: at least
     2 images train and 2 test, and a class of fewer than 4 only trains. In a `manifest`, a label may have rows of both
-    splits."""
+    splits, and so may a class of your own data set."""
 
     train_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.5
     """`imagefolder`: share of the classes used for training. The other classes are the test classes. 1: there are no
@@ -177,7 +177,7 @@ class DataConfig(Section):
             raise ValueError("data.name 'characters' is built in and has no data.source")
         if self.on_bad_image == "skip" and not self.check_images:
             raise ValueError("on_bad_image: skip needs check_images: true, which finds the bad images before training")
-        if self.split_by == "image" and self.name not in ("imagefolder", "manifest"):
+        if self.split_by == "image" and self.name in ("characters", "cub200", "cars196", "sop", "inshop"):
             raise ValueError(f"split_by: image is for imagefolder and manifest; '{self.name}' has its own test classes")
         if self.name == "manifest" and self.manifest is None:
             raise ValueError("data.name 'manifest' needs data.manifest, the CSV file")

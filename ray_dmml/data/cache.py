@@ -138,8 +138,8 @@ class CachedImages:
     def name(self, index: int) -> str:
         return self._source.name(index)
 
-    def size(self, index: int) -> int | None:
-        return self._source.size(index)
+    def num_bytes(self, index: int) -> int | None:
+        return self._source.num_bytes(index)
 
     def subset(self, indices: Sequence[int]) -> CachedImages:
         return CachedImages(self._source.subset(indices), self._cache)

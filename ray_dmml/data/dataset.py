@@ -34,9 +34,6 @@ class ImageSource(Protocol):
     def name(self, index: int) -> str:
         """The image's name in messages; unique within a data set."""
 
-    def size(self, index: int) -> int | None:
-        """Size of the image's file in bytes; None: it has none, or it is not known."""
-
     def read(self, index: int) -> Tensor:
         """The image as uint8 (3, S, S), S the decode size. Every call returns the same pixels.
 
@@ -82,7 +79,8 @@ class FileImages:
         paths, boxes = (self.paths[index] for index in indices), (self.boxes[index] for index in indices)
         return FileImages(self.root, paths, self.decode_size, self.resize, boxes)
 
-    def size(self, index: int) -> int | None:
+    def num_bytes(self, index: int) -> int | None:
+        """Size of the file; None if it is missing."""
         try:
             return os.stat(self.root / self.paths[index]).st_size
         except OSError:

@@ -146,8 +146,8 @@ def _data_config(own: DataConfig, place: Path) -> DataConfig:
 
 def _place(data: DataConfig) -> str:
     """Where images are, for a person."""
-    if data.name == "characters":
-        return "built in"
+    if data.root is None and data.source is None:
+        return data.name
     return f"{data.manifest} in {local_root(data)}" if data.name == "manifest" else str(local_root(data))
 
 

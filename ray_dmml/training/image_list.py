@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +23,8 @@ SHOWN = 3  # names in a message, of each kind of difference
 
 
 class Row(NamedTuple):
-    """An image: its name (a path relative to ``data.root``), the size of its file ("" if it has none), the name of its
-    class, and ``training``, ``validation`` or ``test``."""
+    """An image: its name (a path relative to ``data.root``), the size of its file ("" if it is no file), the name of
+    its class, and ``training``, ``validation`` or ``test``."""
 
     name: str
     size: str
@@ -100,9 +100,10 @@ def require_same_images(path: Path, splits: Splits, run: Path) -> None:
 
 def _rows(split: str, images: ImageSet) -> list[Row]:
     source = images.source
+    num_bytes: Callable[[int], int | None] = getattr(source, "num_bytes", lambda index: None)
 
     def sizes(start: int) -> list[int | None]:
-        return [source.size(index) for index in range(start, min(start + CHUNK, len(images)))]
+        return [num_bytes(index) for index in range(start, min(start + CHUNK, len(images)))]
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         all_sizes = [size for chunk in pool.map(sizes, range(0, len(images), CHUNK)) for size in chunk]

@@ -47,9 +47,6 @@ class CharacterImages:
         code, face = self.glyphs[index]
         return f"U+{code:04X} in {FACES[face]}"
 
-    def size(self, index: int) -> None:
-        return None
-
     def subset(self, indices: Sequence[int]) -> CharacterImages:
         return CharacterImages([self.glyphs[index] for index in indices], self.decode_size)
 

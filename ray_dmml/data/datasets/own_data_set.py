@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ray_dmml.config.loading import shorten
 from ray_dmml.config.parts import call_part, find_part
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.data.dataset import ImageSet
+from ray_dmml.data.decoding import printable
 from ray_dmml.data.staging import fetch
 from ray_dmml.errors import UserError
 
@@ -38,7 +40,13 @@ def _call(config: DataConfig, root: Path | None) -> tuple[ImageSet, ImageSet | N
     for images, split in zip(sets, ("training", "test"), strict=True):
         if images is not None and (problem := _problem(images, config.decode_size)):
             raise UserError(f"{what}; in the {split} images {problem}")
-    return sets
+    train, test = sets
+    if test is not None and config.split_by == "class" and (both := set(train.class_names) & set(test.class_names)):
+        raise UserError(
+            f"data.name: {config.name}: {len(both)} classes are both in training and in test, such as "
+            f"{shorten(printable(sorted(both)[0]))!r}, which needs data.split_by: image"
+        )
+    return train, test
 
 
 def _problem(images: ImageSet, size: int) -> str | None:

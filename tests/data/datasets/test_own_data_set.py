@@ -44,6 +44,10 @@ def files(config, root):
 def no_test(config, root):
     return colours(config, root)[0], None
 
+def known(config, root):
+    train, test = colours(config, root)
+    return train, ImageSet(test.source, test.labels, train.class_names)
+
 def one_set(config, root):
     return colours(config, root)[0]
 
@@ -86,6 +90,16 @@ def test_there_may_be_no_test_images() -> None:
     assert load_splits(settings("no_test")).test is None
 
 
+def test_a_class_may_be_in_training_and_test() -> None:
+    """With split_by: image only, because the figures are of known classes then."""
+    splits = load_splits(settings("known", split_by="image", validation_fraction=0))
+    assert splits.test is not None and splits.test.class_names == splits.train.class_names
+    with pytest.raises(
+        UserError, match=r"8 classes are both in training and in test, such as '0-0', .*split_by: image"
+    ):
+        load_splits(settings("known"))
+
+
 def test_files_are_checked_and_cached(image_folder: Path, tmp_path: Path) -> None:
     """As those of any data set."""
     config = settings("files", root=image_folder, cache_dir=tmp_path / "cache")
@@ -106,7 +120,7 @@ def test_files_are_checked_and_cached(image_folder: Path, tmp_path: Path) -> Non
             "wrong_size",
             r"in the training images read\(\) must give uint8 \(3, 12, 12\), .* gives .*\(3, 9, 9\)",
         ),
-        ("broken", r"^data.name: own_data:broken fails at .*own_data.py, line 43: FileNotFoundError"),
+        ("broken", r"^data.name: own_data:broken fails at .*own_data.py, line 47: FileNotFoundError"),
     ],
 )
 def test_mistakes_are_named(name: str, message: str) -> None:
