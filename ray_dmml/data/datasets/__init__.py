@@ -68,12 +68,15 @@ def load_images(config: DataConfig) -> ImageSet:
     Raises:
         UserError: as :func:`load_splits`.
     """
-    train, test = _read(config.model_copy(update={"train_fraction": 1.0}), Findings())
+    findings = Findings()
+    train, test = _read(config.model_copy(update={"train_fraction": 1.0}), findings)
+    for note in findings.notes:
+        logger.warning("%s", note)
     images = train if test is None else test
     if images is None:
         raise UserError(f"manifest {config.manifest} has no rows")
     [images], _ = _usable([images], config, frozenset(), check=True)
-    _require_queries(images, Findings())
+    _require_queries(images, findings)
     return images
 
 
