@@ -20,9 +20,9 @@ data_app = typer.Typer(cls=Group, help="Audit the images of a data set, or fetch
 
 @data_app.command(cls=Command)
 def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Audit a data set: unreadable images, duplicates, wrong labels, small classes.
+    """Audit a data set: faults of its structure, unreadable images, duplicates, wrong labels, small classes.
 
-    Exit code 0: there are no findings; 1: there are findings; 2: the data set cannot be loaded.
+    Exit code 0: there are no findings; 1: there are findings; 2: a run would refuse the data set as it is.
     """
     console = Console(stderr=True)
     with user_errors(), show_log(console):
@@ -41,7 +41,7 @@ def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJso
     else:
         print_report(report, Console())
     if not report.is_clean():
-        raise typer.Exit(1)
+        raise typer.Exit(2 if report.faults else 1)
 
 
 @data_app.command(cls=Command)

@@ -106,7 +106,8 @@ class DataConfig(Section):
     The copy is in `root`, or in `cache_dir` if `root` is null. null: the images are in `root`."""
 
     manifest: FilePath | None = None
-    """`manifest`: a CSV file with columns path and label; perhaps split (train or validation), is_query, is_gallery."""
+    """`manifest`: a CSV file with columns path and label; perhaps split (train or validation), is_query, is_gallery,
+    and the box of an image (x_1, x_2, y_1, y_2)."""
 
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of a data set of your own."""

@@ -1,4 +1,6 @@
-"""Audits a data set before a long run: unreadable and duplicate images, and small classes.
+"""Audits a data set before a long run: what a run would refuse, unreadable and duplicate images, small classes.
+
+All faults are found in one go: what is wrong is left out, and the audit goes on with the rest.
 
 Two images are exact duplicates if their decoded squares are equal to the bit (SHA-256); equal files always are. They
 are near duplicates if their 16 x 16 colour thumbnails, each minus its mean, have a cosine of at least 0.98. A copy that
@@ -25,16 +27,19 @@ from torch import Tensor
 
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.cores import num_cores
-from ray_dmml.data.dataset import BadImageError
+from ray_dmml.data.dataset import BadImageError, Splits
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.decoding import printable
 from ray_dmml.data.findings import Findings
+from ray_dmml.data.sampler import ClassBalancedSampler
+from ray_dmml.errors import UserError
 
 NEAR = 0.98  # the least cosine of the thumbnails of near duplicates
 NEIGHBOURS = 8
 SIDE = 16
 FLAT = 2.0  # grey levels: thumbnails that vary less show nothing, and resemble no other
 SHOWN = 3  # findings of a kind that are printed; the JSON has all
+SHOWN_FAULTS = 20
 BAR = 40
 
 
@@ -63,6 +68,7 @@ class AuditReport:
     """The findings of an audit.
 
     Attributes:
+        faults: why a run would refuse the data set, each a sentence.
         splits: ``images`` and ``classes`` of train, validation (if there is one) and test.
         unreadable: ``name`` and ``reason`` of each image that cannot be read.
         duplicates: groups of images, the exact duplicates first.
@@ -72,6 +78,7 @@ class AuditReport:
         notes: what of the data set is not used, such as files that are not images.
     """
 
+    faults: list[str]
     splits: dict[str, dict[str, int]]
     unreadable: list[dict[str, str]]
     duplicates: list[Group]
@@ -82,8 +89,8 @@ class AuditReport:
 
     def is_clean(self) -> bool:
         """Nothing needs repair. Near duplicates within a class are no fault: photos of one object."""
-        faults = any(group.exact or group.two_classes for group in self.duplicates)
-        return not (self.unreadable or faults or self.small_classes)
+        duplicates = any(group.exact or group.two_classes for group in self.duplicates)
+        return not (self.faults or self.unreadable or duplicates or self.small_classes)
 
     def to_json(self) -> dict[str, Any]:
         return {"clean": self.is_clean(), **asdict(self)}
@@ -97,11 +104,10 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
         watch: called with (images done, images in all) after each image.
 
     Raises:
-        UserError: a run could not load the data set either.
+        UserError: there is no data set, such as where its folder is missing.
     """
-    findings = Findings()
-    loaded = load_splits(config, check=False, findings=findings)
-    sets = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
+    loaded, findings = _load(config)
+    sets = {} if loaded is None else {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
     splits = {split: images for split, images in sets.items() if images is not None}
     places = [(split, index) for split, images in splits.items() for index in range(len(images))]
     images_of: dict[bytes, list[AuditedImage]] = {}
@@ -131,6 +137,11 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
                 images_of.setdefault(fingerprint, []).append(image)
             if watch is not None:
                 watch(done, len(places))
+    if unreadable:  # a run may be told to skip them
+        _, without = _load(config, frozenset(row["name"] for row in unreadable))
+        findings.faults += [
+            f"without the unreadable images: {fault}" for fault in without.faults if fault not in findings.faults
+        ]
     sizes = {split: np.bincount(images.labels).tolist() for split, images in splits.items()}
     size_of = Counter[str]()  # a class may be in several splits
     for split, images in splits.items():
@@ -138,6 +149,7 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
     copies = list(images_of.values())
     near = _similar(np.stack(list(thumbnails.values()))) if len(copies) > 1 else []
     return AuditReport(
+        faults=findings.faults,
         splits={split: {"images": len(images), "classes": images.num_classes} for split, images in splits.items()},
         unreadable=unreadable,
         duplicates=[
@@ -157,6 +169,23 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
         class_sizes=sorted(size_of.values()),
         notes=findings.notes,
     )
+
+
+def _load(config: DataConfig, skip: frozenset[str] = frozenset()) -> tuple[Splits | None, Findings]:
+    """The images that a run could use, None if there are none, and all faults for which it would refuse the others."""
+    findings = Findings(collects_faults=True)
+    try:
+        splits = load_splits(config, skip=skip, check=False, findings=findings)
+    except UserError as error:
+        if not findings.faults:
+            raise
+        findings.fault(str(error))
+        return None, findings
+    try:
+        ClassBalancedSampler(splits.train.labels, config.classes_per_batch, config.images_per_class, seed=0)
+    except UserError as error:
+        findings.fault(str(error))
+    return splits, findings
 
 
 def _group(images: list[AuditedImage], exact: bool) -> Group:
@@ -205,6 +234,7 @@ def print_report(report: AuditReport, console: Console) -> None:
     groups = [(group, _describe(group)) for group in report.duplicates]
     small = [f"{printable(row['label'])}: {row['images']}" for row in report.small_classes]
     for title, lines, unit in (
+        ("faults for which a run would refuse the data set", report.faults, ""),
         ("unreadable images", [row["reason"] for row in report.unreadable], ""),
         ("exact duplicates", [text for group, text in groups if group.exact], " groups"),
         ("near duplicates", [text for group, text in groups if not group.exact], " groups"),
@@ -213,11 +243,13 @@ def print_report(report: AuditReport, console: Console) -> None:
         (f"training classes of fewer than {report.images_per_class} images", small, ""),
     ):
         out(f"\n{title}: " + (f"{len(lines)}{unit}" if lines else "none"))
-        for line in lines[:SHOWN]:
+        shown = SHOWN_FAULTS if lines is report.faults else SHOWN
+        for line in lines[:shown]:
             out(f"  {line}")
-        if len(lines) > SHOWN:
-            out(f"  ... and {len(lines) - SHOWN} more")
-    out("\nclasses by number of images")
+        if len(lines) > shown:
+            out(f"  ... and {len(lines) - shown} more")
+    if report.class_sizes:
+        out("\nclasses by number of images")
     for line in histogram(report.class_sizes):
         out(f"  {line}")
     out("\nno problems" if report.is_clean() else "\nthere are problems to repair")
@@ -227,7 +259,7 @@ def histogram(sizes: Iterable[int]) -> list[str]:
     """A line for each power of two: 1, 2-3, 4-7, and so on."""
     counts = Counter(size.bit_length() - 1 for size in sizes)
     lines = []
-    for power in range(min(counts), max(counts) + 1):
+    for power in range(min(counts, default=0), max(counts, default=-1) + 1):
         low, high = 2**power, 2 ** (power + 1) - 1
         bar = "#" * -(-BAR * counts[power] // max(counts.values()))
         lines.append(f"{low if low == high else f'{low}-{high}':>13}  {counts[power]:>7}  {bar}".rstrip())

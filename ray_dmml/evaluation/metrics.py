@@ -23,8 +23,9 @@ def retrieval_metrics(
 ) -> dict[str, float]:
     """Computes retrieval metrics: do the nearest images of a query belong to its class?
 
-    Neighbours are ranked by inner product, and a query never retrieves itself. Its R relevant images are
-    the other images of its class in the gallery. Each metric is a mean over the queries with R > 0:
+    Neighbours are ranked by inner product, ties by the order of the images, and a query never retrieves itself. Its R
+    relevant images are the other images of its class in the gallery. Each metric is a mean over the queries with R > 0.
+    The order of ``query`` and ``gallery`` changes nothing.
 
     - ``recall@K``: share of queries with at least one relevant image among the K nearest.
     - ``r_precision``: share of relevant images among the R nearest.

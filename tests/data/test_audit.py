@@ -12,8 +12,10 @@ from PIL import Image, ImageEnhance
 from typer.testing import CliRunner
 
 from ray_dmml.cli.main import app
-from ray_dmml.config.schema import DataConfig
+from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data.audit import AuditReport, Group, audit, histogram
+from ray_dmml.errors import UserError
+from ray_dmml.training.run import read_images
 
 
 def scene(seed: int, side: int = 96) -> Image.Image:
@@ -33,7 +35,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def settings(root: Path) -> DataConfig:
-    return DataConfig(name="imagefolder", root=root, decode_size=64, validation_fraction=0)
+    return DataConfig(name="imagefolder", root=root, decode_size=64, validation_fraction=0, classes_per_batch=2)
 
 
 def names(group: Group) -> list[str]:
@@ -41,7 +43,7 @@ def names(group: Group) -> list[str]:
 
 
 def check(root: Path, *more: str) -> Any:
-    options = ["name=imagefolder", f"root={root}", "decode_size=64", "validation_fraction=0"]
+    options = ["name=imagefolder", f"root={root}", "decode_size=64", "validation_fraction=0", "classes_per_batch=2"]
     sets = [part for option in options for part in ("--set", f"data.{option}")]
     return CliRunner().invoke(app, ["data", "check", *sets, *more])
 
@@ -50,7 +52,7 @@ def test_a_clean_data_set(root: Path) -> None:
     """The exit code is 0, and the report has sizes and no findings."""
     ended = check(root)
     assert ended.exit_code == 0, ended.output
-    assert ended.stdout.count(": none") == 6 and "no problems" in ended.stdout
+    assert ended.stdout.count(": none") == 7 and "no problems" in ended.stdout
     report = audit(settings(root))
     assert (
         report.splits == {part: {"images": 16, "classes": 4} for part in ("train", "test")} and report.duplicates == []
@@ -153,6 +155,125 @@ def test_what_cannot_be_loaded_is_a_users_error(tmp_path: Path) -> None:
     """The exit code is 2, and a sentence names the folder that is missing."""
     ended = check(tmp_path / "nowhere")
     assert ended.exit_code == 2 and "is not an existing folder" in ended.stderr
+
+
+def test_all_faults_of_a_folder_are_found_in_one_go(root: Path) -> None:
+    """A run would end at the first of them. The images that can be used are audited."""
+    (root / "c8").mkdir()
+    (root / "c9").mkdir()
+    (root / "c9" / "x.arw").touch()
+    (root / "up").symlink_to(".")
+    for number in range(4):
+        (root / "c3" / f"{number}.png").write_bytes(b"broken")
+    (root / "c1" / "copy.png").write_bytes((root / "c0" / "0.png").read_bytes())
+    (root / "c2" / "3.png").unlink()
+    options = ("--set", "data.classes_per_batch=5", "--set", "data.train_fraction=0.6")
+    report = json.loads(check(root, *options, "--json").stdout)
+    assert len(report["faults"]) == 4
+    for part in (
+        "c8 has no images",
+        "c9 has no images in a known format; it has 1 .arw",
+        "up is a link to",
+        "only 4 cl",
+    ):
+        assert any(part in fault for fault in report["faults"]), part
+    assert len(report["unreadable"]) == 4 and report["duplicates"][0]["two_classes"]
+    assert report["small_classes"] == [{"label": "c2", "images": 3}]
+    assert "1 .arw, such as c9/x.arw" in report["notes"][0]
+    ended = check(root, *options)
+    assert ended.exit_code == 2
+    for part in ("c8 has no images", "unreadable images: 4", "exact duplicates: 1", "fewer than 4 images: 1", "1 .arw"):
+        assert part in " ".join(ended.stdout.split()), part
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"classes_per_batch": 5}, "data.classes_per_batch is 5 but only 4 classes"),
+        ({"classes_per_batch": 4, "images_per_class": 5}, "needs more than the 16 training images"),
+        ({"train_fraction": 0.9}, "is 7 to train"),
+        ({"validation_fraction": 0.7}, "leaves fewer than 2 to train on"),
+    ],
+)
+def test_settings_that_no_batch_fits_are_faults(root: Path, options: dict[str, Any], fault: str) -> None:
+    """As a run says it."""
+    config = DataConfig.model_validate({**settings(root).model_dump(), **options})
+    report = audit(config)
+    assert any(fault in each for each in report.faults) and not report.is_clean()
+    with pytest.raises(UserError, match=fault):
+        read_images(Config.model_validate({"data": config}))
+
+
+def test_what_is_left_without_unreadable_images_counts(root: Path) -> None:
+    """A run may be told to skip them, and then has no batch."""
+    for number in range(4):
+        (root / "c3" / f"{number}.png").write_bytes(b"broken")
+    config = DataConfig.model_validate({**settings(root).model_dump(), "classes_per_batch": 4})
+    (fault,) = audit(config).faults
+    assert fault.startswith("without the unreadable images: data.classes_per_batch is 4 but only 3 classes")
+
+
+HEAD = "path,label,split,is_query\n"
+ROWS = "".join(
+    f"c{n // 4}/{n % 4}.png,{'abcdefgh'[n // 4]},{'train' if n < 16 else 'validation'},\n" for n in range(32)
+)
+
+
+def manifest(root: Path, rows: str, **changes: Any) -> DataConfig:
+    (root.parent / "m.csv").write_text(HEAD + rows)
+    values = settings(root).model_dump() | {"name": "manifest", "manifest": root.parent / "m.csv"} | changes
+    return DataConfig.model_validate(values)
+
+
+def test_all_faults_of_a_manifest_are_found_in_one_go(root: Path) -> None:
+    """Each bad row has its sentence, and the good ones are audited."""
+    bad = (
+        ",a,train,\nc0/0.png,a,train,\n../x.png,a,train,\nc0/9.png,a,train,\nc0/8.png,,train,\n"
+        "c0/7.png,a,test,\nc0/6.png,a,train,maybe\n"
+    )
+    (root / "c9").mkdir()
+    scene(0).save(root / "c9" / "9.png")
+    report = audit(manifest(root, ROWS + bad + "c9/9.png,a,validation,\n"))
+    parts = (
+        "line 34: path is empty", "line 35: c0/0.png is listed a second time", "line 36: ../x.png is outside",
+        "lists c0/9.png, which is not in", "line 38: label is empty", "line 39: split is 'test'",
+        "line 40: is_query is 'maybe'", "label 'a' is in both splits",
+    )  # fmt: skip
+    for part in parts:
+        assert sum(part in fault for fault in report.faults) == 1, part
+    assert len(report.faults) == len(parts) and report.splits["train"] == {"images": 16, "classes": 4}
+    (group,) = report.duplicates
+    assert group.exact and group.train_and_test and names(group) == ["c0/0.png", "c9/9.png"]
+
+
+@pytest.mark.parametrize("rows", ["", ",,,\n", "c0/0.png,a,test,\n", "nowhere.png,a,train,\n"])
+def test_a_manifest_without_a_good_row(root: Path, rows: str) -> None:
+    """There is nothing to audit, and the report says why."""
+    report = audit(manifest(root, rows))
+    assert report.faults and report.splits == {} and report.class_sizes == []
+    assert any("no rows" in fault for fault in report.faults)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_passes_the_check_is_accepted_by_a_run(root: Path, seed: int) -> None:
+    """And what a run refuses does not pass."""
+    rng = np.random.default_rng(seed)
+    for path in sorted(root.glob("*/*.png")):
+        if rng.random() < 0.15:
+            path.unlink()
+    values = {
+        "train_fraction": float(rng.choice([0.3, 0.5, 1])), "validation_fraction": float(rng.choice([0, 0.3, 0.6])),
+        "classes_per_batch": int(rng.integers(2, 5)), "images_per_class": int(rng.integers(2, 4)),
+        "split_by": str(rng.choice(["class", "image"])),
+    }  # fmt: skip
+    config = DataConfig.model_validate({**settings(root).model_dump(), **values})
+    report = audit(config)
+    try:
+        read_images(Config.model_validate({"data": config}))
+    except UserError as error:
+        assert str(error) == report.faults[0]
+    else:
+        assert report.faults == []
 
 
 def test_the_output_fits_a_screen(root: Path) -> None:

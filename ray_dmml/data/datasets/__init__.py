@@ -31,21 +31,33 @@ def load_splits(
         config: the data set and where it is; ``check_images`` and ``on_bad_image`` apply.
         skip: names of images to leave out.
         check: False: do not decode the images, whatever the config says.
-        findings: gets the notes of the data set: what of it is not used.
+        findings: gets the notes of the data set, and its faults if it collects them. The splits are then those of what
+            is right.
 
     Raises:
         UserError: files are missing or unreadable, or not laid out as the data set needs.
     """
-    train, test = _read(config, findings or Findings())
+    findings = findings or Findings()
+    train, test = _read(config, findings)
     if train is None:
-        raise UserError(f"manifest {config.manifest} has no rows of split 'train'")
+        findings.fault(f"manifest {config.manifest} has no rows of split 'train'")
+        if test is None:
+            raise UserError(f"manifest {config.manifest} has no rows that can be used")
+        train = test.subset(())
     sets, skipped = _usable([train] if test is None else [train, test], config, skip, check)
     train, test = sets[0], sets[1] if len(sets) > 1 else None
-    _require_two_classes(train, "training")
+    has_two_classes = _require_two_classes(train, "training", findings)
     if test is not None:
-        _require_queries(test)
+        _require_queries(test, findings)
     hold_out = hold_out_images if config.split_by == "image" else hold_out_classes
-    train, validation = hold_out(train, config.validation_fraction, config.validation_seed, config.validation_fold)
+    validation: ImageSet | None = None
+    try:
+        if has_two_classes:
+            train, validation = hold_out(
+                train, config.validation_fraction, config.validation_seed, config.validation_fold
+            )
+    except UserError as error:
+        findings.fault(str(error))
     return Splits(train, validation, test, tuple(sorted(skipped)))
 
 
@@ -61,7 +73,7 @@ def load_images(config: DataConfig, findings: Findings) -> ImageSet:
     if images is None:
         raise UserError(f"manifest {config.manifest} has no rows")
     [images], _ = _usable([images], config, frozenset(), check=True)
-    _require_queries(images)
+    _require_queries(images, findings)
     return images
 
 
@@ -80,16 +92,16 @@ def _usable(
     return sets, skipped
 
 
-def _require_two_classes(images: ImageSet, split: str) -> None:
+def _require_two_classes(images: ImageSet, split: str, findings: Findings) -> bool:
     if images.num_classes < 2:
-        raise UserError(f"the {split} images are of {images.num_classes} classes; at least 2 are needed")
+        findings.fault(f"the {split} images are of {images.num_classes} classes; at least 2 are needed")
+    return images.num_classes >= 2
 
 
-def _require_queries(images: ImageSet) -> None:
-    """Raises UserError if the test images cannot be evaluated."""
-    _require_two_classes(images, "test")
-    if not images.can_be_evaluated():
-        raise UserError(
+def _require_queries(images: ImageSet, findings: Findings) -> None:
+    """It is a fault if the test images cannot be evaluated."""
+    if _require_two_classes(images, "test", findings) and not images.can_be_evaluated():
+        findings.fault(
             "no test image has another of its class to find: every query needs an image of its "
             "class in the gallery (is_query and is_gallery of a manifest)"
         )

@@ -28,11 +28,13 @@ def load(config: DataConfig, root: Path, findings: Findings) -> tuple[ImageSet, 
     paths = find_images(root, findings)
     classes = list(paths)
     if config.train_fraction < 1 and config.split_by == "class":
-        _require_both_splits(root, len(classes), config.train_fraction)
+        _require_both_splits(root, len(classes), config.train_fraction, findings)
     elif len(classes) < 2:
-        raise UserError(
+        findings.fault(
             f"{root} has {len(classes)} class folders; data.name 'imagefolder' needs at least 2 (ROOT/CLASS/image.jpg)"
         )
+    if not classes:
+        raise UserError(f"{root} has no images that can be used")
     labels = np.repeat(np.arange(len(classes)), list(map(len, paths.values())))
     files = FileImages(root, list(chain.from_iterable(paths.values())), config.decode_size, config.resize)
     images = ImageSet(files, labels, tuple(classes))
@@ -40,7 +42,7 @@ def load(config: DataConfig, root: Path, findings: Findings) -> tuple[ImageSet, 
         return images, None
     is_test = _test_images(labels, config)
     if not is_test.any():
-        raise UserError(
+        findings.fault(
             f"data.split_by: image needs 4 images of a class, 2 to train and 2 to test, and no class of {root} has them"
         )
     return images.subset(np.flatnonzero(~is_test)), images.subset(np.flatnonzero(is_test))
@@ -58,17 +60,17 @@ def _test_images(labels: np.ndarray, config: DataConfig) -> np.ndarray:
     return np.isin(labels, order[round(config.train_fraction * num_classes) :])
 
 
-def _require_both_splits(root: Path, num_classes: int, train_fraction: float) -> None:
-    """Raises UserError if there are not 2 classes to train and 2 to test."""
+def _require_both_splits(root: Path, num_classes: int, train_fraction: float, findings: Findings) -> None:
+    """It is a fault if there are not 2 classes to train and 2 to test."""
     num_train = round(train_fraction * num_classes)
     advice = "set data.train_fraction=1 to train on all classes without a test"
     if num_classes < 4:
-        raise UserError(
+        findings.fault(
             f"{root} has {num_classes} class folders; data.name 'imagefolder' needs at least 4 "
             f"(ROOT/CLASS/image.jpg): 2 to train and 2 to test; {advice}"
         )
-    if not 2 <= num_train <= num_classes - 2:
-        raise UserError(
+    elif not 2 <= num_train <= num_classes - 2:
+        findings.fault(
             f"data.train_fraction {train_fraction} of {num_classes} classes is {num_train} to "
             f"train; at least 2 must train and 2 be left to test; {advice}"
         )

@@ -61,7 +61,7 @@ def load(config: DataConfig, root: Path, findings: Findings) -> tuple[ImageSet |
     train, test = ([row for row in rows if row.split == split] for split in ("train", "validation"))
     both = sorted({row.label for row in train} & {row.label for row in test})
     if both and config.split_by == "class":
-        raise UserError(
+        findings.fault(
             f"manifest {manifest}: label {_cut(both[0])!r} is in both splits ({len(both)} such labels); "
             "classes must be in one of train and validation, unless data.split_by is image"
         )
