@@ -56,7 +56,6 @@ def test_layers_after_the_pooling_stay(images: Tensor, pooling: str) -> None:
         *(("test_vit", pooling, 96) for pooling in ("token", *POOLINGS)),
         *(("test_vit4", pooling, 96) for pooling in POOLINGS),
         ("eva02_tiny_patch14_224", "token", 56),
-        ("eva02_tiny_patch14_224", "max", 56),
     ],
 )
 def test_of_tokens(images: Tensor, backbone: str, pooling: str, size: int) -> None:
