@@ -10,9 +10,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
+import ray._private.utils
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
+from ray_dmml import interruption
 from ray_dmml.cores import num_cores
 from ray_dmml.errors import UserError
 from ray_dmml.ray_backend.private_ray import SafeJobConfig, own_token, session_folder
@@ -30,9 +32,22 @@ def ray_session() -> Iterator[None]:
     cannot be joined."""
     with ExitStack() as stack:
         if not ray.is_initialized():
-            _start_ray(stack)
+            with _own_sigterm_handler():
+                _start_ray(stack)
             stack.callback(ray.shutdown)
         yield
+
+
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """In a command, Ray sets no handler of SIGTERM. Its own raises an exception wherever the process is."""
+    set_handler = ray._private.utils.set_sigterm_handler
+    if interruption.is_watching():
+        ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = set_handler
 
 
 def _start_ray(stack: ExitStack) -> None:
