@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
+import ray._private.ray_constants
 import ray._private.utils
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
@@ -40,14 +41,16 @@ def ray_session() -> Iterator[None]:
 
 @contextmanager
 def _own_sigterm_handler() -> Iterator[None]:
-    """In a command, Ray sets no handler of SIGTERM. Its own raises an exception wherever the process is."""
-    set_handler = ray._private.utils.set_sigterm_handler
+    """In a command, Ray sets no handlers of SIGTERM. One of them raises an exception wherever the process is, the other
+    one prints memory addresses."""
+    utils, constants = ray._private.utils, ray._private.ray_constants
+    before = utils.set_sigterm_handler, constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
     if interruption.is_watching():
-        ray._private.utils.set_sigterm_handler = lambda handler: None
+        utils.set_sigterm_handler, constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = lambda handler: None, True
     try:
         yield
     finally:
-        ray._private.utils.set_sigterm_handler = set_handler
+        utils.set_sigterm_handler, constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = before
 
 
 def _start_ray(stack: ExitStack) -> None:
