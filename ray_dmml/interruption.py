@@ -36,14 +36,8 @@ def watch() -> None:
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_make_sure, args=(reading,), daemon=True).start()
-    watch_again()
-
-
-def watch_again() -> None:
-    """Takes the signals back from a library that has set handlers of its own. Does nothing before :func:`watch`."""
-    if _watched_process:
-        for number in SIGNALS:
-            signal.signal(number, _handle)
+    for number in SIGNALS:
+        signal.signal(number, _handle)
 
 
 def is_watching() -> bool:

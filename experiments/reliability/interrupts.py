@@ -4,7 +4,7 @@
 
 A try starts `ray-dmml train` with tiny networks and sends it one signal: SIGINT as a terminal does, to all processes of
 the group, or SIGTERM to the command alone. The run must end within seconds, with the signal's exit code, without a
-traceback and without a process left, and its folder must be missing or one that `--resume` continues. Three of four
+traceback and without a process left, and its folder must be missing or one that `--resume` continues. Seven of eight
 moments are in the first 15 seconds, the others between the first checkpoint and the end. The exit code is 1 if a try
 fails.
 """
@@ -124,8 +124,9 @@ def attempt(folder: Path, mode: str, number: signal.Signals, moment: float, limi
             break
     process.wait()
     output = folder.with_suffix(".log").read_text()
-    # Python itself ends by the signal before it runs the command, and after it.
-    expected = (128 + number, -number) if phase == "imports and start" and not output else (128 + number,)
+    # Python itself ends by the signal before it runs the command, and after the command has ended.
+    is_pythons = (phase == "imports and start" and not output) or phase == "over"
+    expected = (128 + number, -number) if is_pythons else (128 + number,)
     faults = []
     if code is None:
         faults.append("hung")
@@ -190,7 +191,7 @@ def main(
         for place in range(tries):
             mode = ("ray", "local")[place % 2]
             start, end = lengths[mode]
-            moment = chance.uniform(start, end) if place // 2 % 4 == 3 else chance.uniform(0, 15)
+            moment = chance.uniform(start, end) if place // 2 % 8 == 7 else chance.uniform(0, 15)
             number = chance.choice([signal.SIGINT, signal.SIGINT, signal.SIGTERM])
             row = {"try": place, "commit": commit(), **attempt(work / f"run-{place}", mode, number, moment, limit)}
             found.append(row)

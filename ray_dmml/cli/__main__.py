@@ -1,7 +1,5 @@
 """``python -m ray_dmml.cli`` is the command ``ray-dmml``."""
 
-import signal
-
 from ray_dmml import interruption
 
 
@@ -10,12 +8,7 @@ def main() -> None:
     interruption.watch()
     from ray_dmml.cli.main import main as run_command
 
-    try:
-        run_command()
-    except SystemExit as error:
-        if error.code == signal.SIGTERM:  # Ray's own handler raises it while Ray starts
-            interruption.end(signal.SIGTERM)
-        raise
+    run_command()
 
 
 if __name__ == "__main__":  # Processes that Python spawns import this module again.

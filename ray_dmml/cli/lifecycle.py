@@ -33,7 +33,6 @@ def ray_and_torch() -> Iterator[None]:
     loading.start()
     try:
         with ray_session():
-            interruption.watch_again()  # Ray has a handler of SIGTERM
             loading.join()
             yield
     finally:

@@ -10,9 +10,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
+import ray._private.ray_constants
+import ray._private.utils
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
+from ray_dmml import interruption
 from ray_dmml.cores import num_cores
 from ray_dmml.errors import UserError
 from ray_dmml.ray_backend.private_ray import SafeJobConfig, own_token, session_folder
@@ -30,9 +33,24 @@ def ray_session() -> Iterator[None]:
     cannot be joined."""
     with ExitStack() as stack:
         if not ray.is_initialized():
-            _start_ray(stack)
+            with _own_sigterm_handler():
+                _start_ray(stack)
             stack.callback(ray.shutdown)
         yield
+
+
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """In a command, Ray sets no handlers of SIGTERM. One of them raises an exception wherever the process is, the other
+    one prints memory addresses."""
+    utils, constants = ray._private.utils, ray._private.ray_constants
+    before = utils.set_sigterm_handler, constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
+    if interruption.is_watching():
+        utils.set_sigterm_handler, constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = lambda handler: None, True
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler, constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = before
 
 
 def _start_ray(stack: ExitStack) -> None:

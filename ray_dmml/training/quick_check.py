@@ -1,23 +1,22 @@
-"""Mistakes of a config that are seen before torch is imported and Ray is started, which takes seconds.
+"""Mistakes of a config that are seen before torch is imported and Ray is started, each of which takes seconds.
 
 Paths are looked up. Names of backbones, losses and transforms are searched for in the text of the libraries that have
-them. A name that is not there may still be right, so the part itself is then built, and raises its own error.
+them. What else may be wrong with a part is seen when it is built.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from ray_dmml.config.loading import BUILT_IN_WEIGHTS
 from ray_dmml.config.parts import is_own
-from ray_dmml.config.schema import Config, PeerConfig
+from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.training.run_dir import RunDir
-
-_OURS = {"DistanceWeightedNegativeMiner"}
 
 
 def check_quickly(config: Config, *, on_this_machine: bool) -> None:
@@ -29,7 +28,23 @@ def check_quickly(config: Config, *, on_this_machine: bool) -> None:
     Raises:
         UserError: a path does not exist, or a name is unknown.
     """
-    data, peers = config.data, config.cohort.peers
+    _check_paths(config, on_this_machine)
+    loss = config.loss.metric
+    for peer in config.cohort.peers:
+        message = f"unknown backbone {peer.backbone!r}: it must be a timm model name"
+        _require(peer.backbone.partition(".")[0], message, "timm", "models/*.py", r"@register_model\s+def (\w+)")
+        for transform in () if isinstance(peer.view, str) else peer.view:
+            message = f"view of {peer.name}: unknown transform {transform.name!r}"
+            _require(transform.name, message, "torchvision", "transforms/v2/__init__.py")
+    _require_loss_part(loss.name, "loss", "loss.metric")
+    if loss.miner is not None and loss.miner.name != "DistanceWeightedNegativeMiner":
+        _require_loss_part(loss.miner.name, "miner", "loss.metric.miner")
+    if loss.reducer is not None:
+        _require_loss_part(loss.reducer, "reducer", "loss.metric.reducer")
+
+
+def _check_paths(config: Config, on_this_machine: bool) -> None:
+    data = config.data
     if data.source is None and data.name != "characters":
         may_download = data.name == "cub200" and data.download
         if data.root is not None and not data.root.is_dir() and not may_download:
@@ -38,46 +53,35 @@ def check_quickly(config: Config, *, on_this_machine: bool) -> None:
             raise UserError(f"data.manifest {data.manifest} is not an existing file")
     if config.train.init_from is not None:
         RunDir.open(config.train.init_from)
-    for peer in peers:
-        if on_this_machine and _is_path(peer.weights) and not Path(peer.weights).is_file():
+    for peer in config.cohort.peers:
+        is_path = peer.weights not in BUILT_IN_WEIGHTS and ":" not in peer.weights
+        if on_this_machine and is_path and not Path(peer.weights).is_file():
             raise UserError(f"weights file {peer.weights} does not exist")
-    unknown = set(_backbones(peers)) - _words("timm", "models/*.py", set(_backbones(peers)))
-    for peer in peers:
-        if peer.backbone.partition(".")[0] in unknown:
-            from ray_dmml.models.embedding_net import EmbeddingNet
-
-            EmbeddingNet(peer)
-    names = {transform.name for peer in peers if not isinstance(peer.view, str) for transform in peer.view}
-    transforms = {name for name in names if not is_own(name)}
-    if unknown := transforms - _words("torchvision", "transforms/v2/__init__.py", transforms):
-        from ray_dmml.data.augmentations import training_view
-
-        for peer in peers:
-            if not isinstance(peer.view, str) and unknown & {transform.name for transform in peer.view}:
-                training_view(peer.view, peer.input_size or 224, data.decode_size, str(peer.name))
-    loss = config.loss.metric
-    parts = {loss.name, *([loss.miner.name] if loss.miner else []), *([loss.reducer] if loss.reducer else [])}
-    # Own parts are imported later, when their files are known.
-    if not any(map(is_own, parts)) and parts - _words("pytorch_metric_learning", "*/__init__.py", parts) - _OURS:
-        from ray_dmml.losses.metric import MetricLoss
-
-        MetricLoss(loss, data.classes_per_batch, peers[0].embedding_size)
 
 
-def _is_path(weights: str) -> bool:
-    return weights not in BUILT_IN_WEIGHTS and ":" not in weights
+def _require_loss_part(name: str, kind: str, where: str) -> None:
+    folder = {"loss": "losses"}.get(kind, f"{kind}s")
+    _require(name, f"{where}: there is no {kind} {name!r}", "pytorch_metric_learning", f"{folder}/__init__.py")
 
 
-def _backbones(peers: tuple[PeerConfig, ...]) -> Iterator[str]:
-    """Names without their tags; not those of a hub, a folder or a class of the user's."""
-    for peer in peers:
-        if not {":", "/"} & set(peer.backbone) and not is_own(peer.backbone):
-            yield peer.backbone.partition(".")[0]
+def _require(name: str, message: str, package: str, files: str, definition: str = r"\b([A-Z]\w+)\b") -> None:
+    """Raises UserError with the message and the nearest names if no such file of a package contains the name.
+
+    Names of hubs, folders and own parts are none of the package's. A package that is not installed is not searched.
+    """
+    if {":", "/"} & set(name) or is_own(name):
+        return
+    text = _text(package, files)
+    word = re.escape(name)  # first in the pattern, with which the search takes milliseconds
+    if text and not re.search(rf"{word}(?<!\w{word})\b", text):
+        near = difflib.get_close_matches(name, set(re.findall(definition, text)), n=3, cutoff=0.5)
+        raise UserError(f"{message}; " + (f"did you mean {', '.join(near)}?" if near else f"see {package}"))
 
 
-def _words(package: str, files: str, words: set[str]) -> set[str]:
-    """Those of the words that occur in files of a package, which is not imported. All if it has no files."""
+@cache
+def _text(package: str, files: str) -> str:
+    """The text of files of a package, which is not imported."""
     spec = find_spec(package)
-    folders = spec.submodule_search_locations if spec else None
-    texts = [file.read_text(errors="replace") for folder in folders or () for file in sorted(Path(folder).glob(files))]
-    return {word for word in words if not texts or any(re.search(rf"\b{re.escape(word)}\b", text) for text in texts)}
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    paths = [path for folder in folders for path in sorted(Path(folder).glob(files))]
+    return "\n".join(path.read_text(errors="replace") for path in paths)
