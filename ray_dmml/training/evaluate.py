@@ -101,7 +101,7 @@ def _own_images(config: Config, run_dir: RunDir) -> tuple[str, Splits]:
     skip = frozenset(run_dir.environment().get("skipped_images", ()))
     splits = load_splits(config.data, skip=skip, check=False)
     split = evaluated_split(config, splits)
-    advice = f"`ray-dmml evaluate {run_dir.path} --data PLACE` evaluates it on other images"
+    advice = "give other images to evaluate it on (data)"
     if split is None:
         raise UserError(f"{run_dir.path} has nothing to be evaluated on: all its images were trained on; {advice}")
     before = ImageList.read(run_dir.images_file)

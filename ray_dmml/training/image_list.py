@@ -93,8 +93,8 @@ def require_same_images(path: Path, splits: Splits, run: Path) -> None:
     changes = before.differences(ImageList.of(splits)) if before is not None else ""
     if changes:
         raise UserError(
-            f"{run} cannot be resumed, because its images have changed: {changes}. A run goes on with the images it "
-            f"began with; a new run with train.init_from={run} starts from its weights"
+            f"{run} cannot be resumed, because its images have changed: {changes}. A run goes on with the images that "
+            f"it began with; a new run with train.init_from={run} starts from its weights"
         )
 
 

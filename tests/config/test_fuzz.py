@@ -9,6 +9,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return paths
 
 
-WHOLE = yamlio.load(Config.quickstart().to_yaml())
+EFFECTIVE = Config.quickstart()
+WHOLE = yamlio.load(EFFECTIVE.to_yaml())
 SHORT = yamlio.load(QUICKSTART.read_text())
 PLACES = {"whole": (WHOLE, places(WHOLE)), "short": (SHORT, places(SHORT))}
 
@@ -168,7 +170,10 @@ VALID = [f"{key}={yamlio.dump(value)}" for key, value in dotted(WHOLE).items()]
     )
 )
 def test_any_override(folder: Path, overrides: list[str]) -> bool:
-    """KEY=VALUE with known and unknown keys."""
+    """KEY=VALUE with known and unknown keys, for a file and for a config."""
+    with suppress(UserError):
+        changed = EFFECTIVE.with_overrides(overrides)
+        assert Config.parse(yamlio.load(changed.to_yaml())) == changed
     return loads(folder, b"", tuple(overrides))
 
 
