@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ray_dmml.config.loading import BUILT_IN_WEIGHTS
-from ray_dmml.config.parts import is_own
+from ray_dmml.config.parts import is_own, load_parts
 from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.errors import UserError
 from ray_dmml.training.run_dir import RunDir
@@ -27,7 +27,7 @@ def check_quickly(config: Config, *, on_this_machine: bool) -> None:
         on_this_machine: the peers run here, and not on other nodes that have files of their own.
 
     Raises:
-        UserError: a path does not exist, or a name is unknown.
+        UserError: a path does not exist, a name is unknown, or an own part cannot be found.
     """
     data, peers = config.data, config.cohort.peers
     if data.source is None and data.name != "characters":
@@ -57,11 +57,11 @@ def check_quickly(config: Config, *, on_this_machine: bool) -> None:
                 training_view(peer.view, peer.input_size or 224, data.decode_size, str(peer.name))
     loss = config.loss.metric
     parts = {loss.name, *([loss.miner.name] if loss.miner else []), *([loss.reducer] if loss.reducer else [])}
-    # Own parts are imported later, when their files are known.
     if not any(map(is_own, parts)) and parts - _words("pytorch_metric_learning", "*/__init__.py", parts) - _OURS:
         from ray_dmml.losses.metric import MetricLoss
 
         MetricLoss(loss, data.classes_per_batch, peers[0].embedding_size)
+    load_parts(config)  # only own parts import anything
 
 
 def _is_path(weights: str) -> bool:
