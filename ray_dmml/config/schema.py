@@ -418,7 +418,7 @@ class PeerConfig(Section):
                 f"weights: {self.weights} are those of timm's networks; {self.backbone} may load its own when it is "
                 "built, or give a file"
             )
-        if self.frozen and self.weights == "none":
+        if self.frozen and self.weights == "none" and not is_own(self.backbone):
             raise ValueError("a frozen peer never learns, so it needs weights: pretrained, offline or a file")
         if self.teacher_view == "evaluation" and not self.frozen:
             raise ValueError("teacher_view: evaluation needs frozen: true; the embeddings of other peers change")
