@@ -6,6 +6,7 @@ are imported from memory, so that nothing is left on a node.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -71,6 +72,11 @@ def use_code(files: Files) -> None:
     _finder.files = dict(files)
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
+
+
+def code_in_use() -> dict[str, str]:
+    """SHA-256 of each file that is importable now."""
+    return {file: hashlib.sha256(content).hexdigest() for file, (_, content) in _finder.files.items()}
 
 
 def _other_place(name: str) -> str | None:

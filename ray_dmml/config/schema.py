@@ -419,7 +419,7 @@ class PeerConfig(Section):
                 f"weights: {self.weights} are those of timm's networks; {self.backbone} may load its own when it is "
                 "built, or give a file"
             )
-        if self.frozen and self.weights == "none":
+        if self.frozen and self.weights == "none" and not is_own(self.backbone):
             raise ValueError("a frozen peer never learns, so it needs weights: pretrained, offline or a file")
         if self.teacher_view == "evaluation" and not self.frozen:
             raise ValueError("teacher_view: evaluation needs frozen: true; the embeddings of other peers change")
@@ -792,6 +792,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Config:
+        batch = self.data.classes_per_batch * self.data.images_per_class
+        memory = self.loss.metric.args.get("memory_size", 1024)
+        if self.loss.metric.name == "CrossBatchMemory" and isinstance(memory, int) and memory < batch:
+            raise ValueError(
+                f"loss.metric.args.memory_size is {memory}, and must hold at least a batch, which has {batch} images "
+                "(data.classes_per_batch x data.images_per_class)"
+            )
         if self.evaluation.split == "test" and self.data.name == "imagefolder" and self.data.train_fraction == 1:
             raise ValueError("evaluation.split is test, but there are no test classes: data.train_fraction is 1")
         if self.evaluation.split == "validation" and not self.data.validation_fraction:

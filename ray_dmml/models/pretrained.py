@@ -50,6 +50,8 @@ def load_initial_weights(net: EmbeddingNet, config: PeerConfig) -> None:
     weights, source, backbone = config.weights, config.weights, net.backbone
     published: State | None = None
     if weights == "none":
+        if config.frozen:  # a backbone of one's own, which has loaded its weights itself
+            net.resize_head(0)
         return
     if weights == "offline":
         _load(backbone, _read_offline(backbone, config.backbone), source)

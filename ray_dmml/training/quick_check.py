@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ray_dmml.config.loading import BUILT_IN_WEIGHTS
-from ray_dmml.config.parts import is_own
+from ray_dmml.config.parts import is_own, load_parts
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.training.run_dir import RunDir
@@ -26,7 +26,7 @@ def check_quickly(config: Config, *, on_this_machine: bool) -> None:
         on_this_machine: the peers run here, and not on other nodes that have files of their own.
 
     Raises:
-        UserError: a path does not exist, or a name is unknown.
+        UserError: a path does not exist, a name is unknown, or an own part cannot be found.
     """
     _check_paths(config, on_this_machine)
     loss = config.loss.metric
@@ -41,6 +41,7 @@ def check_quickly(config: Config, *, on_this_machine: bool) -> None:
         _require_loss_part(loss.miner.name, "miner", "loss.metric.miner")
     if loss.reducer is not None:
         _require_loss_part(loss.reducer, "reducer", "loss.metric.reducer")
+    load_parts(config)  # imports nothing but own parts
 
 
 def _check_paths(config: Config, on_this_machine: bool) -> None:

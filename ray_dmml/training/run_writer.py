@@ -43,7 +43,11 @@ class RunWriter:
             run_dir.ensure_empty()
             self._is_new = False
         run_dir.write_config(config)
-        threads = run_dir.environment().get("threads")
+        before = run_dir.environment()
+        code, threads = before.get("code", {}), before.get("threads")
+        changed = [file for file in code if code[file] != facts["code"].get(file)]
+        if changed:
+            logger.warning("%s: changed since the run started, so its numbers may differ", ", ".join(changed))
         if threads not in (None, facts["threads"]):
             logger.warning(
                 "the peers have %s torch threads and had %s: the last bits may differ from an undisturbed run "

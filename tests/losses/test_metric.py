@@ -15,6 +15,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from ray_dmml.config.code import read_code, use_code
+from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.losses.distance_weighted import ExactEuclideanDistance
 
@@ -245,6 +246,15 @@ def test_the_memory_is_state() -> None:
         second.load_state_dict(first.state_dict())
         got += [second(x.float(), labels) for x, labels in batches[stop:]]
         assert torch.equal(torch.stack(got), torch.stack(expected))
+
+
+def test_the_memory_holds_a_batch() -> None:
+    """Otherwise the library would fail in the first step."""
+    raw = {"data": {"classes_per_batch": 4, "images_per_class": 3}, "loss": {"metric": MEMORY}}
+    assert Config.parse(raw).loss.metric.args["memory_size"] == 60
+    raw["data"] = {"classes_per_batch": 16, "images_per_class": 4}
+    with pytest.raises(UserError, match=r"memory_size is 60, and must hold at least a batch, which has 64 images"):
+        Config.parse(raw)
 
 
 def test_parts_inside_of_wrappers() -> None:

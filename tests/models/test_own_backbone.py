@@ -56,8 +56,8 @@ def own(tmp_path: Path) -> Iterator[None]:
 
 def settings(**given: Any) -> PeerConfig:
     raw = {"backbone": "own_nets:Mean", "embedding_size": 5, **given}
-    (peer,) = Config.parse({"cohort": {"peers": [{"name": "peer0", **raw}]}}).cohort.peers
-    return peer
+    other = {"backbone": "test_resnet"}
+    return Config.parse({"cohort": {"peers": [{"name": "peer0", **raw}, other]}}).cohort.peers[0]
 
 
 def test_the_net_is_that_of_the_class() -> None:
@@ -78,6 +78,14 @@ def test_the_net_is_that_of_the_class() -> None:
 def test_a_function_gets_the_size_that_it_requires() -> None:
     net = build_embedding_net(settings(backbone="own_nets:sized", input_size=16), run_seed=0)
     assert net(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).shape == (2, 5)
+
+
+def test_a_frozen_one_has_the_weights_that_it_was_built_with() -> None:
+    """It teaches with its features: nothing would train a head."""
+    net = build_embedding_net(settings(frozen=True), run_seed=1)
+    images = torch.randint(0, 256, (2, 3, 20, 20), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    assert torch.equal(net.forward_unnormalized(images), net.backbone_features(images))
+    assert net.embedding_size == 4
 
 
 def test_weights_from_a_file(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def test_code_of_a_run_needs_consent(run: Path) -> None:
     assert embeddings.shape == (2, 32) and np.allclose(np.linalg.norm(embeddings, axis=1), 1)
 
 
-def test_a_run_goes_on_with_its_code_elsewhere(run: Path, tmp_path: Path) -> None:
-    """Where the file is may change; a file that is gone is named."""
+def test_a_run_goes_on_with_its_code_elsewhere(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the file is may change; a file that is gone is named, and one with another content is warned of."""
     file = tmp_path / "outside_parts.py"
     (tmp_path / "elsewhere").mkdir()
     shutil.move(file, tmp_path / "elsewhere")
@@ -64,3 +64,8 @@ def test_a_run_goes_on_with_its_code_elsewhere(run: Path, tmp_path: Path) -> Non
     config = Config.load(run / "config.yaml", [f"code=[{tmp_path}/elsewhere/outside_parts.py]", "train.steps=4"])
     assert train(config, resume=run, local=True)["step"] in (2, 3, 4)
     assert (run / "heard.txt").read_text() == "4"
+    assert "changed since" not in caplog.text
+    moved = tmp_path / "elsewhere/outside_parts.py"
+    moved.write_text(moved.read_text() + "# edited\n")
+    train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 5})}), resume=run, local=True)
+    assert "outside_parts.py: changed since the run started" in caplog.text
