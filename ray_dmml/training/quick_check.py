@@ -41,6 +41,8 @@ def check_quickly(config: Config, *, on_this_machine: bool) -> None:
     for peer in peers:
         if on_this_machine and _is_path(peer.weights) and not Path(peer.weights).is_file():
             raise UserError(f"weights file {peer.weights} does not exist")
+        if on_this_machine and peer.lora is not None and find_spec("peft") is None:
+            raise UserError(f"{peer.name}: lora needs the extra: pip install 'ray-dmml[lora]'")
     unknown = set(_backbones(peers)) - _words("timm", "models/*.py", set(_backbones(peers)))
     for peer in peers:
         if peer.backbone.partition(".")[0] in unknown:
