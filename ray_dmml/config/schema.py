@@ -277,6 +277,8 @@ class EmaConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters beside layers of a backbone that keeps its weights. They need the extra `lora` (peft)."""
 
+    main_setting = "rank"
+
     rank: Count = 8
     """Rank of the adapters."""
 

@@ -15,10 +15,11 @@ from ray_dmml.errors import UserError
 _HEAD = "<head>"  # the name of no parameter: timm puts what belongs to no block into the last layer, the head's
 
 
-def layer_numbers(backbone: nn.Module, *, coarse: bool) -> tuple[Mapping[str, int], int]:
+def layer_numbers(backbone: nn.Module, setting: str, *, coarse: bool) -> tuple[Mapping[str, int], int]:
     """The layer of every parameter by name, 0 for the stem, and that of the head.
 
     Args:
+        setting: what needs them, for the error.
         coarse: layers are the blocks of a transformer and the stages of a convolutional net. Else they are the
             blocks of a stage, too.
 
@@ -27,8 +28,10 @@ def layer_numbers(backbone: nn.Module, *, coarse: bool) -> tuple[Mapping[str, in
     """
     matcher: Any = getattr(backbone, "group_matcher", None)
     if matcher is None:
-        kind = type(backbone).__name__
-        raise UserError(f"{kind} has no method group_matcher, which tells its blocks apart, as the models of timm have")
+        raise UserError(
+            f"{setting} needs a backbone whose method group_matcher tells its blocks apart, as that of timm's models; "
+            f"{type(backbone).__name__} has none"
+        )
     named: list[tuple[str, Any]] = [*backbone.named_parameters(), (_HEAD, None)]
     with_head = SimpleNamespace(named_parameters=lambda: iter(named))
     layers: dict[str, int] = group_parameters(with_head, matcher(coarse=coarse), reverse=True)
@@ -46,10 +49,7 @@ def freeze_blocks(backbone: nn.Module, config: PeerConfig) -> None:
     if config.freeze_blocks == "all":
         backbone.requires_grad_(False)
         return
-    try:
-        layers, head = layer_numbers(backbone, coarse=True)
-    except UserError as error:
-        raise UserError(f"{config.name}: freeze_blocks {config.freeze_blocks} is not possible: {error}") from None
+    layers, head = layer_numbers(backbone, f"{config.name}: freeze_blocks {config.freeze_blocks}", coarse=True)
     num_blocks = head - 1
     if config.freeze_blocks > num_blocks:
         raise UserError(

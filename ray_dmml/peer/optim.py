@@ -49,7 +49,7 @@ def _backbone_groups(config: OptimizerConfig, backbone: nn.Module) -> list[dict[
     groups = param_groups_weight_decay(backbone, config.weight_decay, no_weight_decay_list=exempt)
     if config.layer_decay is None:
         return [{**group, "base_lr": config.lr} for group in groups]
-    layers, head = layer_numbers(backbone, coarse=False)
+    layers, head = layer_numbers(backbone, "optimizer.layer_decay", coarse=False)
     layer_of = {id(parameter): layers[name] for name, parameter in backbone.named_parameters()}
     rates = [config.lr * config.layer_decay ** (head - layer) for layer in range(head + 1)]
     return [

@@ -32,7 +32,8 @@ def _initial_backbone(config: Config, peer: PeerConfig) -> tuple[Any, ...]:
     """What the features of a peer's initial backbone depend on."""
     source = (config.train.init_from and peer.name) or peer.weights
     seed = peer.init_seed if peer.weights == "none" else None
-    return (source, seed, peer.backbone, peer.pooling, peer.input_size, peer.eval_crop, peer.amp)
+    net = (peer.backbone, str(peer.backbone_args), peer.pooling, peer.input_size, peer.eval_crop, peer.amp)
+    return (source, seed, *net)
 
 
 def warn_of_harm(config: Config, results: Mapping[str, Any]) -> Iterator[str]:

@@ -48,6 +48,12 @@ def _describe_peer(peer: PeerConfig) -> str:
     role = "frozen" if peer.frozen else f"update every {every}"
     if peer.update_mode == "skip" and peer.update_interval > 1:
         role += " (skip)"
+    if peer.freeze_blocks is not None:
+        role += (
+            ", frozen backbone" if peer.freeze_blocks == "all" else f", frozen: stem and {peer.freeze_blocks} blocks"
+        )
+    if peer.lora is not None:
+        role += f", LoRA of rank {peer.lora.rank}"
     size = "" if peer.frozen else f"{peer.embedding_size}-d, "  # that of a frozen peer is that of its weights
     return f"{peer.name:<9} {peer.backbone}, {size}seed {peer.seed}, view {view}, {role}"
 

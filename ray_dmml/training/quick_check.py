@@ -58,6 +58,8 @@ def _check_paths(config: Config, on_this_machine: bool) -> None:
         is_path = peer.weights not in BUILT_IN_WEIGHTS and ":" not in peer.weights
         if on_this_machine and is_path and not Path(peer.weights).is_file():
             raise UserError(f"weights file {peer.weights} does not exist")
+        if on_this_machine and peer.lora is not None and find_spec("peft") is None:
+            raise UserError(f"{peer.name}: lora needs the extra: pip install 'ray-dmml[lora]'")
 
 
 def _require_loss_part(name: str, kind: str, where: str) -> None:

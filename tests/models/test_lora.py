@@ -25,6 +25,7 @@ from ray_dmml.data.datasets import load_splits
 from ray_dmml.models.embedding_net import EmbeddingNet, build_embedding_net
 from ray_dmml.models.lora import adapter_state, add_adapters, load_adapter_state
 from ray_dmml.models.pretrained import load_net_weights
+from ray_dmml.training.quick_check import check_quickly
 
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason="peft is not installed: pip install 'ray-dmml[lora]'"
@@ -207,8 +208,12 @@ class without_peft:
         sys.modules.update(self._found)
 
 
-def test_without_peft_the_command_is_named() -> None:
-    with without_peft(), pytest.raises(UserError, match=r"peer0: lora needs the extra: pip install 'ray-dmml\[lora\]'"):
+def test_without_peft_the_command_is_named(image_folder: Path) -> None:
+    """Before anything takes time, and by a peer on a node that lacks it."""
+    message = r"peer0: lora needs the extra: pip install 'ray-dmml\[lora\]'"
+    with without_peft(), pytest.raises(UserError, match=message):
+        check_quickly(settings(image_folder), on_this_machine=True)
+    with without_peft(), pytest.raises(UserError, match=message):
         adapted()
 
 

@@ -90,7 +90,7 @@ def test_layer_decay_needs_the_blocks_of_timm() -> None:
     peer = build()
     peer.net.backbone = torch.nn.Sequential(torch.nn.Linear(3, 3))
     config = settings(optimizer={"layer_decay": 0.5}).optimizer
-    with pytest.raises(UserError, match="Sequential has no method group_matcher"):
+    with pytest.raises(UserError, match=r"optimizer.layer_decay needs a backbone whose .* Sequential has none"):
         build_optimizer(config, peer.net, peer.metric)
 
 

@@ -20,6 +20,14 @@ def search(raw: dict[str, Any], space: dict[str, Any], **settings: Any) -> Searc
     return Search(raw, SearchConfig.model_validate({"space": space, **settings}))
 
 
+def test_trials_do_not_stop_by_themselves(raw: dict[str, Any]) -> None:
+    """The scheduler decides how long a trial trains, and all trials are compared at the same steps."""
+    raw["train"]["early_stopping"] = 2
+    assert search(raw, {ANGLE: {"uniform": [0, 4]}}).trial_config({}).train.early_stopping is None
+    with pytest.raises(UserError, match=r"train\.early_stopping.*the search sets it"):
+        search(raw, {"train.early_stopping": {"choice": [1, 2]}})
+
+
 @pytest.fixture
 def raw(image_folder: Path) -> dict[str, Any]:
     return tiny(image_folder)
