@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console, Group
@@ -68,7 +68,8 @@ class LinesLogger(Logger):
         self._latest: dict[str, Mapping[str, float]] = {}
 
     def print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        with suppress(OSError):  # a full disk under a log, or a reader of a pipe that is gone, ends no training
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def show_activity(self, text: str) -> None:
         """Shows what takes the time right now, where that is possible."""

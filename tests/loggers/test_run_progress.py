@@ -37,14 +37,15 @@ def test_train_prints_lines(image_folder: Path, tmp_path: Path, capsys: pytest.C
     with logging_to():
         train(config, tmp_path / "run", local=True)
     lines = lines_of(capsys)
-    assert lines[0].startswith("data      imagefolder: train 30 images")
+    assert any(line.startswith("data      imagefolder: train 30 images") for line in lines)
     assert any(line.startswith("step 2/2  peer0 loss ") and line.endswith("images/s") for line in lines)
     assert any(line.startswith("step 2  Recall@1 on validation classes: peer0 ") for line in lines)
     assert any(line.startswith("step 2  checkpoint saved") for line in lines)
     with logging_to():
         train(config, tmp_path / "quiet", local=True, progress=False)
         logging.getLogger("ray_dmml").info("later")
-    assert lines_of(capsys) == []
+    # Warnings alone, which Python's logging prints where a program has not set it up.
+    assert [line.partition(":")[0] for line in lines_of(capsys)] == ["validation Recall@1 is coarse"]
 
 
 def test_sentences_go_where_the_program_wants_them(
