@@ -114,15 +114,16 @@ def _hint(location: list[str], model: type[BaseModel]) -> str:
     if section is None:
         return "nothing is allowed here"
     names = [*section.model_fields, *getattr(section, "extra_keys", ())]
-    if (sentence := habits.sentence_of(wanted)) and "args" not in names:
+    of_class = names[1:2] == ["args"]  # the section names a class and its arguments
+    if (sentence := habits.sentence_of(wanted)) and not of_class:
         return sentence
-    if (found := habits.setting_of(wanted)) and "args" not in names:
+    if (found := habits.setting_of(wanted)) and not of_class:
         return _did_you_mean(found, location)
     # `margin` is no mistyped `args`, but one of them.
-    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.7 if "args" in names else 0.6)
+    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.7 if of_class else 0.6)
     if near:
         return f"did you mean {near[0]!r}?"
-    if "args" in names:
+    if of_class:
         return f"arguments of the class are in 'args': did you mean 'args.{shorten(wanted)}'?"
     # The shallowest comes first: `steps` means train.steps before a peer's schedule.steps.
     everywhere = sorted([*all_names(section), *all_names(model)], key=lambda n: n.count("."))
