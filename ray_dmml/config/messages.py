@@ -114,16 +114,16 @@ def _hint(location: list[str], model: type[BaseModel]) -> str:
     if section is None:
         return "nothing is allowed here"
     names = [*section.model_fields, *getattr(section, "extra_keys", ())]
-    # `margin` is no mistyped `args` of a loss, but one of them. A data set has settings of its own beside them.
-    is_argument = "args" in names and names[0] == "name" and len(names) < 8
-    if (sentence := habits.sentence_of(wanted)) and not is_argument:
+    of_class = names[1:2] == ["args"]  # the section names a class and its arguments
+    if (sentence := habits.sentence_of(wanted)) and not of_class:
         return sentence
-    if (found := habits.setting_of(wanted)) and not is_argument:
+    if (found := habits.setting_of(wanted)) and not of_class:
         return _did_you_mean(found, location)
-    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.7 if is_argument else 0.6)
+    # `margin` is no mistyped `args`, but one of them.
+    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.7 if of_class else 0.6)
     if near:
         return f"did you mean {near[0]!r}?"
-    if is_argument:
+    if of_class:
         return f"arguments of the class are in 'args': did you mean 'args.{shorten(wanted)}'?"
     # The shallowest comes first: `steps` means train.steps before a peer's schedule.steps.
     everywhere = sorted([*all_names(section), *all_names(model)], key=lambda n: n.count("."))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 
@@ -21,7 +21,7 @@ def show_progress(config: Config) -> Iterator[Logger]:
     only there.
     """
     in_notebook = Console().is_jupyter
-    display = LinesLogger(Console(stderr=not in_notebook, force_jupyter=False), config)
+    display = _Lines(Console(stderr=not in_notebook, force_jupyter=False), config)
     package = logging.getLogger("ray_dmml")
     if package.hasHandlers():
         yield display
@@ -34,6 +34,12 @@ def show_progress(config: Config) -> Iterator[Logger]:
     finally:
         package.removeHandler(handler)
         package.setLevel(level)
+
+
+class _Lines(LinesLogger):
+    def print(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # a full disk behind standard error, or a closed one: training goes on
+            super().print(text)
 
 
 class _Sentences(logging.Handler):

@@ -93,7 +93,8 @@ class MetricLoss(nn.Module):
                 module.distance = ExactEuclideanDistance(normalize_embeddings=old.normalize_embeddings, power=old.power)
             elif isinstance(module, losses.TupletMarginLoss):
                 module.distance = BoundedCosineSimilarity()
-        refuse_other_sizes(config.args, num_classes, embedding_size)
+        if not is_own(config.name):
+            refuse_other_sizes(config.args, num_classes, embedding_size)
         try:
             rehearse(self, num_classes, embedding_size)
         except Exception as error:

@@ -31,7 +31,7 @@ from ray_dmml.cli.main import app
         (["--sampler", "grid"], "sampler: Input should be 'optuna' or 'random'"),
         (["--seeds", "3"], "seeds: 3 needs scheduler: none"),
         (["--set", "data.validation_fraction=0"], "set data.validation_fraction above 0"),
-        (["--out", "taken"], "taken already exists; give another folder"),
+        (["--out", "taken"], "taken already exists; give another folder (out)"),
     ],
 )
 def test_mistakes_are_reported_before_anything_runs(

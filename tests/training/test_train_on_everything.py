@@ -60,7 +60,7 @@ def test_without_validation_classes_the_run_is_not_evaluated(image_folder: Path,
     assert results["peers"] == results["ensemble"] == results["untrained"] == results["untrained_ensemble"] == {}
     assert (results["weights"], results["step"]) == ("last", 2)
     assert "not evaluated: all classes were trained on" in printed(results)
-    with pytest.raises(UserError, match=r"all its images were trained on; `ray-dmml evaluate .* --data"):
+    with pytest.raises(UserError, match=r"all its images were trained on; give other images .*\(data\)"):
         evaluate(run)
     files = sorted(image_folder.glob("*/0.png"))
     embeddings = load_cohort(run).embed_files(files)
