@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -53,3 +55,51 @@ def test_the_log_of_the_package_is_shown(capsys: pytest.CaptureFixture[str]) -> 
             logger.info("said once")
     logger.warning("later")
     assert capsys.readouterr().out == ("trials 0, 2 are equally [good]\nwarning: a final run failed\nsaid once\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--out", ""),
+        ("train", "--resume", ""),
+        ("train", "--init-from", ""),
+        ("train", "--config", ""),
+        ("train", "--set", 'data.root=""'),
+        ("train", "--set", 'checkpoint.storage_path=""'),
+        ("train", "--set", 'cohort.base.weights=""'),
+        ("tune", "--out", ""),
+        ("tune", "--space", ""),
+        ("evaluate", ""),
+    ],
+)
+def test_an_empty_path_is_refused(arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is often an unset variable of a shell, and Python would read it as the current folder."""
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*arguments])
+    assert ended.exit_code == 2 and "path is empty" in ended.stderr, ended.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.ray
+def test_characters_that_a_terminal_does_not_have(tmp_path: Path) -> None:
+    """They are printed as escapes. A command never fails for them."""
+    config = tmp_path / "c.yaml"
+    config.write_text("data: {name: imagefolder, root: /Bücher/写真}\n", encoding="utf-8")
+    for encoding in ("ascii", "utf-8"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        command = [
+            sys.executable,
+            "-m",
+            "ray_dmml.cli",
+            "train",
+            "--config",
+            str(config),
+            "--out",
+            str(tmp_path / "run"),
+        ]
+        ended = subprocess.run(command, capture_output=True, env=environment)
+        printed = ended.stderr.decode(encoding)
+        assert ended.returncode == 2 and printed.startswith("error: data.root /B") and printed.count("\n") == 1
+        command[3:] = ["config", "--config", str(config)]
+        ended = subprocess.run(command, capture_output=True, env=environment)
+        assert ended.returncode == 0 and not ended.stderr

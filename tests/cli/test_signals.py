@@ -35,7 +35,7 @@ def start(image_folder: Path, tmp_path: Path, *options: str) -> subprocess.Popen
     config.write_text(yamlio.dump(raw))
     command = [sys.executable, "-m", "ray_dmml.cli", "train", "--config", str(config)]
     return subprocess.Popen(
-        [*command, "--out", str(tmp_path / "run"), *options],
+        [*command, "--out", str(tmp_path / "my run"), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -83,13 +83,13 @@ def test_once_stops_after_the_step(
     """It ends with the signal's exit code, a checkpoint of its step, and the command that resumes it.
     Weights and metrics are those of a run of as many steps."""
     process = start(image_folder, tmp_path, *options)
-    run = tmp_path / "run"
+    run = tmp_path / "my run"
     wait_for_steps(run)
     process.send_signal(number)
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + number, output
     assert "stopping after this step" in output
-    assert f"resume with: ray-dmml train --resume {run}" in output
+    assert f"resume with: ray-dmml train --resume '{run}'" in output
     folder = RunDir.open(run)
     last = folder.checkpoints.load("last")
     lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
@@ -121,14 +121,14 @@ def test_before_the_first_step_it_ends_at_once(
     os.killpg(process.pid, number)  # a terminal sends it to all
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + number and output in ("", "interrupted\n"), output
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "my run").exists()
     assert_nothing_left(process.pid)
 
 
 def test_twice_stops_now(image_folder: Path, tmp_path: Path) -> None:
     """The second one does not wait for a step that never ends, such as that of a stopped peer."""
     process = start(image_folder, tmp_path)
-    wait_for_steps(tmp_path / "run")
+    wait_for_steps(tmp_path / "my run")
     [peer] = [
         int(entry.name)
         for entry in Path("/proc").iterdir()
@@ -150,7 +150,7 @@ def test_twice_stops_now(image_folder: Path, tmp_path: Path) -> None:
 def test_a_killed_driver_leaves_no_process(image_folder: Path, tmp_path: Path) -> None:
     """SIGKILL gives it no time to clean up. Peers and Ray end without it."""
     process = start(image_folder, tmp_path)
-    wait_for_steps(tmp_path / "run")
+    wait_for_steps(tmp_path / "my run")
     process.kill()
     process.communicate()
     assert_nothing_left(process.pid)

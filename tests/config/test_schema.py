@@ -49,6 +49,13 @@ def test_peers_are_a_base_and_differences() -> None:
     assert (three.name, three.seed, three.init_seed, three.optimizer.lr) == ("c", 2, 0, 0.1)
 
 
+@pytest.mark.parametrize("name", ["ensemble", "manifest.json", "Manifest.JSON", ".", "..", "a/b", ""])
+def test_names_that_a_checkpoint_has_other_uses_for(name: str) -> None:
+    """No peer may be named like a file beside the peers, or like a path."""
+    with pytest.raises(UserError, match="name"):
+        Config.parse({"cohort": {"peers": [{"name": name}, {}]}})
+
+
 def test_a_list_in_an_entry_replaces_that_of_the_base() -> None:
     """Lists such as a view do not merge."""
     base = {"view": [{"name": "RandomGrayscale"}, {"name": "RandomResizedCrop"}]}
