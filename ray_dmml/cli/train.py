@@ -29,7 +29,9 @@ def train(
     overrides: Overrides = None,
     out: Annotated[
         Path | None,
-        typer.Option(parser=path, metavar="DIR", help="Folder of the new run. Default: runs/DATA-TIME."),
+        typer.Option(
+            parser=path, metavar="DIR", help="Folder of the new run. Default: runs/NAME-TIME, after data.name."
+        ),
     ] = None,
     resume: Annotated[
         str | None,

@@ -43,12 +43,17 @@ def test_a_mistake(image_folder: Path, change: dict[str, Any], message: str) -> 
 
 def test_what_is_right_passes(image_folder: Path) -> None:
     """All names of timm, with and without a tag; parts and hubs of the user; files of other machines."""
-    names = [*timm.list_models()[::40], *timm.list_pretrained()[::80], "hf-hub:timm/resnet18.a1_in1k", "my.module:Net"]
+    names = [
+        *timm.list_models()[::40],
+        *timm.list_pretrained()[::80],
+        "hf-hub:timm/resnet18.a1_in1k",
+        "torch.nn:Identity",
+    ]
     peers = [{"backbone": name, "seed": place} for place, name in enumerate(names)]
     check(image_folder, cohort={**tiny(image_folder)["cohort"], "peers": peers})
     check(image_folder, on_this_machine=False, base={"weights": "/on/the/nodes.pth"})
-    check(image_folder, base={"view": [{"name": "RandomCrop"}, {"name": "my.module:View"}]})
-    for loss in ("ProxyAnchorLoss", "my.module:Loss"):
+    check(image_folder, base={"view": [{"name": "RandomCrop"}, {"name": "torch.nn:Identity"}]})
+    for loss in ("ProxyAnchorLoss", "torch.nn:Identity"):
         check(image_folder, loss={"metric": {"name": loss, "miner": {"name": "TripletMarginMiner"}}})
 
 
