@@ -12,6 +12,7 @@ import pytest
 from conftest import tiny
 
 from ray_dmml import Config, train
+from ray_dmml.loggers.progress import show_progress
 
 
 @contextmanager
@@ -42,31 +43,28 @@ def test_train_prints_lines(image_folder: Path, tmp_path: Path, capsys: pytest.C
     assert any(line.startswith("step 2  Recall@1 on validation classes: peer0 ") for line in lines)
     assert any(line.startswith("step 2  checkpoint saved") for line in lines)
     with logging_to():
-        train(config, tmp_path / "quiet", local=True, progress=False)
+        train(resume=tmp_path / "run", local=True, progress=False)
         logging.getLogger("ray_dmml").info("later")
     assert [line for line in lines_of(capsys) if "is coarse" not in line] == []  # Python itself prints warnings
 
 
-def test_sentences_go_where_the_program_wants_them(
-    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sentences_go_where_the_program_wants_them(capsys: pytest.CaptureFixture[str]) -> None:
     """A program that has set up logging gets each sentence once, and its level is left as it is."""
-    text = io.StringIO()
-    raw = tiny(image_folder, train={"steps": 2})
-    raw["cohort"]["base"]["batch_norm"] = "frozen"
-    with logging_to(logging.StreamHandler(text)):
-        train(Config.parse(raw), tmp_path / "run", local=True)
-    lines = lines_of(capsys)
-    assert lines and all(line.startswith("step ") for line in lines)
-    assert text.getvalue().count("peer0 starts from random weights") == 1
-    assert "data      imagefolder" not in text.getvalue()  # the root's level is WARNING
+    text, log = io.StringIO(), logging.getLogger("ray_dmml.some.module")
+    with logging_to(logging.StreamHandler(text)), show_progress(Config()) as logger:
+        log.warning("the disk is full")
+        log.info("recovered")  # the root's level is WARNING
+        logger.log({"checkpoint": "last"}, 1)
+    assert lines_of(capsys) == ["step 1  checkpoint saved"]
+    assert text.getvalue().splitlines() == ["the disk is full"]
+    with logging_to(), show_progress(Config()):
+        log.warning("the disk is full")
+        log.info("recovered")
+    assert lines_of(capsys) == ["warning: the disk is full", "recovered"]
 
 
-def test_a_standard_error_that_cannot_be_written(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_standard_error_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is worth no run: neither a full disk behind it, nor that it is closed."""
-    config = Config.parse(tiny(image_folder, train={"steps": 1}))
 
     class Full(io.StringIO):
         def write(self, text: str) -> int:
@@ -74,7 +72,9 @@ def test_a_standard_error_that_cannot_be_written(
 
     closed = io.StringIO()
     closed.close()
-    for number, stream in enumerate((Full(), closed)):
+    for stream in (Full(), closed):
         with monkeypatch.context() as patch:
             patch.setattr("sys.stderr", stream)
-            assert train(config, tmp_path / str(number), local=True)["step"] == 1
+            with logging_to(), show_progress(Config()) as logger:
+                logging.getLogger("ray_dmml").warning("the disk is full")
+                logger.log({"checkpoint": "last"}, 1)

@@ -24,7 +24,7 @@ from ray_dmml.errors import UserError
 from ray_dmml.losses.metric import MetricLoss
 from ray_dmml.losses.rehearsal import rehearse_small_classes
 
-FEW = 100
+FEW = 50
 MANY = int(os.environ.get("RAY_DMML_FUZZ_EXAMPLES", "2000"))
 NUM_CLASSES, SIZE = 6, 8
 

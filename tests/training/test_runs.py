@@ -353,19 +353,17 @@ def test_weights_alone_after_the_end(run: Path, settings: dict[str, Any], tmp_pa
         files = {file.name for file in (reduced / "checkpoints").rglob("*") if file.is_file()}
         assert files == {"index.json", "manifest.json", "weights.safetensors", "ema.safetensors"}
         assert figures(json.loads((reduced / "results.json").read_text())) == figures(before)
-        for weights in ("last", "best", "ema"):
-            assert figures(evaluate(reduced, weights)) == figures(evaluate(run, weights))
-        for weights in ("last", "best"):
-            found, expected = (CheckpointStore(of / "checkpoints").load(weights) for of in (reduced, run))
+        for which in ("last", "best"):
+            found, expected = (CheckpointStore(of / "checkpoints").load(which) for of in (reduced, run))
             for peer, content in found.peers.items():
-                assert content["weights.safetensors"] == expected.peers[peer]["weights.safetensors"]
-    more = changed(settings, train={"steps": 8})
-    for again in (None, more):
+                assert content == {file: expected.peers[peer][file] for file in content}
+    for weights in ("best", "ema"):
+        assert figures(evaluate(direct, weights)) == figures(evaluate(run, weights))
+    for again in (None, changed(settings, train={"steps": 8})):
         with pytest.raises(UserError, match=r"kept only its weights \(checkpoint\.final: weights\).*train\.init_from="):
             train(again, resume=direct, local=True)
-    for of in (direct, run):
-        train(changed(settings, train={"init_from": of, "steps": 1}), tmp_path / f"from-{of.name}", local=True)
-    assert_same(stored(tmp_path / "from-direct"), stored(tmp_path / "from-run"))
+    started = train(changed(settings, train={"init_from": direct, "steps": 1}), tmp_path / "started", local=True)
+    assert started["untrained"] == before["peers"]
 
 
 def test_only_the_number_of_steps_and_what_is_written_may_change(
