@@ -117,6 +117,17 @@ def test_replicas_learn_what_one_device_learns_from_the_whole_batch(
     assert any(not torch.equal(old, p) for old, p in zip(before, peer.net.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("has_head", [True, False])
+def test_replicas_of_a_frozen_peer_have_its_head_or_none(share: Share, tmp_path: Path, has_head: bool) -> None:
+    """A replica does not read the weights, so it is told."""
+    donor = build(settings(embedding_size=5)).net
+    torch.save((donor if has_head else donor.backbone).state_dict(), tmp_path / "weights.pth")
+    config = settings(**STILL, frozen=True, weights=str(tmp_path / "weights.pth"))
+    with share(config, 2) as (peer, _):
+        published = publish(peer, 0)
+    torch.testing.assert_close(published, publish(build(config), 0), rtol=1e-5, atol=1e-6)
+
+
 def test_fewer_images_than_replicas(share: Share) -> None:
     """For example the last images of an evaluation."""
     config = settings(**STILL)

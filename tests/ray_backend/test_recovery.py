@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import pytest
 import ray
+import safetensors.torch
+import timm
 from conftest import tiny
 
 from ray_dmml.cohort.local import LocalCohort
@@ -134,6 +136,21 @@ def test_a_lost_peer_is_replaced(
     why = "died in step" if how == signal.SIGKILL else "no sign of life for"
     [sentence] = [note for note in sentences() if "all peers go back" in note]
     assert "peer1" in sentence and why in sentence and "to 4 (restart 1 of 5)" in sentence
+
+
+@pytest.mark.slow
+def test_a_lost_frozen_teacher_embeds_its_images_again(
+    image_folder: Path, tmp_path: Path, cohorts: list[Watched]
+) -> None:
+    """It keeps embeddings of all training images, which are lost with its process."""
+    weights = tmp_path / "vit.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_vit").state_dict(), weights)
+    teacher = {"name": "vit", "backbone": "test_vit", "weights": str(weights), "frozen": True}
+    config = settings(image_folder, cohort={"peers": [{}, {**teacher, "teacher_view": "evaluation"}]})
+    train(config, tmp_path / "undisturbed", local=True)
+    faults = Faults(6, lambda: kill(cohorts, "vit"))
+    train(config, tmp_path / "run", loggers=[faults], cohort_factory=Watched)
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_lost_before_the_first_checkpoint(
