@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE_S = 1.0
+GRACE_S = 0.5
 """Time after which the thread ends the process if the handler has not done so."""
 
 _callbacks: list[Callable[[], None]] = []

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ray_dmml.config.schema import RELATIONAL_TERMS, Config
 from ray_dmml.loggers.logger import Logger, learned_terms
+from ray_dmml.loggers.tables import fitting
 
 TERMS = ("loss", "metric", *RELATIONAL_TERMS)
 
@@ -158,7 +159,7 @@ class LiveLogger(LinesLogger):
             table.add_row(name, *(f"{terms[t]:.4f}" if t in terms else "-" for t in self._terms), *self._percent(name))
         if len(self._names) > 1 and self._evaluated:
             table.add_row("ensemble", *([""] * len(self._terms)), *self._percent("ensemble"))
-        return Group(table, self._bar)
+        return Group(fitting(table, self._console), self._bar)
 
     def _percent(self, name: str) -> list[str]:
         """The cell of the column Recall@1, if there is one."""

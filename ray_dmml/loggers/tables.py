@@ -7,6 +7,7 @@ from copy import copy
 from dataclasses import replace
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Column, Table
 
 WIDEST = 10_000  # characters
@@ -20,8 +21,16 @@ def print_table(table: Table, console: Console) -> None:
         console.print(part, width=max(part.width, console.width), crop=False)
 
 
+def fitting(table: Table, console: Console) -> Table:
+    """The table for a live display: without the columns before the last one that have no room in the console."""
+    columns = list(table.columns)
+    while len(columns) > 2 and _measure(_part(table, columns, title=True), console).minimum > console.width:
+        del columns[-2]
+    return _part(table, columns, title=True, caption=True)
+
+
 def _parts(table: Table, console: Console, width: int) -> Iterator[Table]:
-    first, *rest = table.columns
+    first, *rest = (replace(column, no_wrap=True) for column in table.columns)
     columns = [first]
     is_first = True
     for column in rest:
@@ -34,7 +43,7 @@ def _parts(table: Table, console: Console, width: int) -> Iterator[Table]:
 
 def _part(table: Table, columns: list[Column], *, title: bool = False, caption: bool = False) -> Table:
     part = copy(table)
-    part.columns = [replace(column, _index=number, no_wrap=True) for number, column in enumerate(columns)]
+    part.columns = [replace(column, _index=number) for number, column in enumerate(columns)]
     part.title = table.title if title else None
     part.caption = table.caption if caption else None
     return part
@@ -42,4 +51,8 @@ def _part(table: Table, columns: list[Column], *, title: bool = False, caption: 
 
 def _width(table: Table, console: Console) -> int:
     """The characters that the table needs."""
-    return console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
+    return _measure(table, console).maximum
+
+
+def _measure(table: Table, console: Console) -> Measurement:
+    return console.measure(table, options=console.options.update(max_width=WIDEST))

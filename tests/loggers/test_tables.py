@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_dmml.cli.tables import results_table
-from ray_dmml.loggers.tables import print_table
+from ray_dmml.loggers.tables import fitting, print_table
 
 METRICS = ["recall@1", "recall@10", "recall@100", "recall@1000", "map@r", "r_precision"]
 NAMES = ["resnet50_view-strong_interval-2", "b"]
@@ -66,3 +66,18 @@ def test_a_wide_terminal_has_one_table() -> None:
         file = io.StringIO()
         print_table(table, Console(file=file, width=width, force_terminal=True, color_system=None))
         assert file.getvalue().count("first") == names and file.getvalue().count("title") == 1
+
+
+@pytest.mark.parametrize("width", range(24, 70, 5))
+def test_a_live_table_leaves_columns_out(width: int) -> None:
+    """Its first and its last column stay, and what is there is whole."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("peer", "loss", "metric", "distance", "angle", "Recall@1 (validation, step 10)"):
+        table.add_column(name)
+    table.add_row("peer0", "1.2345", "2.3456", "3.4567", "4.5678", "98.7 %")
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=True, color_system=None)
+    console.print(fitting(table, console))
+    figures = re.findall(r"[\d.]*\d\.\d+", file.getvalue())
+    assert figures[-1] == "98.7" and set(figures[:-1]) <= {"1.2345", "2.3456", "3.4567", "4.5678"}
+    assert len(figures) == 5 or width < 60

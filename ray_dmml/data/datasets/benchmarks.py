@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ray_dmml import interruption
 from ray_dmml.config.schema import DataConfig
 from ray_dmml.data.dataset import FileImages, ImageSet
 from ray_dmml.errors import UserError
@@ -230,7 +232,10 @@ def _fetch(archive: Archive, root: Path, benchmark: Benchmark) -> None:
     folder = benchmark.folders[0]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as scratch:
+        with (
+            tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as scratch,
+            interruption.at_end(lambda: shutil.rmtree(scratch, ignore_errors=True)),
+        ):
             source = root / Path(archive.url).name
             if not check_integrity(str(source), archive.md5):
                 download_url(archive.url, scratch, source.name, archive.md5)
