@@ -125,8 +125,10 @@ def attempt(folder: Path, mode: str, number: signal.Signals, moment: float, limi
     process.wait()
     output = folder.with_suffix(".log").read_text()
     # Python itself ends by the signal before it runs the command, and after the command has ended.
-    is_pythons = (phase == "imports and start" and not output) or phase == "over"
-    expected = (128 + number, -number) if is_pythons else (128 + number,)
+    is_pythons = (phase == "imports and start" and "ray_dmml" not in output and "interrupted" not in output) or (
+        phase == "over"
+    )
+    expected = (128 + number, -number, 1) if is_pythons else (128 + number,)
     faults = []
     if code is None:
         faults.append("hung")
@@ -134,7 +136,7 @@ def attempt(folder: Path, mode: str, number: signal.Signals, moment: float, limi
         faults.append(f"exit code {code}")
     if seconds > limit:
         faults.append(f"took {seconds:.1f} s")
-    if "Traceback" in output or "Error" in output:
+    if not is_pythons and ("Traceback" in output or "Error" in output):
         faults.append("traceback")
     if left:
         faults.append("left: " + "; ".join(left))
