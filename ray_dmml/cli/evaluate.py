@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ray_dmml.cli.options import AsJson, Overrides, path
+from ray_dmml.cli.options import AsJson, path
 from ray_dmml.cli.output import print_json, show_log, user_errors
 from ray_dmml.cli.tables import results_table
 
@@ -28,9 +28,16 @@ def evaluate(
             help="Other images: a folder with one folder a class, or a manifest (CSV). Default: the run's own.",
         ),
     ] = None,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change where the images are or how they are evaluated, such as data.root=FOLDER. Repeatable.",
+        ),
+    ] = None,
     trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run code that the run's config names beside this package.")
+        bool, typer.Option("--trust-code", help="Run the Python code that the run's config names.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -637,7 +637,7 @@ class LossConfig(Section):
     """The metric loss of every peer."""
 
     relational: RelationalConfig = RelationalConfig()
-    """The mutual term."""
+    """Relational distillation: the built-in mutual terms."""
 
     mutual: tuple[MutualTermConfig, ...] = ()
     """Further mutual terms, of your own (docs/own-parts.md)."""
