@@ -22,7 +22,8 @@ data_app = typer.Typer(cls=Group, help="Audit the images of a data set, or fetch
 def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Audit a data set: faults of its structure, unreadable images, duplicates, wrong labels, small classes.
 
-    Exit code 0: there are no findings; 1: there are findings; 2: a run would refuse the data set as it is.
+    Exit code 0: there are no findings; 1: there are findings; 2: a run would refuse the data set as it is, for a fault
+    or, unless data.on_bad_image is skip, for an unreadable image.
     """
     console = Console(stderr=True)
     with user_errors(), show_log(console):
@@ -41,7 +42,8 @@ def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJso
     else:
         print_report(report, Console())
     if not report.is_clean():
-        raise typer.Exit(2 if report.faults else 1)
+        is_refused = report.faults or (report.unreadable and settings.on_bad_image == "fail")
+        raise typer.Exit(2 if is_refused else 1)
 
 
 @data_app.command(cls=Command)

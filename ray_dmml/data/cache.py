@@ -35,7 +35,7 @@ from torch import Tensor
 from ray_dmml.data.dataset import FileImages, ImageSet, Stamp
 from ray_dmml.data.formats import decoder_versions
 
-FORMAT = 4  # increases with every change of the file's layout or of how images are decoded
+FORMAT = 5  # increases with every change of the file's layout or of how images are decoded
 HEADER_BYTES = 4096
 SUFFIX = ".images"
 LOCK_S = 20.0  # a network file system may never grant the folder's lock

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 
 from ray_dmml.data.formats import formats
@@ -89,12 +90,15 @@ def _open(data: bytes) -> Image.Image:
 
 def _decode_with_pillow(opened: Image.Image) -> Tensor:
     orientation = orientation_of(opened) if opened.format == "TIFF" else 0
+    tags = getattr(opened, "tag_v2", {}) if opened.format == "TIFF" else {}
+    num_bits, white_is_zero = tags.get(BITSPERSAMPLE, (16,))[0], tags.get(PHOTOMETRIC_INTERPRETATION) == 0
     opened.load()
     orientation = orientation or orientation_of(opened)
     is_16_bit = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PPM")
     opened.info.pop("transparency", None)  # alpha is dropped, and convert would warn of it
-    if is_16_bit:  # convert would clip at 255
-        opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+    if is_16_bit:  # convert would clip at 255, and Pillow leaves 12 bits and negatives of a TIFF as they are stored
+        upper = (np.asarray(opened) >> (num_bits - 8)).astype(np.uint8)
+        opened = Image.fromarray(255 - upper if white_is_zero else upper)
     elif opened.mode in ("I", "F"):
         raise OSError("its pixels have 32 bits, and nothing says which value is white")
     return turn(torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1), orientation)

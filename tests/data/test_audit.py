@@ -61,11 +61,12 @@ def test_a_clean_data_set(root: Path) -> None:
 
 
 def test_unreadable_images_are_listed_with_the_reason(root: Path) -> None:
-    """All of them are, whatever data.on_bad_image is."""
+    """All of them are, whatever data.on_bad_image is. By default, a run would refuse them."""
     for number in range(4):
         (root / "c1" / f"bad{number}.png").write_bytes(b"broken" * number)
     ended = check(root)
-    assert ended.exit_code == 1 and "unreadable images: 4" in ended.stdout
+    assert ended.exit_code == 2 and "unreadable images: 4" in ended.stdout
+    assert check(root, "--set", "data.on_bad_image=skip").exit_code == 1
     flat = " ".join(ended.stdout.split())
     assert "image c1/bad0.png cannot be read: the file is empty" in flat and "and 1 more" in flat
     assert [row["name"] for row in audit(settings(root)).unreadable] == [f"c1/bad{number}.png" for number in range(4)]
@@ -142,7 +143,7 @@ def test_the_json_report_has_everything(root: Path) -> None:
         (root / "c1" / f"copy{number}.png").write_bytes((root / "c1" / "0.png").read_bytes())
     (root / "c3" / "bad.png").write_bytes(b"")
     ended = check(root, "--json")
-    assert ended.exit_code == 1
+    assert ended.exit_code == 2
     found = json.loads(ended.stdout)
     assert found["clean"] is False and found["splits"]["train"] == {"images": 22, "classes": 4}
     assert found["unreadable"][0]["name"] == "c3/bad.png"

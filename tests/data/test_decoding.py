@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from ray_dmml.data.dataset import BadImageError, FileImages, ImageSet, check_images
-from ray_dmml.data.decoding import to_square
+from ray_dmml.data.decoding import decode, to_square
 
 WRITERS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 
@@ -103,6 +103,28 @@ def test_a_16_bit_image_is_used(tmp_path: Path, form: str) -> None:
     """Its upper 8 bits count, so that grey stays grey."""
     grey = Image.fromarray(np.full((16, 16), 0x8000, dtype=np.uint16))
     assert read(tmp_path, encoded(grey, form)).unique().tolist() == [0x80]
+
+
+def tiff(data: bytes, width: int, num_bits: int, photometric: int) -> bytes:
+    """One row of grey pixels, which Pillow itself cannot write with 12 bits."""
+    tags = {
+        256: width, 257: 1, 258: num_bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(data)
+    }  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_a_12_bit_tiff_is_used(tmp_path: Path) -> None:
+    """Of a microscope or a medical camera: 4095 is white."""
+    content = tiff(bytes.fromhex("fff000800fff"), 4, 12, photometric=1)
+    (tmp_path / "x.tif").write_bytes(content)
+    assert decode(tmp_path / "x.tif")[0].tolist() == [[255, 0, 128, 255]]
+
+
+def test_a_16_bit_tiff_whose_zero_is_white_is_used(tmp_path: Path) -> None:
+    """As scanners of film write it."""
+    (tmp_path / "x.tif").write_bytes(tiff(struct.pack("<3H", 0, 0x4000, 0xFFFF), 3, 16, photometric=0))
+    assert decode(tmp_path / "x.tif")[0].tolist() == [[255, 191, 0]]
 
 
 def test_a_32_bit_image_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import csv
 import math
 import unicodedata
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -32,6 +31,9 @@ FLAGS = {"": False, "0": False, "0.0": False, "false": False, "1": True, "1.0": 
 FLAG_COLUMNS = ("is_query", "is_gallery")
 BOX_COLUMNS = ("x_1", "x_2", "y_1", "y_2")
 COLUMNS = ("path", "label", "split", *FLAG_COLUMNS, *BOX_COLUMNS)
+
+# Columns by their names in lower case without underscores, and two frequent slips.
+_MEANT = {column.replace("_", ""): column for column in COLUMNS} | {"splits": "split", "spilt": "split"}
 
 MAX_LINE = 2**20  # characters
 SHOWN = 10  # columns that a note names
@@ -106,17 +108,18 @@ def _read(manifest: Path, root: Path, findings: Findings) -> list[_Row]:
 def _has_columns(manifest: Path, names: Sequence[str], findings: Findings) -> bool:
     """Whether the rows can be read; if not, there is a fault."""
     before = len(findings.faults)
+    like = {_MEANT.get(name.lower().replace("_", "")): name for name in names}
     for column in COLUMNS:
         if names.count(column) > 1:
             findings.fault(f"manifest {manifest} has two columns '{column}'")
         is_needed = column in ("path", "label") or (column in BOX_COLUMNS and not set(BOX_COLUMNS).isdisjoint(names))
-        if is_needed and column not in names:
+        if column not in names and column in like:  # without a fault, all rows would train, or all images be whole
+            findings.fault(f"manifest {manifest} has no column '{column}' but one like it, {_cut(like[column])!r}")
+        elif is_needed and column not in names:
             findings.fault(
                 f"manifest {manifest} has no column '{column}'; its first line must name path, label and, if "
                 "wanted, split, is_query and is_gallery, and the box of an image (x_1, x_2, y_1, y_2)"
             )
-    if "split" not in names and (near := get_close_matches("split", [name.lower() for name in names])):
-        findings.fault(f"manifest {manifest} has no column 'split' but one like it, {_cut(near[0])!r}")
     unused = [_cut(name) for name in names if name and name not in COLUMNS]
     if unused:
         more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""

@@ -212,6 +212,20 @@ def test_a_missing_or_double_column_is_refused(tmp_path: Path, column: str) -> N
     assert f"has two columns '{column}'" in message
 
 
+@pytest.mark.parametrize(("column", "written"), [("is_query", "Is_Query"), ("x_1", "x1"), ("x_1", "X_1")])
+def test_a_column_in_another_spelling_is_refused(tmp_path: Path, column: str, written: str) -> None:
+    """It would have no effect: all against all in place of queries, whole images in place of boxes."""
+    message = manifest_refusal(tmp_path, HEAD.replace("\n", f",{written}\n") + rows().replace("\n", ",\n"))
+    assert f"has no column '{column}' but one like it, '{written}'" in message
+
+
+def test_a_column_with_a_name_of_its_own_is_not_used(tmp_path: Path) -> None:
+    """`spot` is no misspelt `split`, and beside `label` there may be a `Label`."""
+    text = "".join(f"{n}.png,{label},x,y\n" for n, label in enumerate("aabbccdd"))
+    (tmp_path / "m.csv").write_text("path,label,spot,Label\n" + text)
+    assert len(load_splits(manifest_config(tmp_path, None)).train) == 8
+
+
 @pytest.mark.parametrize("end", ["\r\n", "\r", "\n\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_a_byte_order_mark_and_other_line_ends_are_used(tmp_path: Path, mark: str, end: str) -> None:
