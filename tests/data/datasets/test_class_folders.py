@@ -137,6 +137,18 @@ def test_images_outside_of_the_classes_are_counted(root: Path) -> None:
     assert "1 images in no class folder, such as stray.jpg" in note and num_images(root) == 8
 
 
+def test_links_to_folders_in_a_class_are_counted(root: Path, tmp_path: Path) -> None:
+    """They are not followed, because they may form a circle. A class of nothing else is refused."""
+    (root / "c1" / "more").symlink_to(root / "c2")
+    (root / "c0" / "around").symlink_to(root)
+    (note,) = notes(root)
+    assert "2 links to folders, such as c0/around" in note and num_images(root) == 8
+    (root / "c9").mkdir()
+    (root / "c9" / "photos").symlink_to(root / "c2")
+    with pytest.raises(UserError, match=r"c9 has no images .*; it has 1 links to folders, such as c9/photos: fill or"):
+        load_splits(settings(root))
+
+
 def test_a_class_without_images_names_what_it_has(root: Path) -> None:
     """A folder full of raw photos is not empty."""
     (root / "c9").mkdir()
