@@ -22,7 +22,7 @@ _SETTINGS = {
 }
 _SETTINGS_OF_A_PEER = {
     "backbone": "model model_name arch architecture network net encoder extractor",
-    "weights": "pretrained pretrained_weights checkpoint_path",
+    "weights": "weights pretrained_weights checkpoint_path",
     "embedding_size": "embedding_dim embed_dim emb_dim emb_size feature_dim feat_dim dim out_dim output_dim",
     "input_size": "image_size img_size imgsz im_size crop_size resolution",
     "view": "augmentation augmentations augment transform transforms",
@@ -43,6 +43,8 @@ _SENTENCES = {
     "a run reports at its start how many steps an epoch has",
     "batch_size bs train_batch_size batchsize per_device_train_batch_size": "a batch is 'data.classes_per_batch' "
     "classes x 'data.images_per_class' images",
+    "data": "the folder of your images is 'data.root'; with a folder for each class, 'data.name' is imagefolder",
+    "pretrained": "write `weights: pretrained` for each peer, or once in 'cohort.base'",
     "device devices cuda accelerator": "a peer uses a GPU if there is one; 'cohort.base.num_gpus' says how many, and 0 "
     "is the CPU",
     "num_peers n_peers num_models num_networks": "'cohort.peers' is a list with an entry for each peer, "

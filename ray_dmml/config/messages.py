@@ -104,6 +104,8 @@ def _list_needed(location: list[str], value: Any) -> str:
         return f"a list with an entry for each peer is needed, such as [{example}]"
     if isinstance(value, Mapping):
         return "a list is needed, not a mapping"
+    if value is None:
+        return "a list is needed, not null"
     return f"a list is needed (got {shorten(repr(value))}), such as [{shorten(str(value))}]"
 
 
@@ -118,6 +120,9 @@ def _hint(location: list[str], model: type[BaseModel]) -> str:
     if (sentence := habits.sentence_of(wanted)) and not of_class:
         return sentence
     if (found := habits.setting_of(wanted)) and not of_class:
+        own = found.rpartition(".")[2]
+        if own.endswith("steps") and own in names:  # those of a schedule, not those of training
+            return f"did you mean {own!r}?"
         return _did_you_mean(found, location)
     # `margin` is no mistyped `args`, but one of them.
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.7 if of_class else 0.6)

@@ -126,6 +126,8 @@ def test_wrong_arguments(config_file: Callable[..., Path], tmp_path: Path) -> No
         (("--epochs", "10"), "--set KEY=VALUE; the length is 'train.steps'"),
         (("--batch-size", "10"), "--set KEY=VALUE; a batch is 'data.classes_per_batch' classes"),
         (("--lr", "1"), "--set KEY=VALUE; did you mean 'cohort.base.optimizer.lr'?"),
+        (("--weights", "pretrained"), "--set KEY=VALUE; did you mean 'cohort.base.weights'?"),
+        (("--data", "photos"), "--set KEY=VALUE; the folder of your images is 'data.root'"),
         (("--steps=5",), "--set KEY=VALUE; did you mean 'train.steps'?"),
         (("photos.yaml",), "A config is given as --config FILE, a setting as --set KEY=VALUE"),
     ],

@@ -78,6 +78,12 @@ HABITS: list[tuple[str, str]] = [
     ("loss: {margin: 0.1}", "arguments of the metric loss are in 'loss.metric.args'"),
     ("loss: {metric: {margin: 0.1}}", "arguments of the class are in 'args': did you mean 'args.margin'?"),
     ("evaluation: {recall_at: 5}", "evaluation.recall_at: a list is needed (got 5), such as [5]"),
+    ("weights: pretrained", "did you mean 'cohort.base.weights'?"),
+    ("cohort: {base: {pretrained: true}}", "write `weights: pretrained` for each peer, or once in 'cohort.base'"),
+    ("cohort: {base: {schedule: {num_steps: 3}}}", "schedule.num_steps: unknown setting; did you mean 'steps'?"),
+    ("loss: {relational: {warmup: 3}}", "did you mean 'warmup_steps'?"),
+    ("data: {data: photos}", "the folder of your images is 'data.root'; with a folder for each class, 'data.name' is"),
+    ("code: null", "code: a list is needed, not null"),
     ("train: {out: runs/x}", "the folder of a run is not a setting: it is `train --out`, or `out` of train()"),
 ]
 
