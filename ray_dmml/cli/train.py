@@ -58,7 +58,7 @@ def train(
     with user_errors(), Interruptible(console) as signals, show_log(console):
         if resume is None:
             settings = _new_config(config, overrides, init_from)
-            run = out or Path("runs") / f"{settings.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
+            run = out or default_folder(settings)
             RunDir(run).ensure_empty()  # before anything takes time
         else:
             run = _resumed_run(resume, out, init_from)
@@ -85,6 +85,11 @@ def train(
         else:
             results_table(results, console)
         print_line(console, f"run: {run}  ({elapsed(began)})")
+
+
+def default_folder(settings: Config) -> Path:
+    """``module:function`` names a data set of one's own; scp and rsync take what is before a colon for a host."""
+    return Path("runs") / f"{settings.data.name.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _new_config(config: Path | None, overrides: list[str] | None, init_from: Path | None) -> Config:

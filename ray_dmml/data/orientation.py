@@ -66,4 +66,4 @@ def _valid(exif: Image.Exif) -> int:
 def _profile(text: str | bytes) -> bytes:
     """The bytes of a profile that ImageMagick wrote in hexadecimal digits, after its name and length."""
     digits = text.decode("latin-1") if isinstance(text, bytes) else text
-    return bytes.fromhex("".join(digits.split("\n")[3:]))
+    return bytes.fromhex(digits.split("\n", 3)[3])  # it ignores the other line ends

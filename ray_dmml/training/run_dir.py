@@ -124,12 +124,12 @@ class RunDir:
         replace_file(self.environment_file, json.dumps(environment, indent=1))
 
     def environment(self) -> dict[str, Any]:
-        """What :meth:`write_environment` wrote; empty if it never did."""
+        """What :meth:`write_environment` wrote; empty if it never did, or the file is damaged."""
         try:
-            environment: dict[str, Any] = json.loads(self.environment_file.read_text())
+            environment = json.loads(self.environment_file.read_text())
         except (OSError, ValueError):
             return {}
-        return environment
+        return environment if isinstance(environment, dict) else {}
 
     def write_results(self, results: dict[str, Any]) -> None:
         replace_file(self.results_file, json.dumps(results, indent=1) + "\n")

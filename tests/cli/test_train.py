@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from ray_dmml import Config
 from ray_dmml.cli.main import app
+from ray_dmml.cli.train import default_folder
 
 
 def cli(*arguments: str | Path) -> Any:
@@ -59,6 +60,14 @@ def test_a_resumed_run_is_extended(run: Path, tmp_path: Path) -> None:
     assert f"run: {tmp_path / 'run'}" in ended.stdout
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_thedefault_folder_of_a_data_set_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its name has a colon, with which scp and rsync would look for a host; its folder has none."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny(tmp_path, data={"name": "photos:load"}, train={"steps": 2})
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    assert Path(default_folder(Config.load(tmp_path / "c.yaml"))).name.startswith("photos-load-2")
 
 
 def test_config_prints_a_config(run: Path) -> None:
