@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import typer
 from rich.console import Console
 
 from ray_dmml.errors import UserError
+from ray_dmml.loggers.sentences import show_sentences
 
 
 def print_line(console: Console, line: str) -> None:
@@ -35,30 +36,9 @@ def user_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-class _ConsoleHandler(logging.Handler):
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self._console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        # Inside the block of show_run, its display shows these lines.
-        if logging.getLogger("ray_dmml").handlers[-1] is self:
-            kind = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-            print_line(self._console, f"{kind}{record.getMessage()}")
-
-
-@contextmanager
-def show_log(console: Console) -> Iterator[None]:
-    """Prints what the package logs (INFO and above) to the console."""
-    package, handler = logging.getLogger("ray_dmml"), _ConsoleHandler(console)
-    level = package.level
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        package.removeHandler(handler)
-        package.setLevel(level)
+def show_log(console: Console) -> AbstractContextManager[None]:
+    """Prints what the package logs (INFO and above) to the console. Inside the block of show_run, its display does."""
+    return show_sentences(partial(print_line, console))
 
 
 def elapsed(since: float) -> str:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ray_dmml.config.schema import RELATIONAL_TERMS, Config
 from ray_dmml.loggers.logger import Logger, learned_terms
+from ray_dmml.loggers.sentences import show_sentences
 from ray_dmml.loggers.tables import fitting
 
 TERMS = ("loss", "metric", *RELATIONAL_TERMS)
@@ -28,35 +29,14 @@ def show_run(console: Console, config: Config) -> Iterator[Logger]:
         config: the experiment.
     """
     display = LiveLogger(console, config) if console.is_terminal else LinesLogger(console, config)
-    package, handler = logging.getLogger("ray_dmml"), _Handler(display)
-    before = package.level, package.propagate
-    package.setLevel(logging.DEBUG)
-    package.propagate = False
-    package.addHandler(handler)
+    package = logging.getLogger("ray_dmml")
+    propagate, package.propagate = package.propagate, False
     try:
-        yield display
+        with show_sentences(display.print, display.show_activity):
+            yield display
     finally:
-        package.removeHandler(handler)
-        package.setLevel(before[0])
-        package.propagate = before[1]
+        package.propagate = propagate
         display.close()
-
-
-class _Handler(logging.Handler):
-    """DEBUG names the current activity; the levels above it are sentences."""
-
-    def __init__(self, display: LinesLogger) -> None:
-        super().__init__()
-        self._display = display
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if record.levelno <= logging.DEBUG:
-            self._display.show_activity(text)
-        elif record.levelno < logging.WARNING:
-            self._display.print(text)
-        else:
-            self._display.print(f"{record.levelname.lower()}: {text}")
 
 
 class LinesLogger(Logger):

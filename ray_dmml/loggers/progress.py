@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from rich.console import Console
 
 from ray_dmml.config.schema import Config
 from ray_dmml.loggers.console import LinesLogger
 from ray_dmml.loggers.logger import Logger
+from ray_dmml.loggers.sentences import show_sentences
 
 
 @contextmanager
@@ -22,31 +23,11 @@ def show_progress(config: Config) -> Iterator[Logger]:
     """
     in_notebook = Console().is_jupyter
     display = _Lines(Console(stderr=not in_notebook, force_jupyter=False), config)
-    package = logging.getLogger("ray_dmml")
-    if package.hasHandlers():
+    with nullcontext() if logging.getLogger("ray_dmml").hasHandlers() else show_sentences(display.print):
         yield display
-        return
-    handler, level = _Sentences(display), package.level
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
-    try:
-        yield display
-    finally:
-        package.removeHandler(handler)
-        package.setLevel(level)
 
 
 class _Lines(LinesLogger):
     def print(self, text: str) -> None:
         with suppress(OSError, ValueError):  # a full disk behind standard error, or a closed one: training goes on
             super().print(text)
-
-
-class _Sentences(logging.Handler):
-    def __init__(self, display: LinesLogger) -> None:
-        super().__init__()
-        self._display = display
-
-    def emit(self, record: logging.LogRecord) -> None:
-        kind = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        self._display.print(f"{kind}{record.getMessage()}")
