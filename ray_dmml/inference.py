@@ -10,8 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ray_dmml.config.code import read_code, use_code
-from ray_dmml.config.parts import require_trust
+from ray_dmml.config.parts import load_trusted_parts
 from ray_dmml.cores import num_cores
 from ray_dmml.data.augmentations import View, evaluation_view
 from ray_dmml.data.dataset import FileImages, ImageSet
@@ -99,9 +98,7 @@ def load_cohort(
     """
     folder = RunDir.open(run)
     config = folder.config()
-    require_trust(config, folder.path, trust_code, "trust_code=True", settings="backbone")
-    if trust_code:
-        use_code(read_code(config.code))
+    load_trusted_parts(config, folder.path, trust_code, "trust_code=True", settings="backbone")
     which = config.weights_to_evaluate(weights)
     checkpoint = folder.checkpoints.load("best" if which == "best" else "last")
     peers = {}

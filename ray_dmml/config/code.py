@@ -31,24 +31,29 @@ def read_code(paths: Sequence[Path]) -> Files:
         UserError: a path is neither, its name cannot be imported, or they are too large together.
     """
     files: dict[str, tuple[str, bytes]] = {}
+    size = 0
     for path in paths:
         is_file = path.suffix == ".py" and path.is_file()
-        found = [path] if is_file else sorted(path.rglob("*.py")) if path.is_dir() else []
-        if not found:
-            raise UserError(f"code: {path} is neither a Python file (NAME.py) nor a folder with some")
+        nothing = f"code: {path} is neither a Python file (NAME.py) nor a folder with some"
+        if not (is_file or path.is_dir()):
+            raise UserError(nothing)
         name = path.stem if is_file else path.name
         if not name.isidentifier() or name in sys.stdlib_module_names:
             why = "a module of Python's own" if name in sys.stdlib_module_names else "not a name that can be imported"
             raise UserError(f"code: {path}: {name} is {why}; rename it")
         if any(file.partition("/")[0].removesuffix(".py") == name for file in files):
             raise UserError(f"code: {path}: another entry has the name {name}, too; rename one of them")
+        found = [path] if is_file else sorted(path.rglob("*.py"))
+        if not found:
+            raise UserError(nothing)
         for file in found:
             try:
+                size += file.stat().st_size
+                if size > MAX_BYTES:
+                    raise UserError(f"code: more than {MAX_BYTES // 2**20} MiB of Python files, up to {file}")
                 files[file.relative_to(path.parent).as_posix()] = str(file), file.read_bytes()
             except OSError as error:
                 raise UserError(f"code: {file} cannot be read: {error.strerror}") from None
-    if (size := sum(len(content) for _, content in files.values())) > MAX_BYTES:
-        raise UserError(f"code: {size / 2**20:.0f} MiB of Python files; at most {MAX_BYTES // 2**20} MiB are allowed")
     return files
 
 
@@ -74,9 +79,14 @@ def use_code(files: Files) -> None:
         sys.meta_path.insert(0, _finder)
 
 
-def code_in_use() -> dict[str, str]:
-    """SHA-256 of each file that is importable now."""
-    return {file: hashlib.sha256(content).hexdigest() for file, (_, content) in _finder.files.items()}
+def code_in_use() -> Files:
+    """The files that are importable now."""
+    return _finder.files
+
+
+def digests(files: Files) -> dict[str, str]:
+    """SHA-256 of each file."""
+    return {file: hashlib.sha256(content).hexdigest() for file, (_, content) in files.items()}
 
 
 def _other_place(name: str) -> str | None:

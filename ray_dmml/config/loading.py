@@ -141,12 +141,16 @@ def set_setting(raw: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 def dotted(settings: Any, prefix: str = "") -> dict[str, Any]:
     """Flattens nested settings to dotted keys, as `set_setting` takes them. Empty lists and mappings are values."""
-    pairs = settings.items() if isinstance(settings, Mapping) else enumerate(settings)
-    flat: dict[str, Any] = {}
-    for key, value in pairs:
-        is_nested = isinstance(value, (Mapping, list)) and value
-        flat |= dotted(value, f"{prefix}{key}.") if is_nested else {f"{prefix}{key}": value}
-    return flat
+    return dict(leaves(settings, prefix))
+
+
+def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key and its value. A key comes twice if a mapping has both ``a.b`` and ``b`` in ``a``."""
+    for key, value in settings.items() if isinstance(settings, Mapping) else enumerate(settings):
+        if isinstance(value, (Mapping, list)) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def is_set(settings: Any, path: list[str]) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_dmml.config.code import Files, read_code, use_code
-from ray_dmml.config.loading import dotted, shorten
+from ray_dmml.config.loading import leaves, shorten
 from ray_dmml.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,9 +34,13 @@ _PATH = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z
 
 PART_SETTINGS = re.compile(
     r"data\.name|loss\.metric\.(?:.*\.)?name|loss\.metric\.(?:.*\.)?reducer|loss\.mutual\.\d+\.name|train\.loggers\.\d+\.name"
-    r"|cohort\.peers\.\d+\.(?:backbone|view|view\.\d+\.name)"
+    r"|cohort\.peers\.\d+\.(?:backbone|view|view\.\d+\.name)",
+    re.DOTALL,  # a key may contain a line break
 )
 """The settings that may name a part."""
+
+_ONLY_OWN = re.compile(r"loss\.mutual\.\d+\.name|train\.loggers\.\d+\.name")
+"""Those of them whose parts are all own ones."""
 
 
 def is_path(name: str) -> bool:
@@ -56,14 +60,15 @@ def _entry_points(path: tuple[str, ...]) -> dict[str, str]:
     return {entry.name: entry.value for entry in metadata.entry_points(group=ENTRY_POINTS)}
 
 
-def own_names(config: Config) -> dict[str, str]:
-    """The own parts that a config names, by setting. Entry points are left out."""
-    settings = dotted(config.model_dump(mode="json"))
-    return {
-        key: value
-        for key, value in settings.items()
-        if isinstance(value, str) and PART_SETTINGS.fullmatch(key) and is_path(value)
-    }
+def own_names(config: Config) -> list[tuple[str, str]]:
+    """The settings that name an own part as ``module:Class``, with the name. Entry points are left out."""
+    return [(setting, name) for setting, name in _part_names(config) if is_path(name)]
+
+
+def _part_names(config: Config) -> list[tuple[str, str]]:
+    # No dict: a key with a dot, such as `loss.name`, must not hide another setting.
+    settings = leaves(config.model_dump(mode="json"))
+    return [(key, value) for key, value in settings if isinstance(value, str) and PART_SETTINGS.fullmatch(key)]
 
 
 def load_parts(config: Config) -> Files:
@@ -81,24 +86,34 @@ def load_parts(config: Config) -> Files:
     return files
 
 
-def require_parts(config: Config) -> None:
-    """Raises UserError if an own part of the config cannot be found in this process."""
-    for setting, name in own_names(config).items():
-        find_part(setting, name)
+def require_parts(config: Config, *, loggers: bool = True) -> None:
+    """Raises UserError if an own part of the config cannot be found in this process, which may need no ``loggers``."""
+    for setting, name in _part_names(config):
+        is_needed = loggers or not setting.startswith("train.loggers.")
+        if is_needed and (is_path(name) or _ONLY_OWN.fullmatch(setting)):
+            find_part(setting, name)
 
 
-def require_trust(config: Config, run: Path, trust_code: bool, how: str, settings: str = "") -> None:
-    """Raises UserError if the config of a run names own parts, and nobody has said that the run may be trusted.
+def load_trusted_parts(config: Config, run: Path, trust_code: bool, how: str, settings: str = "") -> None:
+    """The same for the config of a run, which may be somebody else's. Without trust, nothing of `code` is importable.
 
     Args:
-        how: what says so.
-        settings: only the settings that contain this count.
+        how: what allows the code of the run.
+        settings: only parts of the settings that contain this are needed.
+
+    Raises:
+        UserError: the run has own parts that are needed, and nobody has said that it may be trusted.
     """
-    names = [f"{name} ({setting})" for setting, name in own_names(config).items() if settings in setting]
-    if names and not trust_code:
+    names = [(setting, name) for setting, name in own_names(config) if settings in setting]
+    if trust_code:
+        use_code(read_code(config.code))
+        for setting, name in names:
+            find_part(setting, name)
+    elif names:
+        listed = ", ".join(dict.fromkeys(f"{name} ({setting})" for setting, name in names))
         raise UserError(
-            f"{run} runs code that is not of this package: {', '.join(dict.fromkeys(names))}; allow it with {how}, if "
-            "you trust who wrote its config"
+            f"{run} runs code that is not of this package: {listed}; allow it with {how}, if you trust who wrote its "
+            "config"
         )
 
 
@@ -113,7 +128,14 @@ def find_part(setting: str, name: str) -> Callable[..., Any]:
     """
     source, path = f"{setting} {name!r}", name
     if not is_path(name):
-        path = _entry_points(tuple(sys.path))[name]
+        known = _entry_points(tuple(sys.path))
+        if name not in known:
+            listed = f" ({', '.join(sorted(known))})" if known else ", and there are none"
+            raise UserError(
+                f"{source}: write your own part as module:name, or give the name of an entry point in the group "
+                f"{ENTRY_POINTS} of an installed package{listed}"
+            )
+        path = known[name]
         source = f"{source} (entry point of {path})"
     module_name, _, attributes = path.partition(":")
     try:

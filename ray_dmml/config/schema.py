@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from ray_dmml.config import yamlio
-from ray_dmml.config.loading import QUICKSTART, Overrides, override_settings, read_settings, shorten
+from ray_dmml.config.loading import QUICKSTART, Overrides, dotted, override_settings, read_settings, shorten
 from ray_dmml.config.messages import explain, refuse_change
 from ray_dmml.config.parts import is_own, is_path
 from ray_dmml.errors import UserError
@@ -767,7 +767,7 @@ class Config(Section):
     seed: Seed = 0
     """Seed of the run. Together with the peers' own seeds it determines all random numbers."""
 
-    code: tuple[Path, ...] = ()
+    code: tuple[FilePath, ...] = ()
     """Python files and packages (folders) of your own, which the config names parts of (`module:Class`). They are sent
     to every process of the run."""
 
@@ -795,12 +795,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _is_consistent(self) -> Config:
         batch = self.data.classes_per_batch * self.data.images_per_class
-        memory = self.loss.metric.args.get("memory_size", 1024)
-        if self.loss.metric.name == "CrossBatchMemory" and isinstance(memory, int) and memory < batch:
-            raise ValueError(
-                f"loss.metric.args.memory_size is {memory}, and must hold at least a batch, which has {batch} images "
-                "(data.classes_per_batch x data.images_per_class)"
-            )
+        loss = dotted(self.loss.metric.model_dump(), "loss.metric.")
+        for key in [key for key, name in loss.items() if key.endswith(".name") and name == "CrossBatchMemory"]:
+            size = f"{key.removesuffix('name')}args.memory_size"
+            if isinstance(memory := loss.get(size, 1024), int) and memory < batch:
+                raise ValueError(
+                    f"{size} is {memory}, and must hold at least a batch, which has {batch} images "
+                    "(data.classes_per_batch x data.images_per_class)"
+                )
         if self.evaluation.split == "test" and self.data.name == "imagefolder" and self.data.train_fraction == 1:
             raise ValueError("evaluation.split is test, but there are no test classes: data.train_fraction is 1")
         if self.evaluation.split == "validation" and not self.data.validation_fraction:

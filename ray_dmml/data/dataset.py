@@ -293,6 +293,8 @@ def check_images(images: ImageSet, threads: int) -> list[tuple[int, str]]:
             images.source.read(index)
         except BadImageError as error:
             return str(error)
+        except Exception as error:  # of a source of the user's own
+            return f"image {printable(images.source.name(index))} cannot be read: {reason_of(error)}"
         return None
 
     with ThreadPoolExecutor(threads) as pool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ray_dmml.config.parts import describe, make_part, place_of
 from ray_dmml.config.schema import LossConfig
 from ray_dmml.errors import UserError
+from ray_dmml.losses.rehearsal import require_plain_state
 from ray_dmml.losses.relational import relational_losses
 from ray_dmml.randomness import seeded
 
@@ -88,10 +89,16 @@ def _try(what: str, term: Any, embedding_size: int) -> None:
     student = torch.eye(4, embedding_size).add_(0.1).requires_grad_()
     try:
         with seeded("dry run"):
-            result = copy.deepcopy(term)(student, [student.detach() + 0.1] * 2)
+            copied = copy.deepcopy(term)
+            result = copied(student, [student.detach() + 0.1] * 2)
     except Exception as error:
         given = f"a student and a list of 2 teachers, each (4, {embedding_size})"
         raise UserError(f"{what} fails on {given}{place_of(error)}: {describe(error)}") from error
     if not (isinstance(result, Tensor) and result.ndim == 0):
         got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise UserError(f"{what} must return a scalar tensor, and returns {got}")
+    if isinstance(copied, nn.Module):
+        try:
+            require_plain_state(copied)
+        except ValueError as error:
+            raise UserError(f"{what}: {error}") from None

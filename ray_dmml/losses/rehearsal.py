@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ray_dmml.config.parts import describe
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import seeded
 
@@ -67,9 +69,24 @@ def _run(loss: nn.Module, embeddings: Tensor, labels: Tensor, when: str = "") ->
         _require_finite("value", result, when)
         if result.requires_grad:
             result.backward()
+    require_plain_state(loss)
     for parameter in (embeddings, *loss.parameters()):
         if parameter.grad is not None:
             _require_finite("gradient", parameter.grad, when)
+
+
+def require_plain_state(module: nn.Module) -> None:
+    """Raises ValueError if a checkpoint with the module's state could not be loaded, because that might run code."""
+    state = {key: value for key, value in module.state_dict().items() if not isinstance(value, Tensor)}
+    try:
+        torch.save(state, buffer := io.BytesIO())
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:  # whatever get_extra_state gives, or pickle raises
+        reason = describe(error)
+    else:
+        return
+    raise ValueError(f"get_extra_state may give tensors and plain values only, not {', '.join(state)} ({reason})")
 
 
 def _require_finite(what: str, values: Tensor, when: str) -> None:

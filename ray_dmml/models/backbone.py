@@ -57,18 +57,16 @@ def timm_args(name: str, input_size: int | None) -> dict[str, Any]:
     return {"img_size": input_size} if input_size is not None and has_fixed_size else {}
 
 
-def has_batch_norm(backbone: str | nn.Module) -> bool:
-    """Whether a backbone has BatchNorm layers; True if that is not known without loading it.
+def has_batch_norm(name: str) -> bool:
+    """Whether a timm model has BatchNorm layers; True if that is not known without loading it.
 
-    A timm model is built without memory for its weights, which takes a fraction of a second.
+    It is built without memory for its weights, which takes a fraction of a second.
     """
-    net = backbone
-    if isinstance(net, str):
-        try:
-            with torch.device("meta"):
-                net = timm.create_model(net, num_classes=0)
-        except Exception:  # whatever is wrong with it is reported where the net is built
-            return True
+    try:
+        with torch.device("meta"):
+            net = timm.create_model(name, num_classes=0)
+    except Exception:  # whatever is wrong with it is reported where the net is built
+        return True
     return any(isinstance(module, _BatchNorm) for module in net.modules())
 
 

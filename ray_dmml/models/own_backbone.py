@@ -50,4 +50,6 @@ def build_own_backbone(config: PeerConfig) -> nn.Module:
     if not (isinstance(features, Tensor) and features.ndim == 2 and len(features) == 2):
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise UserError(f"{setting}: {name} must give features (B, F), and gives {got} for 2 images")
+    if not all(isinstance(value, Tensor) for value in backbone.state_dict().values()):
+        raise UserError(f"{setting}: {name} must have a state_dict of tensors only, without get_extra_state")
     return backbone

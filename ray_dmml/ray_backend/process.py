@@ -27,7 +27,7 @@ def use_parts(config: Config, code: Files) -> None:
     the config is missing here."""
     try:
         use_code(code)
-        require_parts(config)
+        require_parts(config, loggers=False)  # they are in the process that started the run
     except UserError as error:
         raise UserError(f"on host {socket.gethostname()} ({ray.util.get_node_ip_address()}): {error}") from error
 

@@ -26,7 +26,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_dmml.cohort.cohort import StepRow
-from ray_dmml.config.parts import load_parts
+from ray_dmml.config.code import code_in_use
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import PeerLostError, UserError
 from ray_dmml.ray_backend.coordinator import Coordinator, PeerStatus
@@ -70,7 +70,7 @@ class RayCohort:
         self.coordinator: Any = None  # the actor of this generation
         self.waited = dict.fromkeys(self.names, 0.0)
         self._config, self._skipped, self._digests = config, splits.skipped, splits.digests()
-        self._code = load_parts(config)  # peers that start again later get the same
+        self._code = code_in_use()  # not read again, so that peers that start later get the same
         self._positions = {name: position for position, name in enumerate(self.names)}
         self._step_seconds: deque[float] = deque(maxlen=31)  # of the latest calls of run
         self._median_step = 0.0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_dmml.checkpoint.store import Checkpoint
-from ray_dmml.config.parts import load_parts, require_trust
+from ray_dmml.config.parts import load_trusted_parts
 from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data.dataset import ImageSet, Splits
 from ray_dmml.data.datasets import load_images, load_splits
@@ -59,8 +59,7 @@ def evaluate(
     run_dir = RunDir.open(run)
     is_unchanged = data is None and config is None
     config = config or run_dir.config()
-    require_trust(config, run_dir.path, trust_code, "--trust-code, or trust_code=True in Python")
-    load_parts(config)
+    load_trusted_parts(config, run_dir.path, trust_code, "--trust-code, or trust_code=True in Python")
     weights = config.weights_to_evaluate(weights)
     checkpoint = run_dir.checkpoints.load("best" if weights == "best" else "last")
     if data is None:
@@ -114,7 +113,7 @@ def _other_images(config: Config, run_dir: RunDir) -> Splits:
     """Images that the run does not know, as test images. Warns if it knows some of them."""
     trained = ImageList.read(run_dir.images_file)
     if trained is None:
-        raise UserError(f"{run_dir.path} has no images.csv.gz, which names its training classes")
+        raise UserError(f"{run_dir.path} has no readable images.csv.gz, which names its training classes")
     findings = Findings()
     images = load_images(config.data, findings)
     for note in findings.notes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import logging
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +19,11 @@ from ray_dmml.data.decoding import printable
 from ray_dmml.errors import UserError
 from ray_dmml.training.run_dir import replace_file
 
+logger = logging.getLogger(__name__)
+
 HEADER = ["name", "bytes", "label", "split"]
 CHUNK, NUM_THREADS = 256, 16  # a network file system answers many questions at a time
+MAX_BYTES = 512 * 2**20  # of the unpacked list of a run, which may be somebody else's; some millions of images
 SHOWN = 3  # names in a message, of each kind of difference
 
 
@@ -45,12 +50,20 @@ class ImageList:
 
     @classmethod
     def read(cls, path: Path) -> ImageList | None:
-        """The list in a file; None if there is no such file, or it is damaged."""
+        """The list in a file; None if there is no such file, or, with a warning, if it cannot be read."""
         try:
-            text = gzip.decompress(path.read_bytes()).decode("utf-8", "surrogateescape")
-            header, *rows = csv.reader(io.StringIO(text, newline=""))
-            return cls(map(Row._make, rows)) if header == HEADER else None
-        except (OSError, EOFError, ValueError, TypeError, csv.Error):
+            with gzip.open(path) as file:
+                content = file.read(MAX_BYTES + 1)
+            if len(content) > MAX_BYTES:
+                raise ValueError(f"it is larger than {MAX_BYTES // 2**20} MiB")
+            header, *rows = csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline=""))
+            if header != HEADER:
+                raise ValueError(f"its first line is not {','.join(HEADER)}")
+            return cls(map(Row._make, rows))
+        except FileNotFoundError:
+            return None
+        except (OSError, EOFError, ValueError, TypeError, zlib.error, csv.Error) as error:
+            logger.warning("%s cannot be read, so the images are not compared with it: %s", path, error)
             return None
 
     def write(self, path: Path) -> None:

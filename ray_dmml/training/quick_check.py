@@ -31,8 +31,9 @@ def check_quickly(config: Config, *, on_this_machine: bool) -> None:
     _check_paths(config, on_this_machine)
     loss = config.loss.metric
     for peer in config.cohort.peers:
-        message = f"unknown backbone {peer.backbone!r}: it must be a timm model name"
-        _require(peer.backbone.partition(".")[0], message, "timm", "models/*.py", r"@register_model\s+def (\w+)")
+        if not is_own(peer.backbone):
+            message = f"unknown backbone {peer.backbone!r}: it must be a timm model name"
+            _require(peer.backbone.partition(".")[0], message, "timm", "models/*.py", r"@register_model\s+def (\w+)")
         for transform in () if isinstance(peer.view, str) else peer.view:
             message = f"view of {peer.name}: unknown transform {transform.name!r}"
             _require(transform.name, message, "torchvision", "transforms/v2/__init__.py")
@@ -55,7 +56,7 @@ def _check_paths(config: Config, on_this_machine: bool) -> None:
     if config.train.init_from is not None:
         RunDir.open(config.train.init_from)
     for peer in config.cohort.peers:
-        is_path = peer.weights not in BUILT_IN_WEIGHTS and ":" not in peer.weights
+        is_path = peer.weights not in BUILT_IN_WEIGHTS
         if on_this_machine and is_path and not Path(peer.weights).is_file():
             raise UserError(f"weights file {peer.weights} does not exist")
         if on_this_machine and peer.lora is not None and find_spec("peft") is None:

@@ -193,11 +193,10 @@ def _warn_of_frozen_statistics(config: Config) -> None:
 
 def _has_batch_norm(peer: PeerConfig) -> bool:
     from ray_dmml.models.backbone import has_batch_norm  # these import timm
-    from ray_dmml.models.own_backbone import build_own_backbone, is_own_backbone
+    from ray_dmml.models.own_backbone import is_own_backbone
 
-    if is_own_backbone(peer.backbone):
-        return has_batch_norm(build_own_backbone(peer))
-    return has_batch_norm(peer.backbone)
+    # An own backbone may load its weights itself.
+    return not is_own_backbone(peer.backbone) and has_batch_norm(peer.backbone)
 
 
 def _refuse_small_classes(config: Config, num_classes: int, num_small: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from ray_dmml.checkpoint.manifest import DamagedError
 from ray_dmml.checkpoint.store import Checkpoint, PeerFiles
 from ray_dmml.cohort.cohort import Cohort, CohortFactory, StepRow
-from ray_dmml.config.code import code_in_use
+from ray_dmml.config.code import code_in_use, digests
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import build_sampler
@@ -193,7 +193,7 @@ class Trainer:
             "nodes": list(self.cohort.nodes),
             "transport": self.cohort.transport,
             "skipped_images": list(self.splits.skipped),
-            "code": code_in_use(),
+            "code": digests(code_in_use()),
             "steps_per_epoch": build_sampler(self.config, self.splits).steps_per_epoch,
         }
         self._writer.open(self.config, self.splits, facts)

@@ -28,7 +28,13 @@ from ray_dmml.config.schema import Config, Count, Section, Whole
 from ray_dmml.errors import UserError
 
 _FIXED_IN_TRIALS = {
-    "trials and final runs use the same images": ("data.name", "data.root", "data.source", "data.manifest"),
+    "trials and final runs use the same images": (
+        "data.name",
+        "data.args",
+        "data.root",
+        "data.source",
+        "data.manifest",
+    ),
     "trials would train on classes that the final runs are tested on": (
         "data.split_by",
         "data.train_fraction",

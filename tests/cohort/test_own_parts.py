@@ -79,8 +79,9 @@ def test_interrupted_equals_uninterrupted(config: Config, local_outcome: dict[st
 
 
 def test_ray_equals_in_process(ray_start_4_cpus: None, config: Config, local_outcome: dict[str, Any]) -> None:
-    """The actors have the file only by `code`: its folder is on no path."""
+    """The actors have the file only by `code`, as it was when the run started: it is gone."""
     from ray_dmml.ray_backend.ray_cohort import RayCohort
 
+    config.code[0].unlink()
     with closing(RayCohort(config, load_splits(config.data))) as cohort:
         assert_same(outcome(cohort, stop=STEPS), local_outcome)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ray_dmml.config.code import read_code, use_code
-from ray_dmml.config.parts import find_part, load_parts, make_part, own_names
+from ray_dmml.config.parts import find_part, load_parts, load_trusted_parts, make_part, own_names
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 
@@ -208,12 +209,54 @@ def test_a_config_names_its_parts(write: Write, tmp_path: Path) -> None:
     file = write("config.yaml", "code: [config_part.py]\nloss: {metric: {name: 'config_part:Loss'}}\n")
     config = Config.load(file, ["loss.mutual=[{name: config_part:Term}]"])
     assert config.code == (tmp_path / "config_part.py",)
-    assert own_names(config) == {"loss.metric.name": "config_part:Loss", "loss.mutual.0.name": "config_part:Term"}
+    assert own_names(config) == [("loss.metric.name", "config_part:Loss"), ("loss.mutual.0.name", "config_part:Term")]
     assert list(load_parts(config)) == ["config_part.py"]
     with pytest.raises(UserError, match=r"^loss.mutual.0.name 'config_part:Terms': module config_part"):
         load_parts(Config.load(file, ["loss.mutual=[{name: config_part:Terms}]"]))
     with pytest.raises(UserError, match=r"^code: .*gone.py is neither"):
         load_parts(Config.load(file, ["code=[gone.py]"]))
+
+
+@pytest.mark.parametrize("key", ["loss", "a\nb"])
+def test_no_key_hides_a_part(key: str) -> None:
+    """A key with a dot may be written as another setting, and one with a line break as no setting."""
+    hiding = {key: {"name": "subprocess:Popen"}, "loss.name": "TripletMarginLoss"}
+    args = {"loss": {"name": "ContrastiveLoss"}, **hiding}
+    config = Config.parse({"loss": {"metric": {"name": "CrossBatchMemory", "args": args}}})
+    assert [name for _, name in own_names(config)] == ["subprocess:Popen"]
+    with pytest.raises(UserError, match=r"^run runs code that is not of this package: subprocess:Popen"):
+        load_trusted_parts(config, Path("run"), False, "trust_code=True")
+
+
+def test_code_of_a_run_is_importable_with_trust_only(write: Write) -> None:
+    """Also if its config names no part: a library may import a module of this name, if there is one."""
+    config = Config.parse({"code": [str(write("optional_module.py"))]})
+    load_trusted_parts(config, Path("run"), False, "trust_code=True")
+    assert find_spec("optional_module") is None
+    load_trusted_parts(config, Path("run"), True, "trust_code=True")
+    assert find_spec("optional_module") is not None
+
+
+def test_unknown_names_of_own_parts() -> None:
+    """Mutual terms and loggers are always own ones."""
+    for raw in ({"loss": {"mutual": [{"name": "cosine"}]}}, {"train": {"loggers": [{"name": "wandb"}]}}):
+        with pytest.raises(UserError, match=r"\.0\.name '(cosine|wandb)': write your own part as module:name, or"):
+            load_parts(Config.parse(raw))
+
+
+def test_code_is_refused_before_it_is_read(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty path, a name that cannot be imported, and too many bytes."""
+    with pytest.raises(UserError, match="the path is empty"):
+        Config.parse({"code": [""]})
+    folder = write("not-a-name/part.py").parent
+    monkeypatch.setattr(Path, "rglob", None)
+    with pytest.raises(UserError, match="not a name that can be imported"):
+        read_code([folder])
+    with (large := write("large_part.py")).open("wb") as file:
+        file.truncate(9 * 2**20)
+    monkeypatch.setattr(Path, "read_bytes", None)
+    with pytest.raises(UserError, match=r"^code: more than 8 MiB of Python files, up to .*large_part.py"):
+        read_code([large])
 
 
 def test_labels_of_mutual_terms_differ() -> None:

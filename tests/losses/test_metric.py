@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from loss_samples import batch, build
-from pytorch_metric_learning import losses
+from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning.utils.loss_and_miner_utils import convert_to_pairs
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn import functional as F
@@ -255,6 +256,9 @@ def test_the_memory_holds_a_batch() -> None:
     raw["data"] = {"classes_per_batch": 16, "images_per_class": 4}
     with pytest.raises(UserError, match=r"memory_size is 60, and must hold at least a batch, which has 64 images"):
         Config.parse(raw)
+    raw["loss"]["metric"] = {"name": "MultipleLosses", "args": {"losses": [{"name": "ContrastiveLoss"}, MEMORY]}}
+    with pytest.raises(UserError, match=r"loss.metric.args.losses.1.args.memory_size is 60, and must hold"):
+        Config.parse(raw)
 
 
 def test_parts_inside_of_wrappers() -> None:
@@ -327,7 +331,54 @@ def wrong(embeddings, labels):
 
 def broken(embeddings, labels):
     return embeddings @ labels
+
+class Unsaved(Spread):
+    kept = None
+
+    def forward(self, embeddings, labels):
+        self.kept = {"seen": {1}} if self.kept is None else self.kept
+        return super().forward(embeddings, labels)
+
+    def get_extra_state(self):
+        return self.kept and self.make()
+
+    def set_extra_state(self, state):
+        self.kept = state
+
+    def make(self):
+        return nn.Identity()
+
+class Saved(Unsaved):
+    def make(self):
+        return {"step": 1, "mean": torch.zeros(2), "names": ["a"]}
 """
+
+
+@pytest.mark.parametrize("miner", ["MultiSimilarityMiner", "TripletMarginMiner"])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_miner_outside_of_the_memory_selects_from_the_batch(miner: str, is_nested: bool) -> None:
+    """It adds its pairs to those of the memory, wherever in the memory the batch is: by a loop over all pairs."""
+    if is_nested:
+        loss = build(name="MultipleLosses", args={"losses": [MEMORY], "miners": [{"name": miner}]})
+    else:
+        loss = build(**MEMORY, miner={"name": miner})
+    inner = losses.ContrastiveLoss(neg_margin=0.5)
+    memory: list[tuple[Tensor, int]] = []
+    for seed in range(4):  # the last one begins again at the first rows
+        x, labels = batch(5, 5, 16, spread=0.7, seed=seed)
+        x = x.float()
+        memory = [*memory, *zip(x, labels.tolist(), strict=True)][-60:]
+        here = len(memory) - len(x)  # the batch is the end of the memory
+        places = [(i, j) for i in range(len(x)) for j in range(len(memory)) if j != here + i]
+        positive = [(i, j) for i, j in places if labels[i] == memory[j][1]]
+        negative = [(i, j) for i, j in places if labels[i] != memory[j][1]]
+        a1, p, a2, n = convert_to_pairs(getattr(miners, miner)()(x, labels), labels)
+        positive += [(i, here + j) for i, j in zip(a1.tolist(), p.tolist(), strict=True)]
+        negative += [(i, here + j) for i, j in zip(a2.tolist(), n.tolist(), strict=True)]
+        pairs = (*torch.tensor(positive).T, *torch.tensor(negative).T)
+        others, other_labels = torch.stack([row for row, _ in memory]), torch.tensor([label for _, label in memory])
+        expected = inner(x, labels, pairs, others, other_labels)
+        assert loss(x, labels).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.fixture
@@ -354,6 +405,7 @@ def test_losses_of_ones_own() -> None:
     pairs = build(name="own_losses:Pairs", args={"neg_margin": 0.5}, miner={"name": "own_losses:Miner"})
     triplets = tuple(torch.tensor([index]) for index in (0, 1, 2))
     assert torch.equal(pairs(x, labels), losses.ContrastiveLoss(neg_margin=0.5)(x, labels, triplets))
+    assert build(name="own_losses:Saved")(x, labels) == x.square().mean()
     wrapped = {"loss": {"name": "ContrastiveLoss"}, "miner": {"name": "own_losses:Miner"}}
     assert type(build(name="CrossBatchMemory", args=wrapped).loss.miner).__name__ == "Miner"
 
@@ -371,6 +423,10 @@ def test_losses_of_ones_own() -> None:
         (
             {"name": "own_losses:broken"},
             "own_losses:broken does not work .*: RuntimeError: .* at .*own_losses.py, line 29",
+        ),
+        (
+            {"name": "own_losses:Unsaved"},
+            r"own_losses:Unsaved does not work .*: get_extra_state may give tensors and plain values only",
         ),
         (
             {"name": "own_losses:spread", "reducer": "MeanReducer"},

@@ -38,6 +38,10 @@ class Scaled(nn.Module):
 def broken(student, teachers):
     return (student - teachers[0][:, :3]).sum()
 
+class Unsaved(Scaled):
+    def get_extra_state(self): return open
+    def set_extra_state(self, state): pass
+
 def by_row(student, teachers):
     return student.sum(dim=1)
 """
@@ -132,6 +136,7 @@ def test_parameters_and_buffers_of_a_term_are_those_of_the_loss() -> None:
             r"loss.mutual.0: own_terms:broken fails on a student .* \(4, 8\) at .*own_terms.py, line 20",
         ),
         ("own_terms:by_row", r"loss.mutual.0: own_terms:by_row must return a scalar tensor, and returns \(4,\)"),
+        ("own_terms:Unsaved", r"loss.mutual.0: own_terms:Unsaved: get_extra_state may give tensors and plain values"),
         ("own_terms:rows", r"loss.mutual.0.name 'own_terms:rows': module own_terms .*has no rows"),
     ],
 )

@@ -39,6 +39,10 @@ def maps():
 def text():
     return "resnet"
 
+class Counting(Mean):
+    def get_extra_state(self): return {"count": 1}
+    def set_extra_state(self, state): pass
+
 class Broken(nn.Module):
     def forward(self, images):
         return self.layer(images)
@@ -112,8 +116,9 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
         ({"backbone": "own_nets:text"}, r"own_nets:text must give a torch.nn.Module, and gives a str"),
         (
             {"backbone": "own_nets:Broken"},
-            r"own_nets:Broken fails on 224 x 224 px at .*own_nets.py, line 26: Attribute",
+            r"own_nets:Broken fails on 224 x 224 px at .*own_nets.py, line 30: Attribute",
         ),
+        ({"backbone": "own_nets:Counting"}, r"own_nets:Counting must have a state_dict of tensors only"),
         ({"pooling": "avg"}, r"own_nets:Mean pools itself, so pooling must be native, not avg"),
         ({"weights": "pretrained"}, r"weights: pretrained are those of timm's networks"),
         ({"backbone": "test_resnet", "backbone_args": {"x": 1}}, r"backbone_args are those of a backbone of your own"),

@@ -49,6 +49,27 @@ def test_the_list_has_every_image(finished: tuple[Path, Path]) -> None:
     assert (run.parent / "copy" / "images.csv.gz").read_bytes() == (run / "images.csv.gz").read_bytes()
 
 
+@pytest.mark.parametrize("damage", ["header", "middle", "bomb", "other"])
+def test_a_damaged_list_is_warned_of(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compared with nothing then. There may be no list."""
+    path = tmp_path / "images.csv.gz"
+    assert ImageList.read(path) is None and not caplog.text
+    ImageList([Row(f"{number}.png", str(number**3), "a", "test") for number in range(1000)]).write(path)
+    content = bytearray(path.read_bytes())
+    if damage == "bomb":
+        monkeypatch.setattr("ray_dmml.training.image_list.MAX_BYTES", 1000)
+    elif damage == "other":
+        content = bytearray(gzip.compress(b"name,size\n"))
+    else:
+        start = 0 if damage == "header" else len(content) // 2
+        content[start : start + 9] = b"\xff" * 9
+    path.write_bytes(content)
+    assert ImageList.read(path) is None
+    assert "images.csv.gz cannot be read, so the images are not compared with it: " in caplog.text
+
+
 def lose_two(root: Path) -> None:
     (root / "class03" / "1.png").unlink()
     (root / "class12" / "0.png").unlink()

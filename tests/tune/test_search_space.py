@@ -28,6 +28,12 @@ def test_trials_do_not_stop_by_themselves(raw: dict[str, Any]) -> None:
         search(raw, {"train.early_stopping": {"choice": [1, 2]}})
 
 
+def test_trials_have_the_images_of_the_final_runs(raw: dict[str, Any]) -> None:
+    raw["data"] |= {"name": "own_data:images", "args": {"part": 1}}
+    with pytest.raises(UserError, match=r"data\.args must keep the config's value: .* use the same images"):
+        search(raw, {"data.args.part": {"choice": [1, 2]}})
+
+
 @pytest.fixture
 def raw(image_folder: Path) -> dict[str, Any]:
     return tiny(image_folder)

@@ -15,9 +15,11 @@ from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError
 
 OWN = """
+import dataclasses
 import numpy as np
 import torch
 from ray_dmml import FileImages, ImageSet
+from ray_dmml.data.dataset import BadImageError
 
 class Colours:
     '''Images that are no files: one colour each.'''
@@ -58,6 +60,28 @@ def wrong_labels(config, root):
 def wrong_size(config, root):
     train, test = colours(config, root)
     return ImageSet(Colours(train.source.values, 9), train.labels, train.class_names), test
+
+def changed(config, root, **changes):
+    '''The images with other classes, queries or names.'''
+    train, test = colours(config, root)
+    for name in {"name", "read"} & set(changes):
+        value = changes.pop(name)
+        setattr(train.source, name, (lambda index: 1 / 0) if value == "fails" else lambda index: value)
+    changes = {key: np.array(value) if key in ("query", "gallery") else value for key, value in changes.items()}
+    return dataclasses.replace(train, **changes), test
+
+class SomeBad(Colours):
+    def read(self, index):
+        if self.values[index] == 0: raise BadImageError("no colour")
+        return super().read(index) if self.values[index] != 5 else 1 / 0
+    def subset(self, indices): return SomeBad([self.values[i] for i in indices], self.size)
+
+def some_bad(config, root):
+    train, test = colours(config, root)
+    return dataclasses.replace(train, source=SomeBad(train.source.values, 12)), test
+
+def empty(config, root):
+    return ImageSet(Colours([], 12), np.zeros(0, np.int64), ()), None
 
 def broken(config, root):
     return open("no such file")
@@ -120,12 +144,42 @@ def test_files_are_checked_and_cached(image_folder: Path, tmp_path: Path) -> Non
             "wrong_size",
             r"in the training images read\(\) must give uint8 \(3, 12, 12\), .* gives .*\(3, 9, 9\)",
         ),
-        ("broken", r"^data.name: own_data:broken fails at .*own_data.py, line 47: FileNotFoundError"),
+        ("broken", r"^data.name: own_data:broken fails at .*own_data.py, line 71: FileNotFoundError"),
     ],
 )
 def test_mistakes_are_named(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_splits(settings(name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_names": [1, 2, 3, 4, 5, 6, 7, 8]}, r"class_names must be different texts, and are \[1, 2"),
+        ({"class_names": list("abcdefga")}, r"class_names must be different texts"),
+        ({"query": [0, 24]}, r"query must be None or an int64 array of indices, 0 to 23"),
+        ({"gallery": [0.5]}, r"gallery must be None or an int64 array of indices, 0 to 23"),
+        ({"name": 3}, r"name\(\) must give a text, and gives a int"),
+        ({"read": "fails"}, r"an image cannot be read at .*own_data.py, line 53: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_mistakes_in_a_set_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"own_data:changed must return .*; in the training images {message}"):
+        load_splits(settings("changed", args=changes))
+
+
+def test_an_empty_set_is_named() -> None:
+    with pytest.raises(UserError, match=r"own_data:empty must return .*; in the training images there is none"):
+        load_splits(settings("empty"))
+
+
+def test_images_that_cannot_be_read_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the source raises, and also if it is the first one."""
+    splits = load_splits(settings("some_bad", on_bad_image="skip", validation_fraction=0))
+    assert splits.skipped == ("colour 0", "colour 5") and len(splits.train) == 22
+    assert "image colour 5 cannot be read: " in caplog.text
+    with pytest.raises(UserError, match=r"^no colour \(1 more are unreadable\)"):
+        load_splits(settings("some_bad"))
 
 
 def test_settings_that_do_not_fit() -> None:
