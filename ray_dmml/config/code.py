@@ -32,8 +32,8 @@ def read_code(paths: Sequence[Path]) -> Files:
     """
     files: dict[str, tuple[str, bytes]] = {}
     for path in paths:
-        is_file = path.suffix == ".py" and path.is_file()
-        found = [path] if is_file else sorted(path.rglob("*.py")) if path.is_dir() else []
+        is_file = path.suffix == ".py" and os.path.isfile(path)
+        found = [path] if is_file else sorted(path.rglob("*.py")) if os.path.isdir(path) else []
         if not found:
             raise UserError(f"code: {path} is neither a Python file (NAME.py) nor a folder with some")
         name = path.stem if is_file else path.name
