@@ -19,19 +19,22 @@ from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 0.5
-"""Time after which the thread ends the process if the handler has not done so."""
+"""Time after which the thread ends the process if the handler has not begun to."""
+CLEAN_UP_S = 2.0
+"""Time that the handler has for the callbacks once it has begun."""
 
 _callbacks: list[Callable[[], None]] = []
 _on_first: Callable[[], None] | None = None  # None: the first signal ends the process, too
 _received = 0  # the number of the first signal; 0: there was none
 _is_ending = False
-_watched_process = 0  # a child has our handlers until it runs its own program
+_is_watching = False
 
 
 def watch() -> None:
-    """From now on, signals end this process."""
-    global _watched_process
-    _watched_process = os.getpid()
+    """From now on, signals end this process. Its forked children have Python's own handlers."""
+    global _is_watching
+    _is_watching = True
+    os.register_at_fork(after_in_child=_leave)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -42,7 +45,7 @@ def watch() -> None:
 
 def is_watching() -> bool:
     """Whether :func:`watch` was called."""
-    return bool(_watched_process)
+    return _is_watching
 
 
 def received() -> int:
@@ -84,13 +87,22 @@ def end(number: int) -> None:
 
 def _handle(number: int, frame: object) -> None:
     global _received
-    if _is_ending or os.getpid() != _watched_process:
+    if _is_ending:
         return
     if _on_first is None or _received:
         end(number)
     _received = number
     if _on_first is not None:
         _on_first()
+
+
+def _leave() -> None:
+    """A signal to a forked child must not reach this process through the pipe that both have."""
+    global _is_watching
+    _is_watching = False
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _make_sure(reading: int) -> None:
@@ -103,6 +115,8 @@ def _make_sure(reading: int) -> None:
         num_signals += 1
         time.sleep(GRACE_S)
         if num_signals > 1 or not (_received or _on_first):
+            if _is_ending:
+                time.sleep(CLEAN_UP_S)
             end(number)
 
 

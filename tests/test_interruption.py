@@ -31,6 +31,13 @@ DEADLOCK = "mutex = (ctypes.c_char * 64)(); [ctypes.CDLL(None).pthread_mutex_loc
 
 IMPORT = "exec('try:\\n  time.sleep(60)\\nexcept BaseException:\\n  raise ImportError')"
 
+SLOW = "with interruption.at_end(lambda: time.sleep(0.8)): time.sleep(60)"
+
+FORK = (
+    "import os; r, w = os.pipe(); child = os.fork() or (os.write(w, b'.'), time.sleep(60)); os.read(r, 1); "
+    "os.kill(child, 15); print('child', os.waitpid(child, 0)[1], flush=True); time.sleep(0.7)"
+)
+
 
 def run(body: str, *numbers: signal.Signals, first: str = "") -> tuple[int, str, list[int]]:
     """Exit code, output, and the children that are left."""
@@ -65,6 +72,7 @@ def test_a_signal_ends_everything(number: signal.Signals, body: str) -> None:
 
 
 def test_the_first_signal_can_be_outlived_and_the_second_one_not() -> None:
+    """The clean-up has its time, and a signal to a forked child is none to this process."""
     patient = "interruption.outlive_first(lambda: print('first', flush=True))"
     code, output, left = run("time.sleep(60)", signal.SIGINT, signal.SIGTERM, first=patient)
     assert (code, output, left) == (128 + signal.SIGTERM, "first\ncleaned up\n", [])
@@ -72,3 +80,6 @@ def test_the_first_signal_can_be_outlived_and_the_second_one_not() -> None:
     assert (code, output, left) == (128 + signal.SIGINT, "cleaned up\n", [])
     code, output, _ = run("time.sleep(2)", signal.SIGINT, first=patient)
     assert (code, output) == (0, "first\nwent on\n")
+    assert run(SLOW, signal.SIGINT) == (128 + signal.SIGINT, "cleaned up\n", [])
+    code, output, _ = run(FORK)
+    assert (code, output) == (0, f"child {signal.SIGTERM:d}\nwent on\n")

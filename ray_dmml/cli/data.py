@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import typer
-from rich.console import Console
 
 from ray_dmml.cli.command import Command, Group
 from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_address
@@ -14,6 +13,7 @@ from ray_dmml.config.loading import QUICKSTART
 from ray_dmml.config.parts import load_parts
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
+from ray_dmml.loggers.output import Console
 
 data_app = typer.Typer(cls=Group, help="Audit the images of a data set, or fetch them.", no_args_is_help=True)
 

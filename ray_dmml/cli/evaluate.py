@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ray_dmml.cli.options import AsJson, path
 from ray_dmml.cli.output import print_json, show_log, user_errors
 from ray_dmml.cli.tables import results_table
+from ray_dmml.loggers.output import Console
 
 Weights = StrEnum("Weights", ["last", "best", "ema"])
 

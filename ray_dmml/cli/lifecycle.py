@@ -12,12 +12,12 @@ from threading import Thread
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from ray_dmml import interruption
 from ray_dmml.cli.output import print_line
 from ray_dmml.errors import Interrupted
 from ray_dmml.loggers.logger import Logger
+from ray_dmml.loggers.output import Console
 
 
 @contextmanager
@@ -43,13 +43,13 @@ class Interruptible(Logger):
     """A block that a signal ends with the command that resumes it, and with the signal's exit code. As a logger of a
     run it follows how far the run is.
 
-    While steps are made, the first signal lets the run stop after its step, with a checkpoint. Before the first step
-    and after the last one there is nothing to save, and a signal ends the process at once.
+    While steps are made, the first signal lets the run stop after its step, with a checkpoint. Before the first step,
+    after the last one and while lost peers are recovered there is nothing to save, and a signal ends the process at
+    once.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._num_steps = 0
         self._stack = ExitStack()
         self._resume = ("", Path())
         self._discard: Callable[[], None] | None = None
@@ -60,11 +60,6 @@ class Interruptible(Logger):
         written before that."""
         self._resume, self._discard = (command, file), discard
 
-    def follow(self, num_steps: int) -> Interruptible:
-        """The logger of a run of so many steps."""
-        self._num_steps = num_steps
-        return self
-
     def should_stop(self) -> bool:
         """For the run, which asks before each of its calls of the peers."""
         interruption.outlive_first(self._announce)
@@ -74,10 +69,16 @@ class Interruptible(Logger):
         self._is_written = True
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        if "checkpoint" in metrics and step == self._num_steps:
-            interruption.outlive_first(None)
-            if interruption.received():
-                raise Interrupted(f"stopped at step {step} of {step}, before the last evaluation")
+        if metrics.get("is_last"):
+            self._end_at_once(f"stopped at step {step}, before the last evaluation")
+        if "lost" in metrics:
+            self._end_at_once("stopped because peers were lost; the checkpoint is older")
+
+    def _end_at_once(self, message: str) -> None:
+        """From now on, until the next step, signals do not wait; nor does one that has come before."""
+        interruption.outlive_first(None)
+        if interruption.received():
+            raise Interrupted(message)
 
     def _announce(self) -> None:
         with suppress(RuntimeError):  # the signal interrupted another print
@@ -89,7 +90,8 @@ class Interruptible(Logger):
 
     def _end(self) -> None:
         """The process ends in mid-run: no console can be used any more."""
-        os.write(self._console.file.fileno(), f"{self._last_line()}\n".encode())
+        with suppress(OSError):  # a reader of a pipe that is gone
+            os.write(self._console.file.fileno(), f"{self._last_line()}\n".encode())
         if self._discard and self._is_written and not self._resume[1].exists():
             self._discard()
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from ray_dmml.errors import UserError
+from ray_dmml.loggers.output import Console
 from ray_dmml.loggers.sentences import show_sentences
 
 
 def print_line(console: Console, line: str) -> None:
     """Prints a line unchanged, however long."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    with suppress(OSError):  # a full disk under a log fails no command
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(results: Any) -> None:
@@ -26,13 +28,27 @@ def print_json(results: Any) -> None:
     print(json.dumps(results, indent=1))
 
 
+_NOT_OURS = {
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE),
+}
+"""Errors of a path that a user can mend. Others, such as a missing file, may be a fault of the package."""
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Prints a UserError as one message on standard error, without a traceback, and exits with code 2."""
+    """Prints a UserError, or that a path cannot be used, as one message on standard error, without a traceback, and
+    exits with code 2."""
     try:
         yield
-    except UserError as error:
-        print_line(Console(stderr=True), f"error: {error}")
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.filename is None or error.errno not in _NOT_OURS:
+                raise
+            message = f"{error.filename}: {error.strerror}"
+        else:
+            message = str(error)
+        print_line(Console(stderr=True), f"error: {message}")
         raise typer.Exit(2) from None
 
 

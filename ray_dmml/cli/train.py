@@ -11,7 +11,6 @@ from shlex import quote
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ray_dmml.cli.lifecycle import Interruptible, ray_and_torch
 from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, not_empty, path, use_address
@@ -20,6 +19,7 @@ from ray_dmml.cli.tables import results_table
 from ray_dmml.config.loading import QUICKSTART, read_settings, refuse_old
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
+from ray_dmml.loggers.output import Console
 from ray_dmml.training.quick_check import check_quickly
 from ray_dmml.training.run_dir import RunDir
 
@@ -65,7 +65,11 @@ def train(
             settings = _resumed_config(run, config, overrides)
         discard = None if resume else RunDir(run).discard
         signals.resume_with(f"ray-dmml train --resume {quote(str(run))}", run / "checkpoints" / "index.json", discard)
-        check_quickly(settings, on_this_machine=local or "RAY_ADDRESS" not in os.environ)
+        check_quickly(
+            settings,
+            on_this_machine=local or "RAY_ADDRESS" not in os.environ,
+            reads_weights=resume is None or not RunDir(run).checkpoints.index(),
+        )
         with nullcontext() if local else ray_and_torch(), signals.end_early():
             from ray_dmml.loggers.console import show_run
             from ray_dmml.training.run import train as train_cohort
@@ -77,7 +81,7 @@ def train(
                     resume=run if resume else None,
                     local=local,
                     progress=False,
-                    loggers=[console_logger, signals.follow(settings.train.steps)],
+                    loggers=[console_logger, signals],
                     should_stop=signals.should_stop,
                 )
         if as_json:

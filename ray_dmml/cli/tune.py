@@ -11,7 +11,6 @@ from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ray_dmml.cli.lifecycle import Interruptible, ray_and_torch
 from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, path, use_address
@@ -19,6 +18,7 @@ from ray_dmml.cli.output import elapsed, print_json, print_line, show_log, user_
 from ray_dmml.config.loading import QUICKSTART, read_settings
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
+from ray_dmml.loggers.output import Console
 from ray_dmml.training.quick_check import check_quickly
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.tune.search_space import Search, load_search

@@ -33,9 +33,9 @@ def read_code(paths: Sequence[Path]) -> Files:
     files: dict[str, tuple[str, bytes]] = {}
     size = 0
     for path in paths:
-        is_file = path.suffix == ".py" and path.is_file()
+        is_file = path.suffix == ".py" and os.path.isfile(path)
         nothing = f"code: {path} is neither a Python file (NAME.py) nor a folder with some"
-        if not (is_file or path.is_dir()):
+        if not (is_file or os.path.isdir(path)):
             raise UserError(nothing)
         name = path.stem if is_file else path.name
         if not name.isidentifier() or name in sys.stdlib_module_names:

@@ -15,6 +15,8 @@ from ray_dmml.config.loading import is_set, shorten
 
 MAX_LISTED = 20  # mistakes that a message lists; it counts the others
 
+_TAGS = {"view": ("preset", "list"), "freeze_blocks": ("number", "name")}
+
 
 def explain(error: ValidationError, source: str, model: type[BaseModel], raw: Mapping[str, Any] | None = None) -> str:
     """Describes each mistake in one line: its place, what was given, and what is allowed.
@@ -28,10 +30,10 @@ def explain(error: ValidationError, source: str, model: type[BaseModel], raw: Ma
     """
     mistakes: dict[tuple[str, str, str], tuple[list[str], ErrorDetails]] = {}
     for problem in error.errors(include_url=False):
-        # pydantic adds the tags of the union `view` to the location; the user never wrote them.
+        # pydantic adds the tags of a union to the location; the user never wrote them.
         parts = [str(part) for part in problem["loc"]]
         pairs = zip(["", *parts], parts, strict=False)
-        location = [part for before, part in pairs if not (before == "view" and part in ("preset", "list"))]
+        location = [part for before, part in pairs if part not in _TAGS.get(before, ())]
         where = shorten(".".join(_as_written(location, raw or {}))) or "config"
         mistakes.setdefault((where, problem["type"], problem["msg"]), (location, problem))
     lines = []

@@ -358,7 +358,13 @@ class PeerConfig(Section):
     """What a frozen peer embeds. `own`: its `view` of each batch. `evaluation`: the evaluation view of every training
     image, once before training; it then takes no time at a step."""
 
-    freeze_blocks: Whole | Literal["all"] | None = None
+    freeze_blocks: (
+        Annotated[
+            Annotated[Whole, Tag("number")] | Annotated[Literal["all"], Tag("name")],
+            Discriminator(lambda value: "name" if isinstance(value, str) and not value.isdigit() else "number"),
+        ]
+        | None
+    ) = None
     """Number of first blocks of the backbone that keep their initial weights, together with the stem: blocks of a
     transformer, stages of a convolutional net. `all`: the whole backbone; only the head learns. null: none."""
 

@@ -49,7 +49,7 @@ class LinesLogger(Logger):
         self._latest: dict[str, Mapping[str, float]] = {}
 
     def print(self, text: str) -> None:
-        with suppress(OSError):  # a full disk under a log, or a reader of a pipe that is gone, ends no training
+        with suppress(OSError):  # a full disk under a log ends no training
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def show_activity(self, text: str) -> None:

@@ -24,7 +24,9 @@ class Logger:
                 - ``{"images_per_second": ...}``: the speed of the steps up to this one.
                 - ``{"validation": figures}`` or ``{"untrained": figures}``: an evaluation, see
                   :data:`~ray_dmml.evaluation.evaluate.Figures`.
-                - ``{"checkpoint": "last"}`` or ``{"checkpoint": "best"}``: a checkpoint was written.
+                - ``{"checkpoint": "last", "is_last": False}``: a checkpoint was written. ``best`` instead of ``last``:
+                  its weights are the best so far. ``is_last``: no step follows.
+                - ``{"lost": sentence}``: peers were lost. The run recovers, and :meth:`rewind` says where it goes on.
         """
 
     def rewind(self, step: int) -> None:

@@ -6,11 +6,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
-from rich.console import Console
-
 from ray_dmml.config.schema import Config
 from ray_dmml.loggers.console import LinesLogger
 from ray_dmml.loggers.logger import Logger
+from ray_dmml.loggers.output import Console
 from ray_dmml.loggers.sentences import show_sentences
 
 

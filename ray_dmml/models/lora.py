@@ -50,22 +50,28 @@ def add_adapters(net: EmbeddingNet, config: PeerConfig, run_seed: int) -> None:
 
 
 def adapter_state(net: EmbeddingNet) -> dict[str, Tensor]:
-    """The weights W, A and B of every adapted layer, by name; empty without adapters. The tensors are the net's."""
-    return {
-        f"{name}.{part}": tensor.detach()
-        for name, layer in _adapted(net.backbone)
-        for part, tensor in {"weight": layer.base_layer.weight, **_matrices(layer)}.items()
-    }
+    """The weights W, A and B of every adapted layer, by name, and its alpha/rank; empty without adapters. The tensors
+    W, A and B are the net's."""
+    state = {}
+    for name, layer in _adapted(net.backbone):
+        for part, tensor in {"weight": layer.base_layer.weight, **_matrices(layer)}.items():
+            state[f"{name}.{part}"] = tensor.detach()
+        state[f"{name}.scaling"] = torch.tensor(layer.scaling[_ADAPTER], dtype=torch.float64)
+    return state
 
 
 def load_adapter_state(net: EmbeddingNet, state: Mapping[str, Tensor]) -> None:
-    """Puts W, A and B of :func:`adapter_state` into a net that holds the merged weights. A net with other adapters
-    keeps the merged ones."""
+    """Puts W, A and B of :func:`adapter_state` into a net that holds the merged weights. A net with adapters of other
+    layers, rank or alpha keeps the merged ones."""
     own = adapter_state(net)
-    if {key: tensor.shape for key, tensor in own.items()} != {key: tensor.shape for key, tensor in state.items()}:
+    if _kind(own) != _kind(state):
         return
     for key, tensor in own.items():
         tensor.copy_(state[key])
+
+
+def _kind(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {key: value.item() if key.endswith(".scaling") else value.shape for key, value in state.items()}
 
 
 def _adapted(backbone: nn.Module) -> Iterator[tuple[str, Any]]:

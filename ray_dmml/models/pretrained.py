@@ -7,6 +7,7 @@ classifier, which the net does not have, may be left over.
 from __future__ import annotations
 
 import importlib.util
+import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -210,7 +211,7 @@ def _read_offline(backbone: nn.Module, name: str) -> State:
 
 def _read_file(path: Path) -> State:
     """The state dict of a .safetensors file or of a file that ``torch.save`` wrote."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"weights file {path} does not exist")
     try:
         if path.suffix == ".safetensors":

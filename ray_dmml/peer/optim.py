@@ -11,7 +11,7 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ray_dmml.config.schema import EmaConfig, OptimizerConfig, ScheduleConfig
+from ray_dmml.config.schema import EmaConfig, PeerConfig, ScheduleConfig
 from ray_dmml.models.blocks import layer_numbers
 from ray_dmml.models.embedding_net import EmbeddingNet
 
@@ -20,7 +20,7 @@ LOSS_LR_FACTOR = 100
 pretrained net; the factor is that of Proxy-Anchor (Kim et al. 2020, https://arxiv.org/abs/2003.13911)."""
 
 
-def build_optimizer(config: OptimizerConfig, net: EmbeddingNet, losses: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(peer: PeerConfig, net: EmbeddingNet, losses: nn.Module) -> torch.optim.Optimizer:
     """An optimizer of the parameters that learn: those of backbone, head and losses.
 
     Each group has a ``base_lr``; :func:`set_learning_rates` derives ``lr`` from it at every update.
@@ -28,10 +28,11 @@ def build_optimizer(config: OptimizerConfig, net: EmbeddingNet, losses: nn.Modul
     Raises:
         UserError: the backbone has no ``group_matcher`` for ``layer_decay``.
     """
+    config = peer.optimizer
     head_lr = config.lr if config.head_lr is None else config.head_lr
     loss_lr = config.lr * LOSS_LR_FACTOR if config.loss_lr is None else config.loss_lr
     groups = [
-        *_backbone_groups(config, net.backbone),
+        *_backbone_groups(peer, net.backbone),
         *({**group, "base_lr": head_lr} for group in param_groups_weight_decay(net.head, config.weight_decay)),
     ]
     if proxies := list(losses.parameters()):
@@ -43,13 +44,14 @@ def build_optimizer(config: OptimizerConfig, net: EmbeddingNet, losses: nn.Modul
     return optimizers[config.name](groups, **args)
 
 
-def _backbone_groups(config: OptimizerConfig, backbone: nn.Module) -> list[dict[str, Any]]:
+def _backbone_groups(peer: PeerConfig, backbone: nn.Module) -> list[dict[str, Any]]:
     """Parameters with and without weight decay; with ``layer_decay``, those of each layer apart."""
+    config = peer.optimizer
     exempt: Collection[str] = getattr(backbone, "no_weight_decay", tuple)()
     groups = param_groups_weight_decay(backbone, config.weight_decay, no_weight_decay_list=exempt)
     if config.layer_decay is None:
         return [{**group, "base_lr": config.lr} for group in groups]
-    layers, head = layer_numbers(backbone, "optimizer.layer_decay", coarse=False)
+    layers, head = layer_numbers(backbone, f"{peer.name}: optimizer.layer_decay", coarse=False)
     layer_of = {id(parameter): layers[name] for name, parameter in backbone.named_parameters()}
     rates = [config.lr * config.layer_decay ** (head - layer) for layer in range(head + 1)]
     return [

@@ -108,7 +108,7 @@ class Peer:
         self._training_forward = (
             compiled(self.net, self.name, device) if config.compile else self.net.forward_unnormalized
         )
-        self.optimizer = build_optimizer(config.optimizer, self.net, self._losses)
+        self.optimizer = build_optimizer(config, self.net, self._losses)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         self.kept: Tensor | None = None
         """(N, D) float32 to publish for each training image, if a frozen peer has computed them before training."""

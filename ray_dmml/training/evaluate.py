@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -19,12 +20,12 @@ from ray_dmml.errors import UserError
 from ray_dmml.evaluation.evaluate import evaluate_embeddings
 from ray_dmml.training.image_list import ImageList, some_names
 from ray_dmml.training.results import OTHER_IMAGES, evaluated_split, results_of
-from ray_dmml.training.run import changed_settings
+from ray_dmml.training.run import WHERE_THINGS_ARE, changed_settings
 from ray_dmml.training.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = ("code*", "data.root", "data.source", "data.manifest", "data.cache_gib", "data.cache_dir", "evaluation.*")
+MAY_CHANGE = (*WHERE_THINGS_ARE, "evaluation.*", "data.on_bad_image", "data.check_images")
 """Settings of a run that its evaluation may change."""
 
 
@@ -130,9 +131,9 @@ def _other_images(config: Config, run_dir: RunDir) -> Splits:
 
 def _data_config(own: DataConfig, place: Path) -> DataConfig:
     """The settings for other images, decoded as the run's own."""
-    if not place.exists():
+    if not os.path.exists(place):
         raise UserError(f"the images to evaluate, {place}, do not exist")
-    is_manifest = place.is_file()
+    is_manifest = os.path.isfile(place)
     update = {
         "name": "manifest" if is_manifest else "imagefolder",
         "root": place.absolute().parent if is_manifest else place.absolute(),

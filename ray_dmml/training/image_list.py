@@ -21,7 +21,7 @@ from ray_dmml.training.run_dir import replace_file
 
 logger = logging.getLogger(__name__)
 
-HEADER = ["name", "bytes", "label", "split"]
+HEADER = ["name", "bytes", "label", "split", "role"]
 CHUNK, NUM_THREADS = 256, 16  # a network file system answers many questions at a time
 MAX_BYTES = 512 * 2**20  # of the unpacked list of a run, which may be somebody else's; some millions of images
 SHOWN = 3  # names in a message, of each kind of difference
@@ -29,12 +29,13 @@ SHOWN = 3  # names in a message, of each kind of difference
 
 class Row(NamedTuple):
     """An image: its name (a path relative to ``data.root``), the size of its file ("" if it is no file), the name of
-    its class, and ``training``, ``validation`` or ``test``."""
+    its class, ``training``, ``validation`` or ``test``, and ``query``, ``gallery`` or both where a split is parted."""
 
     name: str
     size: str
     label: str
     split: str
+    role: str = ""
 
 
 class ImageList:
@@ -86,6 +87,7 @@ class ImageList:
             "of another size": {name for name in both if before[name].size != after[name].size},
             "of another class": {name for name in both if before[name].label != after[name].label},
             "in another split": {name for name in both if before[name].split != after[name].split},
+            "with another is_query or is_gallery": {name for name in both if before[name].role != after[name].role},
         }
         found = [f"{len(names)} {kind} ({some_names(names)})" for kind, names in kinds.items() if names]
         if not found and self.rows != now.rows:
@@ -120,10 +122,16 @@ def _rows(split: str, images: ImageSet) -> list[Row]:
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         all_sizes = [size for chunk in pool.map(sizes, range(0, len(images), CHUNK)) for size in chunk]
+    roles = _roles(images)
     return [
-        Row(source.name(index), "" if size is None else str(size), images.class_names[label], split)
+        Row(source.name(index), "" if size is None else str(size), images.class_names[label], split, roles[index])
         for index, (size, label) in enumerate(zip(all_sizes, images.labels.tolist(), strict=True))
     ]
+
+
+def _roles(images: ImageSet) -> list[str]:
+    query, gallery = (set(() if part is None else part.tolist()) for part in (images.query, images.gallery))
+    return [" ".join(["query"] * (i in query) + ["gallery"] * (i in gallery)) for i in range(len(images))]
 
 
 def some_names(names: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ them. What else may be wrong with a part is seen when it is built.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from functools import cache
 from importlib.util import find_spec
@@ -19,16 +20,20 @@ from ray_dmml.errors import UserError
 from ray_dmml.training.run_dir import RunDir
 
 
-def check_quickly(config: Config, *, on_this_machine: bool) -> None:
+def check_quickly(config: Config, *, on_this_machine: bool, reads_weights: bool = True) -> None:
     """Checks what needs no process.
 
     Args:
         on_this_machine: the peers run here, and not on other nodes that have files of their own.
+        reads_weights: the run begins with its initial weights, and not with a checkpoint.
 
     Raises:
         UserError: a path does not exist, a name is unknown, or an own part cannot be found.
     """
-    _check_paths(config, on_this_machine)
+    _check_images(config)
+    if reads_weights:
+        _check_weights(config, on_this_machine)
+    _check_adapters(config, on_this_machine)
     loss = config.loss.metric
     for peer in config.cohort.peers:
         if not is_own(peer.backbone):
@@ -45,20 +50,27 @@ def check_quickly(config: Config, *, on_this_machine: bool) -> None:
     load_parts(config)  # imports nothing but own parts
 
 
-def _check_paths(config: Config, on_this_machine: bool) -> None:
+def _check_images(config: Config) -> None:
     data = config.data
     if data.source is None and data.name != "characters":
         may_download = data.name == "cub200" and data.download
-        if data.root is not None and not data.root.is_dir() and not may_download:
+        if data.root is not None and not os.path.isdir(data.root) and not may_download:
             raise UserError(f"data.root {data.root} is not an existing folder")
-        if data.name == "manifest" and data.manifest is not None and not data.manifest.is_file():
+        if data.name == "manifest" and data.manifest is not None and not os.path.isfile(data.manifest):
             raise UserError(f"data.manifest {data.manifest} is not an existing file")
+
+
+def _check_weights(config: Config, on_this_machine: bool) -> None:
     if config.train.init_from is not None:
         RunDir.open(config.train.init_from)
+    elif on_this_machine:
+        for peer in config.cohort.peers:
+            if peer.weights not in BUILT_IN_WEIGHTS and not os.path.isfile(peer.weights):
+                raise UserError(f"weights file {peer.weights} does not exist")
+
+
+def _check_adapters(config: Config, on_this_machine: bool) -> None:
     for peer in config.cohort.peers:
-        is_path = peer.weights not in BUILT_IN_WEIGHTS
-        if on_this_machine and is_path and not Path(peer.weights).is_file():
-            raise UserError(f"weights file {peer.weights} does not exist")
         if on_this_machine and peer.lora is not None and find_spec("peft") is None:
             raise UserError(f"{peer.name}: lora needs the extra: pip install 'ray-dmml[lora]'")
 

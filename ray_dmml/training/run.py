@@ -35,7 +35,11 @@ logger = logging.getLogger(__name__)
 FEW_CLASSES, FEW_QUERIES = 10, 200
 """Below one of them, validation figures say little, and the run warns."""
 
+WHERE_THINGS_ARE = ("code*", "data.root", "data.source", "data.manifest", "data.cache_gib", "data.cache_dir")
+"""Settings that change no number of a run."""
+
 MAY_CHANGE_ON_RESUME = (
+    *WHERE_THINGS_ARE,
     "train.steps",
     "train.log_every",
     "train.evaluate_every",
@@ -45,13 +49,6 @@ MAY_CHANGE_ON_RESUME = (
     "train.tensorboard",
     "evaluation.*",
     "train.loggers*",
-    # Where things are and how bytes travel: neither changes a number.
-    "code*",
-    "data.root",
-    "data.source",
-    "data.manifest",
-    "data.cache_gib",
-    "data.cache_dir",
     "cohort.transport",
     "cohort.placement_strategy",
     "cohort.placement_timeout_s",
@@ -132,7 +129,7 @@ def train(
             run_dir,
             splits,
             cohort_factory or _cohort_class(local),
-            initial_weights=_initial_weights(config),
+            initial_weights=_initial_weights(config) if checkpoint is None else None,
             checkpoint=checkpoint,
             writer=RunWriter(run_dir, metrics_file, remote, is_new=resume is None),
             loggers=all_loggers,

@@ -43,6 +43,13 @@ class RunDir:
         self.environment_file = path / "run.json"
         self.images_file = path / "images.csv.gz"
         self.tensorboard = path / "tensorboard"
+        self._files = (
+            self.config_file,
+            self.metrics_file,
+            self.results_file,
+            self.environment_file,
+            self.images_file,
+        )
 
     @classmethod
     def open(cls, path: Path | str) -> RunDir:
@@ -54,14 +61,20 @@ class RunDir:
 
     def exists(self) -> bool:
         """Whether a run has begun here."""
-        return self.config_file.is_file()
+        return os.path.isfile(self.config_file)
 
     def ensure_empty(self) -> None:
         """Raises UserError if the folder holds something."""
-        # A run that was killed before it had a config leaves nothing but files with this suffix.
-        if self.path.exists() and (
-            not self.path.is_dir() or any(path.suffix != ".tmp" for path in self.path.iterdir())
-        ):
+        try:
+            # A run that was killed before it had a config leaves nothing but files with this suffix.
+            is_taken = any(path.suffix != ".tmp" for path in self.path.iterdir())
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            is_taken = os.path.isfile(self.path)
+            if not is_taken:
+                raise UserError(f"the run folder {self.path} cannot be used: {error.strerror}") from None
+        if is_taken:
             raise UserError(f"{self.path} already exists; give another folder (out), or continue this run (resume)")
 
     def create(self) -> None:
@@ -75,7 +88,7 @@ class RunDir:
         """Removes what a run has written, but no other file, and the folder if it is empty then."""
         for folder in (self.checkpoints.folder, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.config_file, self.metrics_file, self.results_file, self.environment_file):
+        for file in self._files:
             file.unlink(missing_ok=True)
             file.with_name(file.name + ".tmp").unlink(missing_ok=True)
         with suppress(OSError):

@@ -34,14 +34,18 @@ class RunWriter:
         self._is_new = is_new
         self._lock = ExitStack()
 
-    def open(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None:
-        """Creates and locks the folder of a new run; writes config.yaml, images.csv.gz, and ``facts`` into run.json."""
+    def open(self) -> None:
+        """Creates and locks the folder of a new run."""
         run_dir = self._run_dir
         if self._is_new:  # another run may have taken the folder while the peers started
             run_dir.create()
             self._lock.enter_context(run_dir.lock())
             run_dir.ensure_empty()
             self._is_new = False
+
+    def write_facts(self, config: Config, splits: Splits, facts: Mapping[str, Any]) -> None:
+        """Writes config.yaml, images.csv.gz, and ``facts`` into run.json."""
+        run_dir = self._run_dir
         run_dir.write_config(config)
         before = run_dir.environment()
         code, threads = before.get("code", {}), before.get("threads")

@@ -105,6 +105,7 @@ class Trainer:
             checkpoint, self._checkpoint = self._checkpoint, None
             self.start(checkpoint)
             return
+        self._loggers.log({"lost": str(failure)}, self._reached)
         has_checkpoint = bool(self.run_dir.checkpoints.index())
         checkpoint = self.run_dir.checkpoints.load("last") if has_checkpoint else None
         starts_again = self._cohort is None or checkpoint is None
@@ -129,7 +130,8 @@ class Trainer:
             is_best = self.is_due(self.config.train.evaluate_every) and self.validate()
             is_save_due = is_best or self.is_due(self.config.checkpoint.every_steps)
             if is_save_due and not self.save(best=is_best):
-                self.state.best, self.state.best_step = previous_best  # a later one can still win
+                # A later one can still win. Early stopping counts from here: the run has improved.
+                self.state.best, self.state.best_step = previous_best
 
     def next_stop(self) -> int:
         """The next step at which something is logged, evaluated or saved."""
@@ -182,11 +184,11 @@ class Trainer:
             logger.info("%s, dropped at step %d, takes part again", name, since)
         self.state.dropped, self._dropped_peers = {}, {}
         self._reached = self.state.step
-        self._write_facts()
+        self._writer.open()  # nothing of a new run is on the disk before its peers are built
         self._loggers.rewind(self.state.step)
+        self._write_facts()
 
     def _write_facts(self) -> None:
-        """Nothing of a new run is on the disk before its peers are built."""
         facts = {
             "threads": list(self.cohort.threads),
             "devices": list(self.cohort.devices),
@@ -196,7 +198,7 @@ class Trainer:
             "code": digests(code_in_use()),
             "steps_per_epoch": build_sampler(self.config, self.splits).steps_per_epoch,
         }
-        self._writer.open(self.config, self.splits, facts)
+        self._writer.write_facts(self.config, self.splits, facts)
         for line in describe_cohort(self.config, self.splits, facts):
             logger.info("%s", line)
 
@@ -310,7 +312,7 @@ class Trainer:
         if not self._writer.save(state.step, peers, state.meta(self.config), best=best, is_last=is_last):
             return False
         self._saved_step = state.step
-        self._loggers.log({"checkpoint": "best" if best else "last"}, state.step)
+        self._loggers.log({"checkpoint": "best" if best else "last", "is_last": is_last}, state.step)
         return True
 
     # --- the end ----------------------------------------------------------------------------

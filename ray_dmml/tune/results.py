@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class SearchDir:
         Raises:
             UserError: the folder has no search, or one of another version of ray-dmml.
         """
-        if not self.search_file.is_file():
+        if not os.path.isfile(self.search_file):
             raise UserError(f"{self.path} is not the folder of a search: it has no search.yaml")
         content = read_yaml(self.search_file, "search")
         refuse_old(content.get("settings"), self.search_file)

@@ -3,7 +3,9 @@ be known by then. No test here starts Ray."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,12 +16,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+import typer
 import yaml
 from conftest import tiny
 from typer.testing import CliRunner
 
 from ray_dmml import load_cohort
 from ray_dmml.cli.main import app
+from ray_dmml.cli.output import user_errors
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -227,6 +231,14 @@ def test_a_run_is_not_overwritten(config_file: Callable[..., Path], run: Path) -
     error = complaint("train", "--local", "--config", config_file(), "--out", run)
     assert f"{run} already exists; give another folder (out), or continue this run (resume)" in error
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT])
+def test_a_path_that_cannot_be_used_is_named(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a user can mend. A file that is missing may be a fault of the package, which needs its traceback."""
+    with pytest.raises(typer.Exit if number == errno.EACCES else FileNotFoundError), user_errors():
+        raise OSError(number, os.strerror(number), "/some/file")
+    assert capsys.readouterr().err == ("error: /some/file: Permission denied\n" if number == errno.EACCES else "")
 
 
 def test_a_mistyped_setting_is_no_older_version(run: Path) -> None:

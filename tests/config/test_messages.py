@@ -15,6 +15,8 @@ from ray_dmml.errors import UserError
 
 FROZEN = {"frozen": True}
 MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"cohort": {"base": {"freeze_blocks": -1}}}, r"base\.freeze_blocks: Input should be greater .* 0 \(got -1\)$"),
+    ({"cohort": {"base": {"freeze_blocks": "most"}}}, r"base\.freeze_blocks: Input should be 'all' \(got 'most'\)$"),
     ({"trian": {}}, r"trian: unknown setting; did you mean 'train'"),
     (
         {"cohort": {"peers": [{"update_intervall": 2}]}},

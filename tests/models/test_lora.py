@@ -121,8 +121,9 @@ def test_its_state_is_that_of_a_plain_net_with_merged_weights(images: Tensor, se
 
 
 @needs_peft
-def test_adapters_of_another_rank_are_loaded_as_weights(images: Tensor) -> None:
-    net, other = adapted(), adapted(peer(lora={"rank": 3}))
+@pytest.mark.parametrize("lora", [{"rank": 3}, {**LORA, "alpha": 2}])
+def test_adapters_of_another_rank_or_alpha_are_loaded_as_weights(images: Tensor, lora: dict[str, Any]) -> None:
+    net, other = adapted(), adapted(peer(lora=lora))
     disturb(net)
     load_net_weights(other, net.state_dict(), "here")
     load_adapter_state(other, adapter_state(net))
@@ -256,4 +257,4 @@ def test_a_peers_files_hold_no_code(image_folder: Path) -> None:
         files = encode_peer(cohort.peers[0].state_dict())
     state = decode_peer(files)
     assert not any("lora" in key or "base_layer" in key for key in (*state["net"], *state["ema"]))
-    assert state["adapters"].keys() == state["ema_adapters"].keys() and len(state["adapters"]) == 3 * 24
+    assert state["adapters"].keys() == state["ema_adapters"].keys() and len(state["adapters"]) == 4 * 24

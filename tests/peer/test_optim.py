@@ -89,8 +89,8 @@ def test_the_schedule_multiplies_all_rates() -> None:
 def test_layer_decay_needs_the_blocks_of_timm() -> None:
     peer = build()
     peer.net.backbone = torch.nn.Sequential(torch.nn.Linear(3, 3))
-    config = settings(optimizer={"layer_decay": 0.5}).optimizer
-    with pytest.raises(UserError, match=r"optimizer.layer_decay needs a backbone whose .* Sequential has none"):
+    config = settings(optimizer={"layer_decay": 0.5})
+    with pytest.raises(UserError, match=r"^peer0: optimizer.layer_decay needs a backbone whose .* Sequential has none"):
         build_optimizer(config, peer.net, peer.metric)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from conftest import tiny
@@ -13,8 +14,19 @@ from test_runs import assert_same_run, figures, metrics
 
 from ray_dmml import Config, UserError, evaluate, train
 from ray_dmml.checkpoint.store import CheckpointStore
+from ray_dmml.loggers.logger import Logger
 
 STEPS, PATIENCE = 8, 2
+
+
+class LastSteps(Logger):
+    """The steps of which a checkpoint says that no step follows."""
+
+    found: ClassVar[list[int]] = []
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        if metrics.get("is_last"):
+            self.found.append(step)
 
 
 def settings(root: Path, patience: int | None, **changes: Any) -> Config:
@@ -51,7 +63,8 @@ def test_a_run_ends_after_so_many_evaluations_that_are_no_better(
     run, store = tmp_path / "run", CheckpointStore(tmp_path / "run" / "checkpoints")
     train(settings(image_folder, PATIENCE, steps=end - 1), run, local=True)
     with caplog.at_level(logging.INFO, "ray_dmml"):
-        results = train(settings(image_folder, PATIENCE), resume=run, local=True)
+        results = train(settings(image_folder, PATIENCE), resume=run, local=True, loggers=[LastSteps()])
+    assert LastSteps.found == [end]
     assert f"no better validation Recall@1 in {PATIENCE} evaluations since step {best}" in caplog.text
     assert f"training ends at step {end} of {STEPS}" in caplog.text
     assert (results["weights"], results["step"], results["stopped_early"]) == ("best", best, end)

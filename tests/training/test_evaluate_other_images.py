@@ -98,12 +98,25 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
     """No such place, settings of the training, own images that have changed."""
     with pytest.raises(UserError, match="nowhere, do not exist"):
         evaluate(run, data=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="xx, do not exist"):
+        evaluate(run, data=tmp_path / ("x" * 300))
     ended = CliRunner().invoke(app, ["evaluate", str(run), "--set", "train.steps=9"])
     assert ended.exit_code == 2 and "cannot change how it was trained: train.steps was 2 and is 9" in ended.stderr
     changed = shutil.copytree(run.parent / "elsewhere", tmp_path / "changed")
     (changed / "class15" / "0.png").unlink()
     ended = CliRunner().invoke(app, ["evaluate", str(run), "--set", f"data.root={changed}"])
     assert ended.exit_code == 2 and "have changed: 1 missing or unreadable (class15/0.png)" in ended.stderr
+
+
+def test_other_images_that_cannot_be_read_can_be_left_out(run: Path, others: Path, tmp_path: Path) -> None:
+    """With the setting that the message names."""
+    photos = shutil.copytree(others, tmp_path / "photos")
+    (photos / "new0" / "0.png").write_bytes(b"no image")
+    arguments = ["evaluate", str(run), "--data", str(photos)]
+    ended = CliRunner().invoke(app, arguments)
+    assert ended.exit_code == 2 and "set data.on_bad_image=skip to leave out such images" in ended.stderr
+    ended = CliRunner().invoke(app, [*arguments, "--set", "data.on_bad_image=skip"])
+    assert ended.exit_code == 0 and "11 other images of 3 classes" in ended.output
 
 
 def test_the_weights_asked_for_are_evaluated(run: Path, others: Path) -> None:

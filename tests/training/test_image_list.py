@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import tiny
 
 from ray_dmml import Config, UserError, train
+from ray_dmml.data.dataset import FileImages, ImageSet, Splits
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.training.image_list import ImageList, Row
 
@@ -123,8 +126,18 @@ def test_differences_are_named_by_kind() -> None:
     assert before.differences(ImageList(rows)) == ""
     assert before.differences(ImageList(rows[::-1])) == "they are in another order"
     assert before.differences(ImageList(rows[:1])).startswith("4 missing or unreadable (1.png, 2.png, 3.png, ...)")
-    moved = [rows[0]._replace(label="b"), rows[1]._replace(split="test"), *rows[2:]]
-    assert before.differences(ImageList(moved)) == "1 of another class (0.png), 1 in another split (1.png)"
+    moved = [rows[0]._replace(label="b"), rows[1]._replace(split="test"), rows[2]._replace(role="query"), *rows[3:]]
+    assert before.differences(ImageList(moved)) == (
+        "1 of another class (0.png), 1 in another split (1.png), 1 with another is_query or is_gallery (2.png)"
+    )
+
+
+def test_queries_and_gallery_are_in_the_list() -> None:
+    images = ImageSet(FileImages(Path(), ["a", "b", "c"], 1), np.zeros(3, np.int64), ("x",))
+    assert [row.role for row in ImageList.of(Splits(images, None, images)).rows] == [""] * 6
+    parted = dataclasses.replace(images, query=np.array([0, 1]), gallery=np.array([1, 2]))
+    rows = ImageList.of(Splits(images, None, parted)).only("test").rows
+    assert [row.role for row in rows] == ["query", "query gallery", "gallery"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"a,b\r\n1,2\r\n"), gzip.compress(b"\xff\x00")])

@@ -15,11 +15,20 @@ from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.training.quick_check import check_quickly
 
+LONG = "/" + "x" * 300  # no file can have this name
 
-def check(root: Path, *, on_this_machine: bool = True, base: dict[str, Any] | None = None, **changes: Any) -> None:
+
+def check(
+    root: Path,
+    *,
+    on_this_machine: bool = True,
+    reads_weights: bool = True,
+    base: dict[str, Any] | None = None,
+    **changes: Any,
+) -> None:
     raw = tiny(root, **changes)
     raw["cohort"]["base"] |= base or {}
-    check_quickly(Config.parse(raw), on_this_machine=on_this_machine)
+    check_quickly(Config.parse(raw), on_this_machine=on_this_machine, reads_weights=reads_weights)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +38,10 @@ def check(root: Path, *, on_this_machine: bool = True, base: dict[str, Any] | No
         ({"data": {"name": "manifest", "manifest": "/no/list.csv"}}, "data.manifest /no/list.csv is not an existing"),
         ({"train": {"init_from": "/no/run"}}, "/no/run is not the folder of a run"),
         ({"base": {"weights": "/no/file.pth"}}, "weights file /no/file.pth does not exist"),
+        ({"data": {"root": LONG}}, "data.root /x+ is not an existing folder"),
+        ({"data": {"name": "manifest", "manifest": LONG}}, "data.manifest /x+ is not an existing"),
+        ({"base": {"weights": LONG}}, "weights file /x+ does not exist"),
+        ({"code": [f"{LONG}.py"]}, "code: /x+.py is neither a Python file"),
         ({"base": {"backbone": "resnet_50"}}, "unknown backbone 'resnet_50'.*did you mean .*resnet50"),
         ({"base": {"view": [{"name": "RandomKrop"}]}}, "unknown transform 'RandomKrop'; did you mean RandomCrop"),
         ({"loss": {"metric": {"name": "TripletLoss"}}}, "no loss 'TripletLoss'; did you mean"),
@@ -56,6 +69,14 @@ def test_what_is_right_passes(image_folder: Path) -> None:
     check(image_folder, base={"view": [{"name": "RandomCrop"}, {"name": "torch.nn:Identity"}]})
     for loss in ("ProxyAnchorLoss", "torch.nn:Identity"):
         check(image_folder, loss={"metric": {"name": loss, "miner": {"name": "TripletMarginMiner"}}})
+
+
+def test_weights_that_are_not_read_need_not_be_there(image_folder: Path, tmp_path: Path) -> None:
+    """Those of a run with a checkpoint, and the peers' own beside those of another run."""
+    gone = {"base": {"weights": "/no/file.pth"}}
+    check(image_folder, reads_weights=False, train={"init_from": "/no/run"}, **gone)
+    (tmp_path / "config.yaml").touch()
+    check(image_folder, train={"init_from": str(tmp_path)}, **gone)
 
 
 @pytest.mark.ray

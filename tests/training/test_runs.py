@@ -394,8 +394,11 @@ def test_only_the_number_of_steps_and_what_is_written_may_change(
 
 def test_init_from_starts_from_the_weights_of_another_run(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """What is `untrained` now is what was trained before; the first loss is another; steps count
-    from the beginning."""
-    results = train(changed(settings, train={"init_from": run}), tmp_path / "run", local=True)
+    from the beginning. Once the run has a checkpoint, the other one may be gone."""
+    other = shutil.copytree(run, tmp_path / "other")
+    results = train(changed(settings, train={"init_from": other}), tmp_path / "run", local=True)
+    shutil.rmtree(other)
+    assert figures(train(resume=tmp_path / "run", local=True)) == figures(results)
     before = json.loads((run / "results.json").read_text())
     assert results["untrained"] == before["peers"]
     assert results["untrained_ensemble"] == before["ensemble"]
@@ -528,6 +531,11 @@ def test_a_peer_lost_while_a_resumed_run_starts(image_folder: Path, tmp_path: Pa
     config = Config.parse(tiny(image_folder, train={"steps": 2, "tensorboard": False}))
     train(config, out, local=True)
     lost: list[str] = []
+    told: list[str] = []
+
+    class Told(Logger):
+        def log(self, metrics: Mapping[str, Any], step: int) -> None:
+            told.extend([metrics["lost"]] if "lost" in metrics else [])
 
     class LosesOne(LocalCohort):
         def load(self, state: Mapping[str, PeerFiles]) -> None:
@@ -537,7 +545,7 @@ def test_a_peer_lost_while_a_resumed_run_starts(image_folder: Path, tmp_path: Pa
             super().load(state)
 
     longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})})
-    train(longer, resume=out, cohort_factory=LosesOne)
-    assert lost == ["peer1"] and RunDir.open(out).config().train.steps == 4
+    train(longer, resume=out, cohort_factory=LosesOne, loggers=[Told()])
+    assert lost == ["peer1"] and told == ["peer1 died"] and RunDir.open(out).config().train.steps == 4
     train(longer, tmp_path / "whole", local=True)
     assert_same(stored(out), stored(tmp_path / "whole"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -135,7 +136,7 @@ def _read(config: DataConfig, findings: Findings) -> tuple[ImageSet | None, Imag
     if config.name not in DATA_SETS:
         return own_data_set.load(config)
     root = fetch(config)
-    if not root.is_dir() and not (config.name == "cub200" and config.download):
+    if not os.path.isdir(root) and not (config.name == "cub200" and config.download):
         raise UserError(f"data.root {root} is not an existing folder")
     if config.name == "imagefolder":
         return folder.load(config, root, findings)
@@ -151,7 +152,7 @@ def _unreadable(config: DataConfig, *sets: ImageSet) -> set[str]:
     messages = list(bad.values())
     if messages and config.on_bad_image == "fail":
         more = f" ({len(messages) - 1} more are unreadable)" if len(messages) > 1 else ""
-        raise UserError(f"{messages[0]}{more}; set data.on_bad_image=skip to train without such images")
+        raise UserError(f"{messages[0]}{more}; set data.on_bad_image=skip to leave out such images")
     if messages:
         shown = "; ".join(messages[:3]) + ("; ..." if len(messages) > 3 else "")
         logger.warning("left out %d unreadable images: %s", len(messages), shown)

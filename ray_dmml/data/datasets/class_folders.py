@@ -55,10 +55,10 @@ class _Scan:
         except OSError as error:
             self._report(error)
             return []
-        self._outside = [name for name in entries if suffix(name) in suffixes() and not (root / name).is_dir()]
+        self._outside = [name for name in entries if suffix(name) in suffixes() and not os.path.isdir(root / name)]
         around = os.path.realpath(root)
         classes: dict[str, str] = {}  # by name in one Unicode form
-        for name in (name for name in entries if (root / name).is_dir()):
+        for name in (name for name in entries if os.path.isdir(root / name)):
             target, form = os.path.realpath(root / name), unicodedata.normalize("NFC", name)
             if name.lower() in SYSTEM_FOLDERS:
                 self._count_files_in(root / name)

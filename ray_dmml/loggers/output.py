@@ -1,0 +1,19 @@
+"""The console of all output for people."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+from rich.console import Console as RichConsole
+
+
+class Console(RichConsole):
+    """It falls silent when the reader of its pipe is gone, as in ``ray-dmml train | head``; rich ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with suppress(OSError, ValueError):  # what the file still holds must not fail when Python closes it
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.file.fileno())
+            os.close(nowhere)
