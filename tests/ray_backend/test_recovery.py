@@ -339,6 +339,7 @@ def test_nobody_left(image_folder: Path, tmp_path: Path, cohorts: list[Watched])
     assert RunDir.open(tmp_path / "run").checkpoints.load("last").step == 4
 
 
+@pytest.mark.slow  # it waits until peers count as stuck
 def test_a_busy_peer_is_not_dropped(image_folder: Path, tmp_path: Path, cohorts: list[Watched]) -> None:
     """One that was not lost and gives no answer in time is started again: only the killed one is
     dropped."""
@@ -372,6 +373,7 @@ def test_a_busy_peer_is_not_dropped(image_folder: Path, tmp_path: Path, cohorts:
     assert results["dropped"] == {"peer1": 4} and set(results["peers"]) == {"peer0", "peer2"}
 
 
+@pytest.mark.slow  # it waits until peers count as stuck
 def test_none_is_dropped_on_suspicion(image_folder: Path) -> None:
     """Of peers that got equally far one may hang: all start again. One that is known to is dropped."""
     config = settings(image_folder, cohort={**tiny(image_folder)["cohort"], "peers": [{}] * 3})
