@@ -77,7 +77,8 @@ def test_the_first_signal_can_be_outlived_and_the_second_one_not() -> None:
     code, output, left = run("time.sleep(60)", signal.SIGINT, signal.SIGTERM, first=patient)
     assert (code, output, left) == (128 + signal.SIGTERM, "first\ncleaned up\n", [])
     code, output, left = run(DEADLOCK, signal.SIGINT, signal.SIGINT, first=patient)
-    assert (code, output, left) == (128 + signal.SIGINT, "cleaned up\n", [])
+    # The first one may come before the call that no signal ends.
+    assert (code, output.removeprefix("first\n"), left) == (128 + signal.SIGINT, "cleaned up\n", [])
     code, output, _ = run("time.sleep(2)", signal.SIGINT, first=patient)
     assert (code, output) == (0, "first\nwent on\n")
     assert run(SLOW, signal.SIGINT) == (128 + signal.SIGINT, "cleaned up\n", [])

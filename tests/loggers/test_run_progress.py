@@ -18,12 +18,17 @@ from ray_dmml.loggers.progress import show_progress
 @contextmanager
 def logging_to(*handlers: logging.Handler) -> Iterator[None]:
     """A program that has set up Python's logging so, or not at all; pytest has."""
-    root = logging.getLogger()
+    root, package = logging.getLogger(), logging.getLogger("ray_dmml")
     before, root.handlers = root.handlers, list(handlers)
+    levels = root.level, package.level
+    root.setLevel(logging.WARNING)
+    package.setLevel(logging.NOTSET)
     try:
         yield
     finally:
         root.handlers = before
+        root.setLevel(levels[0])
+        package.setLevel(levels[1])
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
