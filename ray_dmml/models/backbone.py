@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ray_dmml.config.parts import describe
 from ray_dmml.errors import UserError
 
 HUB = "hf-hub:"
@@ -48,7 +49,9 @@ def timm_args(name: str, input_size: int | None) -> dict[str, Any]:
         try:
             config, _, saved = timm.models.load_model_config_from_hf(name.removeprefix(HUB))
         except Exception as error:  # the hub's client raises many types
-            raise UserError(f"backbone {name} could not be read from the Hugging Face hub ({brief(error)})") from None
+            raise UserError(
+                f"backbone {name} could not be read from the Hugging Face hub ({describe(error)})"
+            ) from None
         has_fixed_size = config.get("fixed_input_size", False) or "img_size" in saved
     else:
         config = _registered(name)
@@ -68,11 +71,6 @@ def has_batch_norm(name: str) -> bool:
     except Exception:  # whatever is wrong with it is reported where the net is built
         return True
     return any(isinstance(module, _BatchNorm) for module in net.modules())
-
-
-def brief(error: Exception) -> str:
-    """Type and first line of an error of another library."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
 
 
 def _registered(name: str) -> Any:

