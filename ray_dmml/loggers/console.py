@@ -49,8 +49,9 @@ class LinesLogger(Logger):
         self._latest: dict[str, Mapping[str, float]] = {}
 
     def print(self, text: str) -> None:
-        with suppress(OSError):  # a full disk under a log ends no training
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        with suppress(OSError, ValueError):  # a full disk under a log, or a closed stream, ends no training
+            # A terminal breaks lines between words; a file gets each sentence as one line.
+            self._console.print(text, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
 
     def show_activity(self, text: str) -> None:
         """Shows what takes the time right now, where that is possible."""

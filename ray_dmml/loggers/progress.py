@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 
 from ray_dmml.config.schema import Config
 from ray_dmml.loggers.console import LinesLogger
@@ -21,12 +21,6 @@ def show_progress(config: Config) -> Iterator[Logger]:
     only there.
     """
     in_notebook = Console().is_jupyter
-    display = _Lines(Console(stderr=not in_notebook, force_jupyter=False), config)
+    display = LinesLogger(Console(stderr=not in_notebook, force_jupyter=False), config)
     with nullcontext() if logging.getLogger("ray_dmml").hasHandlers() else show_sentences(display.print):
         yield display
-
-
-class _Lines(LinesLogger):
-    def print(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # a full disk behind standard error, or a closed one: training goes on
-            super().print(text)
