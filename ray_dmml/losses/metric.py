@@ -151,7 +151,7 @@ def _build(
     try:
         return known[name](**args, **arguments)
     except Exception as error:  # wrappers raise nothing more special
-        refused, why = args or "to be built without args", str(error) or type(error).__name__
+        refused, why = args or "to be built without args", str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{where}: {name} refuses {refused}: {why}; {takes}") from error
 
 
@@ -170,7 +170,8 @@ def _build_inside(key: str, value: Any, where: str, sizes: Mapping[str, int] | N
     if isinstance(value, list) and key.endswith("s"):
         return [_build_inside(key, each, f"{where}.{n}", sizes) for n, each in enumerate(value)]
     allowed = {"name", "args", "reducer"} if kind == "loss" else {"name", "args"}
-    if not (isinstance(value, Mapping) and {"name"} <= set(value) <= allowed):
+    is_part = isinstance(value, Mapping) and {"name"} <= set(value) <= allowed
+    if not (is_part and isinstance(value.get("args") or {}, Mapping)):
         raise UserError(f"{where}: write {{name: ..., args: {{...}}}}")
     arguments = {}
     if value.get("reducer") is not None:

@@ -293,6 +293,8 @@ def test_parts_inside_of_wrappers() -> None:
         ({"name": "SelfSupervisedLoss"}, "SelfSupervisedLoss cannot be used: it needs two embeddings of each image"),
         ({"name": "CrossBatchMemory"}, "CrossBatchMemory refuses.*loss"),
         ({"name": "CrossBatchMemory", "args": {"loss": "ContrastiveLoss"}}, "args.loss: write {name: "),
+        ({"args": {"distance": {"name": "LpDistance", "args": "p"}}}, "args.distance: write {name: "),
+        ({"name": "ArcFaceLoss", "args": {"num_classes": 2**70}}, r"^.*ArcFaceLoss refuses [^\n]*it takes [^\n]*$"),
         ({"name": "CrossBatchMemory", "args": {"loss": {"name": "ProxyNCALoss"}}}, "not supported for ProxyNCALoss"),
         ({"name": "CrossBatchMemory", "args": {"loss": {"name": "Contrastive"}}}, "args.loss: there is no loss 'Contr"),
     ],
