@@ -32,6 +32,18 @@ def outcome(cohort: Cohort, start: int = 0, stop: int = STEPS) -> dict[str, Any]
     }
 
 
+def interrupted_outcome(config: Config, interrupted_at: int, stop: int = STEPS) -> dict[str, Any]:
+    """The outcome of a cohort that is stored after a step, and goes on as a fresh one with this state."""
+    splits = load_splits(config.data)
+    with closing(LocalCohort(config, splits)) as first:
+        rows = first.run(0, interrupted_at, lambda finished: None)
+        stored = first.state()
+    with closing(LocalCohort(config, splits)) as second:
+        second.load(stored)
+        found = outcome(second, interrupted_at, stop)
+    return {**found, "rows": rows + found["rows"]}
+
+
 def run_locally(config: Config) -> dict[str, Any]:
     with closing(LocalCohort(config, load_splits(config.data))) as cohort:
         return outcome(cohort)
@@ -92,15 +104,7 @@ def test_interrupted_equals_uninterrupted(
 ) -> None:
     """A cohort that is stored after any step, half-accumulated gradients and all, and put into a
     fresh one goes on to the same bits."""
-    config = unlike_peers(image_folder)
-    splits = load_splits(config.data)
-    with closing(LocalCohort(config, splits)) as first:
-        rows = first.run(0, interrupted_at, lambda finished: None)
-        stored = first.state()
-    with closing(LocalCohort(config, splits)) as second:
-        second.load(stored)
-        found = outcome(second, interrupted_at)
-    assert_same({**found, "rows": rows + found["rows"]}, local_outcome)
+    assert_same(interrupted_outcome(unlike_peers(image_folder), interrupted_at), local_outcome)
 
 
 def test_mutual_weights_of_zero_equal_separate_runs(image_folder: Path) -> None:

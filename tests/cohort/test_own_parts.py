@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import assert_same, tiny
-from test_equality import outcome
+from test_equality import interrupted_outcome, outcome
 
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.code import use_code
@@ -68,14 +68,7 @@ def test_the_parts_take_part(config: Config, local_outcome: dict[str, Any]) -> N
 @pytest.mark.parametrize("interrupted_at", [2, 5])
 def test_interrupted_equals_uninterrupted(config: Config, local_outcome: dict[str, Any], interrupted_at: int) -> None:
     """A memory that is partly filled, just full, or written over, and a term with a buffer."""
-    splits = load_splits(config.data)
-    with closing(LocalCohort(config, splits)) as first:
-        rows = first.run(0, interrupted_at, lambda finished: None)
-        stored = first.state()
-    with closing(LocalCohort(config, splits)) as second:
-        second.load(stored)
-        found = outcome(second, interrupted_at, STEPS)
-    assert_same({**found, "rows": rows + found["rows"]}, local_outcome)
+    assert_same(interrupted_outcome(config, interrupted_at, STEPS), local_outcome)
 
 
 def test_ray_equals_in_process(ray_start_4_cpus: None, config: Config, local_outcome: dict[str, Any]) -> None:
