@@ -178,7 +178,7 @@ class DataConfig(Section):
             raise ValueError("data.name 'characters' is built in and has no data.source")
         if self.on_bad_image == "skip" and not self.check_images:
             raise ValueError("on_bad_image: skip needs check_images: true, which finds the bad images before training")
-        if self.split_by == "image" and self.name in ("characters", "cub200", "cars196", "sop", "inshop"):
+        if self.split_by == "image" and self.name in DATA_SETS and self.name not in ("imagefolder", "manifest"):
             raise ValueError(f"split_by: image is for imagefolder and manifest; '{self.name}' has its own test classes")
         if self.name == "manifest" and self.manifest is None:
             raise ValueError("data.name 'manifest' needs data.manifest, the CSV file")
@@ -861,7 +861,8 @@ class Config(Section):
         changes = " with overrides" if overrides else ""
         if path is None:
             return cls.parse(override_settings({}, overrides), source=f"the defaults{changes}")
-        return cls.parse(read_settings(Path(path), overrides), source=f"{path}{changes}")
+        name = "the quickstart" if path == QUICKSTART else path
+        return cls.parse(read_settings(Path(path), overrides), source=f"{name}{changes}")
 
     @classmethod
     def quickstart(cls, overrides: Overrides = ()) -> Config:

@@ -1,6 +1,6 @@
 """Audits a data set before a long run: what a run would refuse, unreadable and duplicate images, small classes.
 
-All faults are found in one go: what is wrong is left out, and the audit goes on with the rest.
+All faults are reported together: what is wrong is left out, and the audit goes on with the rest.
 
 Two images are exact duplicates if their decoded squares are equal to the bit (SHA-256); equal files always are. They
 are near duplicates if their 16 x 16 colour thumbnails, each minus its mean, have a cosine of at least 0.98. A copy that
@@ -137,7 +137,7 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
                 images_of.setdefault(fingerprint, []).append(image)
             if watch is not None:
                 watch(done, len(places))
-    if unreadable:  # a run may be told to skip them
+    if unreadable:  # data.on_bad_image: skip leaves them out
         _, without = _load(config, frozenset(row["name"] for row in unreadable))
         findings.faults += [
             f"without the unreadable images: {fault}" for fault in without.faults if fault not in findings.faults

@@ -206,7 +206,7 @@ def test_settings_that_no_batch_fits_are_faults(root: Path, options: dict[str, A
 
 
 def test_what_is_left_without_unreadable_images_counts(root: Path) -> None:
-    """A run may be told to skip them, and then has no batch."""
+    """With data.on_bad_image: skip a run has no batch."""
     for number in range(4):
         (root / "c3" / f"{number}.png").write_bytes(b"broken")
     config = DataConfig.model_validate({**settings(root).model_dump(), "classes_per_batch": 4})

@@ -70,7 +70,7 @@ def test_more_blocks_than_there_are(backbone: str, count: int) -> None:
 
 
 def test_a_backbone_that_is_not_from_timm() -> None:
-    """Its blocks cannot be told apart; the whole of it can be frozen."""
+    """It has no group_matcher, so only the whole of it can be frozen."""
     backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
     with pytest.raises(UserError, match=r"peer0: freeze_blocks 1 needs a backbone .* Sequential has none"):
         freeze_blocks(backbone, peer(freeze_blocks=1))

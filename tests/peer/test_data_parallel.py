@@ -119,7 +119,7 @@ def test_replicas_learn_what_one_device_learns_from_the_whole_batch(
 
 @pytest.mark.parametrize("has_head", [True, False])
 def test_replicas_of_a_frozen_peer_have_its_head_or_none(share: Share, tmp_path: Path, has_head: bool) -> None:
-    """A replica does not read the weights, so it is told."""
+    """A replica does not read the weights, so its peer sends the size of the head."""
     donor = build(settings(embedding_size=5)).net
     torch.save((donor if has_head else donor.backbone).state_dict(), tmp_path / "weights.pth")
     config = settings(**STILL, frozen=True, weights=str(tmp_path / "weights.pth"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,6 @@ def load(config: DataConfig) -> tuple[ImageSet, ImageSet | None]:
         UserError: the function cannot be found or fails, or returns something else.
     """
     root = fetch(config) if config.root is not None or config.source is not None else None
-    return _call(config, root)
-
-
-def _call(config: DataConfig, root: Path | None) -> tuple[ImageSet, ImageSet | None]:
     part = find_part("data.name", config.name)
     sets: Any = call_part("data.name", config.name, part, config.args, config, root)
     what = f"data.name: {config.name} must return the training images and the test images, each a ray_dmml.ImageSet"
