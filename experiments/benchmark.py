@@ -39,6 +39,7 @@ ROWS = {
     "step-sequential": ("steps", "step_sequential"),
     "relational": ("relational", "relational"),
     "relational-memory": ("relational", "relational_memory"),
+    "ensemble-teacher": ("relational", "ensemble_teacher"),
     "recall": ("recall", "recall"),
     "recall-pml": ("recall", "recall_pml"),
     "input": ("images", "input_row"),

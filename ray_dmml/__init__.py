@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ray_dmml.inference import TrainedCohort, load_cohort
     from ray_dmml.loggers.logger import Logger
     from ray_dmml.losses.relational import relational_losses
+    from ray_dmml.losses.relaxed_contrastive import relaxed_contrastive_loss
+    from ray_dmml.losses.similarity import similarity_loss
     from ray_dmml.training.evaluate import evaluate
     from ray_dmml.training.run import train
 
@@ -37,6 +39,8 @@ __all__ = [
     "list_images",
     "load_cohort",
     "relational_losses",
+    "relaxed_contrastive_loss",
+    "similarity_loss",
     "train",
 ]
 
@@ -49,6 +53,8 @@ _HOMES = {
     "UserError": "ray_dmml.errors",
     "list_images": "ray_dmml.data.image_files",
     "relational_losses": "ray_dmml.losses.relational",
+    "relaxed_contrastive_loss": "ray_dmml.losses.relaxed_contrastive",
+    "similarity_loss": "ray_dmml.losses.similarity",
     "TrainedCohort": "ray_dmml.inference",
     "load_cohort": "ray_dmml.inference",
     "evaluate": "ray_dmml.training.evaluate",

@@ -1,4 +1,5 @@
-"""Rows `relational` and `relational-memory`: our relational distillation against the textbook's."""
+"""Rows `relational` and `relational-memory`: our relational distillation against the textbook's; row
+`ensemble-teacher`: how the cost of the mutual loss grows with the number of peers."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from benchmarks.memory import peak_beyond
 from benchmarks.row import Goal, Row, Settings, in_turn, require
+from ray_dmml.config.schema import LossConfig
+from ray_dmml.losses.mutual import MutualLoss
 from ray_dmml.losses.relational import relational_losses
 
 SIZE, NUM_OTHERS, REPEATS = 512, 3, 3
@@ -98,3 +101,24 @@ def relational_memory(settings: Settings) -> list[Row]:
     )
     what = "peak extra memory of the same at N = 512 / textbook"
     return [Row("relational-memory", what, "MiB", a, b, Goal("A", "<=", 256))]
+
+
+def ensemble_teacher(settings: Settings) -> list[Row]:
+    """Time of the mutual loss of a peer with one ensemble as the teacher, one thread."""
+    torch.set_num_threads(1)
+    config = LossConfig.model_validate({"relational": {"teacher": "ensemble"}})
+    loss = MutualLoss(config, SIZE, ignore_nonfinite=False)
+    torch.manual_seed(0)
+    raw, *teachers = torch.randn(8, 128, SIZE)
+    raw.requires_grad_()
+
+    def milliseconds(num_peers: int) -> float:
+        began = time.perf_counter()
+        for _ in range(10 * REPEATS):
+            value, _ = loss(raw, F.normalize(raw), teachers[: num_peers - 1], 0)
+            torch.autograd.grad(value, raw)
+        return 1e3 * (time.perf_counter() - began) / (10 * REPEATS)
+
+    a, b = in_turn(settings.rounds, lambda: milliseconds(8), lambda: milliseconds(2))
+    what = "mutual loss with the ensemble as the teacher, N = 128, D = 512, 8 peers / 2 peers"
+    return [Row("ensemble-teacher", what, "ms", a, b, Goal("A/B", "<=", 1.2))]

@@ -79,10 +79,13 @@ class LocalCohort:
             with explain_out_of_memory(peer, batch):
                 outputs.append(peer.forward(batch))
         row = {}
-        for peer, out, teachers in zip(self.peers, outputs, self._teachers.at(step), strict=True):
+        for position, (peer, out, teachers) in enumerate(
+            zip(self.peers, outputs, self._teachers.at(step), strict=True)
+        ):
             with explain_out_of_memory(peer, batch):
                 loss = peer.metric_loss(out)
-                row[peer.name] = peer.step(out, loss, [outputs[t].published for t in teachers])
+                published = [outputs[t].published for t in teachers]
+                row[peer.name] = peer.step(out, loss, published, self._teachers.place(step, position))
         return row
 
     def embeddings(self, split: str, *, ema: bool = False) -> dict[str, np.ndarray]:

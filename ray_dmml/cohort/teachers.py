@@ -52,6 +52,10 @@ class Teachers:
             teachers[peer] = tuple(sorted(after))
         return teachers
 
+    def place(self, step: int, position: int) -> int:
+        """How many of the teachers of the peer at ``position`` come before it."""
+        return sum(teacher < position for teacher in self.at(step)[position])
+
 
 def students(teachers: Sequence[Sequence[int]], position: int) -> list[int]:
     """Positions of the peers that learn from the one at ``position``, ascending."""

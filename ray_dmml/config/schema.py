@@ -586,12 +586,37 @@ class MetricLossConfig(Section):
         return raw
 
 
-RELATIONAL_TERMS = ("distance", "angle")
-"""Names of the terms of relational distillation."""
+class MutualSection(Section):
+    """Who teaches in a mutual term, and how its weights change during the run."""
+
+    teacher: Literal["each", "ensemble"] = "each"
+    """`each`: every other peer is a teacher, and the term is the mean over them. `ensemble`: there is one teacher, the
+    embeddings of all others and of the peer itself, each at unit length, concatenated in peer order. Its cost hardly
+    grows with the number of peers."""
+
+    warmup_steps: Whole = 0
+    """Number of first steps over which the weights rise linearly from 0."""
+
+    decay_until: Count | None = None
+    """Step at which the weights have fallen to 0, linearly from the end of the warm-up. null: they do not fall."""
+
+    @model_validator(mode="after")
+    def _decays_after_the_warm_up(self) -> MutualSection:
+        if self.decay_until is not None and self.decay_until <= self.warmup_steps:
+            raise ValueError(f"decay_until {self.decay_until} must be above warmup_steps {self.warmup_steps}")
+        return self
+
+    def factor(self, step: int) -> float:
+        """What the weights are multiplied by at a step; 0 is the first."""
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        if self.decay_until is None:
+            return 1.0
+        return max(0.0, (self.decay_until - step) / (self.decay_until - self.warmup_steps))
 
 
-class RelationalConfig(Section):
-    """Relational distillation from the other peers."""
+class RelationalConfig(MutualSection):
+    """Relational distillation: the distances and angles between the teacher's embeddings."""
 
     distance_weight: NonNegative = 1.0
     """w_d: weight of the distance term."""
@@ -603,11 +628,35 @@ class RelationalConfig(Section):
     """Scale embeddings to unit length before they are compared, as retrieval does. false: the output of the head is
     compared, so the lengths count too. The metric loss always receives unit length."""
 
-    warmup_steps: Whole = 0
-    """Number of first steps over which both weights rise linearly from 0."""
+
+class SimilarityConfig(MutualSection):
+    """Similarity distillation: which images the teacher finds most similar to each image of the batch."""
+
+    main_setting = "weight"
+
+    weight: NonNegative = 0.0
+    """Weight of the term `similarity`."""
+
+    temperature: Annotated[Number, Field(ge=1e-3)] = 0.1
+    """The cosine similarities are divided by this before the softmax. A lower one counts the nearest images more."""
 
 
-class MutualTermConfig(Section):
+class RelaxedContrastiveConfig(MutualSection):
+    """Relaxed contrastive loss: images are pulled together as strongly as they are similar for the teacher."""
+
+    main_setting = "weight"
+
+    weight: NonNegative = 0.0
+    """Weight of the term `relaxed_contrastive`."""
+
+    sigma: Annotated[Number, Field(ge=1e-3)] = 1.0
+    """Squared distance of unit-length teacher embeddings at which two images still count as similar."""
+
+    delta: Positive = 1.0
+    """Margin: dissimilar images are pushed until they are this many mean distances apart."""
+
+
+class MutualTermConfig(MutualSection):
     """A mutual term of your own."""
 
     name: str
@@ -620,9 +669,6 @@ class MutualTermConfig(Section):
     weight: NonNegative = 1.0
     """Weight of the term."""
 
-    warmup_steps: Whole = 0
-    """Number of first steps over which the weight rises linearly from 0."""
-
     label: Annotated[str, Field(pattern=r"^\w+$")] | None = None
     """Name of the term in metrics.jsonl and on the console. null: it is that of the class or function."""
 
@@ -634,8 +680,12 @@ class MutualTermConfig(Section):
         return raw
 
 
+BUILT_IN_TERMS = ("distance", "angle", "similarity", "relaxed_contrastive")
+"""Names of the mutual terms that are not a user's own."""
+
+
 class LossConfig(Section):
-    """A peer minimises: metric loss + mean over its teachers of (w_d * distance + w_a * angle) + terms of your own."""
+    """A peer minimises its metric loss and a mutual loss, the weighted sum of the terms below."""
 
     main_setting = "metric.name"
 
@@ -643,17 +693,35 @@ class LossConfig(Section):
     """The metric loss of every peer."""
 
     relational: RelationalConfig = RelationalConfig()
-    """Relational distillation: the built-in mutual terms."""
+    """Relational distillation, the mutual loss of DM2."""
+
+    similarity: SimilarityConfig = SimilarityConfig()
+    """Similarity distillation. It is off by default."""
+
+    relaxed_contrastive: RelaxedContrastiveConfig = RelaxedContrastiveConfig()
+    """The relaxed contrastive loss. It is off by default."""
 
     mutual: tuple[MutualTermConfig, ...] = ()
     """Further mutual terms, of your own (docs/own-parts.md)."""
 
     @model_validator(mode="after")
     def _labels_differ(self) -> LossConfig:
-        labels = ["loss", "metric", *RELATIONAL_TERMS, *(str(term.label) for term in self.mutual)]
+        labels = ["loss", "metric", *BUILT_IN_TERMS, *(str(term.label) for term in self.mutual)]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"mutual terms need other labels than {', '.join(twice)}, which are used twice")
         return self
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the mutual terms that have a weight."""
+        built_in = (
+            self.relational.distance_weight,
+            self.relational.angle_weight,
+            self.similarity.weight,
+            self.relaxed_contrastive.weight,
+        )
+        weights = dict(zip(BUILT_IN_TERMS, built_in, strict=True)) | {str(t.label): t.weight for t in self.mutual}
+        return tuple(name for name, weight in weights.items() if weight)
 
 
 class LoggerConfig(Section):

@@ -12,12 +12,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ray_dmml.config.schema import RELATIONAL_TERMS, Config
+from ray_dmml.config.schema import Config
 from ray_dmml.loggers.logger import Logger, learned_terms
 from ray_dmml.loggers.sentences import show_sentences
 from ray_dmml.loggers.tables import fitting
-
-TERMS = ("loss", "metric", *RELATIONAL_TERMS)
 
 
 @contextmanager
@@ -45,7 +43,7 @@ class LinesLogger(Logger):
     def __init__(self, console: Console, config: Config) -> None:
         self._console, self._num_steps = console, config.train.steps
         self._parts = "images" if config.data.split_by == "image" else "classes"  # of which a split has its own
-        self._terms = (*TERMS, *(str(term.label) for term in config.loss.mutual))
+        self._terms = ("loss", "metric", *config.loss.terms)
         self._latest: dict[str, Mapping[str, float]] = {}
 
     def print(self, text: str) -> None:

@@ -1,33 +1,48 @@
 """What a peer learns from the other peers: the weighted sum of the mutual terms.
 
-The terms are those of ``relational.py``, and own ones of ``loss.mutual``.
+The terms are in files of their own (``relational.py``, ``similarity.py``, ``relaxed_contrastive.py``), or a user's, of
+``loss.mutual``.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import compress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ray_dmml.config.parts import describe, make_part, place_of
-from ray_dmml.config.schema import LossConfig
+from ray_dmml.config.schema import LossConfig, MutualSection
 from ray_dmml.errors import UserError
 from ray_dmml.losses.rehearsal import require_plain_state
 from ray_dmml.losses.relational import relational_losses
+from ray_dmml.losses.relaxed_contrastive import relaxed_contrastive_loss
+from ray_dmml.losses.similarity import similarity_loss
 from ray_dmml.randomness import seeded
 
 
+class _Term(NamedTuple):
+    """One mutual term, or two that are computed together."""
+
+    settings: MutualSection
+    weights: Mapping[str, float]  # by name
+    values: Callable[[Tensor, Tensor, Sequence[Tensor]], Sequence[Tensor]]
+    """(embeddings before normalization, embeddings to compare, teachers) -> a scalar for each name."""
+
+
 class MutualLoss(nn.Module):
-    """Mean over the teachers of ``distance_weight * distance + angle_weight * angle``, plus the weighted own terms.
+    """The weighted sum of the mutual terms: relational distillation, the other built-in terms, and own ones.
 
     An own term is called with the student's embeddings (B, D) and a list of its teachers' (B, D_n), and returns a
     scalar. Its parameters, if it is a module with some, are those of this module.
 
     Args:
-        config: the terms with their weights and warm-up, and whether embeddings are compared at unit length.
+        config: the terms with their weights, and whether relational distillation compares embeddings at unit length.
         embedding_size: D.
         ignore_nonfinite: leave out teachers whose embeddings are NaN or infinite.
 
@@ -37,16 +52,22 @@ class MutualLoss(nn.Module):
 
     def __init__(self, config: LossConfig, embedding_size: int, *, ignore_nonfinite: bool) -> None:
         super().__init__()
-        self._config, self._ignore_nonfinite = config, ignore_nonfinite
-        self._own: list[Any] = [
-            make_part(f"loss.mutual.{n}.name", term.name, term.args) for n, term in enumerate(config.mutual)
-        ]
-        self._with_state = nn.ModuleList(term for term in self._own if isinstance(term, nn.Module))
-        for n, term in enumerate(self._own):
+        self._ignore_nonfinite, self._normalize = ignore_nonfinite, config.relational.normalize
+        own = [make_part(f"loss.mutual.{n}.name", term.name, term.args) for n, term in enumerate(config.mutual)]
+        self._with_state = nn.ModuleList(term for term in own if isinstance(term, nn.Module))
+        for n, term in enumerate(own):
             _try(f"loss.mutual.{n}: {config.mutual[n].name}", term, embedding_size)
+        self._terms = [term for term in _terms(config, own) if any(term.weights.values())]
 
     def forward(
-        self, raw: Tensor, embedding: Tensor, teachers: Sequence[Tensor], step: int
+        self,
+        raw: Tensor,
+        embedding: Tensor,
+        teachers: Sequence[Tensor],
+        step: int,
+        *,
+        published: Tensor | None = None,
+        place: int = 0,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The mutual loss of a batch, and its terms without their weights.
 
@@ -55,33 +76,62 @@ class MutualLoss(nn.Module):
             embedding: the same at unit length.
             teachers: (B, D_n) float32 each, in peer order, from any device.
             step: 0 for the first.
+            published: (B, D) what the student itself teaches others; None: ``embedding``. It is a part of the ensemble.
+            place: how many of the teachers come before the student in peer order.
 
         Returns:
             A scalar, or None if there is no teacher or all weights are zero; and the terms by name.
         """
-        relational = self._config.relational
+        members = [teacher.to(raw.device, non_blocking=True) for teacher in teachers]
+        members.insert(place, (embedding if published is None else published).detach())
         if self._ignore_nonfinite:
-            teachers = [teacher for teacher in teachers if torch.isfinite(teacher).all()]
-        if not teachers:
+            is_used = [n == place or bool(torch.isfinite(member).all()) for n, member in enumerate(members)]
+            members, place = list(compress(members, is_used)), sum(is_used[:place])
+        if len(members) == 1:
             return None, {}
-        student = embedding if relational.normalize else raw
-        teachers = [teacher.to(student.device, non_blocking=True) for teacher in teachers]
-        ramp = _ramp(step, relational.warmup_steps)
-        distance_weight, angle_weight = ramp * relational.distance_weight, ramp * relational.angle_weight
+        taught_by = {"each": members[:place] + members[place + 1 :]}
+        if any(term.settings.teacher == "ensemble" for term in self._terms):
+            taught_by["ensemble"] = [torch.cat([F.normalize(member) for member in members], dim=1)]
+        student = embedding if self._normalize else raw
         loss: Tensor | None = None
-        terms: dict[str, Tensor] = {}
-        if distance_weight or angle_weight:
-            both = relational_losses(student, teachers, with_distance=distance_weight > 0, with_angle=angle_weight > 0)
-            loss, terms = distance_weight * both.distance + angle_weight * both.angle, both._asdict()
-        for config, own in zip(self._config.mutual, self._own, strict=True):
-            if weight := _ramp(step, config.warmup_steps) * config.weight:
-                term = terms[str(config.label)] = own(student, teachers)
-                loss = weight * term if loss is None else loss + weight * term
-        return loss, terms
+        values: dict[str, Tensor] = {}
+        for settings, weights, evaluate in self._terms:
+            if not (factor := settings.factor(step)):
+                continue
+            of_term = evaluate(raw, student, taught_by[settings.teacher])
+            for (name, weight), value in zip(weights.items(), of_term, strict=True):
+                if weight:
+                    values[name] = value
+                    loss = factor * weight * value if loss is None else loss + factor * weight * value
+        return loss, values
 
 
-def _ramp(step: int, warmup_steps: int) -> float:
-    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
+def _terms(config: LossConfig, own: Sequence[Any]) -> list[_Term]:
+    """All mutual terms, also those without a weight."""
+    relational, similarity, relaxed = config.relational, config.similarity, config.relaxed_contrastive
+
+    def both(raw: Tensor, student: Tensor, teachers: Sequence[Tensor]) -> Sequence[Tensor]:
+        with_terms = {"with_distance": relational.distance_weight > 0, "with_angle": relational.angle_weight > 0}
+        return relational_losses(student, teachers, **with_terms)
+
+    def similarities(raw: Tensor, student: Tensor, teachers: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [similarity_loss(raw, teachers, temperature=similarity.temperature)]
+
+    def contrast(raw: Tensor, student: Tensor, teachers: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [relaxed_contrastive_loss(raw, teachers, sigma=relaxed.sigma, delta=relaxed.delta)]
+
+    def call(term: Any, raw: Tensor, student: Tensor, teachers: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [term(student, teachers)]
+
+    return [
+        _Term(relational, {"distance": relational.distance_weight, "angle": relational.angle_weight}, both),
+        _Term(similarity, {"similarity": similarity.weight}, similarities),
+        _Term(relaxed, {"relaxed_contrastive": relaxed.weight}, contrast),
+        *(
+            _Term(settings, {str(settings.label): settings.weight}, partial(call, term))
+            for settings, term in zip(config.mutual, own, strict=True)
+        ),
+    ]
 
 
 def _try(what: str, term: Any, embedding_size: int) -> None:

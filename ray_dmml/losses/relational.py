@@ -1,12 +1,7 @@
 """Relational distillation: a student learns the distances and angles between its teachers' embeddings.
 
-Both terms are computed from the Gram matrix G = X Xᵀ of a batch, (N, N):
-
-    ||x_i - x_j||²          = G_ii + G_jj - 2 G_ij
-    (x_j - x_i)·(x_k - x_i) = G_jk - G_ij - G_ik + G_ii
-
-So no (N, N, D) tensor of differences is needed, and every teacher may have its own embedding size. The
-subtractions would cancel digits. To prevent it, the batch is centred and G is float64.
+Both terms are computed from the Gram matrix G = X Xᵀ of a batch, (N, N), so that every teacher may have its own
+embedding size. The angles follow from (x_j - x_i)·(x_k - x_i) = G_jk - G_ij - G_ik + G_ii.
 """
 
 from __future__ import annotations
@@ -18,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from ray_dmml.losses.pairwise import Pairwise, precision_of, require_same_batch
 
 
 class RelationalTerms(NamedTuple):
@@ -75,21 +72,18 @@ def relational_losses(
         >>> [round(term.item(), 6) for term in same_relations]
         [0.0, 0.0]
     """
-    for name, x in [("student", student), *((f"teacher {n}", teacher) for n, teacher in enumerate(teachers))]:
-        if x.ndim != 2 or len(x) != len(student):
-            wanted = f"embeddings are (N, D) with the student's N, student {tuple(student.shape)}"
-            raise ValueError(f"{name} is {tuple(x.shape)}; {wanted}")
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    require_same_batch(student, teachers)
+    dtype = precision_of(student)
     distance = angle = student.new_zeros((), dtype=dtype)
     if not teachers or len(student) == 0:
         return RelationalTerms(distance, angle)
     with torch.autocast(student.device.type, enabled=False):
-        own = _Relations.of(student)
+        own = Pairwise.of(student)
         with torch.no_grad():
-            targets = [_Relations.of(teacher.to(student.device)) for teacher in teachers]
+            targets = [Pairwise.of(teacher.to(student.device)) for teacher in teachers]
         if with_distance:
-            distances = own.normalized_distances()
-            terms = [F.smooth_l1_loss(distances, t.normalized_distances()) for t in targets]
+            distances = _normalized_distances(own)
+            terms = [F.smooth_l1_loss(distances, _normalized_distances(t)) for t in targets]
             distance = torch.stack(terms).sum().div(len(terms)).to(dtype)
         if with_angle:
             pairs = [(target.gram, target.inverse) for target in targets]
@@ -97,35 +91,10 @@ def relational_losses(
     return RelationalTerms(distance, angle)
 
 
-class _Relations(NamedTuple):
-    """The relations between the embeddings of one batch; each (N, N), float64."""
-
-    gram: Tensor
-    distances: Tensor
-    inverse: Tensor  # 1 / distance, and 0 where two points coincide
-
-    @classmethod
-    def of(cls, embeddings: Tensor) -> _Relations:
-        precise = torch.float32 if embeddings.device.type == "mps" else torch.float64
-        x = embeddings.to(precise)
-        x = x - x.mean(dim=0)
-        gram = x @ x.T
-        norms = gram.diagonal()
-        scale = norms[:, None] + norms[None, :]
-        squared = scale - 2 * gram
-        # A squared distance from G has an error of a few roundings of G_ii + G_jj. Below 256 roundings two
-        # points coincide: no direction between them can be computed. In float64 they are closer than 2.4e-7
-        # of their distance from the batch's centre, the rounding of a float32 embedding.
-        coincident = squared <= 256 * torch.finfo(precise).eps * scale
-        coincident.fill_diagonal_(True)
-        # The root of a coincident pair is never computed: its gradient would be infinite.
-        safe = squared.masked_fill(coincident, 1)
-        return cls(gram, safe.sqrt().masked_fill(coincident, 0), safe.rsqrt().masked_fill(coincident, 0))
-
-    def normalized_distances(self) -> Tensor:
-        num_positive = self.distances.count_nonzero().clamp(min=1)
-        mean = self.distances.sum() / num_positive
-        return self.distances / torch.where(mean == 0, 1, mean)
+def _normalized_distances(pairs: Pairwise) -> Tensor:
+    num_positive = pairs.distances.count_nonzero().clamp(min=1)
+    mean = pairs.distances.sum() / num_positive
+    return pairs.distances / torch.where(mean == 0, 1, mean)
 
 
 class _AngleTerm(torch.autograd.Function):

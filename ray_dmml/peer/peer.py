@@ -149,7 +149,9 @@ class Peer:
         with self._seeded(out.batch.step, "miner"):
             return self.metric(out.embedding, out.batch.labels.to(self.device, non_blocking=True))
 
-    def step(self, out: PeerOutput, metric_loss: Tensor | None, teachers: Sequence[Tensor]) -> dict[str, float]:
+    def step(
+        self, out: PeerOutput, metric_loss: Tensor | None, teachers: Sequence[Tensor], place: int = 0
+    ) -> dict[str, float]:
         """Adds the mutual term, runs the backward pass and updates the net if an update is due.
 
         Args:
@@ -157,6 +159,7 @@ class Peer:
             metric_loss: what :meth:`metric_loss` returned.
             teachers: embeddings that the other peers published for this batch, (B, D_n) float32
                 each, in peer order.
+            place: how many of them come before this peer in peer order.
 
         Returns:
             The terms of the loss by name; empty if the peer does not learn from this batch;
@@ -173,7 +176,9 @@ class Peer:
         is_finite = metric_loss is not None
         if metric_loss is not None:
             with self._seeded(step, "mutual"):
-                mutual, mutual_terms = self.mutual(out.raw, out.embedding, teachers, step)
+                mutual, mutual_terms = self.mutual(
+                    out.raw, out.embedding, teachers, step, published=out.published, place=place
+                )
             loss = metric_loss if mutual is None else metric_loss + mutual
             terms = {"loss": loss, "metric": metric_loss, **mutual_terms}
             for name in ("metric", *mutual_terms):

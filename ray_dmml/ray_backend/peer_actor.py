@@ -111,8 +111,8 @@ class PeerActor:
         self._rank, self._coordinator = list(names).index(self._peer.name), coordinator
         coordinator.heartbeat.remote(self._rank)  # from the first one on, the next are missed
         cohort, device = self._config.cohort, self._peer.device
-        teachers = Teachers(len(names), cohort.max_teachers, self._config.seed)
-        member = Member(self._rank, device, tuple(names), teachers, coordinator)
+        self._teachers = Teachers(len(names), cohort.max_teachers, self._config.seed)
+        member = Member(self._rank, device, tuple(names), self._teachers, coordinator)
         self.exchange, transport = connect(member, cohort.transport, cohort.start_timeout_s)
         num_replicas, node_id = self._peer.config.num_replicas, ray.get_runtime_context().get_node_id()
         devices = f"{device} x {num_replicas}" if num_replicas > 1 else str(device)
@@ -156,7 +156,7 @@ class PeerActor:
             began = time.perf_counter()
             teachers = self.exchange.finish()
             waited = time.perf_counter() - began
-            return self._peer.step(out, loss, teachers), waited
+            return self._peer.step(out, loss, teachers, self._teachers.place(step, self._rank)), waited
 
     def embeddings(self, split: str, ema: bool, features: bool = False) -> np.ndarray:
         """(N, D) float32 embeddings of a split; or the (N, F) ``features`` of the backbone."""

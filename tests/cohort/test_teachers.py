@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,3 +45,14 @@ def test_without_a_limit_everybody_learns_from_all_others() -> None:
     assert Teachers(3, max_teachers=2).at(7) == Teachers(3).at(7)
     assert Teachers(3).all_others and Teachers(3, 5).all_others and not Teachers(3, 1).all_others
     assert Teachers(1).at(0) == [()]
+
+
+@pytest.mark.parametrize("max_teachers", [None, 1, 3])
+def test_the_place_of_a_peer_among_its_teachers(max_teachers: int | None) -> None:
+    """Inserted there, the peer and its teachers are in peer order."""
+    teachers = Teachers(5, max_teachers, seed=3)
+    for step in range(10):
+        for peer, taught_by in enumerate(teachers.at(step)):
+            everyone = list(taught_by)
+            everyone.insert(teachers.place(step, peer), peer)
+            assert everyone == sorted(everyone)

@@ -162,7 +162,7 @@ def test_the_own_parts_of_the_page(image_folder: Path, tmp_path: Path, monkeypat
     results = ray_dmml.train(Config.load(tmp_path / "all.yaml"), tmp_path / "run", local=True)
     assert results["num_classes"] == 5
     first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
-    assert list(first["peers"]["peer0"]) == ["loss", "metric", "distance", "angle", "similarities", "squared"]
+    assert list(first["peers"]["peer0"]) == ["loss", "metric", "distance", "similarities", "squared"]
     assert float((tmp_path / "run/best_recall.txt").read_text()) > 0
     output = CliRunner().invoke(app, ["config", "--config", "all.yaml"]).output
     assert "parts:Blocks" in output and "parts:BestRecall" in output

@@ -16,6 +16,8 @@ from ray_dmml.config.schema import LossConfig
 from ray_dmml.errors import UserError
 from ray_dmml.losses.mutual import MutualLoss
 from ray_dmml.losses.relational import relational_losses
+from ray_dmml.losses.relaxed_contrastive import relaxed_contrastive_loss
+from ray_dmml.losses.similarity import similarity_loss
 
 OWN = """
 import torch
@@ -143,3 +145,80 @@ def test_parameters_and_buffers_of_a_term_are_those_of_the_loss() -> None:
 def test_mistakes_are_named(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(mutual=[{"name": name}])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_ensemble_as_the_teacher(place: int) -> None:
+    """Every term with `teacher: ensemble` sees one teacher: the peer's own published embeddings and those of all
+    others, at unit length, concatenated in peer order. It has no gradient."""
+    raw, teachers = batch()
+    published = 3 * torch.randn(6, 4)
+    ensemble = {"teacher": "ensemble"}
+    loss = build(
+        relational={**ensemble, "normalize": False},
+        similarity={**ensemble, "weight": 0.3, "temperature": 0.2},
+        relaxed_contrastive={**ensemble, "weight": 0.7, "sigma": 0.5},
+        mutual=[
+            {"name": "own_terms:similarities", **ensemble},
+            {"name": "own_terms:similarities", "label": "each"},
+        ],
+    )
+    total, terms = loss(raw, F.normalize(raw), teachers, 0, published=published, place=place)
+    members = [*teachers[:place], published, *teachers[place:]]
+    one = torch.cat([member / member.norm(dim=1, keepdim=True) for member in members], dim=1)
+    student = raw.detach()
+    both = relational_losses(student, [one])
+    expected = {
+        "distance": both.distance,
+        "angle": both.angle,
+        "similarity": similarity_loss(student, [one], temperature=0.2),
+        "relaxed_contrastive": relaxed_contrastive_loss(student, [one], sigma=0.5),
+        "similarities": torch.tensor(naive(student, [one])),
+        "each": torch.tensor(naive(student, teachers)),
+    }
+    assert list(terms) == list(expected)
+    torch.testing.assert_close(terms, expected)
+    weights = {"distance": 1, "angle": 2, "similarity": 0.3, "relaxed_contrastive": 0.7, "similarities": 1, "each": 1}
+    assert total.item() == pytest.approx(sum(weights[name] * value.item() for name, value in expected.items()))
+    total.backward()
+    (alone,) = torch.autograd.grad(
+        build(relational={**ensemble, "normalize": False})(raw, F.normalize(raw), teachers, 0, place=place)[0], raw
+    )
+    assert torch.isfinite(alone).all()
+
+
+def test_the_ensemble_leaves_out_teachers_that_are_not_finite() -> None:
+    """The order of the others stays. Without any other there is no teacher: a peer does not learn from itself."""
+    raw, teachers = batch()
+    config = LossConfig.model_validate({"relational": {"teacher": "ensemble"}})
+    loss = MutualLoss(config, 8, ignore_nonfinite=True)
+    bad = torch.full((6, 3), float("nan"))
+    good = loss(raw, F.normalize(raw), teachers, 0, place=1)[0]
+    assert loss(raw, F.normalize(raw), [bad, *teachers], 0, place=2)[0].item() == good.item()
+    assert loss(raw, F.normalize(raw), [bad], 0, place=1) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [
+        ({}, {0: 1, 1000: 1}),
+        ({"warmup_steps": 4}, {0: 0, 1: 0.25, 4: 1, 1000: 1}),
+        ({"decay_until": 10}, {0: 1, 5: 0.5, 9: 0.1, 10: 0, 1000: 0}),
+        ({"warmup_steps": 2, "decay_until": 6}, {0: 0, 1: 0.5, 2: 1, 4: 0.5, 6: 0, 7: 0}),
+    ],
+)
+def test_weights_rise_and_fall_linearly(settings: dict[str, int], factors: dict[int, float]) -> None:
+    raw, teachers = batch()
+    loss = build(relational={**settings, "distance_weight": 3, "angle_weight": 0})
+    for step, factor in factors.items():
+        total, terms = loss(raw, F.normalize(raw), teachers, step)
+        if factor:
+            assert list(terms) == ["distance"]
+            assert total.item() == pytest.approx(3 * factor * terms["distance"].item())
+        else:
+            assert (total, terms) == (None, {})
+
+
+def test_a_fall_must_end_after_the_warm_up() -> None:
+    with pytest.raises(ValueError, match="decay_until 5 must be above warmup_steps 5"):
+        LossConfig.model_validate({"similarity": {"weight": 1, "warmup_steps": 5, "decay_until": 5}})
