@@ -23,34 +23,35 @@ class Pairwise(NamedTuple):
     @classmethod
     def of(cls, embeddings: Tensor) -> Pairwise:
         """Pairs of (N, D) embeddings of any float dtype."""
-        precise = torch.float32 if embeddings.device.type == "mps" else torch.float64
-        x = embeddings.to(precise)
-        x = x - x.mean(dim=0)
-        gram = _gram(x)
+        gram = _gram(embeddings, torch.float32 if embeddings.device.type == "mps" else torch.float64)
         norms = gram.diagonal()
         scale = norms[:, None] + norms[None, :]
         squared = scale - 2 * gram
         # A squared distance from G has an error of a few roundings of G_ii + G_jj. Below 256 roundings two
         # points coincide: no direction between them can be computed. In float64 they are closer than 2.4e-7
         # of their distance from the batch's centre, the rounding of a float32 embedding.
-        coincident = squared <= 256 * torch.finfo(precise).eps * scale
+        coincident = squared <= 256 * torch.finfo(gram.dtype).eps * scale
         coincident.fill_diagonal_(True)
         # The root of a coincident pair is never computed: its gradient would be infinite.
         safe = squared.masked_fill(coincident, 1)
         return cls(gram, safe.sqrt().masked_fill(coincident, 0), safe.rsqrt().masked_fill(coincident, 0))
 
 
-def _gram(x: Tensor) -> Tensor:
-    """X Xᵀ of (N, D)."""
-    if x.requires_grad or x.device.type != "cpu":
+def _gram(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+    """X Xᵀ of the centred batch."""
+    if embeddings.requires_grad or embeddings.device.type != "cpu":
+        x = embeddings.to(dtype)
+        x = x - x.mean(dim=0)
         return x @ x.T
-    # A teacher that is an ensemble has a large D, and a CPU is slow in float64: the lower half is copied, not computed.
-    gram = x.new_empty(len(x), len(x))
-    for start in range(0, len(x), 32):
-        rows = slice(start, start + 32)
-        block = x[rows] @ x[start:].T
-        gram[rows, start:], gram[start:, rows] = block, block.T
-    return gram
+    # The embeddings of an ensemble are long, and float64 is slow on a CPU: only the upper half is computed, and blocks
+    # of dimensions fit into the core's cache.
+    num = len(embeddings)
+    upper = torch.zeros(num, num, dtype=dtype)
+    for block in embeddings.split(1024, dim=1):
+        x = block - block.mean(dim=0, dtype=dtype)
+        for i in range(0, num, 32):
+            upper[i : i + 32, i:].addmm_(x[i : i + 32], x[i:].T)
+    return upper.triu() + upper.triu(1).T
 
 
 def require_same_batch(student: Tensor, teachers: Sequence[Tensor]) -> None:
