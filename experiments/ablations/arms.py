@@ -30,6 +30,11 @@ ALONE: Mapping[str, Any] = {
     "loss.relational.distance_weight": 0,
     "loss.relational.angle_weight": 0,
     "loss.relational.normalize": False,
+    "loss.relational.warmup_steps": 0,
+    "loss.relational.decay_until": None,
+    "loss.relational.teacher": "each",
+    "loss.similarity.weight": 0,
+    "loss.relaxed_contrastive.weight": 0,
 }
 """The mutual terms of peers that learn from labels alone. Each arm states all of them, so that a default that changes
 later does not change what a row means."""

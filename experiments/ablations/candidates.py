@@ -6,56 +6,54 @@ A stage uses what the stages before it chose, as `arms.yaml` states it: `rate`, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
-from .arms import ALONE, Arm, Arms
+from .arms import Arm, Arms
 
-STAGES = ("rate", "weights", "teachers")
+STAGES = {
+    "rate": "learning rate, of peers that learn from labels alone",
+    "weights": "weights (distance and angle) and form of relational distillation",
+    "teachers": "teachers, number of peers M, and other mutual terms",
+}
 
-RELATIONAL, DECAY = "loss.relational.", "loss.relational.decay_until"
+RELATIONAL, SIMILARITY, RELAXED = "loss.relational.", "loss.similarity.", "loss.relaxed_contrastive."
 
 
 def candidates(mutual: Mapping[str, Any], steps: int) -> dict[str, Arms]:
     """The candidates of each stage, by name."""
-    # The search of weights and form does not depend on what was chosen, so its rows stay valid.
-    chosen = {key: value for key, value in mutual.items() if key in ALONE or key == DECAY}
     alone = {"independent": Arm(), "independent + all": Arm(diverse=True)}
-    return {
-        "rate": {
-            f"{name}, {factor:g} x rate": Arm(arm.diverse, rate=factor)
-            for name, arm in alone.items()
-            for factor in (0.5, 1, 2)
-        },
-        "weights": {**alone, **_weights(steps)},
-        "teachers": {**alone, **_teachers(chosen)},
+    rates = {
+        f"{name}, {factor:g} x rate": Arm(arm.diverse, rate=factor)
+        for (name, arm), factor in product(alone.items(), (0.5, 1, 2))
     }
+    # Weights and form alone, so that the rows stay valid when more is chosen.
+    chosen = {key: value for key, value in mutual.items() if key.startswith(RELATIONAL)} | _relational(teacher="each")
+    return {"rate": rates, "weights": {**alone, **_weights(steps)}, "teachers": {**alone, **_teachers(chosen)}}
 
 
 def _weights(steps: int) -> Arms:
     arms = {}
-    for weight in (1, 2, 4, 8, 16):
-        for normalize in (False, True):
-            for until in (None, steps):
-                form, falling = "unit length" if normalize else "raw", ", falling" if until else ""
-                arms[f"{form}, weights {weight} and {2 * weight}{falling}"] = Arm(
-                    True,
-                    _relational(distance_weight=weight, angle_weight=2 * weight, normalize=normalize)
-                    | ({DECAY: until} if until else {}),
-                )
+    for weight, normalize, until in product((1, 2, 4, 8, 16), (False, True), (None, steps)):
+        name = (
+            f"{'unit length' if normalize else 'raw'}, weights {weight} and {2 * weight}{', falling' if until else ''}"
+        )
+        settings = _relational(distance_weight=weight, angle_weight=2 * weight, normalize=normalize, decay_until=until)
+        arms[name] = Arm(True, settings)
     return arms
 
 
 def _teachers(chosen: Mapping[str, Any]) -> Arms:
     arms = {f"independent + all, M = {num}": Arm(True, num_peers=num) for num in (3, 4)}
-    for num in (2, 3, 4):
-        for teacher in ("each", "ensemble"):
-            arms[f"teacher: {teacher}, M = {num}"] = Arm(True, {**chosen, **_relational(teacher=teacher)}, num)
+    for num, teacher in product((2, 3, 4), ("each", "ensemble")):
+        arms[f"teacher {teacher}, M = {num}"] = Arm(True, {**chosen, **_relational(teacher=teacher)}, num)
     for weight in (0.05, 0.2):
-        similarity = {"loss.similarity.weight": weight, "loss.similarity.temperature": 0.1}
+        similarity = {f"{SIMILARITY}weight": weight, f"{SIMILARITY}temperature": 0.1}
         arms[f"relational + similarity {weight}"] = Arm(True, {**chosen, **similarity})
+    relaxed = {f"{RELAXED}sigma": 1, f"{RELAXED}delta": 1}
     for weight in (0.3, 1):
-        arms[f"relaxed contrastive {weight} alone"] = Arm(True, {"loss.relaxed_contrastive.weight": weight})
-    arms["relational + relaxed contrastive 0.3"] = Arm(True, {**chosen, "loss.relaxed_contrastive.weight": 0.3})
+        arms[f"relaxed contrastive {weight} alone"] = Arm(True, {**relaxed, f"{RELAXED}weight": weight})
+    arms["relational + relaxed contrastive 0.3"] = Arm(True, {**chosen, **relaxed, f"{RELAXED}weight": 0.3})
     return arms
 
 

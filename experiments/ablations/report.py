@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from .arms import Arm, Arms, Plan
+from .candidates import STAGES
 
 MIN_SEEDS = 3
 """Fewest seeds for an interval: two that agree by chance would look certain."""
@@ -20,12 +21,6 @@ MIN_SEEDS = 3
 Row = Mapping[str, Any]
 Seeds = Mapping[int, Row]
 """The rows of one arm, by seed."""
-
-STAGES = {
-    "rate": "learning rate, of peers that learn from labels alone",
-    "weights": "weights (distance and angle) and form of relational distillation",
-    "teachers": "teachers, number of peers M, and other mutual terms",
-}
 
 
 def mean_peer(row: Row, metric: str = "recall@1") -> float:
@@ -181,7 +176,8 @@ def write_report(plan: Plan, tested: Sequence[Row], chosen: Sequence[Row], folde
     if chosen:
         sections += ["## Candidates, on held-out training classes", f"{provenance(chosen)}."]
     for stage, arms in plan.stages.items():
-        if names := validation.ranked(arms):
+        names = validation.ranked(arms)
+        if set(names) - set(plan.arms):  # independent peers belong to several stages
             groups[f"stage {stage}, validation classes"] = arms, validation
             ranking = table(arms, validation, names, {"independent + all, same M": same_size})
             sections += [f"### Stage {stage}: {STAGES[stage]}", best(stage, arms, validation), ranking]
