@@ -1,14 +1,12 @@
-"""The arms of an ablation: the same images, batches and steps, with and without each ingredient.
+"""The arms of an ablation: the same images, batches and steps, with and without diversities and mutual learning.
 
-The folder of a data set holds two files. `config.yaml` has the settings of equal peers, and
-`arms.yaml` says what each ingredient is::
+The folder of a data set holds two files. `config.yaml` has the settings of equal peers, and `arms.yaml` says::
 
-    independent: {...}   # settings (as in --set) of arms whose peers learn from labels alone
-    mutual: {...}        # settings of arms whose peers learn from each other as well
+    mutual: {...}        # settings (as in --set) of the loss of arms whose peers learn from each other
     model: [{...}, ...]  # what each diversity gives to peers 0 to 3
     view: [...]
     temporal: [...]
-    ema: {...}           # settings of arms that are evaluated with averaged weights
+    rate: 1.0            # factor on all learning rates of config.yaml; may be left out
 """
 
 from __future__ import annotations
@@ -16,87 +14,56 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ray_dmml.config.loading import read_settings, read_yaml, set_setting
-from ray_dmml.config.schema import Config, TrainConfig
+from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.errors import UserError
 
 DIVERSITIES = ("model", "view", "temporal")
-NUM_SNAPSHOTS = 2
-ALLOWED = ("cohort.base.", "loss.")
-"""Prefixes of the settings that `arms.yaml` may give to all peers. Others would change the budget."""
+MAX_PEERS = 4
+
+ALONE: Mapping[str, Any] = {
+    "loss.relational.distance_weight": 0,
+    "loss.relational.angle_weight": 0,
+    "loss.relational.normalize": False,
+    "loss.relational.warmup_steps": 0,
+    "loss.relational.decay_until": None,
+    "loss.relational.teacher": "each",
+    "loss.similarity.weight": 0,
+    "loss.relaxed_contrastive.weight": 0,
+}
+"""The mutual terms of peers that learn from labels alone. Each arm states all of them, so that a default that changes
+later does not change what a row means."""
 
 NO_EFFECT: Any = {
     "checkpoint": True,
     "failure": True,
     "data": {"root", "source", "manifest", "cache_dir", "cache_gib", "check_images"},
 }
-"""Settings that no figure depends on. The images have a digest of their own: `Splits.digests`."""
+"""Settings that no figure depends on. The images have a digest of their own."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """The ingredients of one arm."""
+    """One arm, or one candidate for the settings of an arm."""
 
-    mutual: bool = False
-    """Peers learn from each other. Without it each learns from labels alone."""
+    diverse: bool = False
+    """Peers have all diversities. Without it they are equal and differ in their random views only."""
 
-    diversities: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the mutual terms. Empty: each peer learns from labels alone."""
+
     num_peers: int = 2
-    ema: bool = False
-    """All peers average their weights and are evaluated with the average."""
-
-    normalize: bool = False
-    """Relations are of embeddings of unit length, whatever `arms.yaml` sets."""
-
-    snapshots: int = 1
-    """Above 1, one net is trained with so many cycles of its learning rate, and its weights at the
-    end of each cycle are a member (Huang et al., *Snapshot Ensembles*, ICLR 2017,
-    https://arxiv.org/abs/1704.00109)."""
-
-    teacher: bool = False
-    """The only peer learns from a frozen copy of its net, which was trained alone beforehand."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings that define this arm. They override those of `arms.yaml`."""
-        settings: dict[str, Any] = {}
-        if not self.mutual:
-            settings |= {"loss.relational.distance_weight": 0, "loss.relational.angle_weight": 0}
-        if self.normalize:
-            settings["loss.relational.normalize"] = True
-        if self.snapshots > 1:
-            settings["cohort.base.schedule.name"] = "cosine"
-            settings["cohort.base.schedule.cycles"] = self.snapshots
-        return settings
+    rate: float | None = None
+    """Factor on all learning rates. None: that of `arms.yaml`."""
 
 
-def _arms() -> dict[str, Arm]:
-    arms = {}
-    for kind, mutual in (("independent", False), ("mutual", True)):
-        arms[kind] = Arm(mutual)
-        for diversity in DIVERSITIES:
-            arms[f"{kind} + {diversity}"] = Arm(mutual, (diversity,))
-        arms[f"{kind} + all"] = Arm(mutual, DIVERSITIES)
-        arms[f"{kind} + all + ema"] = Arm(mutual, DIVERSITIES, ema=True)
-    arms["mutual + all, unit length"] = Arm(True, DIVERSITIES, normalize=True)
-    arms["single net"] = Arm(num_peers=1)
-    arms["snapshots"] = Arm(num_peers=1, snapshots=NUM_SNAPSHOTS)
-    arms["self-distillation"] = Arm(True, num_peers=1, teacher=True)
-    for num_peers in (3, 4):
-        arms[f"independent + all, M = {num_peers}"] = Arm(False, DIVERSITIES, num_peers)
-        arms[f"mutual + all, M = {num_peers}"] = Arm(True, DIVERSITIES, num_peers)
-    return arms
-
-
-ARMS = _arms()
-MAX_PEERS = max(arm.num_peers for arm in ARMS.values())
-
-TEACHER = Arm(num_peers=1)
-"""How the frozen net of self-distillation is trained."""
+Arms = Mapping[str, Arm]
+"""Arms by name."""
 
 
 class Plan:
@@ -111,101 +78,95 @@ class Plan:
     """
 
     def __init__(self, folder: Path, overrides: list[str]) -> None:
+        from .candidates import candidates
+
         file = folder / "arms.yaml"
         self._raw = read_settings(folder / "config.yaml", overrides)
-        _require_comparable(self._raw)
+        steps = _require_comparable(self._raw)
         self._parts = read_yaml(file, "arms file")
         try:
             _require_parts(self._parts)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
-        for name, arm in ARMS.items():
-            try:
-                config = self.config(arm, 0)
-                if arm.ema and any(peer.ema is None for peer in config.cohort.peers):
-                    raise UserError("ema must give all peers cohort.base.ema")
-            except UserError as error:
-                raise UserError(f"{file}: {name}: {error}") from None
-        steps, every = config.train.steps, config.train.evaluate_every
-        if not every or steps % (every * NUM_SNAPSHOTS):  # measure() evaluates every `every` steps
-            raise UserError(
-                f"train.steps {steps} must be a multiple of {NUM_SNAPSHOTS} x train.evaluate_every "
-                f"{every}, so that snapshots are taken at the ends of cycles"
-            )
-        if not config.data.validation_fraction:
-            raise UserError("data.validation_fraction must be above 0: the best step is chosen on those classes")
+        mutual = self._parts["mutual"]
+        self.arms: Arms = {
+            "independent": Arm(),
+            "independent + all": Arm(diverse=True),
+            "mutual + all": Arm(diverse=True, settings=mutual),
+        }
+        """The arms that are evaluated on test classes."""
 
-    def config(self, arm: Arm, seed: int, teacher: Path | None = None) -> Config:
-        """The config of an arm and seed. With a teacher's weights, its frozen peer comes last."""
+        self.stages = candidates(mutual, steps)
+        """The candidates of each stage, which are evaluated on validation classes."""
+
+        for arms in (self.arms, *self.stages.values()):
+            for name, arm in arms.items():
+                try:
+                    self.config(arm, 0)
+                except UserError as error:
+                    raise UserError(f"{file}: {name}: {error}") from None
+
+    def config(self, arm: Arm, seed: int) -> Config:
+        """The config of an arm and seed. Each seed holds out a fold of the training classes of its own."""
         raw = copy.deepcopy(self._raw)
         raw["seed"] = seed
+        raw.setdefault("data", {})["validation_fold"] = seed
         peers = [dict[str, Any]() for _ in range(arm.num_peers)]
-        if teacher is not None:
-            peers.append({"name": "teacher", "frozen": True, "weights": str(teacher)})
         raw.setdefault("cohort", {})["peers"] = peers
-        steps = raw.get("train", {}).get("steps", TrainConfig().steps)
         # Arms run side by side, so each has one thread, which also makes figures repeat to the bit.
-        settings = {"cohort.threads_per_peer": 1, "cohort.base.schedule.steps": steps}
-        settings |= self._parts["mutual" if arm.mutual else "independent"]
-        if arm.ema:
-            settings |= self._parts["ema"]
-        for key, value in (settings | arm.settings).items():
+        for key, value in {"cohort.threads_per_peer": 1, **ALONE, **arm.settings}.items():
             set_setting(raw, key, value, key)
-        # The peers' own settings come last: set_setting refuses a base that all peers override.
-        for diversity in arm.diversities:
-            for peer, own in zip(peers, self._parts[diversity], strict=False):
-                peer.update(own)
-        return Config.parse(raw, source="the arm's settings")
+        if arm.diverse:
+            for diversity in DIVERSITIES:
+                for peer, own in zip(peers, self._parts[diversity], strict=False):
+                    peer.update(own)
+        config = Config.parse(raw, source="the arm's settings")
+        rate = self._parts.get("rate", 1) if arm.rate is None else arm.rate
+        if rate == 1:
+            return config
+        scaled = tuple(_scaled(peer, rate) for peer in config.cohort.peers)
+        return config.model_copy(update={"cohort": config.cohort.model_copy(update={"peers": scaled})})
 
     def digest(self, arm: Arm) -> str:
-        """Digest of everything that an arm's figures depend on, except seed, images and code.
+        """Digest of all that an arm's figures depend on, except seed, images and code.
 
-        Settings that have their default are left out, so that rows stay valid when the package
-        gains or loses a setting that they do not use. A default that changes is therefore not noticed.
+        Settings that nobody states are left out, so that rows stay valid when the package gains a setting. A default
+        that changes is therefore not noticed.
         """
-        teacher = arm.teacher and self._settings(TEACHER)
-        content = [self._settings(arm), arm.snapshots, arm.ema, teacher]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-    def _settings(self, arm: Arm) -> dict[str, Any]:
-        config = self.config(arm, 0)
-        return config.model_dump(mode="json", exclude_defaults=True, exclude=NO_EFFECT)
+        settings = self.config(arm, 0).model_dump(mode="json", exclude_unset=True, exclude=NO_EFFECT)
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _require_comparable(raw: dict[str, Any]) -> None:
-    """Raises UserError for a setting of config.yaml that an ablation would ignore."""
+def _scaled(peer: PeerConfig, factor: float) -> PeerConfig:
+    """The peer with all its learning rates times ``factor``."""
+    rates = {key: getattr(peer.optimizer, key) for key in ("lr", "head_lr", "loss_lr")}
+    changed = {key: rate * factor for key, rate in rates.items() if rate is not None}
+    return peer.model_copy(update={"optimizer": peer.optimizer.model_copy(update=changed)})
+
+
+def _require_comparable(raw: dict[str, Any]) -> int:
+    """The number of steps. Raises UserError for a setting of config.yaml that an ablation would ignore."""
     config = Config.parse(raw)
     if any(raw.get("cohort", {}).get("peers", [])):
         raise UserError("cohort.peers must be equal ({}): arms.yaml says how peers differ")
-    fixed = {
-        "train.init_from": (config.train.init_from, None),
-        "train.monitor": (config.train.monitor, "ensemble"),
-        "failure.on_nonfinite": (config.failure.on_nonfinite, "fail"),
-    }
-    for key, (value, only) in fixed.items():
-        if value != only:
-            raise UserError(f"{key} must be {json.dumps(only)} in an ablation, not {value}")
+    if config.train.init_from or config.train.early_stopping:
+        raise UserError("train.init_from and train.early_stopping have no effect in an ablation: leave them out")
+    if not config.data.validation_fraction:
+        raise UserError("data.validation_fraction must be above 0: candidates are chosen on those classes")
+    return config.train.steps
 
 
 def _require_parts(parts: dict[str, Any]) -> None:
-    """Raises UserError where arms.yaml lacks a part, or a part has another form or no effect."""
-    known = {"independent", "mutual", "ema", *DIVERSITIES}
-    if set(parts) != known:
-        raise UserError(f"the file must have {', '.join(sorted(known))}, and nothing else")
-    for name, part in parts.items():
-        if name in DIVERSITIES:
-            if not isinstance(part, list) or len(part) < MAX_PEERS:
-                raise UserError(f"{name} must be a list of settings, one entry for each of {MAX_PEERS} peers")
-            if not all(isinstance(own, dict) for own in part):
-                raise UserError(f"{name} must have settings (key: value) for each peer")
-            continue
-        if not isinstance(part, dict):
-            raise UserError(f"{name} must be settings (key: value)")
-        if others := [str(key) for key in part if not str(key).startswith(ALLOWED)]:
-            raise UserError(
-                f"{name} may set {' and '.join(f'{each}*' for each in ALLOWED)}, not "
-                f"{', '.join(others)}: all other settings are the same in all arms, in config.yaml"
-            )
-        mutual_only = [key for key in part if f"{key}.".startswith("loss.relational.")]
-        if name != "mutual" and mutual_only:
-            raise UserError(f"{name} may not set {', '.join(mutual_only)}: it applies to arms whose peers learn alone")
+    """Raises UserError where arms.yaml lacks a part, or a part has another form."""
+    required = {"mutual", *DIVERSITIES}
+    if set(parts) - {"rate"} != required:
+        raise UserError(f"the file must have {', '.join(sorted(required))}, perhaps rate, and nothing else")
+    for name in DIVERSITIES:
+        part = parts[name]
+        if not isinstance(part, list) or len(part) < MAX_PEERS or not all(isinstance(own, dict) for own in part):
+            raise UserError(f"{name} must be a list of settings (key: value), one entry for each of {MAX_PEERS} peers")
+    mutual, rate = parts["mutual"], parts.get("rate", 1)
+    if not isinstance(mutual, dict) or not mutual or not all(str(key).startswith("loss.") for key in mutual):
+        raise UserError("mutual must be settings of the loss (loss.KEY: value): all others are in config.yaml")
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+        raise UserError(f"rate must be a number above 0, not {rate!r}")

@@ -1,20 +1,23 @@
-"""The file of finished rows, and the images that they were measured on."""
+"""The files of finished rows."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray_dmml.data.dataset import Splits
 from ray_dmml.errors import UserError
 
 Row = dict[str, Any]
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The finished rows, none if there is no such file. Raises UserError where a line is not a row."""
+    return _parse(file.read_bytes(), file)[0] if file.exists() else []
 
 
 @contextmanager
@@ -33,14 +36,11 @@ def open_rows(file: Path) -> Iterator[tuple[list[Row], Callable[[Row], None]]]:
             raise UserError(f"{file} is being written by another run of this command") from None
         opened.seek(0)
         rows, intact = _parse(opened.read(), file)
-        repaired = False
+        opened.truncate(len(intact))
+        if intact and not intact.endswith(b"\n"):
+            opened.write(b"\n")
 
         def add(row: Row) -> None:
-            nonlocal repaired
-            if not repaired:
-                opened.truncate(len(intact))
-                opened.write(b"" if intact.endswith(b"\n") or not intact else b"\n")
-                repaired = True
             opened.write(json.dumps(row).encode() + b"\n")
             opened.flush()
             os.fsync(opened.fileno())
@@ -61,17 +61,3 @@ def _parse(content: bytes, file: Path) -> tuple[list[Row], bytes]:
             raise UserError(f"{file}, line {number} is not a row: {line[:60]!r}") from None
         intact += line
     return rows, intact
-
-
-def images_digest(splits: Splits) -> str:
-    """Digest of the images' names, classes and splits, and of queries and gallery."""
-    return hashlib.sha256(json.dumps(splits.digests()).encode()).hexdigest()[:12]
-
-
-def require_same_images(rows: Sequence[Row], splits: Splits, file: Path) -> None:
-    """Raises UserError where rows were measured on other images or another split of them."""
-    if any(row["images"] != images_digest(splits) for row in rows):
-        raise UserError(
-            f"{file} has rows of other images, classes or splits than data.* gives now: undo the change, or "
-            "remove those rows to run them again"
-        )
