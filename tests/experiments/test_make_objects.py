@@ -18,7 +18,7 @@ FEW = "cf4ce3838ba9"
 
 
 def test_the_objects_are_the_published_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The images have known pixels, the loader reads their folder, and no two are alike."""
+    """The images have known pixels, and the loader reads their folder. Images of a class differ, and so do classes."""
     monkeypatch.syspath_prepend(EXPERIMENTS)
     import make_objects
 
