@@ -1,0 +1,1 @@
+"""Random 3-D objects and their images, for make_objects.py."""
