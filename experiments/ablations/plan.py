@@ -48,12 +48,12 @@ class Plan:
 
     def __init__(self, folder: Path, overrides: list[str]) -> None:
         self._raw = read_settings(folder / "config.yaml", overrides)
-        steps = _require_comparable(self._raw)
+        config = _require_comparable(self._raw)
         self._parts = read_yaml(folder / "arms.yaml", "arms file")
         try:
             _require_parts(self._parts)
             self.arms = final_arms(self._parts["mutual"])
-            self.stages = candidates(self._parts["mutual"], steps)
+            self.stages = candidates(self._parts["mutual"], config.train.steps)
             for arms in (self.arms, *self.stages.values()):
                 for arm in arms.values():
                     self.config(arm, 0)
@@ -61,10 +61,10 @@ class Plan:
             raise UserError(f"{folder / 'arms.yaml'}: {error}") from None
 
     def config(self, arm: Arm, seed: int) -> Config:
-        """The config of an arm and seed. Each seed holds out another fold of the training classes."""
+        """The config of an arm and seed. Each seed holds out a fold of the training classes of its own."""
         raw = copy.deepcopy(self._raw)
         raw["seed"] = seed
-        raw.setdefault("data", {})["validation_fold"] = seed
+        raw["data"] = {**raw.get("data", {}), "validation_fold": seed}
         peers = [dict[str, Any]() for _ in range(arm.num_peers)]
         raw.setdefault("cohort", {})["peers"] = peers
         # Arms run side by side, so each has one thread, which also makes figures repeat to the bit.
@@ -97,8 +97,8 @@ def _scaled(peer: PeerConfig, factor: float) -> PeerConfig:
     return peer.model_copy(update={"optimizer": peer.optimizer.model_copy(update=changed)})
 
 
-def _require_comparable(raw: dict[str, Any]) -> int:
-    """The number of steps. Raises UserError for a setting of config.yaml that an ablation would ignore."""
+def _require_comparable(raw: dict[str, Any]) -> Config:
+    """The config of equal peers. Raises UserError for a setting that an ablation would ignore."""
     config = Config.parse(raw)
     if any(raw.get("cohort", {}).get("peers", [])):
         raise UserError("cohort.peers must be equal ({}): arms.yaml says how peers differ")
@@ -106,7 +106,7 @@ def _require_comparable(raw: dict[str, Any]) -> int:
         raise UserError("train.init_from and train.early_stopping have no effect in an ablation: leave them out")
     if not config.data.validation_fraction:
         raise UserError("data.validation_fraction must be above 0: candidates are chosen on those classes")
-    return config.train.steps
+    return config
 
 
 def _require_parts(parts: dict[str, Any]) -> None:

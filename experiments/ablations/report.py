@@ -76,7 +76,7 @@ class Results:
         found, other = self.of(arm), self.of(BASELINES["independent + all, same M"](arm))
         means = [f"{np.mean([who(row) for row in found.values()]):.1f}" for who in COMPARED.values()]
         points = [_points(*paired(found, other, who)) for who in COMPARED.values()]
-        compared = "" if other is found else f"; {' / '.join(points)} over independent + all"
+        compared = "" if other is found or not other else f"; {' / '.join(points)} over independent + all"
         return f"{name}: {' / '.join(means)} (mean peer / ensemble, {len(found)} seeds){compared}"
 
 
@@ -139,10 +139,12 @@ def write_report(plan: Plan, tested: Sequence[Row], chosen: Sequence[Row], folde
         sections += ["## Arms, on test classes", provenance(tested), table(*groups["Arms, on test classes"])]
     if chosen:
         sections += ["## Candidates, on held-out training classes", provenance(chosen)]
+    results, shown = Results(plan, chosen), set[str]()
     for stage, arms in plan.stages.items():
-        results = Results(plan, chosen)
         names = results.ranked(arms)
-        if set(names) - set(plan.arms):  # independent peers belong to several stages
+        digests = {plan.digest(arms[name]) for name in names}
+        if digests - shown:  # else it was not run, and all its rows belong to stages before it
+            shown |= digests
             groups[f"Stage {stage}, on held-out training classes"] = arms, results
             best = f"Best: {results.describe(names[0], arms[names[0]])}."
             sections += [f"### Stage {stage}: {STAGES[stage]}", best, table(arms, results)]
