@@ -4,10 +4,10 @@
     python experiments/ablation.py DATA                    # the arms, once, on test classes
 
 DATA is characters, grocery, objects, or a folder with a config.yaml and an arms.yaml. Candidates for the settings
-are trained with three seeds and evaluated on held-out training classes. The arms are trained with five seeds and
-evaluated on test classes. Each finished (arm, seed) becomes a line of DATA/candidates.jsonl or DATA/rows.jsonl and is
-never run again, so the command can be stopped and started again at any time. Runs are Ray tasks, one a core, on this
-machine or on the cluster that RAY_ADDRESS names. `--report` only writes tables and the plot of the rows that exist.
+are trained with three seeds and evaluated on held-out training classes, arms with five seeds on test classes. Each
+finished run becomes a line of DATA/candidates.jsonl or DATA/rows.jsonl and is never run again, so the command can be
+stopped and started again at any time. Runs are Ray tasks, one a core, on this machine or on the cluster that
+RAY_ADDRESS names.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import ray
 import typer
-from ablations.arms import Arm, Plan
+from ablations.arms import Arm
 from ablations.candidates import STAGES
 from ablations.measure import Split, measure
-from ablations.report import Results, best, both, summary, write_report
+from ablations.plan import Plan
+from ablations.report import Results, both, write_report
 from ablations.rows import Row, open_rows, read_rows
 from provenance import commit
 from rich.console import Console
 
 from ray_dmml.cli.output import user_errors
 from ray_dmml.config.schema import Config
-from ray_dmml.data.dataset import Splits
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError
 from ray_dmml.ray_backend.process import tune_malloc
@@ -42,27 +42,39 @@ from ray_dmml.ray_backend.session import ray_session
 EXPERIMENTS = Path(__file__).parent
 DATA = ("characters", "grocery", "objects")
 
-Task = tuple[Mapping[str, Any], Config]
-"""The entries of a row that are known before the run, and the run's config."""
+console = Console(soft_wrap=True, highlight=False)
 
 
-def all_images(plan: Plan) -> Splits:
-    """The images before any class is held out. They are decoded once, if `data.check_images` is set."""
-    return load_splits(plan.config(Arm(), 0).data.model_copy(update={"validation_fraction": 0.0}))
+def run_missing(plan: Plan, stage: str | None, names: list[str], num_seeds: int, file: Path, workers: int) -> int:
+    """Runs what has no row yet; returns how many runs failed. ``workers`` is the most side by side, 0 no limit.
 
-
-def images_digest(splits: Splits) -> str:
-    """Digest of the images' names, classes and splits, and of queries and gallery."""
-    return hashlib.sha256(json.dumps(splits.digests()).encode()).hexdigest()[:12]
-
-
-def require_same(rows: list[Row], key: str, known: set[str], what: str, file: Path) -> None:
-    """Raises UserError where ``key`` of a row is none of the known ones."""
-    if others := sorted({row["arm"] for row in rows if row[key] not in known}):
-        raise UserError(
-            f"{file} has rows of other {what} give now ({'; '.join(others)}): undo the change, remove those rows, or "
-            "use a copy of the folder without them"
-        )
+    Raises:
+        UserError: the file has rows of other settings or images.
+    """
+    arms = plan.stages[stage] if stage else plan.arms
+    others = "undo the change, remove those rows, or use a copy of the folder without them"
+    with open_rows(file) as (rows, add):
+        known = {plan.digest(arm) for table in (plan.stages.values() if stage else [arms]) for arm in table.values()}
+        if changed := sorted({row["arm"] for row in rows if row["settings"] not in known}):
+            raise UserError(
+                f"{file} has rows of other settings than config.yaml, arms.yaml and --set give now "
+                f"({'; '.join(changed)}): {others}"
+            )
+        done = {(row["settings"], row["seed"]) for row in rows}
+        wanted = [(name, plan.digest(arms[name]), seed) for seed in range(num_seeds) for name in names]
+        missing = [(name, digest, seed) for name, digest, seed in wanted if (digest, seed) not in done]
+        if not missing:
+            return 0
+        # All images, before a fold is held out. They are decoded and checked here, once.
+        splits = load_splits(plan.config(Arm(), 0).data.model_copy(update={"validation_fraction": 0.0}))
+        images = hashlib.sha256(json.dumps(splits.digests()).encode()).hexdigest()[:12]
+        if any(row["images"] != images for row in rows):
+            raise UserError(f"{file} has rows of other images, classes or splits than data.* gives now: {others}")
+        made = {"images": images, "commit": commit()}
+        tasks = [
+            ({"arm": name, "settings": digest, **made}, plan.config(arms[name], seed)) for name, digest, seed in missing
+        ]
+        return run(tasks, splits.skipped, "validation" if stage else "test", add, workers)
 
 
 @ray.remote(max_retries=0)
@@ -73,111 +85,69 @@ def run_arm(config: Config, skipped: tuple[str, ...], split: Split) -> Row:
 
 
 def run(
-    tasks: list[Task],
-    skipped: tuple[str, ...],
-    split: Split,
-    add: Any,
-    workers: int | None,
-    gpus_per_arm: float,
-    console: Console,
+    tasks: list[tuple[Row, Config]], skipped: tuple[str, ...], split: Split, add: Callable[[Row], None], workers: int
 ) -> int:
-    """Runs the tasks side by side and adds a row for each; returns how many failed."""
-    left, running, failed, began = list(tasks), dict[Any, Task](), 0, time.monotonic()
+    """Runs the tasks, each the start of a row and a config, side by side; adds a row for each; counts failures."""
+    waiting, running, failed, began = list(tasks), dict[Any, tuple[Row, Config]](), 0, time.monotonic()
     with ray_session():
-        num_gpus = gpus_per_arm if ray.cluster_resources().get("GPU") else 0
-        remote = run_arm.options(num_cpus=1, num_gpus=num_gpus)
-        while left or running:
-            while left and len(running) < (workers or len(tasks)):
-                known, config = left.pop(0)
-                running[remote.remote(config, skipped, split)] = (known, config)
-            (done, *_), _ = ray.wait(list(running))
-            known, config = running.pop(done)
-            name = f"{known['arm']}, seed {config.seed}"
+        while waiting or running:
+            while waiting and (not workers or len(running) < workers):
+                running[run_arm.remote(waiting[0][1], skipped, split)] = waiting.pop(0)
+            (finished, *_), _ = ray.wait(list(running))
+            known, config = running.pop(finished)
+            name, left = f"{known['arm']}, seed {config.seed}", len(waiting) + len(running)
             try:
-                row = {**known, **ray.get(done)}
+                row = {**known, **ray.get(finished)}
             except ray.exceptions.RayError as error:
                 failed += 1
-                reason = str(error).strip().splitlines()[-1]
-                console.print(f"[red]{name}: {reason}[/red]", highlight=False)
+                console.print(f"[red]{name}: {str(error).strip().splitlines()[-1]}[/red]")
                 continue
             add(row)
-            num_left = len(left) + len(running)
-            minutes = (time.monotonic() - began) / 60 / (len(tasks) - num_left) * num_left
-            console.print(
-                f"{name}: mean of mean peer and ensemble {both(row):.1f}, {row['seconds']:.0f} s; {num_left} left, "
-                f"about {minutes:.0f} min",
-                highlight=False,
-            )
+            minutes = (time.monotonic() - began) / 60 / (len(tasks) - left) * left
+            console.print(f"{name}: {both(row):.1f}, {row['seconds']:.0f} s; {left} left, about {minutes:.0f} min")
     return failed
 
 
 def main(
-    data: Annotated[str, typer.Argument(help=f"{', '.join(DATA)}, or a folder of your own.")] = "characters",
+    data: Annotated[str, typer.Argument(help=f"{', '.join(DATA)}, or a folder of your own.")],
     choose: Annotated[
-        str | None, typer.Option(metavar="STAGE", help=f"Run candidates instead of arms: {', '.join(STAGES)}.")
+        str | None, typer.Option(metavar="STAGE", help=f"Run candidates, not arms: {', '.join(STAGES)}.")
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="For all arms, such as data.root=FOLDER.")
     ] = None,
-    arm: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="An arm or candidate to run. Repeatable.")
-    ] = None,
+    arm: Annotated[list[str] | None, typer.Option(metavar="NAME", help="An arm to run. Repeatable.")] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds 0, 1, ... of each. Default: 5 for arms, 3 for candidates.")
+        int | None, typer.Option(min=1, help="Seeds 0, 1, ... of each arm. Default: 5, of candidates 3.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Most runs side by side. Default: all cores.")] = None,
-    gpus_per_arm: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Share of a GPU for each run, where there are any.")
-    ] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Most runs side by side; 0: one a core.")] = 0,
     report: Annotated[bool, typer.Option("--report", help="Run nothing; only write tables and the plot.")] = False,
 ) -> None:
     """Measure what diversities and mutual learning are worth, and choose their settings."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ray_dmml").setLevel(logging.INFO)
-    folder = EXPERIMENTS / "ablations" / data if data in DATA else Path(data)
-    console, failed = Console(soft_wrap=True), 0
-    tested, candidates = folder / "rows.jsonl", folder / "candidates.jsonl"
+    folder, failed = EXPERIMENTS / "ablations" / data if data in DATA else Path(data), 0
+    files = tested, candidates = folder / "rows.jsonl", folder / "candidates.jsonl"
     with user_errors():
         if not (folder / "arms.yaml").is_file():
             raise UserError(f"{data}: expected a folder with config.yaml and arms.yaml, or {' or '.join(DATA)}")
-        if choose is not None and choose not in STAGES:
+        if choose not in (None, *STAGES):
             raise UserError(f"no stage {choose}; the stages are: {', '.join(STAGES)}")
-        # A report needs no images, and a config that lists files no root.
+        # A report reads no images, so it needs no folder of them.
         plan = Plan(folder, [*(["data.root=."] if report else []), *(settings or [])])
-        file, arms = (candidates, plan.stages[choose]) if choose else (tested, plan.arms)
-        split: Split = "validation" if choose else "test"
+        arms = plan.stages[choose] if choose else plan.arms
         if unknown := [name for name in arm or () if name not in arms]:
             raise UserError(f"no arm {', '.join(unknown)}; the arms are: {'; '.join(arms)}")
         if not report:
-            every = plan.stages.values() if choose else [plan.arms]
-            known = {plan.digest(each) for table in every for each in table.values()}
-            digests = {name: plan.digest(arms[name]) for name in arm or arms}
-            wanted = [(name, seed) for seed in range(seeds or (3 if choose else 5)) for name in digests]
-            with open_rows(file) as (rows, add):
-                require_same(rows, "settings", known, "settings than config.yaml, arms.yaml and --set", file)
-                done = {(row["settings"], row["seed"]) for row in rows}
-                if missing := [(name, seed) for name, seed in wanted if (digests[name], seed) not in done]:
-                    splits = all_images(plan)
-                    images, made_by = images_digest(splits), commit()
-                    require_same(rows, "images", {images}, "images, classes or splits than data.*", file)
-                    tasks = [
-                        (
-                            {"arm": name, "settings": digests[name], "images": images, "commit": made_by},
-                            plan.config(arms[name], seed),
-                        )
-                        for name, seed in missing
-                    ]
-                    failed = run(tasks, splits.skipped, split, add, workers, gpus_per_arm, console)
-        tested_rows, chosen_rows = read_rows(tested), read_rows(candidates)
-        if not tested_rows and not chosen_rows:
+            names, num_seeds = list(dict.fromkeys(arm or arms)), seeds or (3 if choose else 5)
+            failed = run_missing(plan, choose, names, num_seeds, candidates if choose else tested, workers)
+        rows, chosen = (read_rows(file) for file in files)
+        if not rows and not chosen:
             raise UserError(f"{folder} has no rows: no arm has been run")
-        results = Results(plan, chosen_rows if choose else tested_rows)
-        for line in summary(arms, results):
-            console.print(line, highlight=False)
-        if choose and results.finished(arms):
-            console.print(best(choose, arms, results), highlight=False)
-        page = write_report(plan, tested_rows, chosen_rows, folder)
-        console.print(f"wrote {page} and its plot", highlight=False)
+        results = Results(plan, chosen if choose else rows)
+        for name in results.ranked(arms):
+            console.print(results.describe(name, arms[name]))
+        console.print(f"wrote {write_report(plan, rows, chosen, folder)} and its plot")
     if failed:
         sys.exit(f"{failed} runs failed; run the same command again to retry them")
 

@@ -7,7 +7,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-NO_CODE = ("*.jsonl", "experiments/ablations/*.csv", "*.md", "*.png")
+NO_CODE = ("*.jsonl", "*.md", "*.png")
 """Files that experiments write; a change of them is no change of code."""
 
 

@@ -253,6 +253,7 @@ def ablations(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     try:
         import ablations.arms
         import ablations.measure
+        import ablations.plan
         import ablations.report
         import ablations.rows
 

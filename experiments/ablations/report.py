@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from .arms import Arm, Arms, Plan
+from .arms import Arm, Arms
 from .candidates import STAGES
+from .plan import Plan
 
 MIN_SEEDS = 3
 """Fewest seeds for an interval: two that agree by chance would look certain."""
@@ -22,23 +22,24 @@ Row = Mapping[str, Any]
 Seeds = Mapping[int, Row]
 """The rows of one arm, by seed."""
 
+Figures = Callable[[Row], float]
+"""A figure of a row, in percent."""
+
 
 def mean_peer(row: Row, metric: str = "recall@1") -> float:
-    """Percent."""
     return 100 * float(np.mean([peer[metric] for peer in row["peers"]]))
 
 
 def ensemble(row: Row, metric: str = "recall@1") -> float:
-    """Percent."""
     return 100 * float(row["ensemble"][metric])
 
 
 def both(row: Row) -> float:
-    """The mean of mean peer and ensemble, by which candidates are chosen. Percent."""
+    """The mean of mean peer and ensemble. The best candidate has the highest one."""
     return (mean_peer(row) + ensemble(row)) / 2
 
 
-COLUMNS: dict[str, Callable[[Row], float]] = {
+COLUMNS: dict[str, Figures] = {
     "mean peer R@1": mean_peer,
     "ensemble R@1": ensemble,
     "mean of both": both,
@@ -46,35 +47,11 @@ COLUMNS: dict[str, Callable[[Row], float]] = {
     "ensemble MAP@R": lambda row: ensemble(row, "map@r"),
     "agreement": lambda row: 100 * float(row["agreement"]),
 }
-COMPARED = {"mean peer": mean_peer, "ensemble": ensemble}
-
-
-class Difference(NamedTuple):
-    """The difference between two arms, seed by seed."""
-
-    mean: float
-    low: float
-    """The 95 % interval of a paired t-test is ``low`` to ``high``; both are NaN below MIN_SEEDS."""
-
-    high: float
-    seeds: int
-
-    def __str__(self) -> str:
-        if not self.seeds:
-            return "-"
-        interval = f" [{self.low:+.1f}, {self.high:+.1f}]" if self.seeds >= MIN_SEEDS else ""
-        return f"{self.mean:+.1f}{interval}"
-
-
-def paired(arm: Seeds, baseline: Seeds, who: Callable[[Row], float]) -> Difference:
-    """``arm`` minus ``baseline``, over the seeds that both have."""
-    seeds = sorted(arm.keys() & baseline.keys())
-    differences = np.array([who(arm[seed]) - who(baseline[seed]) for seed in seeds])
-    mean = float(differences.mean()) if seeds else float("nan")
-    half = float("nan")
-    if len(seeds) >= MIN_SEEDS:
-        half = float(stats.t.ppf(0.975, len(seeds) - 1)) * float(stats.sem(differences))
-    return Difference(mean, mean - half, mean + half, len(seeds))
+COMPARED: dict[str, Figures] = {"mean peer": mean_peer, "ensemble": ensemble}
+BASELINES: dict[str, Callable[[Arm], Arm]] = {
+    "independent": lambda arm: Arm(),
+    "independent + all, same M": lambda arm: Arm(diverse=True, num_peers=arm.num_peers),
+}
 
 
 class Results:
@@ -83,73 +60,62 @@ class Results:
     def __init__(self, plan: Plan, rows: Sequence[Row]) -> None:
         self._plan, self._rows = plan, defaultdict[str, dict[int, Row]](dict)
         for row in rows:
-            self._rows[row["settings"]].setdefault(row["seed"], row)
+            self._rows[row["settings"]][row["seed"]] = row
 
     def of(self, arm: Arm) -> Seeds:
-        return self._rows.get(self._plan.digest(arm), {})
-
-    def finished(self, arms: Arms) -> dict[str, Seeds]:
-        """The rows of the arms that have any."""
-        return {name: found for name, arm in arms.items() if (found := self.of(arm))}
+        return self._rows[self._plan.digest(arm)]
 
     def ranked(self, arms: Arms) -> list[str]:
-        """Names, best first: those with most seeds, then by the mean of mean peer and ensemble."""
-        found = self.finished(arms)
+        """The names of arms with rows, best first. Arms with fewer seeds come after the others."""
+        found = {name: [both(row) for row in self.of(arm).values()] for name, arm in arms.items()}
+        names = [name for name, values in found.items() if values]
+        return sorted(names, key=lambda name: (len(found[name]), np.mean(found[name])), reverse=True)
 
-        def key(name: str) -> tuple[int, float]:
-            return len(found[name]), float(np.mean([both(row) for row in found[name].values()]))
+    def describe(self, name: str, arm: Arm) -> str:
+        """A line with an arm's figures, and its differences from independent peers with all diversities."""
+        found, other = self.of(arm), self.of(BASELINES["independent + all, same M"](arm))
+        means = [f"{np.mean([who(row) for row in found.values()]):.1f}" for who in COMPARED.values()]
+        points = [_points(*paired(found, other, who)) for who in COMPARED.values()]
+        compared = "" if other is found or not other else f"; {' / '.join(points)} over independent + all"
+        return f"{name}: {' / '.join(means)} (mean peer / ensemble, {len(found)} seeds){compared}"
 
-        return sorted(found, key=key, reverse=True)
+
+def paired(arm: Seeds, baseline: Seeds, who: Figures) -> tuple[float, float]:
+    """The mean of ``arm`` minus ``baseline`` over the seeds that both have, and half the width of the 95 % interval of
+    a paired t-test. The mean is NaN without such a seed, the interval below MIN_SEEDS."""
+    differences = [who(row) - who(baseline[seed]) for seed, row in arm.items() if seed in baseline]
+    mean, half = float(np.mean(differences)) if differences else float("nan"), float("nan")
+    if len(differences) >= MIN_SEEDS:
+        half = float(stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences))
+    return mean, half
 
 
-def table(arms: Arms, results: Results, names: Sequence[str], baselines: Mapping[str, Callable[[Arm], Arm]]) -> str:
+def _points(mean: float, half: float) -> str:
+    interval = "" if np.isnan(half) else f" [{mean - half:+.1f}, {mean + half:+.1f}]"
+    return "-" if np.isnan(mean) else f"{mean:+.1f}{interval}"
+
+
+def table(arms: Arms, results: Results) -> str:
     """A Markdown table: means and standard deviations over seeds, and differences from baselines."""
-    differences = [f"{who} − {baseline}" for baseline in baselines for who in COMPARED]
-    columns = ["", "seeds", *COLUMNS, *differences]
+    columns = ["", "seeds", *COLUMNS, *(f"{who} − {baseline}" for baseline in BASELINES for who in COMPARED)]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name in names:
+    for name in results.ranked(arms):
         found = results.of(arms[name])
         cells = [name, str(len(found))]
         for figure in COLUMNS.values():
             values = [figure(row) for row in found.values()]
             cells.append(f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""))
-        for baseline in baselines.values():
+        for baseline in BASELINES.values():
             other = results.of(baseline(arms[name]))
-            cells += ["" if other is found else str(paired(found, other, who)) for who in COMPARED.values()]
+            cells += ["" if other is found else _points(*paired(found, other, who)) for who in COMPARED.values()]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def same_size(arm: Arm) -> Arm:
-    """Independent peers with all diversities, as many as the arm has."""
-    return Arm(diverse=True, num_peers=arm.num_peers)
-
-
-def best(stage: str, arms: Arms, results: Results) -> str:
-    """A sentence that names the best candidate of a stage."""
-    name = results.ranked(arms)[0]
-    found = results.of(arms[name])
-    means = [f"{np.mean([who(row) for row in found.values()]):.1f}" for who in COMPARED.values()]
-    return f"Best of stage {stage}: {name}, with {means[0]} (mean peer) and {means[1]} (ensemble), {len(found)} seeds."
-
-
-def summary(arms: Arms, results: Results) -> list[str]:
-    """A line for each arm, best first: its figures, and its differences from independent peers with all diversities."""
-    lines = []
-    for name in results.ranked(arms):
-        found, other = results.of(arms[name]), results.of(same_size(arms[name]))
-        means = " / ".join(f"{np.mean([who(row) for row in found.values()]):.1f}" for who in COMPARED.values())
-        points = " / ".join(f"{paired(found, other, who).mean:+.1f}" for who in COMPARED.values())
-        compared = f", {points} over independent + all" if other and other is not found else ""
-        lines.append(f"{name}: {means} (mean peer / ensemble; {len(found)} seeds){compared}")
-    return lines
-
-
 def provenance(rows: Sequence[Row]) -> str:
-    """How many rows there are, how long they took, on which devices, and which commits made them."""
     hours = sum(row["seconds"] for row in rows) / 3600
     devices, commits = (", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit"))
-    return f"{len(rows)} rows, {hours:.1f} hours in total, on {devices}; commit {commits}"
+    return f"{len(rows)} rows, {hours:.1f} hours in total, on {devices}; commit {commits}."
 
 
 def write_report(plan: Plan, tested: Sequence[Row], chosen: Sequence[Row], folder: Path) -> Path:
@@ -159,60 +125,57 @@ def write_report(plan: Plan, tested: Sequence[Row], chosen: Sequence[Row], folde
         tested: rows of the arms, on test classes.
         chosen: rows of the candidates, on validation classes.
     """
-    test, validation = Results(plan, tested), Results(plan, chosen)
     sections = [
         "# Results",
         "`python experiments/ablation.py` generates this page from `rows.jsonl` and `candidates.jsonl`.",
-        "Percent, at the last step, mean ± standard deviation over seeds. Differences are points of Recall@1 with "
-        "the 95 % interval of a paired t-test over seeds, each on its own: of twenty comparisons of equals, one "
-        "interval lies off zero. Agreement is the correlation of the peers' matrices of cosines, times 100.",
+        "Percent at the last step, mean ± standard deviation over seeds, best first. Differences are points of "
+        "Recall@1 with the 95 % interval of a paired t-test over seeds, each on its own: of twenty comparisons of "
+        "equals, one interval lies off zero. *Agreement* is the correlation of the peers' matrices of cosines.",
+        "![Differences from independent peers](differences.png)",
     ]
     groups: dict[str, tuple[Arms, Results]] = {}
     if tested:
-        groups["arms, test classes"] = plan.arms, test
-        independent = {"independent": lambda arm: Arm(), "independent + all": same_size}
-        tested_table = table(plan.arms, test, list(test.finished(plan.arms)), independent)
-        sections += ["## Arms, on test classes", f"{provenance(tested)}.", tested_table]
+        groups["Arms, on test classes"] = plan.arms, Results(plan, tested)
+        sections += ["## Arms, on test classes", provenance(tested), table(*groups["Arms, on test classes"])]
     if chosen:
-        sections += ["## Candidates, on held-out training classes", f"{provenance(chosen)}."]
+        sections += ["## Candidates, on held-out training classes", provenance(chosen)]
+    results, shown = Results(plan, chosen), set[str]()
     for stage, arms in plan.stages.items():
-        names = validation.ranked(arms)
-        if set(names) - set(plan.arms):  # independent peers belong to several stages
-            groups[f"stage {stage}, validation classes"] = arms, validation
-            ranking = table(arms, validation, names, {"independent + all, same M": same_size})
-            sections += [f"### Stage {stage}: {STAGES[stage]}", best(stage, arms, validation), ranking]
+        names = results.ranked(arms)
+        digests = {plan.digest(arms[name]) for name in names}
+        if digests - shown:  # else it was not run, and all its rows belong to stages before it
+            shown |= digests
+            groups[f"Stage {stage}, on held-out training classes"] = arms, results
+            best = f"Best: {results.describe(names[0], arms[names[0]])}."
+            sections += [f"### Stage {stage}: {STAGES[stage]}", best, table(arms, results)]
     plot(groups).savefig(folder / "differences.png", dpi=110)
     page = folder / "report.md"
-    page.write_text("\n\n".join([*sections, "![Differences from independent peers](differences.png)"]) + "\n")
+    page.write_text("\n\n".join(sections) + "\n")
     return page
 
 
 def plot(groups: Mapping[str, tuple[Arms, Results]]) -> Figure:
-    """Each arm's differences from plain independent peers, in a panel for the mean peer and one for the ensemble."""
-    lines: list[tuple[str, Arm | None, Results]] = []
-    for title, (arms, results) in groups.items():
-        lines.append((title, None, results))
-        lines += [(name, arms[name], results) for name in results.ranked(arms) if arms[name] != Arm()]
-    figure = Figure(figsize=(11, 0.24 * len(lines) + 1.4), layout="constrained")
+    """Each arm's differences from independent peers, in a panel for the mean peer and one for the ensemble."""
+    labels: list[str] = []
+    arms: list[tuple[Arm, Results] | None] = []
+    for title, (table, results) in groups.items():
+        names = [name for name in results.ranked(table) if results.of(table[name]) is not results.of(Arm())]
+        labels += [title, *names]
+        arms += [None, *((table[name], results) for name in names)]
+    figure = Figure(figsize=(11, 0.24 * len(labels) + 1.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (title, who) in zip(panels, COMPARED.items(), strict=True):
-        axes.set_title(f"{title}: Recall@1 minus that of independent peers, points", fontsize=10)
+        for y, entry in enumerate(arms):
+            if entry is not None:
+                arm, results = entry
+                mean, half = paired(results.of(arm), results.of(Arm()), who)
+                axes.errorbar(mean, y, xerr=half, fmt="o", color="#2563a8" if arm.mutual else "#8a929c", ms=5)
+        axes.set_title(f"{title}: points of Recall@1 over independent peers", fontsize=10)
         axes.axvline(0, color="#888", lw=0.8)
         axes.grid(axis="x", color="#eee")
-        for y, (_, arm, results) in enumerate(lines):
-            if arm is not None:
-                _plot_difference(axes, y, paired(results.of(arm), results.of(Arm()), who), bool(arm.settings))
-    panels[0].set_yticks(range(len(lines)), [name for name, _, _ in lines], fontsize=8)
-    for label, (_, arm, _) in zip(panels[0].get_yticklabels(), lines, strict=True):
-        label.set_fontweight("normal" if arm else "bold")
-    panels[0].invert_yaxis()
+    panels[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    for label, entry in zip(panels[0].get_yticklabels(), arms, strict=True):
+        label.set_fontweight("normal" if entry else "bold")
+    panels[0].set_ylim(len(labels) - 0.5, -0.5)
     figure.supxlabel("blue: peers learn from each other; grey: from labels alone; bars: 95 % interval", fontsize=9)
     return figure
-
-
-def _plot_difference(axes: Axes, y: int, found: Difference, mutual: bool) -> None:
-    colour = "#2563a8" if mutual else "#8a929c"
-    if found.seeds:
-        axes.plot(found.mean, y, "o", color=colour, markersize=5)
-    if found.seeds >= MIN_SEEDS:
-        axes.hlines(y, found.low, found.high, color=colour, lw=1.2)
