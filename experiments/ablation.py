@@ -92,7 +92,8 @@ def run(
     with ray_session():
         while waiting or running:
             while waiting and (not workers or len(running) < workers):
-                running[run_arm.remote(waiting[0][1], skipped, split)] = waiting.pop(0)
+                task = waiting.pop(0)
+                running[run_arm.remote(task[1], skipped, split)] = task
             (finished, *_), _ = ray.wait(list(running))
             known, config = running.pop(finished)
             name, left = f"{known['arm']}, seed {config.seed}", len(waiting) + len(running)
