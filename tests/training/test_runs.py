@@ -172,8 +172,25 @@ def noisy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def noisy_settings(folder: Path, steps: int, monitor: str) -> Config:
+    raw = tiny(folder, train={"steps": steps, "evaluate_every": 1, "monitor": monitor}, checkpoint={"every_steps": 4})
+    raw["data"]["validation_fraction"] = 0.5
+    raw["cohort"]["base"]["optimizer"] = {"lr": 0.003}
+    return Config.parse(raw)
+
+
+@pytest.fixture(scope="module")
+def noisy_run(noisy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 9 steps, evaluated after each."""
+    out = tmp_path_factory.mktemp("noisy run") / "run"
+    train(noisy_settings(noisy_folder, 9, "ensemble"), out, local=True)
+    return out
+
+
 @pytest.mark.parametrize("monitor", ["ensemble", "mean_peer"])
-def test_the_best_is_kept_when_later_ones_are_worse(noisy_folder: Path, tmp_path: Path, monitor: str) -> None:
+def test_the_best_is_kept_when_later_ones_are_worse(
+    noisy_folder: Path, noisy_run: Path, tmp_path: Path, monitor: str
+) -> None:
     """A run that ends worse than it was: the checkpoint judged is that of the best validation
     Recall@1 of what `monitor` names."""
 
@@ -186,22 +203,10 @@ def test_the_best_is_kept_when_later_ones_are_worse(noisy_folder: Path, tmp_path
                 values[row["step"]] = ensemble if monitor == "ensemble" else float(np.mean(peers))
         return values
 
-    def settings(steps: int) -> Config:
-        raw = tiny(
-            noisy_folder,
-            train={"steps": steps, "evaluate_every": 1},
-            checkpoint={"every_steps": 4},
-        )
-        raw["train"]["monitor"] = monitor
-        raw["data"]["validation_fraction"] = 0.5
-        raw["cohort"]["base"]["optimizer"] = {"lr": 0.003}
-        return Config.parse(raw)
-
-    train(settings(9), tmp_path / "look", local=True)
-    values = judged(tmp_path / "look")
+    values = judged(noisy_run)
     # The first step that is worse than one before it: there the run is to end.
     stop = next(step for step in range(2, 10) if values[step] < max(values[i] for i in range(1, step)))
-    results = train(settings(stop), tmp_path / "run", local=True)
+    results = train(noisy_settings(noisy_folder, stop, monitor), tmp_path / "run", local=True)
     values = judged(tmp_path / "run")
     best = max(values, key=lambda step: (values[step], -step))
     assert best < stop and (results["weights"], results["step"]) == ("best", best)
