@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ray
 PATIENCE_S = 120.0
 
 
-def start(image_folder: Path, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
+def start(image_folder: Path, tmp_path: Path, *options: str, num_peers: int = 2) -> subprocess.Popen[str]:
     """A long run in a session of its own, so that the processes that it leaves are known."""
     config = tmp_path / "config.yaml"
     raw = tiny(
@@ -32,6 +32,7 @@ def start(image_folder: Path, tmp_path: Path, *options: str) -> subprocess.Popen
         checkpoint={"every_steps": 0},
         evaluation={"recall_at": [1], "untrained": False},
     )
+    raw["cohort"]["peers"] = raw["cohort"]["peers"][:num_peers]
     config.write_text(yamlio.dump(raw))
     command = [sys.executable, "-m", "ray_dmml.cli", "train", "--config", str(config)]
     return subprocess.Popen(
@@ -127,7 +128,7 @@ def test_before_the_first_step_it_ends_at_once(
 
 def test_twice_stops_now(image_folder: Path, tmp_path: Path) -> None:
     """The second one does not wait for a step that never ends, such as that of a stopped peer."""
-    process = start(image_folder, tmp_path)
+    process = start(image_folder, tmp_path, num_peers=1)
     wait_for_steps(tmp_path / "my run")
     [peer] = [
         int(entry.name)
@@ -136,7 +137,7 @@ def test_twice_stops_now(image_folder: Path, tmp_path: Path) -> None:
         and (entry / "cmdline").exists()
         and b"PeerActor" in (entry / "cmdline").read_bytes()
         and os.getsid(int(entry.name)) == process.pid
-    ][:1]
+    ]
     os.kill(peer, signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
     time.sleep(1)

@@ -69,7 +69,7 @@ def local_outcome(image_folder: Path) -> dict[str, Any]:
     return run_locally(unlike_peers(image_folder, data={"cache_gib": 0}))
 
 
-@pytest.mark.parametrize("transport", ["direct", "coordinator"])
+@pytest.mark.parametrize("transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)])
 def test_ray_equals_in_process(
     ray_start_4_cpus: None, image_folder: Path, local_outcome: dict[str, Any], transport: str
 ) -> None:
