@@ -38,7 +38,7 @@ pytestmark = pytest.mark.ray
 STEPS = 16
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _ray(ray_start_4_cpus: None) -> None:
     """All of these need it."""
 
