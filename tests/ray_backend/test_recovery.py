@@ -23,7 +23,7 @@ from conftest import tiny
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.errors import Interrupted, PeerLostError, UserError
+from ray_dmml.errors import PeerLostError, UserError
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.ray_backend.coordinator import Coordinator
 from ray_dmml.ray_backend.peer_actor import PeerActor
@@ -329,16 +329,6 @@ def test_going_on_without_a_peer(
     assert "peer1, dropped at step 4, takes part again" in sentences()
 
 
-def test_nobody_left(image_folder: Path, tmp_path: Path, cohorts: list[Watched]) -> None:
-    """`drop` and every peer is dead: the run ends and says so."""
-    failure = {"on_peer_loss": "drop", "max_failures": 0}
-    config = settings(image_folder, cohort=one_peer(image_folder), failure=failure)
-    faults = Faults(6, lambda: kill(cohorts, "peer0"))
-    with pytest.raises(UserError, match="peer0: lost, and no peer is left"):
-        train(config, tmp_path / "run", loggers=[faults], cohort_factory=Watched)
-    assert RunDir.open(tmp_path / "run").checkpoints.load("last").step == 4
-
-
 @pytest.mark.slow  # it waits until peers count as stuck
 def test_a_busy_peer_is_not_dropped(image_folder: Path, tmp_path: Path, cohorts: list[Watched]) -> None:
     """One that was not lost and gives no answer in time is started again: only the killed one is
@@ -386,27 +376,11 @@ def test_none_is_dropped_on_suspicion(image_folder: Path) -> None:
         assert cohort.names == ("peer0", "peer2")
 
 
-def test_asked_to_stop(image_folder: Path, tmp_path: Path) -> None:
-    """The run ends after a step, with a checkpoint of it, and goes on to the same bits."""
-    reached = [0]
-
-    class Steps(Logger):
-        def log(self, metrics: Mapping[str, Any], step: int) -> None:
-            reached[0] = step
-
-    config = settings(image_folder, cohort=one_peer(image_folder))
-    with pytest.raises(Interrupted, match=r"stopped at step \d+ of 16"):
-        train(config, tmp_path / "run", loggers=[Steps()], should_stop=lambda: reached[0] >= 5)
-    assert 5 <= RunDir.open(tmp_path / "run").checkpoints.load("last").step < STEPS
-    train(resume=tmp_path / "run", local=True)
-    train(config, tmp_path / "undisturbed", local=True)
-    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
-
-
 def test_the_generations_of_a_cohort(image_folder: Path) -> None:
     """A late message of an old one reaches nobody: its coordinator has ended, and the new one was never given to its
     sender. All that were waiting for the dead peer, or for one that did, are woken and live on. One that was never
-    built, as where another was lost while it waited to be built, is started again and not dropped."""
+    built, as where another was lost while it waited to be built, is started again and not dropped. If all are dead, the
+    error says so."""
     config = settings(image_folder, cohort={**tiny(image_folder)["cohort"], "peers": [{}] * 3})
     with closing(RayCohort(config, load_splits(config.data))) as cohort:
         old = cohort.coordinator
@@ -429,6 +403,14 @@ def test_the_generations_of_a_cohort(image_folder: Path) -> None:
         cohort.load(state)
         (row,) = cohort.run(0, 1, lambda finished: None)
         assert all(terms["loss"] > 0 for terms in row.values())
+
+        for pid in pids(cohort).values():
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(PeerLostError) as failure:
+            cohort.run(1, 2, lambda finished: None)
+        with pytest.raises(UserError, match="lost, and no peer is left to go on") as ended:
+            cohort.recover(failure.value, drop=True)
+        assert all(name in str(ended.value) for name in ("peer0", "peer1", "peer2"))
 
 
 def test_an_embedding_damaged_on_its_way(

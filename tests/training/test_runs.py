@@ -26,7 +26,7 @@ from ray_dmml.checkpoint.peer_state import decode_peer
 from ray_dmml.checkpoint.store import CheckpointStore, PeerFiles
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.errors import PeerLostError
+from ray_dmml.errors import Interrupted, PeerLostError
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.training.run_dir import RunDir
 
@@ -335,6 +335,23 @@ def test_a_run_can_be_extended(run: Path, settings: dict[str, Any], tmp_path: Pa
         file.write('{"step": 5, "peers": {"peer0": {"loss": 99.0}}}\n{"step": 6, "pee')
     train(changed(settings, train={"steps": 6}), resume=tmp_path / "run", local=True)
     assert_same_run(tmp_path / "run", run)
+
+
+def test_a_run_can_be_asked_to_stop(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    """It ends after a step, with a checkpoint of it, and goes on to the same bits."""
+    reached = [0]
+
+    class Steps(Logger):
+        def log(self, metrics: Mapping[str, Any], step: int) -> None:
+            reached[0] = step
+
+    stop, out = changed(settings, checkpoint={"every_steps": 4}), tmp_path / "run"
+    with pytest.raises(Interrupted, match="stopped at step 3 of 6"):
+        train(stop, out, loggers=[Steps()], should_stop=lambda: reached[0] >= 3, local=True)
+    assert RunDir.open(out).checkpoints.load("last").step == 3
+    train(resume=out, local=True)
+    assert_same(stored(out), stored(run))
+    assert (out / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
 
 
 def test_a_finished_run_can_be_resumed(run: Path, tmp_path: Path) -> None:
