@@ -39,6 +39,7 @@ PROCESS_FIXTURES = {"ray_start_4_cpus", "private_ray", "s3"}
 
 _PROCESS_EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"}
 _allows_processes = True
+_shared_ray_runs = False
 
 
 def _refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
@@ -50,7 +51,8 @@ sys.addaudithook(_refuse_processes)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the tests whose fixtures start processes; leaves out `slow` and `cluster` unless `-m` names them."""
+    """Marks the tests whose fixtures start processes; leaves out `slow` and `cluster` unless `-m` names them. Tests on
+    the shared Ray come first: they are long, and those of a worker follow one another."""
     left_out = {name for name in ("slow", "cluster") if name not in config.option.markexpr}
     for item in items:
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
@@ -59,12 +61,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
+    on_ray = [item for item in items if _uses_shared_ray(item)]
+    others = [item for item in items if not _uses_shared_ray(item)]
+    # The workers of pytest-xdist begin with equal parts.
+    num_workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    items[:] = [item for n in range(num_workers) for of in (on_ray, others) for item in _part(of, n, num_workers)]
+
+
+def _part(items: list[pytest.Item], number: int, of: int) -> list[pytest.Item]:
+    return items[len(items) * number // of : len(items) * (number + 1) // of]
+
+
+def _uses_shared_ray(item: pytest.Item) -> bool:
+    return "ray_start_4_cpus" in getattr(item, "fixturenames", ())
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """`pytest -m "not ray"` starts no process: what does is marked, and this is the guard."""
     global _allows_processes
+    if not _uses_shared_ray(item):
+        _end_shared_ray()
     _allows_processes = item.get_closest_marker("ray") is not None
     try:
         return (yield)
@@ -166,14 +183,35 @@ def unlike_peers(root: Path, **changes: Any) -> Config:
     return Config.parse(raw)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ray_start_4_cpus() -> Iterator[None]:
-    """A private Ray of 4 CPUs; more than the machine may have, so that peers get one each."""
+    """A private Ray of 4 CPUs; more than the machine may have, so that peers get one each. The next test has it too, if
+    it asks for it and this one leaves nothing running."""
     import ray
 
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    global _shared_ray_runs
+    if not _shared_ray_runs:
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        _shared_ray_runs = True
     yield
-    ray.shutdown()
+    until = time.monotonic() + 10
+    while _shared_ray_runs and ray.available_resources().get("CPU") != 4:
+        if time.monotonic() > until:
+            _end_shared_ray()
+        time.sleep(0.05)
+
+
+def _end_shared_ray() -> None:
+    global _shared_ray_runs
+    if _shared_ray_runs:
+        import ray
+
+        ray.shutdown()
+        _shared_ray_runs = False
+
+
+def pytest_sessionfinish() -> None:
+    _end_shared_ray()
 
 
 def assert_same(found: Any, expected: Any, where: str = "") -> None:

@@ -318,7 +318,7 @@ def test_a_step_can_be_saved_again(tmp_path: Path, fails: bool) -> None:
 # --- damage ---------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_whatever_is_damaged_the_one_before_is_used(memory: Path, data: st.DataObject) -> None:
     """Any byte of any file of the last checkpoint, any truncation, any missing file: the one before is

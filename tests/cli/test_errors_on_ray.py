@@ -1,12 +1,9 @@
-"""Errors on a private Ray: a cluster that is too small, and a peer that is lost or learns nonsense."""
+"""Errors on a private Ray: a cluster that is too small, and a peer that learns nonsense."""
 
 from __future__ import annotations
 
-import os
-import signal
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +13,7 @@ from typer.testing import CliRunner
 from ray_dmml import Config
 from ray_dmml.cli.main import app
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.errors import NonFiniteLossError, PeerLostError
+from ray_dmml.errors import NonFiniteLossError
 
 
 @pytest.mark.parametrize(
@@ -48,51 +45,14 @@ def test_what_a_cluster_does_not_have(
     assert message in ended.stderr
 
 
-def ray_cohort(image_folder: Path, failure: dict[str, Any] | None = None, **cohort: Any) -> Any:
-    from ray_dmml.ray_backend.ray_cohort import RayCohort
-
-    changes = {"cohort": {**tiny(image_folder)["cohort"], **cohort}, "failure": failure or {}}
-    config = Config.parse(tiny(image_folder, **changes))
-    return RayCohort(config, load_splits(config.data))
-
-
-@pytest.mark.parametrize("transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)])
-def test_a_killed_peer_is_named(ray_start_4_cpus: None, image_folder: Path, transport: str) -> None:
-    """SIGKILL from outside ends the run with the peer's name, long before any deadline."""
-    with closing(ray_cohort(image_folder, transport=transport)) as cohort:
-        victim = cohort.places["peer1"].pid
-
-        def kill(finished: int) -> None:
-            if finished >= 2:
-                os.kill(victim, signal.SIGKILL)
-
-        with pytest.raises(PeerLostError, match=r"^peer1 died in step \d+: its process was killed"):
-            cohort.run(0, 1_000_000, kill)
-
-
-@pytest.mark.parametrize("transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)])
-def test_a_silent_peer_is_named(ray_start_4_cpus: None, image_folder: Path, transport: str) -> None:
-    """A peer that hangs reaches the deadline. It is named, and not the peer that waited for it."""
-    with closing(ray_cohort(image_folder, {"heartbeat_timeout_s": 6}, transport=transport)) as cohort:
-        victim = cohort.places["peer1"].pid
-
-        def stop(finished: int) -> None:
-            if finished >= 2:
-                os.kill(victim, signal.SIGSTOP)
-
-        cohort.run(0, 1, lambda finished: None)  # the first steps may take as long as the start
-        try:
-            with pytest.raises(PeerLostError, match=r"^peer1: no sign of life for 6 s"):
-                cohort.run(1, 1_000_000, stop)
-        finally:
-            os.kill(victim, signal.SIGCONT)
-
-
 def test_a_loss_that_is_not_finite_on_ray(ray_start_4_cpus: None, image_folder: Path) -> None:
     """The error is that of the peer that caused it, not of the one that waited."""
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
+
     peers = [{}, {"optimizer": {"name": "sgd", "lr": 1e30}}]
+    config = Config.parse(tiny(image_folder, cohort={**tiny(image_folder)["cohort"], "peers": peers}))
     with (
-        closing(ray_cohort(image_folder, peers=peers)) as cohort,
+        closing(RayCohort(config, load_splits(config.data))) as cohort,
         pytest.raises(NonFiniteLossError, match="peer1: the embedding is not finite at step 2"),
     ):
         cohort.run(0, 10, lambda finished: None)

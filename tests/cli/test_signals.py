@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,24 +24,41 @@ pytestmark = pytest.mark.ray
 PATIENCE_S = 120.0
 
 
-def start(image_folder: Path, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
-    """A long run in a session of its own, so that the processes that it leaves are known."""
-    config = tmp_path / "config.yaml"
-    raw = tiny(
-        image_folder,
-        train={"steps": 100_000, "evaluate_every": 0, "log_every": 2, "tensorboard": False},
-        checkpoint={"every_steps": 0},
-        evaluation={"recall_at": [1], "untrained": False},
-    )
-    config.write_text(yamlio.dump(raw))
-    command = [sys.executable, "-m", "ray_dmml.cli", "train", "--config", str(config)]
-    return subprocess.Popen(
-        [*command, "--out", str(tmp_path / "my run"), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(image_folder: Path, tmp_path: Path) -> Iterator[Start]:
+    """Starts a long run in a session of its own, so that the processes that it leaves are known:
+    ``start(*options, num_peers=2)``."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_run(*options: str, num_peers: int = 2) -> subprocess.Popen[str]:
+        config = tmp_path / "config.yaml"
+        raw = tiny(
+            image_folder,
+            train={"steps": 100_000, "evaluate_every": 0, "log_every": 2, "tensorboard": False},
+            checkpoint={"every_steps": 0},
+            evaluation={"recall_at": [1], "untrained": False},
+        )
+        raw["cohort"]["peers"] = raw["cohort"]["peers"][:num_peers]
+        config.write_text(yamlio.dump(raw))
+        command = [sys.executable, "-m", "ray_dmml.cli", "train", "--config", str(config)]
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path / "my run"), *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start_run
+    for process in started:  # those of a failed test
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def wait_for_steps(run: Path) -> None:
@@ -77,12 +95,10 @@ def assert_nothing_left(session: int) -> None:
     [(signal.SIGINT, ["--local"]), (signal.SIGTERM, [])],
     ids=["SIGINT in process", "SIGTERM on Ray"],
 )
-def test_once_stops_after_the_step(
-    image_folder: Path, tmp_path: Path, number: signal.Signals, options: list[str]
-) -> None:
+def test_once_stops_after_the_step(start: Start, tmp_path: Path, number: signal.Signals, options: list[str]) -> None:
     """It ends with the signal's exit code, a checkpoint of its step, and the command that resumes it.
     Weights and metrics are those of a run of as many steps."""
-    process = start(image_folder, tmp_path, *options)
+    process = start(*options)
     run = tmp_path / "my run"
     wait_for_steps(run)
     process.send_signal(number)
@@ -113,10 +129,10 @@ def test_once_stops_after_the_step(
     ],
 )
 def test_before_the_first_step_it_ends_at_once(
-    image_folder: Path, tmp_path: Path, number: signal.Signals, seconds: float, options: list[str]
+    start: Start, tmp_path: Path, number: signal.Signals, seconds: float, options: list[str]
 ) -> None:
     """Amid imports, while Ray starts, while peers start: the exit code, at most one line, no process, no run."""
-    process = start(image_folder, tmp_path, *options)
+    process = start(*options)
     time.sleep(seconds)
     os.killpg(process.pid, number)  # a terminal sends it to all
     output, _ = process.communicate(timeout=PATIENCE_S)
@@ -125,9 +141,9 @@ def test_before_the_first_step_it_ends_at_once(
     assert_nothing_left(process.pid)
 
 
-def test_twice_stops_now(image_folder: Path, tmp_path: Path) -> None:
+def test_twice_stops_now(start: Start, tmp_path: Path) -> None:
     """The second one does not wait for a step that never ends, such as that of a stopped peer."""
-    process = start(image_folder, tmp_path)
+    process = start(num_peers=1)
     wait_for_steps(tmp_path / "my run")
     [peer] = [
         int(entry.name)
@@ -136,7 +152,7 @@ def test_twice_stops_now(image_folder: Path, tmp_path: Path) -> None:
         and (entry / "cmdline").exists()
         and b"PeerActor" in (entry / "cmdline").read_bytes()
         and os.getsid(int(entry.name)) == process.pid
-    ][:1]
+    ]
     os.kill(peer, signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
     time.sleep(1)
@@ -147,9 +163,9 @@ def test_twice_stops_now(image_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_driver_leaves_no_process(image_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_driver_leaves_no_process(start: Start, tmp_path: Path) -> None:
     """SIGKILL gives it no time to clean up. Peers and Ray end without it."""
-    process = start(image_folder, tmp_path)
+    process = start()
     wait_for_steps(tmp_path / "my run")
     process.kill()
     process.communicate()

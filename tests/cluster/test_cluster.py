@@ -343,8 +343,9 @@ def local_results(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return results_of(out)
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.parametrize("transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("transport", ["direct", "coordinator"])
 def test_peers_on_three_hosts(hosts: Hosts, image_folder: Path, local_results: tuple[Any, str], transport: str) -> None:
     """One peer on each host, with the weights and metrics of one process, for both transports."""
     config, out = hosts.folder / f"{transport}.yaml", hosts.folder / transport
@@ -378,6 +379,7 @@ def test_own_parts_on_three_hosts(hosts: Hosts, image_folder: Path, tmp_path: Pa
     command = f"ray-dmml train --address auto --config {config} --out {out}"
     output = hosts.ray("exec", plain(command))
     assert results_of(out) == results_of(tmp_path / "run"), output
+    assert RunDir(out).environment()["transport"] == "direct"
     assert len(set(RunDir(out).environment()["nodes"])) == 3
     config.write_text(yamlio.dump(raw))
     output = hosts.ray("exec", plain(f"PYTHONPATH=~/parts {command}2"), check=False)

@@ -46,17 +46,26 @@ def run_locally(config: Config) -> dict[str, Any]:
         return outcome(cohort, stop=STEPS)
 
 
-@pytest.mark.parametrize("transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)])
-def test_ray_equals_in_process(ray_start_4_cpus: None, settings: dict[str, Any], transport: str) -> None:
-    """To the bit, also in a fresh cohort that goes on from a stored state without the files of the weights."""
+def test_ray_equals_in_process(ray_start_4_cpus: None, settings: dict[str, Any]) -> None:
+    """To the bit."""
     from ray_dmml.ray_backend.ray_cohort import RayCohort
 
-    settings["cohort"]["transport"] = transport
+    config = Config.parse(settings)
+    with closing(RayCohort(config, load_splits(config.data))) as cohort:
+        assert_same(outcome(cohort, stop=STEPS), run_locally(config))
+
+
+@pytest.mark.slow
+def test_ray_goes_on_without_the_files(ray_start_4_cpus: None, settings: dict[str, Any]) -> None:
+    """A fresh cohort that has a stored state and not the files of the weights: the same bits, over the coordinator."""
+    from ray_dmml.ray_backend.ray_cohort import RayCohort
+
+    settings["cohort"]["transport"] = "coordinator"
     config = Config.parse(settings)
     splits = load_splits(config.data)
     expected = run_locally(config)
     with closing(RayCohort(config, splits)) as first:
-        assert first.transport == transport
+        assert first.transport == "coordinator"
         rows = first.run(0, 2, lambda finished: None)
         stored = first.state()
     for peer in config.cohort.peers[1:]:

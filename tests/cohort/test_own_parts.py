@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import assert_same, tiny
-from test_equality import interrupted_outcome, outcome
+from test_equality import continued, outcome, stored_at
 
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.code import use_code
@@ -65,10 +65,10 @@ def test_the_parts_take_part(config: Config, local_outcome: dict[str, Any]) -> N
     assert len(local_outcome["test"]["peer0"]) == 6 * 5
 
 
-@pytest.mark.parametrize("interrupted_at", [2, 5])
-def test_interrupted_equals_uninterrupted(config: Config, local_outcome: dict[str, Any], interrupted_at: int) -> None:
-    """A memory that is partly filled, just full, or written over, and a term with a buffer."""
-    assert_same(interrupted_outcome(config, interrupted_at, STEPS), local_outcome)
+def test_interrupted_equals_uninterrupted(config: Config, local_outcome: dict[str, Any]) -> None:
+    """A memory that is partly filled or written over, and a term with a buffer."""
+    for interrupted_at, stored in stored_at(config, (2, 5)).items():
+        assert_same(continued(config, interrupted_at, stored, STEPS), local_outcome)
 
 
 def test_ray_equals_in_process(ray_start_4_cpus: None, config: Config, local_outcome: dict[str, Any]) -> None:

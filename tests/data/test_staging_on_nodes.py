@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+def one_peer(root: Path, **changes: Any) -> dict[str, Any]:
+    return tiny(root, cohort={**tiny(root)["cohort"], "peers": [{}]}, **changes)
+
+
 @pytest.fixture
 def images(image_folder: Path, tmp_path: Path) -> Path:
     """A folder of images that a test may change."""
@@ -45,7 +50,7 @@ def test_every_node_makes_itself_a_copy(
 
     from ray_dmml.ray_backend.ray_cohort import RayCohort
 
-    raw = tiny(images, data={"root": str(tmp_path / "copy"), "source": str(images)})
+    raw = one_peer(images, data={"root": str(tmp_path / "copy"), "source": str(images)})
     file = tmp_path / "config.yaml"
     file.write_text(yamlio.dump(raw))
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
@@ -85,7 +90,7 @@ def test_copies_of_two_times_are_not_trained_on(
     would mean one image here and another there. `data fetch` makes them equal."""
     from ray_dmml.ray_backend.ray_cohort import RayCohort
 
-    config = Config.parse(tiny(images, data={"root": None, "source": str(images)}))
+    config = Config.parse(one_peer(images, data={"root": None, "source": str(images)}))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "the driver's"))  # Ray's processes have another
     splits = load_splits(config.data)
     write_image(images / "class00" / "added.png", np.random.default_rng(0), 0)
@@ -100,7 +105,7 @@ def test_a_folder_of_two_times_is_not_trained_on(ray_start_4_cpus: None, images:
     """Nodes may see the changes of a mount at different times."""
     from ray_dmml.ray_backend.ray_cohort import RayCohort
 
-    config = Config.parse(tiny(images))
+    config = Config.parse(one_peer(images))
     splits = load_splits(config.data)
     (images / "class00" / "0.png").rename(images / "class00" / "00.png")
     with pytest.raises(UserError, match=f"{OTHERS}: .*the same data.root"):

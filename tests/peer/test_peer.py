@@ -622,11 +622,11 @@ from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError
 
 raw = tiny(Path(sys.argv[1]))
-raw["cohort"]["base"]["input_size"] = 2048
+raw["cohort"]["base"]["input_size"] = 1024
 config = Config.parse(raw)
 with closing(LocalCohort(config, load_splits(config.data))) as cohort:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + 300 * 2**20
+    limit = pages * resource.getpagesize() + 100 * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         cohort.run(0, 1, lambda finished: None)
@@ -645,5 +645,5 @@ def test_out_of_memory_is_one_sentence(image_folder: Path) -> None:
         text=True,
     )
     assert ended.stdout.startswith("peer0: cpu ran out of memory in step 1 (12 images a batch):")
-    assert "bytes" in ended.stdout and "test_resnet at 2048 pixels" in ended.stdout
+    assert "bytes" in ended.stdout and "test_resnet at 1024 pixels" in ended.stdout
     assert "lower data.classes_per_batch" in ended.stdout

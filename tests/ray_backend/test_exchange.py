@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import unlike_peers
 from torch.distributed import TCPStore
 
-from ray_dmml.config.schema import Config
+from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import PeerLostError
-from ray_dmml.ray_backend.exchange import checksum, verify
+from ray_dmml.ray_backend.exchange import Member, checksum, verify
 from ray_dmml.ray_backend.peer_actor import PeerActor, PeerPlace
 from ray_dmml.ray_backend.ray_cohort import RayCohort
-from ray_dmml.ray_backend.rendezvous import store_at
+from ray_dmml.ray_backend.rendezvous import connect, store_at
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (128, 512)])
@@ -50,32 +50,45 @@ def test_a_store_listens_at_its_own_address_only() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    ("refuses", "reasons"),
-    [("store_at", ["no free port", "could open no store"]), ("DirectExchange", ["timeout", "no free port"])],
-)
-def test_without_a_group_all_peers_use_the_coordinator(
-    ray_start_4_cpus: None, image_folder: Path, refuses: str, reasons: list[str]
-) -> None:
-    """The first peer cannot open a store, or the second one cannot join. One is enough."""
+def test_without_a_group_all_peers_use_the_coordinator(ray_start_4_cpus: None, image_folder: Path) -> None:
+    """The first peer cannot open a store, or another one cannot join. One is enough. The bits are those of one
+    process."""
 
     class Refused(PeerActor):
+        """In its first generation the first peer cannot open a store, in the second one the second peer cannot join."""
+
+        num_joined = 0
+
         def join(self, coordinator: Any, names: Sequence[str]) -> PeerPlace:
+            self.num_joined += 1
+            what, whose = [("store_at", "peer0"), ("DirectExchange", "peer1")][self.num_joined - 1]
+
             def refuse(*arguments: Any, **named: Any) -> None:
                 raise OSError("no free port")
 
+            def connect_soon(member: Member, transport: str, patience: float) -> Any:
+                return connect(member, transport, 6.0)
+
             with pytest.MonkeyPatch.context() as patch:
-                if refuses == "store_at" or self._peer.name == "peer1":
-                    patch.setattr(f"ray_dmml.ray_backend.rendezvous.{refuses}", refuse)
+                patch.setattr("ray_dmml.ray_backend.rendezvous.connect", connect_soon)
+                if self._peer.name == whose:
+                    patch.setattr(f"ray_dmml.ray_backend.rendezvous.{what}", refuse)
                 return super().join(coordinator, names)
 
-    class Cohort(RayCohort):
+    class RefusedCohort(RayCohort):
         peer_class = Refused
 
-    raw = tiny(image_folder)
-    config = Config.parse({**raw, "cohort": {**raw["cohort"], "start_timeout_s": 60}})
-    with closing(Cohort(config, load_splits(config.data))) as cohort:
-        for place, reason in zip(cohort.places.values(), reasons, strict=True):
-            assert place.transport.startswith("coordinator, because no direct group could be formed")
-            assert reason in place.transport
-        assert len(cohort.run(0, 2, lambda finished: None)) == 2
+    config = unlike_peers(image_folder)
+    splits = load_splits(config.data)
+    with closing(LocalCohort(config, splits)) as local:
+        expected = local.run(0, 4, lambda finished: None), local.state()
+    with closing(RefusedCohort(config, splits)) as cohort:
+        start = cohort.state()
+        for reasons in (["no free port", "could open no store"], ["timeout", "no free port"]):
+            for place, reason in zip(cohort.places.values(), reasons, strict=False):
+                assert place.transport.startswith("coordinator, because no direct group could be formed")
+                assert reason in place.transport
+            assert (cohort.run(0, 4, lambda finished: None), cohort.state()) == expected
+            if reasons[0] == "no free port":
+                cohort.recover(PeerLostError(""))
+                cohort.load(start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import time
@@ -22,7 +23,7 @@ from conftest import tiny
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.errors import Interrupted, PeerLostError, UserError
+from ray_dmml.errors import PeerLostError, UserError
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.ray_backend.coordinator import Coordinator
 from ray_dmml.ray_backend.peer_actor import PeerActor
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.ray
 STEPS = 16
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _ray(ray_start_4_cpus: None) -> None:
     """All of these need it."""
 
@@ -72,6 +73,10 @@ def settings(root: Path, **changes: Any) -> Config:
         },
     )
     return Config.parse(raw)
+
+
+def one_peer(root: Path) -> dict[str, Any]:
+    return {**tiny(root)["cohort"], "peers": [{}]}
 
 
 class Watched(RayCohort):
@@ -114,28 +119,50 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert RunDir(found).metrics_file.read_text() == RunDir(expected).metrics_file.read_text()
 
 
+class ThreeLosses(Logger):
+    """Kills a peer before the first checkpoint and again at step 6, and stops one at step 10."""
+
+    def __init__(self, cohorts: list[Watched]) -> None:
+        self._cohorts = cohorts
+        self._left = [(0, "peer1", signal.SIGKILL), (6, "peer1", signal.SIGKILL), (10, "peer0", signal.SIGSTOP)]
+
+    def _strike(self, step: int) -> None:
+        if self._left and step >= self._left[0][0]:
+            _, name, how = self._left.pop(0)
+            kill(self._cohorts, name, how)
+
+    def rewind(self, step: int) -> None:
+        if len(self._left) == 3:  # the first rewind comes between the start of the peers and the first checkpoint
+            self._strike(0)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        if not metrics and step > 0:
+            self._strike(step)
+
+
 @pytest.mark.parametrize("transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_peer_is_replaced(
     image_folder: Path,
     tmp_path: Path,
     undisturbed: Path,
     cohorts: list[Watched],
     transport: str,
-    how: signal.Signals,
     sentences: Callable[[], list[str]],
 ) -> None:
-    """Killed or stopped amid training: another takes its place, all go back to the checkpoint, and
-    weights, optimisers and metrics are in the end those of a run without it."""
+    """Killed or stopped: another takes its place, and all go back to the checkpoint or, where there is none, start
+    again. In the end weights, optimisers and metrics are those of a run without it."""
     config = settings(image_folder, failure={"heartbeat_timeout_s": 5})
     cohort = config.cohort.model_copy(update={"transport": transport})
     config = config.model_copy(update={"cohort": cohort})
-    faults = Faults(6, lambda: kill(cohorts, "peer1", how))
-    train(config, tmp_path / "run", loggers=[faults], cohort_factory=Watched)
+    train(config, tmp_path / "run", loggers=[ThreeLosses(cohorts)], cohort_factory=Watched)
     assert_same_run(tmp_path / "run", undisturbed)
-    why = "died in step" if how == signal.SIGKILL else "no sign of life for"
-    [sentence] = [note for note in sentences() if "all peers go back" in note]
-    assert "peer1" in sentence and why in sentence and "to 4 (restart 1 of 5)" in sentence
+    found = [note for note in sentences() if "(restart" in note]
+    expected = [
+        r"peer1 died.*: its process was killed.*all peers start again \(restart 1 of 5\)",
+        r"peer1 died in step \d+: its process was killed.*all peers go back from step \d+ to 4 \(restart 2 of 5\)",
+        r"peer0: no sign of life for 5 s.*all peers go back from step \d+ to 8 \(restart 3 of 5\)",
+    ]
+    assert len(found) == 3 and all(map(re.match, expected, found)), found
 
 
 @pytest.mark.slow
@@ -151,30 +178,6 @@ def test_a_lost_frozen_teacher_embeds_its_images_again(
     faults = Faults(6, lambda: kill(cohorts, "vit"))
     train(config, tmp_path / "run", loggers=[faults], cohort_factory=Watched)
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
-
-
-def test_lost_before_the_first_checkpoint(
-    image_folder: Path,
-    tmp_path: Path,
-    undisturbed: Path,
-    cohorts: list[Watched],
-    sentences: Callable[[], list[str]],
-) -> None:
-    """There is nothing to go back to: all peers are built again, and the run ends the same."""
-
-    class BeforeFirstSave(Logger):
-        """The first rewind comes between the start of the peers and the first checkpoint."""
-
-        def rewind(self, step: int) -> None:
-            if len(cohorts) == 1 and not killed:
-                killed.append(cohorts[0].places["peer1"].pid)
-                kill(cohorts, "peer1")
-
-    killed: list[int] = []
-    faults = BeforeFirstSave()
-    train(settings(image_folder), tmp_path / "run", loggers=[faults], cohort_factory=Watched)
-    assert_same_run(tmp_path / "run", undisturbed)
-    assert any("peer1 died" in note and "all peers start again (restart 1 of 5)" in note for note in sentences())
 
 
 @pytest.mark.slow
@@ -277,7 +280,7 @@ def test_a_lost_coordinator_is_replaced(
 
 def test_no_more_restarts(image_folder: Path, tmp_path: Path, cohorts: list[Watched]) -> None:
     """The run ends by name, and what it has kept can be resumed."""
-    config = settings(image_folder, failure={"max_failures": 0})
+    config = settings(image_folder, cohort=one_peer(image_folder), failure={"max_failures": 0})
     faults = Faults(6, lambda: kill(cohorts, "peer0"))
     with pytest.raises(UserError, match=r"peer0 died.*max_failures is 0.*step 4 is complete") as ended:
         train(config, tmp_path / "run", loggers=[faults], cohort_factory=Watched)
@@ -321,22 +324,9 @@ def test_going_on_without_a_peer(
         assert local.state() == {name: last.peers[name] for name in ("peer0", "peer2")}
 
     longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": STEPS + 4})})
-    results = train(longer, resume=out)
+    results = train(longer, resume=out, local=True)
     assert set(results["peers"]) == {"peer0", "peer1", "peer2"} and "dropped" not in results
     assert "peer1, dropped at step 4, takes part again" in sentences()
-
-
-def test_nobody_left(image_folder: Path, tmp_path: Path, cohorts: list[Watched]) -> None:
-    """`drop` and every peer is dead: the run ends and says so."""
-    config = settings(image_folder, failure={"on_peer_loss": "drop", "max_failures": 0})
-
-    def fault() -> None:
-        for pid in [place.pid for place in cohorts[0].places.values()]:
-            os.kill(pid, signal.SIGKILL)
-
-    with pytest.raises(UserError, match="peer0, peer1: lost, and no peer is left"):
-        train(config, tmp_path / "run", loggers=[Faults(6, fault)], cohort_factory=Watched)
-    assert RunDir.open(tmp_path / "run").checkpoints.load("last").step == 4
 
 
 @pytest.mark.slow  # it waits until peers count as stuck
@@ -386,40 +376,12 @@ def test_none_is_dropped_on_suspicion(image_folder: Path) -> None:
         assert cohort.names == ("peer0", "peer2")
 
 
-def test_one_that_was_never_built_is_started_again(image_folder: Path) -> None:
-    """As where another was lost while it waited to be built. It is not lost itself."""
-    config = settings(image_folder)
-    with closing(RayCohort(config, load_splits(config.data))) as cohort:
-        state = cohort.state()
-        ray.kill(cohort.actors["peer1"])
-        cohort.actors["peer1"] = cohort.start_actor("peer1")
-        cohort.recover(PeerLostError(""), drop=True)
-        assert cohort.names == ("peer0", "peer1")
-        cohort.load(state)
-        (row,) = cohort.run(0, 1, lambda finished: None)
-        assert all(terms["loss"] > 0 for terms in row.values())
-
-
-def test_asked_to_stop(image_folder: Path, tmp_path: Path, undisturbed: Path) -> None:
-    """The run ends after a step, with a checkpoint of it, and goes on to the same bits."""
-    reached = [0]
-
-    class Steps(Logger):
-        def log(self, metrics: Mapping[str, Any], step: int) -> None:
-            reached[0] = step
-
-    config = settings(image_folder)
-    with pytest.raises(Interrupted, match=r"stopped at step \d+ of 16"):
-        train(config, tmp_path / "run", loggers=[Steps()], should_stop=lambda: reached[0] >= 5)
-    assert 5 <= RunDir.open(tmp_path / "run").checkpoints.load("last").step < STEPS
-    train(resume=tmp_path / "run")
-    assert_same_run(tmp_path / "run", undisturbed)
-
-
-def test_a_late_message_of_an_old_generation(image_folder: Path) -> None:
-    """It reaches nobody: its coordinator has ended, and the new one was never given to its sender.
-    And all that were waiting for the dead peer, or for one that did, are woken and live on."""
-    config = settings(image_folder, cohort={**tiny(image_folder)["cohort"], "peers": [{}] * 4})
+def test_the_generations_of_a_cohort(image_folder: Path) -> None:
+    """A late message of an old one reaches nobody: its coordinator has ended, and the new one was never given to its
+    sender. All that were waiting for the dead peer, or for one that did, are woken and live on. One that was never
+    built, as where another was lost while it waited to be built, is started again and not dropped. If all are dead, the
+    error says so."""
+    config = settings(image_folder, cohort={**tiny(image_folder)["cohort"], "peers": [{}] * 3})
     with closing(RayCohort(config, load_splits(config.data))) as cohort:
         old = cohort.coordinator
         state = cohort.state()
@@ -433,6 +395,22 @@ def test_a_late_message_of_an_old_generation(image_folder: Path) -> None:
             ray.get(old.report.remote(0, 99, 0))
         cohort.load(state)
         assert {status.num_sent for status in cohort.statuses().values()} == {0}
+
+        ray.kill(cohort.actors["peer1"])
+        cohort.actors["peer1"] = cohort.start_actor("peer1")
+        cohort.recover(PeerLostError(""), drop=True)
+        assert cohort.names == ("peer0", "peer1", "peer2")
+        cohort.load(state)
+        (row,) = cohort.run(0, 1, lambda finished: None)
+        assert all(terms["loss"] > 0 for terms in row.values())
+
+        for pid in pids(cohort).values():
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(PeerLostError) as failure:
+            cohort.run(1, 2, lambda finished: None)
+        with pytest.raises(UserError, match="lost, and no peer is left to go on") as ended:
+            cohort.recover(failure.value, drop=True)
+        assert all(name in str(ended.value) for name in ("peer0", "peer1", "peer2"))
 
 
 def test_an_embedding_damaged_on_its_way(

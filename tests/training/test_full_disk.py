@@ -27,6 +27,24 @@ def restored_limit() -> Iterator[int]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.fixture(scope="module")
+def config(image_folder: Path) -> Config:
+    raw = tiny(
+        image_folder,
+        train={"steps": 12, "evaluate_every": 8, "log_every": 2},
+        checkpoint={"every_steps": 4},
+        evaluation={"recall_at": [1], "untrained": False},
+    )
+    return Config.parse(raw)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Config, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(config, out, local=True)
+    return RunDir(out)
+
+
 @pytest.mark.parametrize(
     ("full", "warnings"),
     [
@@ -35,17 +53,15 @@ def restored_limit() -> Iterator[int]:
     ],
 )
 def test_nothing_is_missing_or_there_twice_afterwards(
-    full: int, warnings: list[str], image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    full: int,
+    warnings: list[str],
+    config: Config,
+    undisturbed: RunDir,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Checkpoints and metrics that find no room are warned of, and training goes on. Here a limit on the size
     of files, in bytes, stands for the disk: metrics find no room, or checkpoints alone."""
-    raw = tiny(
-        image_folder,
-        train={"steps": 16, "evaluate_every": 8, "log_every": 2},
-        checkpoint={"every_steps": 4},
-        evaluation={"recall_at": [1], "untrained": False},
-    )
-    config = Config.parse(raw)
     with restored_limit() as hard:
 
         class FullFromStep6To11(Logger):
@@ -58,8 +74,7 @@ def test_nothing_is_missing_or_there_twice_afterwards(
         with caplog.at_level(logging.WARNING, "ray_dmml"):
             train(config, tmp_path / "run", loggers=[FullFromStep6To11()], local=True)
     assert [warning for warning in (*warnings, "training goes on") if warning not in caplog.text] == []
-    train(config, tmp_path / "undisturbed", local=True)
-    run, undisturbed = RunDir(tmp_path / "run"), RunDir(tmp_path / "undisturbed")
+    run = RunDir(tmp_path / "run")
     assert run.metrics_file.read_text() == undisturbed.metrics_file.read_text()
     peers = [each.checkpoints.load("last").peers for each in (run, undisturbed)]
     assert peers[0] == peers[1]

@@ -26,7 +26,7 @@ from ray_dmml.checkpoint.peer_state import decode_peer
 from ray_dmml.checkpoint.store import CheckpointStore, PeerFiles
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.errors import PeerLostError
+from ray_dmml.errors import Interrupted, PeerLostError
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.training.run_dir import RunDir
 
@@ -172,8 +172,25 @@ def noisy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def noisy_settings(folder: Path, steps: int, monitor: str) -> Config:
+    raw = tiny(folder, train={"steps": steps, "evaluate_every": 1, "monitor": monitor}, checkpoint={"every_steps": 4})
+    raw["data"]["validation_fraction"] = 0.5
+    raw["cohort"]["base"]["optimizer"] = {"lr": 0.003}
+    return Config.parse(raw)
+
+
+@pytest.fixture(scope="module")
+def noisy_run(noisy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 9 steps, evaluated after each."""
+    out = tmp_path_factory.mktemp("noisy run") / "run"
+    train(noisy_settings(noisy_folder, 9, "ensemble"), out, local=True)
+    return out
+
+
 @pytest.mark.parametrize("monitor", ["ensemble", "mean_peer"])
-def test_the_best_is_kept_when_later_ones_are_worse(noisy_folder: Path, tmp_path: Path, monitor: str) -> None:
+def test_the_best_is_kept_when_later_ones_are_worse(
+    noisy_folder: Path, noisy_run: Path, tmp_path: Path, monitor: str
+) -> None:
     """A run that ends worse than it was: the checkpoint judged is that of the best validation
     Recall@1 of what `monitor` names."""
 
@@ -186,22 +203,10 @@ def test_the_best_is_kept_when_later_ones_are_worse(noisy_folder: Path, tmp_path
                 values[row["step"]] = ensemble if monitor == "ensemble" else float(np.mean(peers))
         return values
 
-    def settings(steps: int) -> Config:
-        raw = tiny(
-            noisy_folder,
-            train={"steps": steps, "evaluate_every": 1},
-            checkpoint={"every_steps": 4},
-        )
-        raw["train"]["monitor"] = monitor
-        raw["data"]["validation_fraction"] = 0.5
-        raw["cohort"]["base"]["optimizer"] = {"lr": 0.003}
-        return Config.parse(raw)
-
-    train(settings(9), tmp_path / "look", local=True)
-    values = judged(tmp_path / "look")
+    values = judged(noisy_run)
     # The first step that is worse than one before it: there the run is to end.
     stop = next(step for step in range(2, 10) if values[step] < max(values[i] for i in range(1, step)))
-    results = train(settings(stop), tmp_path / "run", local=True)
+    results = train(noisy_settings(noisy_folder, stop, monitor), tmp_path / "run", local=True)
     values = judged(tmp_path / "run")
     best = max(values, key=lambda step: (values[step], -step))
     assert best < stop and (results["weights"], results["step"]) == ("best", best)
@@ -330,6 +335,23 @@ def test_a_run_can_be_extended(run: Path, settings: dict[str, Any], tmp_path: Pa
         file.write('{"step": 5, "peers": {"peer0": {"loss": 99.0}}}\n{"step": 6, "pee')
     train(changed(settings, train={"steps": 6}), resume=tmp_path / "run", local=True)
     assert_same_run(tmp_path / "run", run)
+
+
+def test_a_run_can_be_asked_to_stop(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    """It ends after a step, with a checkpoint of it, and goes on to the same bits."""
+    reached = [0]
+
+    class Steps(Logger):
+        def log(self, metrics: Mapping[str, Any], step: int) -> None:
+            reached[0] = step
+
+    stop, out = changed(settings, checkpoint={"every_steps": 4}), tmp_path / "run"
+    with pytest.raises(Interrupted, match="stopped at step 3 of 6"):
+        train(stop, out, loggers=[Steps()], should_stop=lambda: reached[0] >= 3, local=True)
+    assert RunDir.open(out).checkpoints.load("last").step == 3
+    train(resume=out, local=True)
+    assert_same(stored(out), stored(run))
+    assert (out / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
 
 
 def test_a_finished_run_can_be_resumed(run: Path, tmp_path: Path) -> None:
