@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
@@ -108,9 +109,10 @@ def embed(
             else:
                 del cohort
                 tables = _on_ray(peers, peer, place, dtype, batch_size, output, concurrency)
-            for number, table in tables:
-                output.write(number, table)
-                on_progress(output.num_done, output.num_images, output.num_unreadable)
+            with closing(tables):
+                for number, table in tables:
+                    output.write(number, table)
+                    on_progress(output.num_done, output.num_images, output.num_unreadable)
     counts = {"num_images": output.num_images, "num_unreadable": output.num_unreadable}
     return {"out": str(out), **counts, "size": model.size, "model": facts["model"]}
 
@@ -123,7 +125,7 @@ def _on_ray(
     batch_size: int,
     output: OutputFolder,
     concurrency: int | None,
-) -> Iterator[tuple[int, pa.Table]]:
+) -> Generator[tuple[int, pa.Table]]:
     from ray_dmml.embedding.on_ray import Task, embed_on_ray
     from ray_dmml.ray_backend.session import ray_session
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event, Lock
 from typing import Literal, NamedTuple
@@ -148,7 +148,7 @@ class Embedder:
 
 def embed_locally(
     embedder: Embedder, shards: Iterator[tuple[int, list[bytes]]], num_threads: int
-) -> Iterator[tuple[int, pa.Table]]:
+) -> Generator[tuple[int, pa.Table]]:
     """The tables of shards, in order. As many threads embed a shard each, and no more than twice as many shards are in
     memory.
 

@@ -141,11 +141,12 @@ def unpack(packed: bytes) -> list[bytes]:
 def quiet() -> Iterator[None]:
     """Ray Data logs the plan, its versions and its own progress."""
     log = logging.getLogger("ray.data")
-    before, log.level = log.level, logging.ERROR
+    before = log.level
+    log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.level = before
+        log.setLevel(before)
 
 
 def _nodes() -> list[dict[str, float]]:

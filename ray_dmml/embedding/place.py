@@ -94,8 +94,9 @@ class Place:
         files, base = _opened(self.root)
         with files.open_input_file(f"{base}/{path}") as file:
             size = file.size()
-            if size > MAX_FILE_BYTES:
-                raise FileNotFoundError(f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB")
+            if not 0 < size <= MAX_FILE_BYTES:  # FileNotFoundError: another attempt will not help
+                large = f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB"
+                raise FileNotFoundError(large if size else "the file is empty")
             content = np.empty(size, np.uint8)
             file.readinto(content)
         return content
