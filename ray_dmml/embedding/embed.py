@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -126,12 +125,9 @@ def _on_ray(
     output: OutputFolder,
     concurrency: int | None,
 ) -> Generator[tuple[int, pa.Table]]:
-    from ray_dmml.embedding.on_ray import Task, embed_on_ray
-    from ray_dmml.ray_backend.session import ray_session
+    from ray_dmml.embedding.on_ray import Task, embed_on_ray, quiet_session
 
-    # Ray's core reports the arguments of Ray Data's actors as an error, on standard error.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with ray_session():
+    with quiet_session():
         task = Task(peers, peer == ENSEMBLE, place, dtype, batch_size)
         yield from embed_on_ray(task, output.missing(), concurrency)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from ray_dmml.embedding.place import Place
 from ray_dmml.errors import UserError
 from ray_dmml.inference import SavedPeers
 from ray_dmml.ray_backend.process import tune_malloc
+from ray_dmml.ray_backend.session import ray_session
 
 MEMORY_BYTES = 2**30
 """Of a node, for each actor on a CPU: its libraries, the nets and two batches."""
@@ -135,6 +137,32 @@ def pack(paths: Sequence[bytes]) -> bytes:
 def unpack(packed: bytes) -> list[bytes]:
     """The inverse of :func:`pack`."""
     return zlib.decompress(packed).split(b"\0")
+
+
+@contextmanager
+def quiet_session() -> Iterator[None]:
+    """A Ray session whose core does not report the arguments of Ray Data's actors as an error. It does not if this
+    variable is set, but then it prints that the variable is set."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            stack.enter_context(_no_stderr())
+        with ray_session():
+            stack.close()
+            yield
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Nothing is printed to standard error, from any language."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager
