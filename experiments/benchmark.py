@@ -42,6 +42,8 @@ ROWS = {
     "ensemble-teacher": ("relational", "ensemble_teacher"),
     "recall": ("recall", "recall"),
     "recall-pml": ("recall", "recall_pml"),
+    "embed": ("embed", "embed_on_ray"),
+    "embed-local": ("embed", "embed_local"),
     "input": ("images", "input_row"),
     "input-cached": ("images", "input_cached"),
     "start": ("start", "start"),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ray_dmml.data.dataset import FileImages, ImageSet
     from ray_dmml.data.image_files import list_images
     from ray_dmml.data.sampler import ClassBalancedSampler
+    from ray_dmml.embedding.embed import embed
     from ray_dmml.errors import UserError
     from ray_dmml.inference import TrainedCohort, load_cohort
     from ray_dmml.loggers.logger import Logger
@@ -35,6 +36,7 @@ __all__ = [
     "Logger",
     "TrainedCohort",
     "UserError",
+    "embed",
     "evaluate",
     "list_images",
     "load_cohort",
@@ -57,6 +59,7 @@ _HOMES = {
     "similarity_loss": "ray_dmml.losses.similarity",
     "TrainedCohort": "ray_dmml.inference",
     "load_cohort": "ray_dmml.inference",
+    "embed": "ray_dmml.embedding.embed",
     "evaluate": "ray_dmml.training.evaluate",
     "train": "ray_dmml.training.run",
 }

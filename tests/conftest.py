@@ -156,6 +156,18 @@ def tiny(root: Path, **changes: Any) -> dict[str, Any]:
     return raw
 
 
+@pytest.fixture(scope="session")
+def small_run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 2 peers, for tests that only use trained nets. They must not change it."""
+    from ray_dmml import train
+
+    out = tmp_path_factory.mktemp("runs") / "small"
+    raw = tiny(image_folder, train={"steps": 1, "evaluate_every": 0}, data={"validation_fraction": 0})
+    raw["cohort"]["peers"][1]["embedding_size"] = 7
+    train(Config.parse(raw), out, local=True)
+    return out
+
+
 def unlike_peers(root: Path, **changes: Any) -> Config:
     """3 peers that differ in backbone, size, view, interval, mode, ema, optimiser."""
     raw = tiny(root, **changes)

@@ -14,7 +14,7 @@ import ray_dmml
 pytestmark = pytest.mark.ray
 
 
-RAY_ROOMS = ("ray_dmml.ray_backend", "ray_dmml.tune")
+RAY_ROOMS = ("ray_dmml.ray_backend", "ray_dmml.tune", "ray_dmml.embedding.on_ray")
 
 LOADS = """
 import importlib, json, sys

@@ -114,6 +114,23 @@ def test_nets_have_the_layout_of_training(image_folder: Path, tmp_path: Path) ->
     assert layouts == [{True}, {False}]
 
 
+def test_fingerprints(run: Path, tmp_path: Path) -> None:
+    """The same for a copy of the run. Another for other weights, another peer, preprocessing or number of peers."""
+    shutil.copytree(run, tmp_path / "copy")
+    cohort, copy = load_cohort(run), load_cohort(tmp_path / "copy")
+    prints = {"ensemble": cohort.fingerprint, **{name: peer.fingerprint for name, peer in cohort.peers.items()}}
+    assert all(len(found) == 64 for found in prints.values()) and len(set(prints.values())) == 4
+    assert copy.fingerprint == cohort.fingerprint
+    averaged = load_cohort(run, "ema").peers
+    last = load_cohort(run, "last").peers
+    assert [averaged[name].fingerprint == last[name].fingerprint for name in last] == [False, True, True]
+    text = (run / "config.yaml").read_text()
+    (tmp_path / "copy/config.yaml").write_text(text.replace("decode_size: 36", "decode_size: 40"))
+    assert load_cohort(tmp_path / "copy").peers["peer0"].fingerprint != prints["peer0"]
+    (tmp_path / "copy/config.yaml").write_text(text.replace("channels_last: true", "channels_last: false"))
+    assert load_cohort(tmp_path / "copy").fingerprint == cohort.fingerprint
+
+
 def test_mistakes_are_user_errors(run: Path, tmp_path: Path) -> None:
     """Unknown weights, no run, a missing image, a run without a checkpoint."""
     with pytest.raises(UserError, match="no weights 'bset'; there are last and best"):

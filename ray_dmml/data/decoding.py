@@ -51,7 +51,11 @@ def decode(path: Path) -> Tensor:
         OSError: the file is missing, empty, too large, or not an image.
         Exception: the file is corrupt; decoders raise nearly anything.
     """
-    array = _read(path)
+    return decode_content(read_file(path))
+
+
+def decode_content(array: np.ndarray) -> Tensor:
+    """The same for the content of an image file, uint8 (bytes,)."""
     with _open(array.tobytes()) as opened:
         if opened.format in _FORMATS_OF_TORCHVISION:
             # The import takes more than a second, and not every process decodes such files.
@@ -64,7 +68,8 @@ def decode(path: Path) -> Tensor:
         return _decode_with_pillow(opened)
 
 
-def _read(path: Path) -> np.ndarray:
+def read_file(path: Path | str) -> np.ndarray:
+    """The content of an image file, uint8 (bytes,). Raises OSError if it is missing, empty or too large."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
         raise OSError("it is not a regular file")

@@ -26,22 +26,46 @@ Kind = Literal["image", "other file", "link to a folder", "system folder"]
 def walk(top: Path, onerror: Callable[[OSError], object]) -> Iterator[tuple[Kind, Path]]:
     """The images in a folder and its subfolders and what is left out of them, as paths relative to it.
 
-    Files are images by their suffix. Links to files are followed. Links to folders are not, because they may form a
-    circle. Of hidden files and folders (.name) there is nothing.
+    They come in the order of their paths, byte by byte, and no more than the names in one folder and in those above it
+    are in memory. Files are images by their suffix. Links to files are followed. Links to folders are not, because they
+    may form a circle. Of hidden files and folders (.name) there is nothing.
     """
-    readable = suffixes()
-    for folder, subfolders, files in os.walk(top, onerror=onerror):
-        inside = Path(folder).relative_to(top)
-        for name in files:
-            if name[0] != ".":
-                yield "image" if suffix(name) in readable else "other file", inside / name
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
-        for name in list(subfolders):
-            if name.lower() in SYSTEM_FOLDERS:
-                subfolders.remove(name)
-                yield "system folder", inside / name
-            elif os.path.islink(os.path.join(folder, name)):
-                yield "link to a folder", inside / name
+    readable, above = suffixes(), [iter(_entries(top, "", onerror))]
+    while above:
+        path, is_folder, is_link = next(above[-1], ("", False, False))
+        if not path:
+            above.pop()
+        elif not is_folder:
+            yield "image" if suffix(path) in readable else "other file", Path(path)
+        elif os.path.basename(path).lower() in SYSTEM_FOLDERS:
+            yield "system folder", Path(path)
+        elif is_link:
+            yield "link to a folder", Path(path)
+        else:
+            above.append(iter(_entries(top, path, onerror)))
+
+
+def _entries(top: Path, inside: str, onerror: Callable[[OSError], object]) -> list[tuple[str, bool, bool]]:
+    """(path relative to the top, is a folder, is a link) of all entries of a folder that are not hidden."""
+    try:
+        with os.scandir(top / inside) as found:
+            entries = [
+                (os.path.join(inside, entry.name), _is_folder(entry), entry.is_symlink())
+                for entry in found
+                if entry.name[0] != "."
+            ]
+    except OSError as error:
+        onerror(error)
+        return []
+    # All paths in folder "a" are behind "a-b" and before "a0", as "a/" is.
+    return sorted(entries, key=lambda entry: os.fsencode(entry[0]) + b"/" * entry[1])
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere
+        return False
 
 
 def suffix(name: str) -> str:
@@ -59,10 +83,15 @@ def list_images(folder: Path | str) -> list[Path]:
         UserError: there is no image, or a folder cannot be read.
     """
     top = Path(folder)
-    files = [top / path for kind, path in walk(top, _refuse) if kind == "image"]
+    files = [top / path for path in iterate_images(top)]
     if not files:
         raise UserError(f"folder {printable(str(top))} has no images")
-    return sorted(files, key=Path.as_posix)
+    return files
+
+
+def iterate_images(folder: Path | str) -> Iterator[Path]:
+    """The same one by one, relative to the folder. If there is none, there is no error."""
+    return (path for kind, path in walk(Path(folder), _refuse) if kind == "image")
 
 
 def files_of(images: Path | str | Iterable[Path | str]) -> list[Path]:

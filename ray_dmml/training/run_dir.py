@@ -18,12 +18,13 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ray_dmml.checkpoint.store import CheckpointStore
+from ray_dmml.checkpoint.store import sync as wait_for_disk
 from ray_dmml.config.loading import read_settings, refuse_old
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import CheckpointError, UserError
@@ -94,23 +95,9 @@ class RunDir:
         with suppress(OSError):
             self.path.rmdir()
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keeps other processes from training in this folder; a file system without locks does not protect it.
-
-        Raises:
-            UserError: another process trains in it.
-        """
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise UserError(f"another process is training in {self.path}") from None
-            yield
-        finally:
-            os.close(folder)
+    def lock(self) -> AbstractContextManager[None]:
+        """Keeps other processes from training in this folder, see :func:`lock_folder`."""
+        return lock_folder(self.path, "training")
 
     def write_config(self, config: Config) -> None:
         """Writes config.yaml where it differs."""
@@ -148,12 +135,41 @@ class RunDir:
         replace_file(self.results_file, json.dumps(results, indent=1) + "\n")
 
 
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Replaces a file in one move. Raises CheckpointError if that is not possible; the old one is then unchanged."""
+@contextmanager
+def lock_folder(path: Path, doing: str) -> Iterator[None]:
+    """Keeps other processes from ``doing`` the same in a folder; a file system without locks does not protect it.
+
+    Raises:
+        UserError: another process has the lock.
+    """
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(f"another process is {doing} in {path}") from None
+        yield
+    finally:
+        os.close(folder)
+
+
+def replace_file(path: Path, content: str | bytes, *, sync: bool = False) -> None:
+    """Replaces a file in one move. Raises CheckpointError if that is not possible; the old one is then unchanged.
+
+    Args:
+        path: the file.
+        content: its new content.
+        sync: wait until it is on the disk. If the machine dies, the file has the old content or the new one.
+    """
     aside = path.with_name(path.name + ".tmp")
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        if sync:
+            wait_for_disk(aside)
         os.replace(aside, path)
+        if sync:
+            wait_for_disk(path.parent)
     except OSError as error:
         with suppress(OSError):
             aside.unlink()

@@ -94,7 +94,7 @@ def _read(manifest: Path, root: Path, findings: Findings) -> list[_Row]:
         if manifest.exists() and not manifest.is_file():
             raise UserError(f"data.manifest {manifest} is not a file")
         with manifest.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(_lines(file))
+            reader = csv.DictReader(lines_of(file))
             reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
             if not _has_columns(manifest, names, findings):
                 return []
@@ -151,7 +151,7 @@ def _read_rows(reader: csv.DictReader[str], name: str, root: Path, findings: Fin
     return list(rows.values())
 
 
-def _lines(file: TextIO) -> Iterator[str]:
+def lines_of(file: TextIO) -> Iterator[str]:
     """Lines of a file, which may not be a table but a single line without end."""
     while line := file.readline(MAX_LINE):
         if len(line) == MAX_LINE:
