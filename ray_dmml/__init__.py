@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ray_dmml.data.image_files import list_images
     from ray_dmml.data.sampler import ClassBalancedSampler
     from ray_dmml.errors import UserError
+    from ray_dmml.hub.push import push
     from ray_dmml.inference import TrainedCohort, load_cohort
     from ray_dmml.loggers.logger import Logger
     from ray_dmml.losses.relational import relational_losses
@@ -38,6 +39,7 @@ __all__ = [
     "evaluate",
     "list_images",
     "load_cohort",
+    "push",
     "relational_losses",
     "relaxed_contrastive_loss",
     "similarity_loss",
@@ -57,6 +59,7 @@ _HOMES = {
     "similarity_loss": "ray_dmml.losses.similarity",
     "TrainedCohort": "ray_dmml.inference",
     "load_cohort": "ray_dmml.inference",
+    "push": "ray_dmml.hub.push",
     "evaluate": "ray_dmml.training.evaluate",
     "train": "ray_dmml.training.run",
 }
