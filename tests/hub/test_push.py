@@ -326,6 +326,8 @@ def test_up_and_down_again(run: Path, server: HubServer) -> None:
     expected = load_cohort(run).embed_files(files)
     assert np.array_equal(load_cohort("hf-hub:somebody/blocks").embed_files(files), expected)
     assert not {"peer0/pickle.bin", "code/evil.py"} & server.downloaded
+    load_cohort("hf-hub:somebody/blocks", trust_code=True)  # the config names no code, so none runs
+    assert "code/evil.py" in server.downloaded and "peer0/pickle.bin" not in server.downloaded
     server.files["mine.txt"] = b"stays"
     push(run, "somebody/blocks")
     assert len(server.commits) == 2
