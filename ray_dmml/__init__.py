@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ray_dmml.data.sampler import ClassBalancedSampler
     from ray_dmml.embedding.embed import embed
     from ray_dmml.errors import UserError
+    from ray_dmml.hub.push import push
     from ray_dmml.inference import TrainedCohort, load_cohort
     from ray_dmml.loggers.logger import Logger
     from ray_dmml.losses.relational import relational_losses
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "list_images",
     "load_cohort",
+    "push",
     "relational_losses",
     "relaxed_contrastive_loss",
     "similarity_loss",
@@ -60,6 +62,7 @@ _HOMES = {
     "TrainedCohort": "ray_dmml.inference",
     "load_cohort": "ray_dmml.inference",
     "embed": "ray_dmml.embedding.embed",
+    "push": "ray_dmml.hub.push",
     "evaluate": "ray_dmml.training.evaluate",
     "train": "ray_dmml.training.run",
 }

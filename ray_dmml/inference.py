@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from ray_dmml import pushed
+from ray_dmml.checkpoint.peer_state import decode_peer
+from ray_dmml.checkpoint.store import Checkpoint
 from ray_dmml.config.code import Files as CodeFiles
 from ray_dmml.config.code import code_in_use
 from ray_dmml.config.parts import load_trusted_parts
@@ -127,22 +129,29 @@ def _decoded(files: Files, like: TrainedPeer | TrainedCohort, batch_size: int) -
 
 
 def load_cohort(
-    run: Path | str, weights: str | None = None, *, device: str = "cpu", trust_code: bool = False
+    run: Path | str,
+    weights: str | None = None,
+    *,
+    device: str = "cpu",
+    trust_code: bool = False,
+    revision: str | None = None,
 ) -> TrainedCohort:
     """Loads the trained peers of a run. It needs neither the run's images nor Ray.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, a folder that ``ray-dmml push`` wrote, or ``hf-hub:OWNER/NAME`` on the Hugging Face hub,
+            which is downloaded unless the hub's cache has it.
         weights: ``last``, ``best`` or ``ema`` (averaged weights of the last checkpoint; a peer without them uses
             its last weights). None takes the weights that the run's results are of.
         device: where the nets compute.
         trust_code: build own backbones that the run's config names.
+        revision: branch, tag or commit of the repository on the hub; None: its main branch.
 
     Raises:
-        UserError: there is no such run or checkpoint, it is damaged, or it has an own backbone and ``trust_code`` is
-            False.
+        UserError: there is no such run or checkpoint, it is damaged, it has an own backbone and ``trust_code`` is
+            False, or the hub does not answer.
     """
-    return read_peers(run, weights, trust_code=trust_code).build(device)
+    return read_peers(run, weights, trust_code=trust_code, revision=revision).build(device)
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,7 @@ class SavedPeers:
         for peer in (peer for peer in config.cohort.peers if peer.name in self.files):
             name = str(peer.name)
             net = build_embedding_net(peer, config.seed, initial_weights=False)
-            load_net_weights(net, safetensors.torch.load(self.files[name]), f"of {name}")
+            load_net_weights(net, decode_peer({"weights.safetensors": self.files[name]})["net"], f"of {name}")
             crop = peer.eval_crop or net.eval_crop
             view = evaluation_view(net.input_size, crop, config.data.decode_size)
             architecture = {
@@ -195,16 +204,26 @@ def _per_channel(pixels: Tensor) -> list[float]:
     return [round(value / 255, 6) for value in pixels.flatten().tolist()]
 
 
-def read_peers(run: Path | str, weights: str | None = None, *, trust_code: bool = False) -> SavedPeers:
+def read_peers(
+    run: Path | str, weights: str | None = None, *, trust_code: bool = False, revision: str | None = None
+) -> SavedPeers:
     """Reads what :func:`load_cohort` builds. The arguments and errors are the same."""
-    folder = RunDir.open(run)
+    folder = RunDir.open(pushed.fetch(run, revision, code=trust_code))
     config = folder.config()
-    load_trusted_parts(config, folder.path, trust_code, "trust_code=True", settings="backbone")
+    load_trusted_parts(config, Path(run), trust_code, "trust_code=True", settings="backbone")
     which = config.weights_to_evaluate(weights)
-    checkpoint = folder.checkpoints.load("best" if which == "best" else "last")
+    if pushed.is_pushed(folder.path):
+        files = pushed.read_weights(folder.path, [str(peer.name) for peer in config.cohort.peers], which)
+    else:
+        files = weights_of(folder.checkpoints.load("best" if which == "best" else "last"), config, which)
+    return SavedPeers(config, files, code_in_use() if trust_code else {})
+
+
+def weights_of(checkpoint: Checkpoint, config: Config, which: str) -> dict[str, bytes]:
+    """Each peer's file of its weights ``last``, ``best`` or ``ema``. Without ``ema``, a peer has its last ones."""
     files = {}
     for peer in config.cohort.peers:
         saved = checkpoint.peers[str(peer.name)]
         file = "ema.safetensors" if which == "ema" and "ema.safetensors" in saved else "weights.safetensors"
         files[str(peer.name)] = saved[file]
-    return SavedPeers(config, files, code_in_use() if trust_code else {})
+    return files

@@ -15,12 +15,12 @@ PACKAGE = Path(ray_dmml.__file__).parent
 FLOORS = (
     {"errors", "config", "filesystem", "randomness", "cores", "interruption"},
     {"data", "models", "losses", "checkpoint"},
-    {"evaluation", "loggers", "peer"},
+    {"evaluation", "loggers", "peer", "pushed"},
     {"cohort"},
     {"ray_backend"},
     {"training"},
     {"inference", "tune"},
-    {"embedding"},
+    {"embedding", "hub"},
     {"cli"},
 )
 """From the ground up."""

@@ -16,6 +16,7 @@ from ray_dmml.cli.config import config
 from ray_dmml.cli.data import data_app
 from ray_dmml.cli.embed import embed
 from ray_dmml.cli.evaluate import evaluate
+from ray_dmml.cli.push import push
 from ray_dmml.cli.train import train
 from ray_dmml.cli.tune import tune
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, embed, tune, config):
+for _command in (train, evaluate, embed, push, tune, config):
     app.command(cls=Command)(_command)
 app.add_typer(data_app, name="data")
 

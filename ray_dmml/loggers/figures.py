@@ -1,0 +1,61 @@
+"""What results.json says, for a person: its rows, and which images they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_HEADINGS = {"map@r": "MAP@R", "r_precision": "R-prec"}
+
+Row = tuple[str, Mapping[str, float]]
+
+
+def heading(metric: str) -> str:
+    """The heading of a metric's column."""
+    return _HEADINGS.get(metric, metric.replace("recall@", "R@"))
+
+
+def rows_of(results: Mapping[str, Any]) -> Iterator[Row]:
+    """Names and figures: each frozen backbone, the peers and the ensemble before training, the peers, the ensemble."""
+    backbones = _distinct(results["frozen_backbones"])
+    for names, figures in backbones:
+        yield "frozen backbone" if len(backbones) == 1 else f"{', '.join(names)}, frozen backbone", figures
+    before = "at the start" if results["init_from"] else "untrained"
+    for name, figures in results["untrained"].items():
+        yield f"{name}, {before}", figures
+    if results["untrained_ensemble"]:
+        yield f"ensemble, {before}", results["untrained_ensemble"]
+    yield from results["peers"].items()
+    yield "ensemble", results["ensemble"]
+
+
+def describe_images(results: Mapping[str, Any]) -> str:
+    """Which images the figures are of, and whether their classes were trained on."""
+    split, images, classes = results["split"], "images", "classes"
+    if split == "other":
+        images = "other images"
+    elif results["split_by"] == "image":
+        images, classes = f"{split} images", "known classes"
+    else:
+        classes = "unseen classes" if split == "test" else f"{split} classes"
+    counts = f"{results['num_images']:,} {images}"
+    if results["num_queries"] is not None:
+        counts = f"{results['num_queries']:,} queries in {results['num_gallery']:,} {images}"
+    return f"{counts} of {results['num_classes']} {classes}"
+
+
+def describe_unevaluated(results: Mapping[str, Any]) -> str:
+    """Why there are no figures."""
+    return f"not evaluated: all {'images' if results['split_by'] == 'image' else 'classes'} were trained on"
+
+
+def _distinct(figures_of: Mapping[str, Mapping[str, float]]) -> list[tuple[list[str], Mapping[str, float]]]:
+    """Equal figures once, with the names of the peers that have them."""
+    rows: list[tuple[list[str], Mapping[str, float]]] = []
+    for name, figures in figures_of.items():
+        names = next((names for names, known in rows if known == figures), None)
+        if names is None:
+            rows.append(([name], figures))
+        else:
+            names.append(name)
+    return rows
