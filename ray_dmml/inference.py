@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,15 @@ class TrainedPeer:
         self.net, self.view = net.eval(), view
         self.decode_size, self.resize = decode_size, resize
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the embeddings depend on. Only those of equal fingerprints can be compared."""
+        digest = hashlib.sha256(f"{self.decode_size} {self.resize}".encode())
+        for name, weights in self.net.state_dict().items():
+            digest.update(f"{name} {weights.dtype} {list(weights.shape)}".encode())
+            digest.update(weights.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     def embed(self, images: Tensor) -> Tensor:
         """Embeds decoded images: uint8 (B, 3, S, S) -> (B, D) float32, rows of length 1."""
         with torch.no_grad():
@@ -58,6 +69,11 @@ class TrainedCohort:
 
     def __init__(self, peers: dict[str, TrainedPeer], decode_size: int, resize: Resize) -> None:
         self.peers, self.decode_size, self.resize = peers, decode_size, resize
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the embeddings depend on: the peers' fingerprints in their order."""
+        return hashlib.sha256("\n".join(peer.fingerprint for peer in self.peers.values()).encode()).hexdigest()
 
     def embed(self, images: Tensor) -> np.ndarray:
         """Embeds decoded images: uint8 (B, 3, S, S) -> (B, sum of D) float32, rows of length 1."""
