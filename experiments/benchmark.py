@@ -42,6 +42,8 @@ ROWS = {
     "ensemble-teacher": ("relational", "ensemble_teacher"),
     "recall": ("recall", "recall"),
     "recall-pml": ("recall", "recall_pml"),
+    "index": ("index", "index"),
+    "index-flat": ("index", "index_flat"),
     "input": ("images", "input_row"),
     "input-cached": ("images", "input_cached"),
     "start": ("start", "start"),

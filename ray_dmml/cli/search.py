@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def search(
     folder: Annotated[Path, typer.Argument(parser=path, metavar="INDEX", help="Folder of an index.")],
     images: Annotated[
-        list[Path] | None, typer.Argument(parser=path, metavar="[IMAGE]...", help="Image files, or one folder.")
+        list[Path] | None, typer.Argument(parser=path, metavar="IMAGE", help="Image files, or one folder.")
     ] = None,
     ids: Annotated[
         list[str] | None,
@@ -27,7 +27,10 @@ def search(
             help="Search for an image of the index by its path there, without itself. Repeatable.",
         ),
     ] = None,
-    k: Annotated[int, typer.Option("-k", "--k", min=1, metavar="NUMBER", help="Images for each query.")] = 10,
+    k: Annotated[
+        int,
+        typer.Option("-k", min=1, metavar="NUMBER", help="Images for each query. Default: 10.", show_default=False),
+    ] = 10,
     threshold: Annotated[
         float | None, typer.Option(metavar="SIMILARITY", help="Leave out images that are less similar, from -1 to 1.")
     ] = None,

@@ -120,7 +120,7 @@ class Embeddings:
     def _read(self, shard: str) -> pq.ParquetFile:
         file = self.folder / shard
         try:
-            opened = pq.ParquetFile(file, memory_map=True)
+            opened = pq.ParquetFile(file, buffer_size=2**20)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file} cannot be read: {_first_line(error)}") from None
         missing = {"path", "embedding", "width", "height", "error"} - set(opened.schema_arrow.names)

@@ -63,15 +63,16 @@ def stored(index: Any, ids: Ints) -> Iterator[tuple[Ints, Floats]]:
         return
     lists: Any = index.invlists
     held: list[tuple[Ints, Floats]] = []
+    num_held = 0
     for number in range(index.nlist):
         if length := lists.list_size(number):
             codes = faiss.rev_swig_ptr(lists.get_codes(number), length * index.d * 4)
-            held.append(
-                (faiss.rev_swig_ptr(lists.get_ids(number), length), codes.view(np.float32).reshape(-1, index.d))
-            )
-        if sum(len(list_ids) for list_ids, _ in held) >= block or (held and number == index.nlist - 1):
+            list_ids = faiss.rev_swig_ptr(lists.get_ids(number), length)
+            held.append((list_ids, codes.view(np.float32).reshape(-1, index.d)))
+            num_held += length
+        if num_held >= block or (held and number == index.nlist - 1):
             yield np.concatenate([one for one, _ in held]), np.concatenate([one for _, one in held])
-            held = []
+            held, num_held = [], 0
 
 
 def gather(blocks: Iterable[tuple[Ints, Floats]], ids: Ints, size: int) -> Floats:
