@@ -62,7 +62,8 @@ def search(
 
             replace_file(page, search_page(answers, root, num_rows))
     if as_json:
-        print_json([{"query": a.name, "results": [match.as_json() for match in a.matches]} for a in answers])
+        queries = [{"query": a.name, "results": [match.as_json() for match in a.matches]} for a in answers]
+        print_json({"root": root, "queries": queries})
         return
     for answer in answers:
         _print_table(answer, Console())

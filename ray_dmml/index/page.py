@@ -87,7 +87,7 @@ def search_page(answers: Sequence[Answer], root: str | None, num_rows: int) -> s
     sections = []
     for answer in answers:
         items = [
-            "<li>" + figure(file_of(root, m.path), m.path, f"<b>{m.rank}. {m.similarity:.3f}</b><br>") + "</li>"
+            "<li>" + figure(file_of(root, m.path), m.path, f"<b>{m.rank} · {m.similarity:.3f}</b><br>") + "</li>"
             for m in answer.matches
         ]
         found = f"<ol>{''.join(items)}</ol>" if items else "<p>nothing is similar enough</p>"

@@ -153,7 +153,7 @@ def _read_files(folder: Path, info: StoredInfo, in_memory: bool) -> tuple[Any, p
         raise UserError(f"{damaged}{file.name} has {size:,} bytes instead of {info.files.vectors_bytes:,}")
     try:
         index = faiss.read_index(str(file), 0 if in_memory else faiss.IO_FLAG_MMAP_IFC)
-        rows = pq.read_table(folder / info.files.rows, memory_map=True)
+        rows = pq.read_table(folder / info.files.rows, memory_map=True).combine_chunks()
     except (RuntimeError, MemoryError, pa.ArrowException) as error:
         if isinstance(error, FileNotFoundError):
             raise

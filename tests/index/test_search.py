@@ -65,7 +65,9 @@ def test_images_are_found(index: Path, image_folder: Path) -> None:
     files = [image_folder / "class07/2.png", image_folder / "class00/4.png"]
     ended = invoke("search", index, *files, "--id", "class03/1.png", "-k", 4, "--json")
     assert ended.exit_code == 0, ended.output
-    answers = json.loads(ended.stdout)
+    found = json.loads(ended.stdout)
+    assert found["root"] == str(image_folder)
+    answers = found["queries"]
     assert [answer["query"] for answer in answers] == [*map(str, files), "class03/1.png"]
     assert [[match["rank"] for match in answer["results"]] for answer in answers] == [[1, 2, 3, 4]] * 3
     for answer, file in zip(answers, files, strict=False):
@@ -89,11 +91,11 @@ def test_the_table_and_the_threshold(index: Path, image_folder: Path) -> None:
     assert [row[0] for row in rows] == ["1", "2", "3"] and rows[0][1:] == ("1.0000", "class07/2.png")
     similarities = sorted((float(row[1]) for row in rows), reverse=True)
     middle = (similarities[1] + similarities[2]) / 2
-    [answer] = json.loads(invoke("search", index, file, "--threshold", middle, "--json").stdout)
+    [answer] = json.loads(invoke("search", index, file, "--threshold", middle, "--json").stdout)["queries"]
     assert len(answer["results"]) == 2
     ended = invoke("search", index, "--id", "class07/2.png", "--threshold", 1)
     assert "class07/2.png: nothing is similar enough" in ended.stdout
-    [answer] = json.loads(invoke("search", index, "--id", "class07/2.png", "-k", 500, "--json").stdout)
+    [answer] = json.loads(invoke("search", index, "--id", "class07/2.png", "-k", 500, "--json").stdout)["queries"]
     assert len(answer["results"]) == 79  # all others
 
 
@@ -205,6 +207,6 @@ def test_names_and_lost_files(tmp_path: Path) -> None:
     pictures = Pictures()
     pictures.feed(text := search_page([Answer(name, None, matches), Answer("b", None, [])], str(tmp_path), 9))
     assert pictures.sizes == [] and "<script" not in text and text.count("no picture") == 4
-    assert "nothing is similar enough" in text and "1. 0.500" in text
+    assert "nothing is similar enough" in text and "1 · 0.500" in text
     with pytest.raises(UserError, match=r"a page of 2,001 pictures is too large, the most are 2,000; lower -k"):
         search_page([Answer(name, None, matches * 1000)], None, 9)
