@@ -85,11 +85,19 @@ class ImageIndex:
         similarities, labels = self._index.search(queries, k)
         if self.info.kind == "flat":
             return similarities, self._ids[labels]
-        # Lists that were read may have too few rows. These queries are repeated in more lists.
-        probed = self._index.nprobe
-        while len(short := np.flatnonzero((labels < 0).any(axis=1))):
-            probed = min(4 * probed, self._index.nlist)
-            similarities[short], labels[short] = self._index.search(queries[short], k, params=ivf.probing(probed))
+        # The lists that were read may have too few rows. These queries are repeated in more lists. Searches of other
+        # threads then read more, too, which harms nothing. faiss's own argument for it is refused once
+        # faiss.contrib.torch_utils is imported, as pytorch-metric-learning does.
+        if len(short := np.flatnonzero((labels < 0).any(axis=1))):
+            with self._lock:
+                probed = self.info.num_probed or 1
+                try:
+                    while len(short):
+                        self._index.nprobe = probed = min(4 * probed, self._index.nlist)
+                        similarities[short], labels[short] = self._index.search(queries[short], k)
+                        short = np.flatnonzero((labels < 0).any(axis=1))
+                finally:
+                    self._index.nprobe = self.info.num_probed
         return similarities, labels
 
     def paths(self, ids: Iterable[int]) -> list[str]:

@@ -96,7 +96,8 @@ def measure(index: Any, ids: Ints, target: float) -> Recall:
     worst = _exact(stored(index, ids), queries, sample, k)[:, -1:] - _ROUNDING
 
     def recall(num_probed: int) -> float:
-        similarities, found = index.search(queries, k + 1, params=probing(num_probed))
+        index.nprobe = num_probed
+        similarities, found = index.search(queries, k + 1)
         return float((_without_self(similarities, found, sample, k) >= worst).mean())
 
     enough = 1
@@ -109,13 +110,7 @@ def measure(index: Any, ids: Ints, target: float) -> Recall:
             too_few = middle
         else:
             enough = middle
-    index.nprobe = enough
     return Recall(target=target, k=k, measured=recall(enough), num_queries=len(sample))
-
-
-def probing(num_lists: int) -> Any:
-    """The parameters of a search that reads so many lists."""
-    return faiss.SearchParametersIVF(nprobe=num_lists)  # type: ignore[call-arg]  # faiss's types lack it
 
 
 def _exact(blocks: Iterable[tuple[Ints, Floats]], queries: Floats, own: Ints, k: int) -> Floats:

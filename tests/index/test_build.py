@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -84,6 +85,18 @@ def test_ivf_reaches_its_recall(large: tuple[Path, np.ndarray, list[str]], tmp_p
     similarities, ids = index.search(QUERIES[:3], 4000)  # more than its lists have
     assert np.array_equal(np.sort(ids), np.broadcast_to(np.arange(4000), (3, 4000)))
     assert (np.diff(similarities) <= 0).all()
+
+
+def test_beside_the_torch_wrapper_of_faiss(tmp_path: Path) -> None:
+    """pytorch-metric-learning imports it, and it replaces methods of faiss."""
+    importlib.import_module("faiss.contrib.torch_utils")
+    vectors = unit_vectors(500)
+    write_embeddings(tmp_path, vectors)
+    index = build_index(tmp_path, kind="ivf", recall=1)
+    assert recall_of(index, naive(vectors, np.arange(500), 10)) == 1
+    assert np.array_equal(index.vector(20), vectors[20])
+    ids = index.search(QUERIES, 500)[1]
+    assert (np.sort(ids) == np.arange(500)).all()
 
 
 def test_the_measured_recall_is_that_of_its_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
