@@ -59,11 +59,12 @@ def build_index(
             raise UserError(f"{folder} has an index already; update it (--update) or replace it (--overwrite)")
         rows, num_unreadable = source.rows(list(shards), 0)
         require_unique(rows["path"])
+        source.warn_if_unfinished(len(rows) + num_unreadable)
         if not len(rows):
             raise UserError(f"{source.folder} has no embeddings: none of its {num_unreadable} images could be read")
         automatic: Kind = "flat" if len(rows) <= MAX_FLAT else "ivf"
         info = IndexInfo(
-            **source.info.model_dump(exclude={"run", "root"}),
+            **source.info.model_dump(exclude={"run", "root", "num_images"}),
             run=_absolute(source.info.run),
             root=source.info.root and _absolute(source.info.root),
             kind=kind or automatic,

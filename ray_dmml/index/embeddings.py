@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ BLOCK_BYTES = 2**25
 ROWS = pa.schema([("id", pa.int64()), ("path", pa.string()), ("width", pa.int32()), ("height", pa.int32())])
 """The columns of rows.parquet."""
 
+logger = logging.getLogger(__name__)
+
 _UNIT_TOLERANCE = 0.01  # rounding to float16 changes the length of a row by less than 0.001
 
 
@@ -38,6 +41,7 @@ class EmbedInfo(BaseModel):
     root: str | None = None
     run: str
     weights: str | None = None
+    num_images: int | None = None
 
 
 class Embeddings:
@@ -142,6 +146,12 @@ class Embeddings:
             length = int.from_bytes(opened.read(4), "little")
             opened.seek(max(0, size - 8 - length))
             return hashlib.sha256(opened.read()).hexdigest()
+
+    def warn_if_unfinished(self, num_rows: int) -> None:
+        """Warns that shards are missing, when those that are there have so many rows."""
+        if self.info.num_images is not None and num_rows < self.info.num_images:
+            done = f"{num_rows:,} of {self.info.num_images:,} images"
+            logger.warning(f"{self.folder} has {done}: the rest can be added with --update when they are embedded")
 
 
 def require_unique(paths: pa.ChunkedArray) -> None:

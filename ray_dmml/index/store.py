@@ -197,10 +197,10 @@ def write(folder: Path, info: IndexInfo, index: Any, rows: pa.Table) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes from changing this index; a file system without locks does not protect it.
+    """Keeps other processes from changing what is in this folder; a file system without locks does not protect it.
 
     Raises:
-        UserError: another process changes it, or the folder cannot be used.
+        UserError: another process embeds or indexes in it, or the folder cannot be used.
     """
     try:
         opened = os.open(folder, os.O_RDONLY)
@@ -211,7 +211,7 @@ def lock(folder: Path) -> Iterator[None]:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"another process is changing the index {folder}") from None
+                raise UserError(f"another process is embedding or indexing in {folder}") from None
         yield
     finally:
         os.close(opened)

@@ -185,6 +185,22 @@ def test_rows_are_removed(tmp_path: Path, kind: store.Kind) -> None:
     assert recall_of(index, naive(vectors[kept], kept, 10)) == 1
 
 
+def test_an_unfinished_embedding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is there is indexed, with a warning. Shards may be written in any order."""
+    vectors = unit_vectors(90)
+    paths = write_embeddings(tmp_path, vectors, num_shards=3, num_images=90)
+    late = tmp_path / "part-00001.parquet"
+    late.rename(tmp_path / "late")
+    index = build_index(tmp_path)
+    assert len(index) == 60 and "has 60 of 90 images: the rest can be added with --update" in caplog.text
+    (tmp_path / "late").rename(late)
+    caplog.clear()
+    index = update_index(tmp_path)
+    order = [*range(30), *range(60, 90), *range(30, 60)]
+    assert index.paths(range(90)) == [paths[row] for row in order] and not caplog.text
+    assert recall_of(index, naive(vectors[order], np.arange(90), 10)) == 1
+
+
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     vectors = unit_vectors(60)
     write_embeddings(tmp_path, vectors)
@@ -199,7 +215,7 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     assert set(os.listdir(tmp_path)) == shards | {"index.json", "index-1.faiss", "rows-1.parquet"}
     (tmp_path / "index.json").write_text("{")
     assert len(build_index(tmp_path, overwrite=True)) == 60
-    with store.lock(tmp_path), pytest.raises(UserError, match="another process is changing the index"):
+    with store.lock(tmp_path), pytest.raises(UserError, match="another process is embedding or indexing in"):
         build_index(tmp_path, overwrite=True)
 
 
