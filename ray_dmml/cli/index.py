@@ -82,8 +82,8 @@ def index(
         return
     console = Console()
     if update or removes:
-        print_line(console, f"{'removed' if removes else 'added'} {abs(len(built) - before):,} images")
-    left_out = f", {info.num_unreadable:,} unreadable ones left out" if info.num_unreadable else ""
+        print_line(console, f"images {'removed' if removes else 'added'}: {abs(len(built) - before):,}")
+    left_out = f" ({info.num_unreadable:,} unreadable and left out)" if info.num_unreadable else ""
     print_line(console, f"{folder}: {len(built):,} images{left_out}, {info.peer}, {info.size} dimensions")
     if info.kind == "flat":
         print_line(console, "flat: every search is exact")

@@ -129,12 +129,12 @@ class ImageIndex:
         """
         [place] = self._places(np.array([id]))
         if self.info.kind == "flat":
-            return self._index.reconstruct(int(place))
+            return np.asarray(self._index.reconstruct(int(place)))
         with self._lock:
             if not self._has_places:  # the first call reads all ids
                 self._index.set_direct_map_type(faiss.DirectMap.Hashtable)  # type: ignore[attr-defined]
                 self._has_places = True
-        return self._index.reconstruct(int(id))
+        return np.asarray(self._index.reconstruct(int(id)))
 
     def _places(self, ids: Ints) -> Ints:
         places = np.searchsorted(self._ids, ids)

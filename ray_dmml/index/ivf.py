@@ -59,7 +59,7 @@ def stored(index: Any, ids: Ints) -> Iterator[tuple[Ints, Floats]]:
     if not isinstance(index, faiss.IndexIVF):
         for start in range(0, index.ntotal, block):
             rows = ids[start : start + block]
-            yield rows, index.reconstruct_n(start, len(rows))
+            yield rows, np.asarray(index.reconstruct_n(start, len(rows)))  # a tensor beside faiss.contrib.torch_utils
         return
     lists: Any = index.invlists
     held: list[tuple[Ints, Floats]] = []

@@ -8,13 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
 from embedded import unit_vectors, write_embeddings, write_info, write_shard
 
 from ray_dmml import ImageIndex, UserError, build_index, load_index, remove_rows, update_index
-from ray_dmml.index import build, store
+from ray_dmml.index import build, ivf, store
 
 QUERIES = unit_vectors(50, seed=5)
 
@@ -92,9 +93,13 @@ def test_beside_the_torch_wrapper_of_faiss(tmp_path: Path) -> None:
     importlib.import_module("faiss.contrib.torch_utils")
     vectors = unit_vectors(500)
     write_embeddings(tmp_path, vectors)
-    index = build_index(tmp_path, kind="ivf", recall=1)
+    flat = build_index(tmp_path)
+    [(_, block)] = ivf.stored(faiss.read_index(str(tmp_path / "index.faiss")), np.arange(500))
+    assert type(block) is np.ndarray and np.array_equal(block, vectors)
+    index = build_index(tmp_path, kind="ivf", recall=1, overwrite=True)
+    for either in (flat, index):
+        assert type(either.vector(20)) is np.ndarray and np.array_equal(either.vector(20), vectors[20])
     assert recall_of(index, naive(vectors, np.arange(500), 10)) == 1
-    assert np.array_equal(index.vector(20), vectors[20])
     ids = index.search(QUERIES, 500)[1]
     assert (np.sort(ids) == np.arange(500)).all()
 

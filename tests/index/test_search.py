@@ -156,11 +156,11 @@ def test_the_command_builds_and_changes(tmp_path: Path) -> None:
     assert ended.exit_code == 0, ended.output
     info = load_index(out).info
     assert ended.stdout.splitlines() == [
-        f"{out}: 450 images, 1 unreadable ones left out, peer0, 16 dimensions",
+        f"{out}: 450 images (1 unreadable and left out), peer0, 16 dimensions",
         f"ivf: a search reads {info.num_probed} of 11 lists, recall@10 {info.recall.measured:.3f} on 450 of the images",
     ]
     write_shard(source, 1, [f"b{row}.jpg" for row in range(50)], list(vectors[450:]))
-    assert invoke("index", source, "--out", out, "--update").stdout.startswith("added 50 images\n")
+    assert invoke("index", source, "--out", out, "--update").stdout.startswith("images added: 50\n")
     (tmp_path / "gone.txt").write_text("3.jpg\n4.jpg\n\n", encoding="utf-8")
     ended = invoke("index", out, "--remove", "b0.jpg", "--remove-from", tmp_path / "gone.txt", "--json")
     assert json.loads(ended.stdout)["num_rows"] == 497 == len(load_index(out))
