@@ -44,6 +44,8 @@ ROWS = {
     "recall-pml": ("recall", "recall_pml"),
     "embed": ("embed", "embed_on_ray"),
     "embed-local": ("embed", "embed_local"),
+    "index": ("index", "index"),
+    "index-flat": ("index", "index_flat"),
     "input": ("images", "input_row"),
     "input-cached": ("images", "input_cached"),
     "start": ("start", "start"),

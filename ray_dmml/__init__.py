@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ray_dmml.embedding.embed import embed
     from ray_dmml.errors import UserError
     from ray_dmml.hub.push import push
+    from ray_dmml.index.build import build_index, remove_rows, update_index
+    from ray_dmml.index.image_index import ImageIndex, load_index
     from ray_dmml.inference import TrainedCohort, load_cohort
     from ray_dmml.loggers.logger import Logger
     from ray_dmml.losses.relational import relational_losses
@@ -33,28 +35,35 @@ __all__ = [
     "ClassBalancedSampler",
     "Config",
     "FileImages",
+    "ImageIndex",
     "ImageSet",
     "Logger",
     "TrainedCohort",
     "UserError",
+    "build_index",
     "embed",
     "evaluate",
     "list_images",
     "load_cohort",
+    "load_index",
     "push",
     "relational_losses",
     "relaxed_contrastive_loss",
+    "remove_rows",
     "similarity_loss",
     "train",
+    "update_index",
 ]
 
 _HOMES = {
     "ClassBalancedSampler": "ray_dmml.data.sampler",
     "Config": "ray_dmml.config.schema",
     "FileImages": "ray_dmml.data.dataset",
+    "ImageIndex": "ray_dmml.index.image_index",
     "ImageSet": "ray_dmml.data.dataset",
     "Logger": "ray_dmml.loggers.logger",
     "UserError": "ray_dmml.errors",
+    "build_index": "ray_dmml.index.build",
     "list_images": "ray_dmml.data.image_files",
     "relational_losses": "ray_dmml.losses.relational",
     "relaxed_contrastive_loss": "ray_dmml.losses.relaxed_contrastive",
@@ -63,6 +72,9 @@ _HOMES = {
     "load_cohort": "ray_dmml.inference",
     "embed": "ray_dmml.embedding.embed",
     "push": "ray_dmml.hub.push",
+    "load_index": "ray_dmml.index.image_index",
+    "remove_rows": "ray_dmml.index.build",
+    "update_index": "ray_dmml.index.build",
     "evaluate": "ray_dmml.training.evaluate",
     "train": "ray_dmml.training.run",
 }

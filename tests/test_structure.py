@@ -20,7 +20,7 @@ FLOORS = (
     {"ray_backend"},
     {"training"},
     {"inference", "tune"},
-    {"embedding", "hub"},
+    {"embedding", "hub", "index"},
     {"cli"},
 )
 """From the ground up."""

@@ -16,7 +16,9 @@ from ray_dmml.cli.config import config
 from ray_dmml.cli.data import data_app
 from ray_dmml.cli.embed import embed
 from ray_dmml.cli.evaluate import evaluate
+from ray_dmml.cli.index import index
 from ray_dmml.cli.push import push
+from ray_dmml.cli.search import search
 from ray_dmml.cli.train import train
 from ray_dmml.cli.tune import tune
 
@@ -28,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, embed, push, tune, config):
+for _command in (train, evaluate, embed, index, search, push, tune, config):
     app.command(cls=Command)(_command)
 app.add_typer(data_app, name="data")
 

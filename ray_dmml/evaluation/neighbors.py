@@ -11,6 +11,7 @@ omit any of them. Three steps make the order reliable:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import faiss
@@ -73,6 +74,17 @@ def nearest(
         yield rows, neighbors
 
 
+@contextmanager
+def faiss_threads(number: int) -> Iterator[None]:
+    """faiss computes with this number of threads inside the block. Otherwise they are as many as torch's."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(number)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 class _Groups:
     """Groups of equal gallery rows, in the order of their first rows.
 
@@ -113,12 +125,8 @@ def _search(queries: Floats, gallery: Floats, need: int) -> tuple[Floats, Ints]:
     need = min(need, len(gallery))
     searched = min(need + _SPARE, len(gallery))
     # The last bit of faiss's similarities depends on the number of threads, which a training may have set.
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(num_cores())
-    try:
+    with faiss_threads(num_cores()):
         similarity, indices = faiss.knn(queries, gallery, searched, metric=faiss.METRIC_INNER_PRODUCT)
-    finally:
-        faiss.omp_set_num_threads(threads)
     tied = np.flatnonzero((similarity[:, 1:] == similarity[:, :-1]).any(axis=1))
     order = np.lexsort((indices[tied], -similarity[tied]), axis=1)
     indices[tied] = np.take_along_axis(indices[tied], order, axis=1)

@@ -31,11 +31,13 @@ def test_the_package_is_the_command() -> None:
     """`python -m ray_dmml.cli` lists the commands."""
     line = [sys.executable, "-m", "ray_dmml.cli", "--help"]
     shown = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    for name in ("train", "evaluate", "push", "tune", "config", "data"):
+    for name in ("train", "evaluate", "embed", "index", "search", "push", "tune", "config", "data"):
         assert f" {name} " in shown
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "push", "tune", "data check", "data fetch"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "embed", "index", "search", "push", "tune", "data check", "data fetch"]
+)
 def test_every_option_has_a_help_text(command: str) -> None:
     ended = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*command.split(), "--help"])
     assert ended.exit_code == 0
@@ -72,6 +74,11 @@ def test_the_log_of_the_package_is_shown(capsys: pytest.CaptureFixture[str]) -> 
         ("evaluate", ""),
         ("push", "", "a/b"),
         ("push", "run", "a/b", "--out", ""),
+        ("index", ""),
+        ("index", "DIR", "--out", ""),
+        ("search", ""),
+        ("search", "DIR", ""),
+        ("search", "DIR", "IMAGE", "--html", ""),
     ],
 )
 def test_an_empty_path_is_refused(arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
