@@ -72,17 +72,19 @@ def workers_of(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_kills_lose_no_row_and_give_none_twice(small_run: Path, many: Path, tmp_path: Path) -> None:
+def test_kills_lose_no_row_and_give_none_twice(
+    request: pytest.FixtureRequest, small_run: Path, many: Path, tmp_path: Path
+) -> None:
     """kill -9 of an actor in mid-run goes unnoticed. After kill -9 of the command, the same one makes the rest."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "ray_dmml.cli", "embed", str(small_run), str(many), "--out", str(out)]
-    command += ["--batch-size", "16", "--concurrency", "2"]
+    command += ["--batch-size", "32", "--concurrency", "2"]
 
     def done() -> int:
         return len(list(out.glob("part-*.parquet")))
 
     def wait_for(num_shards: int) -> None:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while done() < num_shards:
             assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.02)
@@ -91,8 +93,9 @@ def test_kills_lose_no_row_and_give_none_twice(small_run: Path, many: Path, tmp_
     for round_number in range(3):
         with (tmp_path / "log").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
+        request.addfinalizer(process.kill)
         if round_number == 2:
-            assert process.wait(300) == 0, (tmp_path / "log").read_text()
+            assert process.wait(900) == 0, (tmp_path / "log").read_text()
             continue
         wait_for(done() + 10)
         before = done()
@@ -102,11 +105,11 @@ def test_kills_lose_no_row_and_give_none_twice(small_run: Path, many: Path, tmp_
         wait_for(before + 20)  # the other one goes on, and a new one comes
         process.kill()
         process.wait()
-        assert before < done() < SIZE // 16
+        assert before < done() < SIZE // 32
     assert len(set(killed)) == 2
     rows = rows_of(out)
     assert rows["path"].to_pylist() == sorted(str(path.relative_to(many)) for path in many.rglob("*.png"))
     errors = {path for path, error in zip(rows["path"].to_pylist(), rows["error"].to_pylist(), strict=True) if error}
     assert errors == {"0/00000.png", "0/01000.png", "0/02000.png"}
-    embed(small_run, many, tmp_path / "local", local=True, batch_size=16)
+    embed(small_run, many, tmp_path / "local", local=True, batch_size=32)
     assert rows.equals(rows_of(tmp_path / "local"))
