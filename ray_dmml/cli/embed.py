@@ -35,14 +35,22 @@ def embed(
     ],
     out: Annotated[Path, typer.Option(parser=path, metavar="DIR", help="Folder of the embeddings.")],
     peer: Annotated[
-        str, typer.Option(metavar="NAME|ensemble", help="Embed with one peer, or with all of them.")
+        str,
+        typer.Option(
+            metavar="NAME|ensemble",
+            help="Embed with one peer, or with all of them. Default: ensemble.",
+            show_default=False,
+        ),
     ] = "ensemble",
     weights: Annotated[
         Weights | None,
         typer.Option(metavar="last|best|ema", help="Weights of the peers. Default: those of the run's own results."),
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(metavar="float32|float16", help="Type of the numbers in the files.")
+        Dtype,
+        typer.Option(
+            metavar="float32|float16", help="Type of the numbers in the files. Default: float32.", show_default=False
+        ),
     ] = Dtype.float32,
     root: Annotated[
         Path | None,

@@ -43,7 +43,9 @@ def test_every_option_has_a_help_text(command: str) -> None:
     assert ended.exit_code == 0
     rows = [row for row in ended.stdout.splitlines() if "  --" in row or row.startswith("│ --")]
     assert not re.search("<[a-z ]+>", "".join(rows))  # types are words of ours, such as FILE
-    assert rows and all(row.strip("│ ").rsplit("  ", 1)[-1].endswith((".", "-")) for row in rows)
+    assert rows and all(
+        row.strip("│ ").removesuffix(" [required]").rsplit("  ", 1)[-1].endswith((".", "-")) for row in rows
+    )
 
 
 def test_the_log_of_the_package_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
