@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ray_dmml.data.image_files import list_images
     from ray_dmml.data.sampler import ClassBalancedSampler
     from ray_dmml.errors import UserError
+    from ray_dmml.exporting.export import export
     from ray_dmml.inference import TrainedCohort, load_cohort
     from ray_dmml.loggers.logger import Logger
     from ray_dmml.losses.relational import relational_losses
@@ -36,6 +37,7 @@ __all__ = [
     "TrainedCohort",
     "UserError",
     "evaluate",
+    "export",
     "list_images",
     "load_cohort",
     "relational_losses",
@@ -55,6 +57,7 @@ _HOMES = {
     "relational_losses": "ray_dmml.losses.relational",
     "relaxed_contrastive_loss": "ray_dmml.losses.relaxed_contrastive",
     "similarity_loss": "ray_dmml.losses.similarity",
+    "export": "ray_dmml.exporting.export",
     "TrainedCohort": "ray_dmml.inference",
     "load_cohort": "ray_dmml.inference",
     "evaluate": "ray_dmml.training.evaluate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -36,6 +37,14 @@ class TrainedPeer:
         self.net, self.view = net.eval(), view
         self.decode_size, self.resize = decode_size, resize
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights and the view."""
+        content = hashlib.sha256(f"{self.decode_size} {self.resize} {self.view.pipeline}".encode())
+        for name, tensor in self.net.state_dict().items():
+            content.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return content.hexdigest()
+
     def embed(self, images: Tensor) -> Tensor:
         """Embeds decoded images: uint8 (B, 3, S, S) -> (B, D) float32, rows of length 1."""
         with torch.no_grad():
@@ -58,6 +67,11 @@ class TrainedCohort:
 
     def __init__(self, peers: dict[str, TrainedPeer], decode_size: int, resize: Resize) -> None:
         self.peers, self.decode_size, self.resize = peers, decode_size, resize
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of those of the peers."""
+        return hashlib.sha256(" ".join(peer.fingerprint for peer in self.peers.values()).encode()).hexdigest()
 
     def embed(self, images: Tensor) -> np.ndarray:
         """Embeds decoded images: uint8 (B, 3, S, S) -> (B, sum of D) float32, rows of length 1."""

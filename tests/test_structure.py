@@ -20,6 +20,7 @@ FLOORS = (
     {"ray_backend"},
     {"training"},
     {"inference", "tune"},
+    {"exporting"},
     {"cli"},
 )
 """From the ground up."""
