@@ -14,10 +14,9 @@ from torch import Tensor
 
 from benchmarks.row import Settings, require
 from ray_dmml.config.schema import PeerConfig
-from ray_dmml.data.augmentations import evaluation_view
+from ray_dmml.data.center_view import CenterView
 from ray_dmml.exporting.embedder import Embedder, traced
 from ray_dmml.exporting.onnx_file import load_onnx, write_onnx
-from ray_dmml.inference import TrainedPeer
 from ray_dmml.models.embedding_net import build_embedding_net
 
 BACKBONES = ("tf_efficientnet_lite0", "resnet50", "convnext_tiny", "vit_small_patch16_224")
@@ -36,9 +35,9 @@ def lines_of(backbone: str, rounds: int) -> list[dict[str, Any]]:
     config = PeerConfig(name=backbone, backbone=backbone, input_size=INPUT_SIZE, embedding_size=512)
     net = build_embedding_net(config, 0).eval()
     net = net.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-    peer = TrainedPeer(net, evaluation_view(INPUT_SIZE, net.eval_crop, DECODE_SIZE), DECODE_SIZE, "stretch")
-    program = traced(Embedder([peer], half=False), DECODE_SIZE, backbone)
-    ways: dict[str, Embed] = {"PyTorch": peer.embed}
+    view = CenterView(INPUT_SIZE, round(INPUT_SIZE / net.eval_crop), DECODE_SIZE)
+    program = traced(Embedder([(view, net)], half=False), DECODE_SIZE, backbone)
+    ways: dict[str, Embed] = {"PyTorch": torch.no_grad()(lambda images: net(view(images)))}
     with TemporaryDirectory(prefix="benchmark-") as folder:
         for name, quantise in (("ONNX fp32", False), ("ONNX int8", True)):
             file = Path(folder) / f"{name}.onnx"
@@ -54,7 +53,7 @@ def line(backbone: str, ways: dict[str, Embed], batch_size: int, rounds: int) ->
     """Medians over the rounds. In each round all ways take turns, after one batch that warms up."""
     images = torch.randint(0, 256, (batch_size, 3, DECODE_SIZE, DECODE_SIZE), dtype=torch.uint8)
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for name, embed in ways.items():
+    for embed in ways.values():
         embed(images)
     for _ in range(rounds):
         for name, embed in ways.items():

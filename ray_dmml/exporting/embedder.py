@@ -14,8 +14,7 @@ from ray_dmml.config.parts import describe
 from ray_dmml.data.center_view import CenterView
 from ray_dmml.errors import UserError
 from ray_dmml.exporting.quiet import quiet
-from ray_dmml.inference import TrainedPeer
-from ray_dmml.models.embedding_net import standardize
+from ray_dmml.models.embedding_net import EmbeddingNet, standardize
 
 INPUT, OUTPUT = "images", "embeddings"
 """The names of the input and the output of an exported file."""
@@ -28,15 +27,14 @@ class Embedder(nn.Module):
     """Evaluation view, scaling, net and normalisation of one peer, or of several: the ensemble.
 
     Args:
-        peers: in the order of the cohort.
+        peers: evaluation view and net of each, in the order of the cohort.
         half: the nets compute in float16. Views, scaling and normalisation remain float32.
     """
 
-    def __init__(self, peers: Sequence[TrainedPeer], *, half: bool) -> None:
+    def __init__(self, peers: Sequence[tuple[CenterView, EmbeddingNet]], *, half: bool) -> None:
         super().__init__()
-        views = [peer.view.pipeline for peer in peers]
-        self.views = nn.ModuleList(view.as_matrices() for view in views if isinstance(view, CenterView))
-        nets = [copy.deepcopy(peer.net) if half else peer.net for peer in peers]
+        self.views = nn.ModuleList(view.as_matrices() for view, _ in peers)
+        nets = [copy.deepcopy(net) if half else net for _, net in peers]
         self._dtype = torch.float16 if half else torch.float32
         for net in nets:
             net.backbone.to(self._dtype)

@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ray_dmml.config.parts import load_trusted_parts
+from ray_dmml.data.center_view import CenterView
 from ray_dmml.errors import UserError
 from ray_dmml.exporting.embedder import Embedder, traced
 from ray_dmml.exporting.onnx_file import load_onnx, require_onnx, write_onnx
@@ -154,7 +155,8 @@ def _write(
     precision: str,
 ) -> Callable[[Tensor], Tensor]:
     """Writes the file and loads it again."""
-    program = traced(Embedder(peers, half=precision == "fp16"), decode_size, name)
+    nets = [(cast(CenterView, peer.view.pipeline), peer.net) for peer in peers]
+    program = traced(Embedder(nets, half=precision == "fp16"), decode_size, name)
     if format == "torch":
         write_torch(program, path, facts)
         return load_torch(path)
