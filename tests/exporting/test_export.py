@@ -107,9 +107,12 @@ def test_an_onnx_file(here: Path, run: Path) -> None:
 
 
 def test_a_torch_file(run: Path, tmp_path: Path) -> None:
-    """The same for torch.export, of a transformer."""
+    """The same for torch.export, of a transformer, by the command, which prints the comparison."""
     out = tmp_path / "peer.pt2"
-    export(run, out, peer="peer1", format="torch", license="CC-BY-4.0")
+    options = ["--peer", "peer1", "--format", "torch", "--license", "CC-BY-4.0"]
+    ended = CliRunner().invoke(app, ["export", str(run), "--out", str(out), *options])
+    assert ended.exit_code == 0, ended.output
+    assert all(text in ended.stdout for text in ("40 test images", "PyTorch", "torch fp32", f"exported to {out}"))
     files = {"metadata.json": ""}
     module = torch.export.load(out, extra_files=files).module()
     peer = load_cohort(run).peers["peer1"]
