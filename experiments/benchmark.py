@@ -52,8 +52,9 @@ ROWS = {
     "memory": ("steps", "memory"),
     "scaling": ("scaling", "scaling"),
     "published": ("published", "published"),
+    "export": ("exported", "export"),
 }
-TABLES = ("scaling", "published")
+TABLES = ("scaling", "published", "export")
 """These have no goal, and a table of their own."""
 
 PACKAGES = ("torch", "torchvision", "ray", "numpy", "faiss-cpu", "pytorch-metric-learning", "timm")

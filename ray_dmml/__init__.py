@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ray_dmml.data.sampler import ClassBalancedSampler
     from ray_dmml.embedding.embed import embed
     from ray_dmml.errors import UserError
+    from ray_dmml.exporting.export import export
     from ray_dmml.hub.push import push
     from ray_dmml.index.build import build_index, remove_rows, update_index
     from ray_dmml.index.image_index import ImageIndex, load_index
@@ -43,6 +44,7 @@ __all__ = [
     "build_index",
     "embed",
     "evaluate",
+    "export",
     "list_images",
     "load_cohort",
     "load_index",
@@ -62,21 +64,22 @@ _HOMES = {
     "ImageIndex": "ray_dmml.index.image_index",
     "ImageSet": "ray_dmml.data.dataset",
     "Logger": "ray_dmml.loggers.logger",
+    "TrainedCohort": "ray_dmml.inference",
     "UserError": "ray_dmml.errors",
     "build_index": "ray_dmml.index.build",
+    "embed": "ray_dmml.embedding.embed",
+    "evaluate": "ray_dmml.training.evaluate",
+    "export": "ray_dmml.exporting.export",
     "list_images": "ray_dmml.data.image_files",
+    "load_cohort": "ray_dmml.inference",
+    "load_index": "ray_dmml.index.image_index",
+    "push": "ray_dmml.hub.push",
     "relational_losses": "ray_dmml.losses.relational",
     "relaxed_contrastive_loss": "ray_dmml.losses.relaxed_contrastive",
-    "similarity_loss": "ray_dmml.losses.similarity",
-    "TrainedCohort": "ray_dmml.inference",
-    "load_cohort": "ray_dmml.inference",
-    "embed": "ray_dmml.embedding.embed",
-    "push": "ray_dmml.hub.push",
-    "load_index": "ray_dmml.index.image_index",
     "remove_rows": "ray_dmml.index.build",
-    "update_index": "ray_dmml.index.build",
-    "evaluate": "ray_dmml.training.evaluate",
+    "similarity_loss": "ray_dmml.losses.similarity",
     "train": "ray_dmml.training.run",
+    "update_index": "ray_dmml.index.build",
 }
 
 

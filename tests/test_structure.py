@@ -20,7 +20,7 @@ FLOORS = (
     {"ray_backend"},
     {"training"},
     {"inference", "tune"},
-    {"embedding", "hub", "index"},
+    {"embedding", "exporting", "hub", "index"},
     {"cli"},
 )
 """From the ground up."""

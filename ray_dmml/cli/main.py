@@ -16,6 +16,7 @@ from ray_dmml.cli.config import config
 from ray_dmml.cli.data import data_app
 from ray_dmml.cli.embed import embed
 from ray_dmml.cli.evaluate import evaluate
+from ray_dmml.cli.export import export
 from ray_dmml.cli.index import index
 from ray_dmml.cli.push import push
 from ray_dmml.cli.search import search
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, embed, index, search, push, tune, config):
+for _command in (train, evaluate, embed, index, search, export, push, tune, config):
     app.command(cls=Command)(_command)
 app.add_typer(data_app, name="data")
 

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from ray_dmml.config.parts import describe, find_part, is_own, make_part, parameters_of, place_of
 from ray_dmml.config.schema import VIEWS, Transform
+from ray_dmml.data.center_view import CenterView
 from ray_dmml.errors import UserError
 
 RESIZE_BEFORE_CROP = 256 / 224
@@ -72,7 +73,7 @@ class View:
 
     def __init__(
         self,
-        pipeline: v2.Transform,
+        pipeline: nn.Module,
         size: int,
         decode_size: int,
         source: str,
@@ -81,7 +82,7 @@ class View:
         device: torch.device,
         copies: bool = False,
     ) -> None:
-        self._pipeline, self._draws, self._device, self._copies = pipeline, draws, device, copies
+        self.pipeline, self._draws, self._device, self._copies = pipeline, draws, device, copies
         generator_state = torch.get_rng_state()
         black = torch.zeros(3, decode_size, decode_size, dtype=torch.uint8, device=device)
         try:
@@ -104,9 +105,9 @@ class View:
         """uint8 (B, 3, S, S) on any device -> uint8 (B, 3, H, H) on the view's device."""
         images = images.to(self._device, non_blocking=True)
         if not self._draws:
-            return self._pipeline(images)
+            return self.pipeline(images)
         # Peers in one process share the decoded images.
-        return torch.stack([self._pipeline(image.clone() if self._copies else image) for image in images])
+        return torch.stack([self.pipeline(image.clone() if self._copies else image) for image in images])
 
 
 def training_view(
@@ -132,8 +133,7 @@ def training_view(
 
 def evaluation_view(size: int, crop: float, decode_size: int, device: torch.device = CPU) -> View:
     """A resize, and a centre crop that keeps the fraction ``crop`` of the side; nothing random."""
-    resized = round(size / crop)
-    pipeline = v2.Compose([v2.Resize([resized, resized]), v2.CenterCrop(size)])
+    pipeline = CenterView(size, round(size / crop), decode_size)
     return View(pipeline, size, decode_size, "the evaluation view", draws=False, device=device)
 
 

@@ -96,6 +96,19 @@ def changed_config(run: Path | str, overrides: Iterable[str]) -> Config:
     return now
 
 
+def images_to_evaluate(config: Config, run_dir: RunDir, data: Path | str | None = None) -> tuple[str, ImageSet]:
+    """The split that a run is evaluated on and its images, or other images (``data``), see :func:`evaluate`.
+
+    Raises:
+        UserError: they are gone or have changed, or all of them were trained on.
+    """
+    if data is None:
+        split, splits = _own_images(config, run_dir)
+        return split, getattr(splits, split)
+    config = config.model_copy(update={"data": _data_config(config.data, Path(data))})
+    return OTHER_IMAGES, load_images(config.data, Findings())
+
+
 def _own_images(config: Config, run_dir: RunDir) -> tuple[str, Splits]:
     """The split that the run itself is evaluated on, and its images."""
     skip = frozenset(run_dir.environment().get("skipped_images", ()))

@@ -113,14 +113,8 @@ class RunDir:
 
     def write_environment(self, **facts: Any) -> None:
         """Writes run.json: the facts given, and versions of what the bits depend on."""
-        versions = {}
-        for name in _VERSIONS:
-            try:
-                versions[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                versions[name] = "not installed"
         machine = {"python": platform.python_version(), "machine": platform.machine()}
-        environment = {**facts, **machine, "versions": versions}
+        environment = {**facts, **machine, "versions": versions_of(*_VERSIONS)}
         replace_file(self.environment_file, json.dumps(environment, indent=1))
 
     def environment(self) -> dict[str, Any]:
@@ -133,6 +127,17 @@ class RunDir:
 
     def write_results(self, results: dict[str, Any]) -> None:
         replace_file(self.results_file, json.dumps(results, indent=1) + "\n")
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Versions of installed packages, or ``not installed``, by name."""
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
 
 
 @contextmanager
