@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ray_dmml.losses.relational import relational_losses
     from ray_dmml.losses.relaxed_contrastive import relaxed_contrastive_loss
     from ray_dmml.losses.similarity import similarity_loss
+    from ray_dmml.training.distill import distill
     from ray_dmml.training.evaluate import evaluate
     from ray_dmml.training.run import train
 
@@ -35,6 +36,7 @@ __all__ = [
     "Logger",
     "TrainedCohort",
     "UserError",
+    "distill",
     "evaluate",
     "list_images",
     "load_cohort",
@@ -57,6 +59,7 @@ _HOMES = {
     "similarity_loss": "ray_dmml.losses.similarity",
     "TrainedCohort": "ray_dmml.inference",
     "load_cohort": "ray_dmml.inference",
+    "distill": "ray_dmml.training.distill",
     "evaluate": "ray_dmml.training.evaluate",
     "train": "ray_dmml.training.run",
 }

@@ -14,6 +14,7 @@ import typer
 from ray_dmml.cli.command import Command, Group
 from ray_dmml.cli.config import config
 from ray_dmml.cli.data import data_app
+from ray_dmml.cli.distill import distill
 from ray_dmml.cli.evaluate import evaluate
 from ray_dmml.cli.train import train
 from ray_dmml.cli.tune import tune
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, tune, config):
+for _command in (train, evaluate, tune, distill, config):
     app.command(cls=Command)(_command)
 app.add_typer(data_app, name="data")
 

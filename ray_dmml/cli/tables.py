@@ -15,7 +15,7 @@ _HEADINGS = {"map@r": "MAP@R", "r_precision": "R-prec"}
 
 def results_table(results: Mapping[str, Any], console: Console) -> None:
     """Prints the content of results.json: a row for each frozen backbone, and one for each peer and for the ensemble
-    before and after training."""
+    before and after training, and one for the ensemble of frozen teachers if there are several."""
     if results["split"] is None:
         what = "images" if results["split_by"] == "image" else "classes"
         console.print(f"not evaluated: all {what} were trained on", highlight=False)
@@ -47,7 +47,11 @@ def results_table(results: Mapping[str, Any], console: Console) -> None:
     for name, figures in results["peers"].items():
         add_row(name, figures)
     table.add_section()
-    add_row("ensemble", results["ensemble"], style="bold")
+    if "teachers_ensemble" in results:
+        add_row("ensemble of the teachers", results["teachers_ensemble"])
+        add_row("ensemble of all", results["ensemble"], style="bold")
+    else:
+        add_row("ensemble", results["ensemble"], style="bold")
     print_table(table, console)
     if "data" in results:
         console.print(f"images: {results['data']}", highlight=False, markup=False, soft_wrap=True)
