@@ -123,6 +123,7 @@ class Plan:
 
 def run_one(config: Config, folder: Path) -> tuple[dict[str, Any], float]:
     """The results of a run, which is read if it has finished and resumed if it was stopped; and its seconds."""
+    logging.getLogger("ray_dmml").setLevel(logging.ERROR)
     run, began = RunDir(folder), time.perf_counter()
     if run.results_file.exists():
         return json.loads(run.results_file.read_text()), 0.0
@@ -236,7 +237,6 @@ def main(
     report: Annotated[bool, typer.Option("--report", help="Run nothing; only print the tables.")] = False,
 ) -> None:
     """Measure how good one student is that learns from a finished cohort."""
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
     file = folder / "rows.jsonl"
     with user_errors():
         if not (folder / "config.yaml").is_file():
