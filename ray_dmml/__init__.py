@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ray_dmml.losses.relational import relational_losses
     from ray_dmml.losses.relaxed_contrastive import relaxed_contrastive_loss
     from ray_dmml.losses.similarity import similarity_loss
+    from ray_dmml.training.distill import distill
     from ray_dmml.training.evaluate import evaluate
     from ray_dmml.training.run import train
 
@@ -42,6 +43,7 @@ __all__ = [
     "TrainedCohort",
     "UserError",
     "build_index",
+    "distill",
     "embed",
     "evaluate",
     "export",
@@ -67,6 +69,7 @@ _HOMES = {
     "TrainedCohort": "ray_dmml.inference",
     "UserError": "ray_dmml.errors",
     "build_index": "ray_dmml.index.build",
+    "distill": "ray_dmml.training.distill",
     "embed": "ray_dmml.embedding.embed",
     "evaluate": "ray_dmml.training.evaluate",
     "export": "ray_dmml.exporting.export",

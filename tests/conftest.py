@@ -121,6 +121,21 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def noisy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 classes that are hard to tell apart, so that recall goes up and down."""
+    root = tmp_path_factory.mktemp("noisy")
+    rng = np.random.default_rng(0)
+    for number in range(16):
+        pattern = rng.integers(0, 256, (24, 24, 3))
+        (root / f"class{number:02d}").mkdir()
+        for image in range(5):
+            pixels = 0.3 * pattern + 0.7 * rng.integers(0, 256, (24, 24, 3))
+            path = root / f"class{number:02d}" / f"{image}.png"
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return root
+
+
 def tiny(root: Path, **changes: Any) -> dict[str, Any]:
     """Settings of a cohort that trains in milliseconds a step; ``changes`` replace whole sections'
     entries, such as ``train={"steps": 5}``."""

@@ -14,6 +14,7 @@ import typer
 from ray_dmml.cli.command import Command, Group
 from ray_dmml.cli.config import config
 from ray_dmml.cli.data import data_app
+from ray_dmml.cli.distill import distill
 from ray_dmml.cli.embed import embed
 from ray_dmml.cli.evaluate import evaluate
 from ray_dmml.cli.export import export
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, embed, index, search, export, push, tune, config):
+for _command in (train, evaluate, embed, index, search, export, push, tune, distill, config):
     app.command(cls=Command)(_command)
 app.add_typer(data_app, name="data")
 

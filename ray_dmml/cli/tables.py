@@ -14,7 +14,7 @@ from ray_dmml.loggers.tables import print_table
 
 def results_table(results: Mapping[str, Any], console: Console) -> None:
     """Prints the content of results.json: a row for each frozen backbone, and one for each peer and for the ensemble
-    before and after training."""
+    before and after training, and one for the ensemble of frozen teachers if there are several."""
     if results["split"] is None:
         console.print(describe_unevaluated(results), highlight=False)
         return

@@ -63,32 +63,48 @@ def train(
         else:
             run = _resumed_run(resume, out, init_from)
             settings = _resumed_config(run, config, overrides)
-        discard = None if resume else RunDir(run).discard
-        signals.resume_with(f"ray-dmml train --resume {quote(str(run))}", run / "checkpoints" / "index.json", discard)
         check_quickly(
             settings,
             on_this_machine=local or "RAY_ADDRESS" not in os.environ,
             reads_weights=resume is None or not RunDir(run).checkpoints.index(),
         )
-        with nullcontext() if local else ray_and_torch(), signals.end_early():
-            from ray_dmml.loggers.console import show_run
-            from ray_dmml.training.run import train as train_cohort
+        train_and_show(settings, run, console, signals, began, resume=bool(resume), local=local, as_json=as_json)
 
-            with show_run(console, settings) as console_logger:
-                results = train_cohort(
-                    settings,
-                    None if resume else run,
-                    resume=run if resume else None,
-                    local=local,
-                    progress=False,
-                    loggers=[console_logger, signals],
-                    should_stop=signals.should_stop,
-                )
-        if as_json:
-            print_json(results)
-        else:
-            results_table(results, console)
-        print_line(console, f"run: {run}  ({elapsed(began)})")
+
+def train_and_show(
+    settings: Config,
+    run: Path,
+    console: Console,
+    signals: Interruptible,
+    began: float,
+    *,
+    resume: bool = False,
+    local: bool,
+    as_json: bool,
+) -> None:
+    """Trains in the folder ``run`` with a display on the console, and prints the results. ``began`` is the
+    ``time.monotonic()`` at which the command began."""
+    discard = None if resume else RunDir(run).discard
+    signals.resume_with(f"ray-dmml train --resume {quote(str(run))}", run / "checkpoints" / "index.json", discard)
+    with nullcontext() if local else ray_and_torch(), signals.end_early():
+        from ray_dmml.loggers.console import show_run
+        from ray_dmml.training.run import train as train_cohort
+
+        with show_run(console, settings) as console_logger:
+            results = train_cohort(
+                settings,
+                None if resume else run,
+                resume=run if resume else None,
+                local=local,
+                progress=False,
+                loggers=[console_logger, signals],
+                should_stop=signals.should_stop,
+            )
+    if as_json:
+        print_json(results)
+    else:
+        results_table(results, console)
+    print_line(console, f"run: {run}  ({elapsed(began)})")
 
 
 def default_folder(settings: Config) -> Path:

@@ -478,6 +478,16 @@ class CohortConfig(Section):
     """Number of torch threads of a peer. On a CPU, results depend on it in their last bits. null: it is the number of
     the peer's CPUs, at least 1."""
 
+    @property
+    def learners(self) -> tuple[str, ...]:
+        """Names of the peers that are not frozen."""
+        return tuple(str(peer.name) for peer in self.peers if not peer.frozen)
+
+    @property
+    def frozen_peers(self) -> tuple[str, ...]:
+        """Names of the frozen peers."""
+        return tuple(str(peer.name) for peer in self.peers if peer.frozen)
+
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, raw: Any) -> Any:
@@ -589,10 +599,10 @@ class MetricLossConfig(Section):
 class MutualSection(Section):
     """Who teaches in a mutual term, and how its weights change during the run."""
 
-    teacher: Literal["each", "ensemble"] = "each"
+    teacher: Literal["each", "ensemble", "others"] = "each"
     """`each`: every other peer is a teacher, and the term is the mean over them. `ensemble`: there is one teacher, the
     embeddings of all others and of the peer itself, each at unit length, concatenated in peer order. Its cost hardly
-    grows with the number of peers."""
+    grows with the number of peers. `others`: the same without the peer itself, as in distillation."""
 
     warmup_steps: Whole = 0
     """Number of first steps over which the weights rise linearly from 0."""
@@ -753,7 +763,8 @@ class TrainConfig(Section):
     """Steps between two evaluations on the validation classes. 0: only at the end."""
 
     monitor: Literal["ensemble", "mean_peer"] = "ensemble"
-    """The best checkpoint has the highest validation Recall@1: that of the ensemble, or the mean of the peers."""
+    """The best checkpoint has the highest validation Recall@1: that of the ensemble, or the mean of the peers that are
+    not frozen."""
 
     early_stopping: Count | None = None
     """Number of evaluations without a better value of `monitor` after which the run ends as if it had reached `steps`.

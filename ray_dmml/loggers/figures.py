@@ -16,7 +16,8 @@ def heading(metric: str) -> str:
 
 
 def rows_of(results: Mapping[str, Any]) -> Iterator[Row]:
-    """Names and figures: each frozen backbone, the peers and the ensemble before training, the peers, the ensemble."""
+    """Names and figures: each frozen backbone, the peers and the ensemble before training, the peers, the ensemble of
+    frozen teachers if there are several, the ensemble."""
     backbones = _distinct(results["frozen_backbones"])
     for names, figures in backbones:
         yield "frozen backbone" if len(backbones) == 1 else f"{', '.join(names)}, frozen backbone", figures
@@ -26,7 +27,11 @@ def rows_of(results: Mapping[str, Any]) -> Iterator[Row]:
     if results["untrained_ensemble"]:
         yield f"ensemble, {before}", results["untrained_ensemble"]
     yield from results["peers"].items()
-    yield "ensemble", results["ensemble"]
+    if "teachers_ensemble" in results:
+        yield "ensemble of the teachers", results["teachers_ensemble"]
+        yield "ensemble of all", results["ensemble"]
+    else:
+        yield "ensemble", results["ensemble"]
 
 
 def describe_images(results: Mapping[str, Any]) -> str:

@@ -89,9 +89,11 @@ class MutualLoss(nn.Module):
             members, place = list(compress(members, is_used)), sum(is_used[:place])
         if len(members) == 1:
             return None, {}
-        taught_by = {"each": members[:place] + members[place + 1 :]}
-        if any(term.settings.teacher == "ensemble" for term in self._terms):
-            taught_by["ensemble"] = [torch.cat([F.normalize(member) for member in members], dim=1)]
+        others = members[:place] + members[place + 1 :]
+        taught_by = {"each": others}
+        for name, parts in {"ensemble": members, "others": others}.items():
+            if any(term.settings.teacher == name for term in self._terms):
+                taught_by[name] = [torch.cat([F.normalize(part) for part in parts], dim=1)]
         student = embedding if self._normalize else raw
         loss: Tensor | None = None
         values: dict[str, Tensor] = {}

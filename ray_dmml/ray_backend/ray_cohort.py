@@ -135,7 +135,7 @@ class RayCohort:
 
         Raises:
             PeerLostError: another peer was lost meanwhile.
-            UserError: no peer is left.
+            UserError: no peer that learns is left.
         """
         # Its end wakes the peers that wait in an exchange for one that will never come.
         ray.kill(self.coordinator)
@@ -156,8 +156,8 @@ class RayCohort:
                 self._end_peer(name)
         if drop:
             left = tuple(name for name in self.names if name not in lost)
-            if not left:
-                raise UserError(f"{', '.join(lost)}: lost, and no peer is left to go on")
+            if not set(left) & set(self._config.cohort.learners):
+                raise UserError(f"{', '.join(lost)}: lost, and no peer that learns is left to go on")
             self.names = left
         self._form_generation(initial_weights=False, is_first=False)
 

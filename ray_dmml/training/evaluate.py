@@ -74,7 +74,7 @@ def evaluate(
     last = checkpoint if weights != "best" else run_dir.checkpoints.load("last")
     config = _without_peers(config, last.meta["dropped"], run_dir)
     embeddings = _embed(config, splits, which, checkpoint, ema=weights == "ema")
-    figures = evaluate_embeddings(embeddings, images, config.evaluation.recall_at)
+    figures = evaluate_embeddings(embeddings, images, config.evaluation.recall_at, config.cohort.frozen_peers)
     results = results_of(config, split, images, figures, checkpoint.meta["untrained"], weights, checkpoint.step)
     return results if is_unchanged else {**results, "data": _place(config.data)}
 

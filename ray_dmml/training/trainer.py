@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -290,7 +290,8 @@ class Trainer:
         self._loggers.flush()
         value = figures["ensemble"]["recall@1"]
         if self.config.train.monitor == "mean_peer":
-            value = float(np.mean([row["recall@1"] for row in figures["peers"].values()]))
+            learners = self.config.cohort.learners
+            value = float(np.mean([row["recall@1"] for name, row in figures["peers"].items() if name in learners]))
         if state.take(value):
             return True
         if state.best == 1 and not self._is_saturated:
@@ -299,9 +300,9 @@ class Trainer:
             logger.warning("validation Recall@1 is 100 %% since step %d: %s", state.best_step, advice)
         return False
 
-    def _evaluate(self, split: str, *, ema: bool = False) -> Figures:
-        embeddings = self.cohort.embeddings(split, ema=ema)
-        return evaluate_embeddings(embeddings, getattr(self.splits, split), self.config.evaluation.recall_at)
+    def _evaluate(self, split: str, *, ema: bool = False, teachers: Collection[str] = ()) -> Figures:
+        embeddings, recall_at = self.cohort.embeddings(split, ema=ema), self.config.evaluation.recall_at
+        return evaluate_embeddings(embeddings, getattr(self.splits, split), recall_at, teachers)
 
     def save(self, *, best: bool) -> bool:
         """Writes a checkpoint; False if that is not possible and training can go on without it."""
@@ -327,7 +328,8 @@ class Trainer:
         if self.split is not None:
             logger.debug("evaluating on the %s images", self.split)
             images = getattr(self.splits, self.split)
-            figures = self._evaluate(self.split, ema=weights == "ema")
+            frozen = self.config.cohort.frozen_peers
+            figures = self._evaluate(self.split, ema=weights == "ema", teachers=frozen)
         results = results_of(self.config, self.split, images, figures, self.state.untrained, weights, step)
         if self._train_s:
             rate = self._batch_size * self._num_steps / self._train_s

@@ -116,7 +116,7 @@ class SearchConfig(Section):
     """Settings of the trials only, such as fewer `train.steps`. The final runs use the config's own."""
 
     objective: Literal["ensemble", "mean_peer", "best_peer"] = "ensemble"
-    """Whose validation metric the search maximises."""
+    """Whose validation metric the search maximises. The mean and the best are of the peers that are not frozen."""
 
     metric: str = "recall@1"
     """recall@K for a K of evaluation.recall_at, map@r or r_precision."""
@@ -251,8 +251,12 @@ class Search:
         metric = self.config.metric
         if self.config.objective == "ensemble":
             return float(figures["ensemble"][metric])
-        values = [float(peer[metric]) for peer in figures["peers"].values()]
+        values = [float(figures["peers"][name][metric]) for name in self.learners(figures)]
         return max(values) if self.config.objective == "best_peer" else sum(values) / len(values)
+
+    def learners(self, figures: Mapping[str, Any]) -> list[str]:
+        """The evaluated peers that are not frozen. Those that are frozen have the same figures in every trial."""
+        return [name for name in figures["peers"] if name not in self.base.cohort.frozen_peers]
 
     def _check_trial_settings(self) -> None:
         for key, searched in itertools.product(self.config.trial, self.config.space):

@@ -181,7 +181,8 @@ class _Attempt(Logger):
     def _cost(self, figures: Mapping[str, Any]) -> float:
         """Millions of parameters of the networks that the objective uses."""
         folder, config = self._run.checkpoints.path("last"), self._search.config
-        millions = {peer: (folder / peer / "weights.safetensors").stat().st_size / 4e6 for peer in figures["peers"]}
+        peers = figures["peers"] if config.objective == "ensemble" else self._search.learners(figures)
+        millions = {peer: (folder / peer / "weights.safetensors").stat().st_size / 4e6 for peer in peers}
         if config.objective == "best_peer":
             return millions[max(millions, key=lambda peer: figures["peers"][peer][config.metric])]
         return sum(millions.values()) / (len(millions) if config.objective == "mean_peer" else 1)

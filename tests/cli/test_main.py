@@ -31,12 +31,17 @@ def test_the_package_is_the_command() -> None:
     """`python -m ray_dmml.cli` lists the commands."""
     line = [sys.executable, "-m", "ray_dmml.cli", "--help"]
     shown = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    for name in ("train", "evaluate", "embed", "index", "search", "export", "push", "tune", "config", "data"):
+    commands = ("train", "evaluate", "embed", "index", "search", "export", "push", "tune", "distill", "config", "data")
+    for name in commands:
         assert f" {name} " in shown
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "evaluate", "embed", "index", "search", "export", "push", "tune", "data check", "data fetch"]
+    "command",
+    [
+        *("train", "evaluate", "embed", "index", "search", "export", "push", "tune", "distill"),
+        *("data check", "data fetch"),
+    ],
 )
 def test_every_option_has_a_help_text(command: str) -> None:
     ended = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*command.split(), "--help"])

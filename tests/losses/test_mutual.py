@@ -147,13 +147,14 @@ def test_mistakes_are_named(name: str, message: str) -> None:
         build(mutual=[{"name": name}])
 
 
+@pytest.mark.parametrize("teacher", ["ensemble", "others"])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_the_ensemble_as_the_teacher(place: int) -> None:
+def test_one_teacher_of_many_peers(place: int, teacher: str) -> None:
     """Every term with `teacher: ensemble` sees one teacher: the peer's own published embeddings and those of all
-    others, at unit length, concatenated in peer order. It has no gradient."""
+    others, at unit length, concatenated in peer order. It has no gradient. `others` leaves out the peer's own."""
     raw, teachers = batch()
     published = 3 * torch.randn(6, 4)
-    ensemble = {"teacher": "ensemble"}
+    ensemble = {"teacher": teacher}
     loss = build(
         relational={**ensemble, "normalize": False},
         similarity={**ensemble, "weight": 0.3, "temperature": 0.2},
@@ -164,7 +165,7 @@ def test_the_ensemble_as_the_teacher(place: int) -> None:
         ],
     )
     total, terms = loss(raw, F.normalize(raw), teachers, 0, published=published, place=place)
-    members = [*teachers[:place], published, *teachers[place:]]
+    members = [*teachers[:place], *([published] if teacher == "ensemble" else []), *teachers[place:]]
     one = torch.cat([member / member.norm(dim=1, keepdim=True) for member in members], dim=1)
     student = raw.detach()
     both = relational_losses(student, [one])
@@ -187,10 +188,11 @@ def test_the_ensemble_as_the_teacher(place: int) -> None:
     assert torch.isfinite(alone).all()
 
 
-def test_the_ensemble_leaves_out_teachers_that_are_not_finite() -> None:
+@pytest.mark.parametrize("teacher", ["ensemble", "others"])
+def test_one_teacher_leaves_out_peers_that_are_not_finite(teacher: str) -> None:
     """The order of the others stays. Without any other there is no teacher: a peer does not learn from itself."""
     raw, teachers = batch()
-    config = LossConfig.model_validate({"relational": {"teacher": "ensemble"}})
+    config = LossConfig.model_validate({"relational": {"teacher": teacher}})
     loss = MutualLoss(config, 8, ignore_nonfinite=True)
     bad = torch.full((6, 3), float("nan"))
     good = loss(raw, F.normalize(raw), teachers, 0, place=1)[0]

@@ -408,7 +408,7 @@ def test_the_generations_of_a_cohort(image_folder: Path) -> None:
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(PeerLostError) as failure:
             cohort.run(1, 2, lambda finished: None)
-        with pytest.raises(UserError, match="lost, and no peer is left to go on") as ended:
+        with pytest.raises(UserError, match="lost, and no peer that learns is left to go on") as ended:
             cohort.recover(failure.value, drop=True)
         assert all(name in str(ended.value) for name in ("peer0", "peer1", "peer2"))
 

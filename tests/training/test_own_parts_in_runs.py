@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import tiny
 
-from ray_dmml import Config, UserError, evaluate, load_cohort, train
+from ray_dmml import Config, UserError, distill, evaluate, load_cohort, train
 from ray_dmml.config.code import use_code
+from ray_dmml.training.distill import distillation_config
 
 SOURCE = Path(__file__).parents[1] / "cohort/parts_source.py"
 LOGGER = """
@@ -69,3 +70,18 @@ def test_a_run_goes_on_with_its_code_elsewhere(run: Path, tmp_path: Path, caplog
     moved.write_text(moved.read_text() + "# edited\n")
     train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 5})}), resume=run, local=True)
     assert "outside_parts.py: changed since the run started" in caplog.text
+
+
+def test_a_distillation_needs_consent(run: Path, tmp_path: Path) -> None:
+    """Its loss, its loggers and its teachers are those of the run."""
+    with pytest.raises(UserError, match=r"outside_parts:Pairs \(loss.metric.name\).*--trust-code"):
+        distillation_config(run, "test_resnet")
+    results = distill(run, "test_resnet", tmp_path / "student", local=True, progress=False, trust_code=True)
+    assert list(results["peers"]) == ["student", "peer0", "peer1"]
+    assert (tmp_path / "student/heard.txt").read_text() == "2"
+
+
+def test_code_that_nothing_names_is_left_out(run: Path) -> None:
+    own = {"train.loggers": [], "loss.metric": {}, "cohort.peers.1.backbone": "test_resnet"}
+    made = distillation_config(run, "test_resnet", overrides={**own, "cohort.peers.1.backbone_args": {}})
+    assert made.code == ()

@@ -19,7 +19,6 @@ import pytest
 import safetensors.torch
 import yaml
 from conftest import assert_same, tiny
-from PIL import Image
 
 from ray_dmml import Config, UserError, evaluate, train
 from ray_dmml.checkpoint.peer_state import decode_peer
@@ -155,21 +154,6 @@ def test_of_equal_evaluations_the_first_is_the_best(run: Path) -> None:
     values = [row["validation"]["ensemble"]["recall@1"] for row in judged]
     assert values == [1.0, 1.0, 1.0], "the case has lost its point"
     assert CheckpointStore(run / "checkpoints").index()["best"] == "step-00000002"
-
-
-@pytest.fixture(scope="module")
-def noisy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 classes that are hard to tell apart, so that recall goes up and down."""
-    root = tmp_path_factory.mktemp("noisy")
-    rng = np.random.default_rng(0)
-    for number in range(16):
-        pattern = rng.integers(0, 256, (24, 24, 3))
-        (root / f"class{number:02d}").mkdir()
-        for image in range(5):
-            pixels = 0.3 * pattern + 0.7 * rng.integers(0, 256, (24, 24, 3))
-            path = root / f"class{number:02d}" / f"{image}.png"
-            Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return root
 
 
 def noisy_settings(folder: Path, steps: int, monitor: str) -> Config:

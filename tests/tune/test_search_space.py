@@ -212,6 +212,16 @@ def test_every_kind_of_setting_can_be_searched(raw: dict[str, Any]) -> None:
     assert found.objective(figures) == 0.5
 
 
+@pytest.mark.parametrize(("objective", "value"), [("mean_peer", 0.375), ("best_peer", 0.5), ("ensemble", 0.75)])
+def test_frozen_peers_are_no_objective(raw: dict[str, Any], objective: str, value: float) -> None:
+    """Their figures are the same in every trial. They are in the ensemble."""
+    frozen = {"name": "c", "frozen": True, "weights": "c.safetensors"}
+    raw["cohort"]["peers"] = [{"name": "a"}, {"name": "b"}, frozen]
+    figures = {"peers": {name: {"map@r": value} for name, value in (("a", 0.25), ("b", 0.5), ("c", 1.0))}}
+    found = search(raw, {ANGLE: {"uniform": [0, 4]}}, metric="map@r", objective=objective)
+    assert found.objective({**figures, "ensemble": {"map@r": 0.75}}) == value
+
+
 def test_a_search_needs_validation_classes_and_a_known_metric(raw: dict[str, Any]) -> None:
     space = {"seed": {"choice": [0]}}
     with pytest.raises(UserError, match="metric 'recall@5' is not available; choose one of recall@1, rec"):
