@@ -120,15 +120,15 @@ class Progress:
     def __init__(self, console: Console, bar: Any) -> None:
         self._console, self._bar = console, bar
         self._task = bar.add_task("starting", total=None, rate="")
-        self._first: tuple[float, int] | None = None  # the images that this call has not embedded do not count
+        self._num_calls, self._first = 0, (0.0, 0)
         self._next_line = time.monotonic() + LINE_EVERY_S
 
     def __call__(self, done: int, total: int, unreadable: int) -> None:
         now = time.monotonic()
-        if self._first is None:
-            if done and done < total:
-                print_line(self._console, f"{done:,} of {total:,} images are there already")
-            self._first = now, done
+        if self._num_calls == 0 and 0 < done < total:
+            print_line(self._console, f"{done:,} of {total:,} images are there already")
+        if self._num_calls < 2:  # the first shard has waited for Ray, libraries and nets to start
+            self._num_calls, self._first = self._num_calls + 1, (now, done)
         began, before = self._first
         rate = f"{(done - before) / (now - began):.1f} images/s" if done > before else ""
         found = f"{unreadable:,} unreadable"
