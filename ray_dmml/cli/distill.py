@@ -45,13 +45,20 @@ def distill(
     ] = None,
     teacher_weights: Annotated[
         str,
-        typer.Option(parser=not_empty, metavar="pretrained|offline|FILE", help="Weights of --teacher."),
+        typer.Option(
+            parser=not_empty,
+            metavar="pretrained|offline|FILE",
+            help="Weights of --teacher. Default: pretrained.",
+            show_default=False,
+        ),
     ] = "pretrained",
     teacher_view: Annotated[
         TeacherView,
         typer.Option(
             metavar="own|evaluation",
-            help="What teachers embed: their own view of each batch, or the evaluation view of each image, once.",
+            help="What teachers embed: their own view of each batch, or the evaluation view of each image, once. "
+            "Default: evaluation.",
+            show_default=False,
         ),
     ] = TeacherView.evaluation,
     config: Annotated[

@@ -19,11 +19,21 @@ Precision = StrEnum("Precision", ["fp32", "fp16", "int8"])
 def export(
     run: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="Folder of a run.")],
     out: Annotated[Path, typer.Option(parser=path, metavar="FILE", help="The file to write; it must not exist.")],
-    peer: Annotated[str, typer.Option(metavar="NAME", help="A peer, or ensemble: all peers together.")] = "ensemble",
-    format: Annotated[Format, typer.Option(metavar="onnx|torch", help="ONNX, or torch.export (.pt2).")] = Format.onnx,
+    peer: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="A peer, or ensemble (all peers). Default: ensemble.", show_default=False),
+    ] = "ensemble",
+    format: Annotated[
+        Format,
+        typer.Option(metavar="onnx|torch", help="ONNX, or torch.export (.pt2). Default: onnx.", show_default=False),
+    ] = Format.onnx,
     precision: Annotated[
         Precision,
-        typer.Option(metavar="fp32|fp16|int8", help="int8 (dynamic quantisation) is for ONNX only."),
+        typer.Option(
+            metavar="fp32|fp16|int8",
+            help="int8 (dynamic quantisation) is for ONNX only. Default: fp32.",
+            show_default=False,
+        ),
     ] = Precision.fp32,
     weights: Annotated[
         Weights | None,
@@ -38,9 +48,12 @@ def export(
             "(CSV). Default: the run's own.",
         ),
     ] = None,
-    license: Annotated[str, typer.Option(metavar="TEXT", help="Licence of the weights, for the metadata.")] = (
-        "not stated"
-    ),
+    license: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT", help="Licence of the weights, for the metadata. Default: not stated.", show_default=False
+        ),
+    ] = ("not stated"),
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Run the Python code that the run's config names.")
     ] = False,
