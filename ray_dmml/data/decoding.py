@@ -29,6 +29,10 @@ _FORMATS_OF_TORCHVISION = frozenset({"JPEG", "MPO", "WEBP"})
 _MAX_ASPECT_RATIO = 16
 
 
+class TooManyPixelsError(OSError):
+    """An image is larger than what is decoded."""
+
+
 class Box(NamedTuple):
     """A part of an upright image, in pixels from its top left corner. The last row and column are not in it."""
 
@@ -54,10 +58,18 @@ def decode(path: Path) -> Tensor:
     return decode_content(read_file(path))
 
 
-def decode_content(array: np.ndarray) -> Tensor:
-    """The same for the content of an image file, uint8 (bytes,)."""
-    with _open(array.tobytes()) as opened:
-        if opened.format in _FORMATS_OF_TORCHVISION:
+def decode_content(array: np.ndarray, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Tensor:
+    """The same for the content of an image file, uint8 (bytes,).
+
+    Args:
+        max_pixels: raises TooManyPixelsError for an image of more.
+        at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, which is faster, as long as both
+            sides keep so many pixels.
+    """
+    with _open(array.tobytes(), max_pixels) as opened:
+        if at_least is not None and opened.format in ("JPEG", "MPO"):
+            opened.draft("RGB", (at_least, at_least))
+        elif opened.format in _FORMATS_OF_TORCHVISION:
             # The import takes more than a second, and not every process decodes such files.
             from torchvision.io import ImageReadMode, decode_image
 
@@ -81,15 +93,15 @@ def read_file(path: Path | str) -> np.ndarray:
     return array
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_pixels: int) -> Image.Image:
     """Reads the header of an image: its format and size. Pixels are not decoded yet."""
-    too_large = f"it claims too many pixels: at most {MAX_PIXELS} are decoded"
+    too_large = f"it claims too many pixels: at most {max_pixels} are decoded"
     try:
         opened = Image.open(io.BytesIO(data), formats=formats())
     except Image.DecompressionBombError:
-        raise OSError(too_large) from None
-    if opened.width * opened.height > MAX_PIXELS:  # a program may have lifted Pillow's limit
-        raise OSError(too_large)
+        raise TooManyPixelsError(too_large) from None
+    if opened.width * opened.height > max_pixels:  # a program may have lifted Pillow's limit
+        raise TooManyPixelsError(too_large)
     return opened
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -19,6 +20,14 @@ from ray_dmml.index.embeddings import Floats, Ints
 from ray_dmml.index.store import IndexInfo, read
 
 _UNIT_TOLERANCE = 0.01
+
+
+class _Among(NamedTuple):
+    """Some rows, among which is searched."""
+
+    number: int
+    selector: Any
+    """None: all rows."""
 
 
 class ImageIndex:
@@ -35,6 +44,7 @@ class ImageIndex:
         self._ids: Ints = rows["id"].to_numpy()
         self._index = index
         self._lock, self._has_places = threading.Lock(), False
+        self._among = lru_cache(maxsize=64)(self._rows_with)
         if info.num_probed is not None:
             index.nprobe = info.num_probed
 
@@ -56,15 +66,16 @@ class ImageIndex:
         """Where paths are relative to."""
         return self.info.root
 
-    def search(self, embeddings: Floats, k: int) -> tuple[Floats, Ints]:
+    def search(self, embeddings: Floats, k: int, *, prefix: str = "") -> tuple[Floats, Ints]:
         """Finds the ``k`` rows that are most similar to each query.
 
         Args:
             embeddings: (Q, D) float32, of unit length.
             k: at least 1.
+            prefix: only rows whose path begins with it, such as the name of a folder and a slash.
 
         Returns:
-            Similarities (Q, k) float32, the highest first, and ids (Q, k) int64. Where the index has fewer than ``k``
+            Similarities (Q, k) float32, the highest first, and ids (Q, k) int64. Where there are fewer than ``k``
             rows, the last similarities are -inf and their ids -1.
 
         Raises:
@@ -73,32 +84,36 @@ class ImageIndex:
         queries = self._checked(embeddings)
         if k < 1:
             raise UserError(f"k must be at least 1, not {k}")
-        found = min(k, len(self))
+        among = self._among(prefix)
+        found = min(k, among.number)
         similarities = np.full((len(queries), k), -np.inf, np.float32)
         ids = np.full((len(queries), k), -1, np.int64)
-        if len(queries):
+        if len(queries) and found:
             with ivf.threads():
-                similarities[:, :found], ids[:, :found] = self._nearest(queries, found)
+                similarities[:, :found], ids[:, :found] = self._nearest(queries, found, among)
         return similarities, ids
 
-    def _nearest(self, queries: Floats, k: int) -> tuple[Floats, Ints]:
-        similarities, labels = self._index.search(queries, k)
+    def _nearest(self, queries: Floats, k: int, among: _Among) -> tuple[Floats, Ints]:
         if self.info.kind == "flat":
+            similarities, labels = ivf.search(self._index, queries, k, selector=among.selector)
             return similarities, self._ids[labels]
-        # The lists that were read may have too few rows. These queries are repeated in more lists. Searches of other
-        # threads then read more, too, which harms nothing. faiss's own argument for it is refused once
-        # faiss.contrib.torch_utils is imported, as pytorch-metric-learning does.
-        if len(short := np.flatnonzero((labels < 0).any(axis=1))):
-            with self._lock:
-                probed = self.info.num_probed or 1
-                try:
-                    while len(short):
-                        self._index.nprobe = probed = min(4 * probed, self._index.nlist)
-                        similarities[short], labels[short] = self._index.search(queries[short], k)
-                        short = np.flatnonzero((labels < 0).any(axis=1))
-                finally:
-                    self._index.nprobe = self.info.num_probed
+        # Few of the rows in a list may be wanted, so more lists are read for as many rows.
+        probed = min(-(-self._index.nprobe * len(self) // among.number), self._index.nlist)
+        similarities, labels = ivf.search(self._index, queries, k, probed, among.selector)
+        # The lists that were read may have too few rows. These queries are repeated in more lists.
+        while len(short := np.flatnonzero((labels < 0).any(axis=1))):
+            probed = min(4 * probed, self._index.nlist)
+            similarities[short], labels[short] = ivf.search(self._index, queries[short], k, probed, among.selector)
         return similarities, labels
+
+    def _rows_with(self, prefix: str) -> _Among:
+        if not prefix:
+            return _Among(len(self), None)
+        places = np.flatnonzero(pc.starts_with(self.rows["path"], prefix).to_numpy())
+        labels = places if self.info.kind == "flat" else self._ids[places]
+        is_wanted = np.zeros(labels.max(initial=0) + 1, bool)
+        is_wanted[labels] = True
+        return _Among(len(places), ivf.selector(is_wanted))
 
     def paths(self, ids: Iterable[int]) -> list[str]:
         """The paths of rows, in the order of their ids given.

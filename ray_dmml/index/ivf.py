@@ -14,6 +14,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+from numpy.typing import NDArray
 
 from ray_dmml.cores import num_cores
 from ray_dmml.evaluation.neighbors import faiss_threads
@@ -111,6 +112,22 @@ def measure(index: Any, ids: Ints, target: float) -> Recall:
         else:
             enough = middle
     return Recall(target=target, k=k, measured=recall(enough), num_queries=len(sample))
+
+
+def search(
+    index: Any, queries: Floats, k: int, num_probed: int | None = None, selector: Any = None
+) -> tuple[Floats, Ints]:
+    """Searches a flat index, or so many lists of an IVF index, among the rows of the selector."""
+    params: Any = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]  # faiss's types lack it
+    if num_probed is not None:
+        params = faiss.SearchParametersIVF(nprobe=num_probed, sel=selector)  # type: ignore[call-arg]
+    # pytorch-metric-learning imports faiss's wrapper for torch. Its search takes no parameters; it keeps the first one.
+    return getattr(index, "search_numpy", index.search)(queries, k, params=params)
+
+
+def selector(is_wanted: NDArray[np.bool_]) -> Any:
+    """Selects the rows whose ids, or places in a flat index, are True."""
+    return faiss.IDSelectorBitmap(np.packbits(is_wanted, bitorder="little"))  # type: ignore[call-arg, arg-type]
 
 
 def _exact(blocks: Iterable[tuple[Ints, Floats]], queries: Floats, own: Ints, k: int) -> Floats:

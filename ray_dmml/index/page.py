@@ -13,7 +13,7 @@ from PIL import Image
 
 from ray_dmml.data.decoding import decode
 from ray_dmml.errors import UserError
-from ray_dmml.index.queries import Match
+from ray_dmml.index.match import Match
 
 MAX_PICTURES = 2000
 """In one page, which then has about 20 MB."""

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from ray_dmml.data.dataset import BadImageError, FileImages, ImageSet, check_images
-from ray_dmml.data.decoding import decode, to_square
+from ray_dmml.data.decoding import TooManyPixelsError, decode, decode_content, to_square
 
 WRITERS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 
@@ -334,6 +334,29 @@ def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
     for form, message in zip(WRITERS, messages, strict=True):
         assert message.startswith(f"image {form} cannot be read: it claims ")
         assert message.endswith("at most 178956970 are decoded")
+
+
+def test_a_smaller_limit_on_pixels() -> None:
+    """Of whoever decodes; it is compared with the size in the header."""
+    content = np.frombuffer(bytearray(encoded(photo(64), "PNG")), np.uint8)
+    assert decode_content(content, max_pixels=64 * 64).shape == (3, 64, 64)
+    with pytest.raises(TooManyPixelsError, match="at most 4095 are decoded"):
+        decode_content(content, max_pixels=64 * 64 - 1)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_an_image_that_is_needed_small(form: str) -> None:
+    """A JPEG is decoded at a fraction of its size, upright, with at least so many pixels a side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = photo(256).resize((256, 128))
+    content = np.frombuffer(bytearray(encoded(image, form, exif=exif)), np.uint8)
+    for at_least, expected in ((130, 1), (128, 1), (64, 2), (40, 2), (5, 8)):
+        fraction = expected if form == "JPEG" else 1
+        small = decode_content(content, at_least=at_least)
+        assert small.shape == (3, 256 // fraction, 128 // fraction)
+        whole = to_square(decode_content(content), 8, "stretch").float()
+        assert (to_square(small, 8, "stretch").float() - whole).abs().mean() < 12
 
 
 def test_a_gigantic_file_is_refused(tmp_path: Path) -> None:

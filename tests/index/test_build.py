@@ -88,6 +88,29 @@ def test_ivf_reaches_its_recall(large: tuple[Path, np.ndarray, list[str]], tmp_p
     assert (np.diff(similarities) <= 0).all()
 
 
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_a_prefix_of_paths(tmp_path: Path, kind: store.Kind) -> None:
+    """As if only the rows with it were there, also after rows were removed. Where they are few, more lists are read."""
+    vectors = unit_vectors(2000)
+    paths = [f"{'rare' if row % 100 == 7 else 'often'}/{row}.jpg" for row in range(2000)]
+    write_info(tmp_path, 16)
+    write_shard(tmp_path, 0, paths, list(vectors))
+    build_index(tmp_path, kind=kind, recall=0.9)
+    index = remove_rows(tmp_path, ["rare/7.jpg", "often/8.jpg"])
+    for prefix, k in (("rare/", 5), ("rare/", 40), ("rare/1", 3), ("often/", 5)):
+        wanted = np.array([row for row, path in enumerate(paths) if path.startswith(prefix) and row not in (7, 8)])
+        similarities, ids = index.search(QUERIES, k, prefix=prefix)
+        expected = naive(vectors[wanted], wanted, k)
+        number = min(k, len(wanted))
+        assert (ids[:, number:] == -1).all() and np.isneginf(similarities[:, number:]).all()
+        assert np.isin(ids[:, :number], wanted).all()
+        found = np.mean([len(set(a) & set(b)) / number for a, b in zip(ids[:, :number], expected, strict=True)])
+        assert found == 1 if kind == "flat" else found > 0.85
+    similarities, ids = index.search(QUERIES, 3, prefix="none/")
+    assert (ids == -1).all() and np.isneginf(similarities).all()
+    assert np.array_equal(index.search(QUERIES, 5, prefix="")[1], index.search(QUERIES, 5)[1])
+
+
 def test_beside_the_torch_wrapper_of_faiss(tmp_path: Path) -> None:
     """pytorch-metric-learning imports it, and it replaces methods of faiss."""
     importlib.import_module("faiss.contrib.torch_utils")

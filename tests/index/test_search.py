@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from ray_dmml import Config, UserError, build_index, list_images, load_cohort, load_index, train
 from ray_dmml.cli.main import app
+from ray_dmml.index.match import Match
 from ray_dmml.index.page import Answer, search_page
-from ray_dmml.index.queries import Match, find, load_embedder
+from ray_dmml.index.queries import find, load_embedder
 
 
 @pytest.fixture(scope="module")
