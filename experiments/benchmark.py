@@ -46,6 +46,7 @@ ROWS = {
     "embed-local": ("embed", "embed_local"),
     "index": ("index", "index"),
     "index-flat": ("index", "index_flat"),
+    "serve": ("serve", "serve"),
     "input": ("images", "input_row"),
     "input-cached": ("images", "input_cached"),
     "start": ("start", "start"),
