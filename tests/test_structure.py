@@ -21,12 +21,13 @@ FLOORS = (
     {"training"},
     {"inference", "tune"},
     {"embedding", "exporting", "hub", "index"},
+    {"serve"},
     {"cli"},
 )
 """From the ground up."""
 
 
-RAY_ROOMS = {"ray_backend", "tune", "embedding"}
+RAY_ROOMS = {"ray_backend", "tune", "embedding", "serve"}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
 
@@ -84,7 +85,7 @@ def test_imports_lead_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_ray_stands_in_few_rooms(path: Path) -> None:
-    """In ray_backend, tune and embedding, and in late imports of commands."""
+    """In ray_backend, tune, embedding and serve, and in late imports of commands."""
     for module, is_at_top in imports(path):
         if module.split(".")[0] == "ray" and room_of(name_of(path)) not in RAY_ROOMS:
             assert room_of(name_of(path)) == "cli" and not is_at_top, name_of(path)

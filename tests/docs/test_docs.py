@@ -353,7 +353,7 @@ def test_rooms_exist() -> None:
 
 def test_the_floors_are_those_of_the_code() -> None:
     """docs/architecture.md lists the floors that tests/test_structure.py asserts."""
-    rows = re.findall(r"^\| (\d) \| (.+) \|$", (ROOT / "docs/architecture.md").read_text(), re.M)
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", (ROOT / "docs/architecture.md").read_text(), re.M)
     assert [int(number) for number, _ in rows] == list(range(len(FLOORS), 0, -1))
     assert [set(re.findall(r"`(\w+)`", rooms)) for _, rooms in reversed(rows)] == list(FLOORS)
 
