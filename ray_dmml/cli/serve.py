@@ -4,7 +4,7 @@ import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from ray_dmml.cli.options import Address, path, use_address
 from ray_dmml.cli.output import print_line, show_log, user_errors
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.output import Console
-
-if TYPE_CHECKING:
-    from ray_dmml.serve.settings import ServeSettings
 
 
 def serve(
@@ -98,7 +95,6 @@ def serve(
             allowed_hosts=list(LOOPBACK) if is_local and not token else [],
         )
         if write_config is not None:
-            _require_indexes(settings)
             write(write_config, settings, host, port)
             print_line(console, f"written: {write_config}; start it with: serve deploy {write_config}")
             return
@@ -119,10 +115,3 @@ def _range(text: str) -> tuple[int, int]:
 def _require_extra() -> None:
     if not all(find_spec(name) for name in ("fastapi", "uvicorn", "python_multipart")):
         raise UserError("a search service needs Ray Serve; install it with: pip install 'ray-dmml[serve]'")
-
-
-def _require_indexes(settings: "ServeSettings") -> None:
-    from ray_dmml.index.image_index import load_index
-
-    for folder in settings.indexes:
-        load_index(folder)

@@ -44,8 +44,7 @@ def serve_forever(settings: ServeSettings, host: str, port: int, on_ready: Calla
     is_private = not os.environ.get("RAY_ADDRESS")
     if is_private and settings.min_replicas > num_cores():
         raise UserError(f"{settings.min_replicas} replicas need as many cores, and this machine has {num_cores()}")
-    # What is wrong with an index or the run is found here, before Ray starts.
-    Searcher(settings.indexes, settings.run, trust_code=settings.trust_code)
+    _check(settings)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     stopped = threading.Event()
     if not is_private:  # what runs on a cluster does not end with this process
@@ -68,7 +67,8 @@ def serve_forever(settings: ServeSettings, host: str, port: int, on_ready: Calla
 
 
 def write_config(file: Path, settings: ServeSettings, host: str, port: int) -> None:
-    """Writes the serve.yaml of the service. Raises UserError if the file exists."""
+    """Writes the serve.yaml of the service. Raises UserError if the file exists, or as :func:`serve_forever` does."""
+    _check(settings)
     args = settings.model_dump(exclude_defaults=True) | {"indexes": settings.indexes}
     application = {
         "name": APP,
@@ -86,6 +86,11 @@ def write_config(file: Path, settings: ServeSettings, host: str, port: int) -> N
             opened.write(yamlio.dump(content))
     except FileExistsError:
         raise UserError(f"{file} already exists; give another file (--write-config)") from None
+
+
+def _check(settings: ServeSettings) -> None:
+    """Raises what is wrong with an index or the run here, before Ray starts."""
+    Searcher(settings.indexes, settings.run, trust_code=settings.trust_code)
 
 
 def _http_options(host: str, port: int) -> dict[str, Any]:
