@@ -14,7 +14,7 @@ import ray_dmml
 pytestmark = pytest.mark.ray
 
 
-RAY_ROOMS = ("ray_dmml.ray_backend", "ray_dmml.tune", "ray_dmml.embedding.on_ray")
+RAY_ROOMS = ("ray_dmml.ray_backend", "ray_dmml.tune", "ray_dmml.embedding.on_ray", "ray_dmml.serve")
 
 LOADS = """
 import importlib, json, sys
