@@ -15,6 +15,7 @@ from benchmarks.row import Goal, Row, Settings, in_turn, require
 from ray_dmml.config.schema import LossConfig
 from ray_dmml.losses.mutual import MutualLoss
 from ray_dmml.losses.relational import relational_losses
+from ray_dmml.ray_backend.process import tune_malloc
 
 SIZE, NUM_OTHERS, REPEATS = 512, 3, 3
 Loss = Callable[[Tensor, list[Tensor]], Tensor]
@@ -106,6 +107,7 @@ def relational_memory(settings: Settings) -> list[Row]:
 def ensemble_teacher(settings: Settings) -> list[Row]:
     """Time of the mutual loss of a peer with one ensemble as the teacher, one thread."""
     torch.set_num_threads(1)
+    tune_malloc()  # as the process of a peer does
     config = LossConfig.model_validate({"relational": {"teacher": "ensemble"}})
     loss = MutualLoss(config, SIZE, ignore_nonfinite=False)
     torch.manual_seed(0)
