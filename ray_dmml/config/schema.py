@@ -660,7 +660,7 @@ class RelaxedContrastiveConfig(MutualSection):
     """Weight of the term `relaxed_contrastive`."""
 
     sigma: Annotated[Number, Field(ge=1e-3)] = 1.0
-    """Squared distance between unit-length teacher embeddings at which two images are a positive pair by 37 % (1 / e)."""
+    """Squared distance between unit-length teacher embeddings at which two images are positive by 37 % (1 / e)."""
 
     delta: Positive = 1.0
     """Margin: dissimilar images are pushed until they are this many mean distances apart."""

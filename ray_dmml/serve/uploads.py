@@ -14,6 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from ray_dmml.serve.answers import RequestError
 
 MAX_K = 1000
+_KINDS_OF_A_FILE = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+"""What clients say of a file whose kind they do not know; the last one is `curl --data-binary`."""
+
 _MAX_FIELDS = 20
 _MAX_FIELD_BYTES = 2**14
 
@@ -60,7 +63,7 @@ async def read_upload(request: Request, max_bytes: int, timeout_s: float) -> Upl
     if kind == "multipart/form-data":
         image, others = await _read_form(request, body)
         fields |= others
-    elif not (kind.startswith("image/") or kind in ("", "application/octet-stream")):
+    elif not (kind.startswith("image/") or kind in _KINDS_OF_A_FILE):
         raise RequestError(415, "send an image, a form with an image in the field 'image', or JSON")
     try:
         parsed = SearchRequest.model_validate(fields)

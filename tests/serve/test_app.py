@@ -254,6 +254,14 @@ def test_json_that_is_not_understood(served: Served, json: Any, message: str) ->
     assert_refused(served.client.post("/search", json=json), 422, message)
 
 
+def test_an_image_as_curl_sends_it(served: Served) -> None:
+    """`curl --data-binary @FILE` calls every file a form."""
+    image, headers = encoded("PNG"), {"Content-Type": "application/x-www-form-urlencoded"}
+    sent = served.client.post("/search?k=3", content=image, headers=headers)
+    assert matches(sent) == matches(served.client.post("/search?k=3", content=image))
+    assert_refused(served.client.post("/search", data={"k": "3"}), 415, "it is not an image in a known format")
+
+
 def test_other_requests_that_are_not_understood(served: Served) -> None:
     post, image = served.client.post, encoded("PNG")
     assert_refused(post("/search", content=image, headers={"Content-Type": "text/plain"}), 415, "send an image")
