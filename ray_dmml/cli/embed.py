@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -17,7 +17,10 @@ from ray_dmml.cli.options import Address, AsJson, not_empty, path, use_address
 from ray_dmml.cli.output import elapsed, print_json, print_line, show_log, user_errors
 from ray_dmml.loggers.output import Console
 
-Dtype = StrEnum("Dtype", ["float32", "float16"])
+if TYPE_CHECKING:
+    from ray_dmml.embedding.embedder import Dtype
+
+Dtypes = StrEnum("Dtypes", ["float32", "float16"])
 
 LINE_EVERY_S = 30.0
 """Where there is no terminal."""
@@ -47,11 +50,11 @@ def embed(
         typer.Option(metavar="last|best|ema", help="Weights of the peers. Default: those of the run's own results."),
     ] = None,
     dtype: Annotated[
-        Dtype,
+        Dtypes,
         typer.Option(
             metavar="float32|float16", help="Type of the numbers in the files. Default: float32.", show_default=False
         ),
-    ] = Dtype.float32,
+    ] = Dtypes.float32,
     root: Annotated[
         Path | None,
         typer.Option(
@@ -94,7 +97,7 @@ def embed(
                 out,
                 peer=peer,
                 weights=weights.value if weights else None,
-                dtype=dtype.value,  # type: ignore[arg-type]  # one of its names
+                dtype=cast("Dtype", dtype.value),
                 root=root,
                 update=update,
                 local=local,

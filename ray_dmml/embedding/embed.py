@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Generator
 from contextlib import closing
-from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +19,8 @@ from ray_dmml.embedding.output import OutputFolder
 from ray_dmml.embedding.place import Place, find_images
 from ray_dmml.errors import UserError
 from ray_dmml.inference import SavedPeers, TrainedCohort, read_peers
-from ray_dmml.training.run_dir import lock_folder
+from ray_dmml.models.backbone import HUB
+from ray_dmml.training.run_dir import lock_folder, versions_of
 
 ENSEMBLE = "ensemble"
 BATCH_SIZE, MAX_BATCH_SIZE = 64, 4096
@@ -84,7 +85,7 @@ def embed(
     model = cohort if peer == ENSEMBLE else cohort.peers[peer]
     output = OutputFolder(Path(out))
     output.create()
-    with lock_folder(output.path, "embedding"):
+    with lock_folder(output.path, "embedding or indexing"):
         begun = output.facts() or {}
         batch_size = batch_size or begun.get("batch_size") or BATCH_SIZE
         facts = {
@@ -95,7 +96,8 @@ def embed(
             "preprocessing": _preprocessing(cohort),
             "root": place.name,
             "versions": _versions(),
-            "run": str(run),
+            "run": str(run) if str(run).startswith(HUB) else os.path.abspath(run),
+            "weights": peers.config.weights_to_evaluate(weights),
             "batch_size": batch_size,
         }
         output.begin(facts, paths, update=update)
@@ -106,14 +108,14 @@ def embed(
                 embedder = Embedder(model, place, dtype, batch_size, max(threads, num_cores()))
                 tables = embed_locally(embedder, output.missing(), threads)
             else:
-                del cohort
+                del cohort, model  # Ray's actors build their own
                 tables = _on_ray(peers, peer, place, dtype, batch_size, output, concurrency)
             with closing(tables):
                 for number, table in tables:
                     output.write(number, table)
                     on_progress(output.num_done, output.num_images, output.num_unreadable)
     counts = {"num_images": output.num_images, "num_unreadable": output.num_unreadable}
-    return {"out": str(out), **counts, "size": model.size, "model": facts["model"]}
+    return {"out": str(out), **counts, "size": facts["size"], "model": facts["model"]}
 
 
 def _on_ray(
@@ -140,6 +142,5 @@ def _preprocessing(cohort: TrainedCohort) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     """Of what the bits of an embedding depend on."""
-    names = ("ray-dmml", "torch", "timm", "numpy", "pyarrow")
-    versions = {name: metadata.version(name) for name in names}
+    versions = versions_of("ray-dmml", "torch", "timm", "numpy", "pyarrow")
     return {**versions, "decoders": " ".join(decoder_versions()), "python": platform.python_version()}

@@ -35,7 +35,7 @@ class _Decoded(NamedTuple):
 
 
 class Stopped(Exception):
-    """The embedder was told to stop."""
+    """The embedder was closed during a call."""
 
 
 def schema(size: int, dtype: Dtype) -> pa.Schema:

@@ -130,7 +130,7 @@ def embed_on_ray(
 
 
 def pack(paths: Sequence[bytes]) -> bytes:
-    """Paths in little memory; those of millions of images wait in Ray's object store."""
+    """Paths, compressed: those of all shards wait in Ray's object store."""
     return zlib.compress(b"\0".join(paths), 1)
 
 

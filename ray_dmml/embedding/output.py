@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
@@ -34,6 +35,8 @@ MUST_AGREE = ("peer", "dtype", "batch_size", "root", "model")
 
 MAX_SHARD_IMAGES, MAX_SHARD_BATCHES = 4096, 64
 _ROWS_AT_A_TIME = 8192  # of a list
+_LEFTOVER = re.compile(r"(embed\.json|(list|part)-\d+\.parquet)\.tmp")
+_BEFORE_FACTS = re.compile(r"list-\d+\.parquet|" + _LEFTOVER.pattern)
 
 
 class OutputFolder:
@@ -58,7 +61,7 @@ class OutputFolder:
         except OSError as error:
             raise UserError(f"the folder {self.path} cannot be used: {error.strerror}") from None
         # A call that was killed before it had embed.json leaves nothing but a list.
-        if FACTS not in names and any(not name.startswith("list-") and not name.endswith(".tmp") for name in names):
+        if FACTS not in names and not all(_BEFORE_FACTS.fullmatch(name) for name in names):
             raise UserError(f"{self.path} is not empty and has no {FACTS}: give another folder (out)")
 
     def facts(self) -> dict[str, Any] | None:
@@ -82,8 +85,8 @@ class OutputFolder:
         Raises:
             UserError: there is no image, the folder is of another model or of other images, or it cannot be written.
         """
-        for leftover in self.path.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for leftover in filter(_LEFTOVER.fullmatch, os.listdir(self.path)):
+            (self.path / leftover).unlink(missing_ok=True)
         before = self.facts()
         if before is None:
             self._facts = {**facts, "lists": []}

@@ -98,7 +98,8 @@ class Place:
                 large = f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB"
                 raise FileNotFoundError(large if size else "the file is empty")
             content = np.empty(size, np.uint8)
-            file.readinto(content)
+            if (received := file.readinto(content)) != size:
+                raise OSError(f"only {received} of {size} bytes could be read")
         return content
 
 

@@ -121,11 +121,15 @@ def _introduction(config: Config, cohort: TrainedCohort, facts: Mapping[str, Any
             f"An embedding has {cohort.size} dimensions.\n"
         )
     else:
+        training = "The peers were trained together, by diversified mutual learning with ray-dmml."
+        if config.cohort.frozen_peers:
+            teachers = ", ".join(config.cohort.frozen_peers)
+            training = f"They come from one training run of ray-dmml, in which the weights of {teachers} were frozen."
         yield (
             f"These {number} networks (*peers*) embed images for retrieval: an image becomes a vector of unit length, "
-            "and images of the same class have similar vectors. The peers were trained together, by diversified mutual "
-            "learning with ray-dmml. The ensemble's embedding is the peers' embeddings, concatenated and divided by "
-            f"the square root of their number. It has {cohort.size} dimensions.\n"
+            f"and images of the same class have similar vectors. {training} The ensemble's embedding is the peers' "
+            "embeddings, concatenated and divided by the square root of their number. It has "
+            f"{cohort.size} dimensions.\n"
         )
     rows = []
     for peer in config.cohort.peers:
@@ -243,7 +247,9 @@ def _limits(config: Config, results: Mapping[str, Any], facts: Mapping[str, Any]
     elif results["split"] == "validation":
         lines.append("The validation classes may have selected the weights, so their figures are somewhat too high.")
     if missing := sorted(set(facts["peers"]) - set(results["peers"])) if results["split"] else []:
-        lines.append(f"{', '.join(missing)} was dropped during training, and the ensemble's figures are without it.")
+        lines.append(
+            f"The ensemble's figures are without peers that were dropped during training: {', '.join(missing)}."
+        )
     if base_models(config):
         lines.append("The pretrained weights that the training began with have a licence of their own.")
     own = [f"{peer.name} ({peer.backbone})" for peer in config.cohort.peers if is_own(peer.backbone)]

@@ -1,4 +1,4 @@
-"""The config of a run as it is published: it tells how the nets were trained, and nothing of the machine."""
+"""The config of a run as it is published: how the nets were trained, and nothing about the machine."""
 
 from __future__ import annotations
 

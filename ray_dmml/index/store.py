@@ -10,12 +10,9 @@ old files keeps them.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ray_dmml.checkpoint.store import sync
 from ray_dmml.errors import UserError
 from ray_dmml.index.embeddings import ROWS
+from ray_dmml.training.run_dir import lock_folder
 
 Kind = Literal["flat", "ivf"]
 _OURS = re.compile(r"index(-\d+)?\.faiss|rows(-\d+)?\.parquet|index\.json\.tmp")
@@ -183,7 +182,7 @@ def write(folder: Path, info: IndexInfo, index: Any, rows: pa.Table) -> None:
         content = info.model_dump() | {"files": {**names, "vectors_bytes": size}}
         written[2].write_text(StoredInfo.model_validate(content).model_dump_json(indent=1))
         for file in (*written, folder):
-            _sync(file)
+            sync(file)
         os.replace(written[2], folder / "index.json")
     except (OSError, RuntimeError) as error:  # faiss raises RuntimeError where it cannot write
         for file in written:
@@ -191,30 +190,13 @@ def write(folder: Path, info: IndexInfo, index: Any, rows: pa.Table) -> None:
                 file.unlink()
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "is the disk full?"
         raise UserError(f"the index {folder} cannot be written: {reason}") from None
-    _sync(folder)
+    sync(folder)
     _remove_others(folder, set(names.values()))
 
 
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes from changing what is in this folder; a file system without locks does not protect it.
-
-    Raises:
-        UserError: another process embeds or indexes in it, or the folder cannot be used.
-    """
-    try:
-        opened = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"the folder {folder} cannot be used: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"another process is embedding or indexing in {folder}") from None
-        yield
-    finally:
-        os.close(opened)
+def lock(folder: Path) -> AbstractContextManager[None]:
+    """Keeps other processes from changing what is in this folder, see :mod:`~ray_dmml.training.run_dir`."""
+    return lock_folder(folder, "embedding or indexing")
 
 
 def _names_in_use(folder: Path) -> set[str]:
@@ -230,11 +212,3 @@ def _remove_others(folder: Path, in_use: set[str]) -> None:
         if _OURS.fullmatch(file.name) and file.name not in in_use:
             with suppress(OSError):
                 file.unlink()
-
-
-def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -145,9 +145,12 @@ def lock_folder(path: Path, doing: str) -> Iterator[None]:
     """Keeps other processes from ``doing`` the same in a folder; a file system without locks does not protect it.
 
     Raises:
-        UserError: another process has the lock.
+        UserError: another process has the lock, or the folder cannot be used.
     """
-    folder = os.open(path, os.O_RDONLY)
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"the folder {path} cannot be used: {error.strerror}") from None
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,7 +14,7 @@ import pytest
 from embedding_samples import rows_of, write_photos
 from PIL import Image
 
-from ray_dmml import embed
+from ray_dmml import UserError, embed
 
 
 def test_the_rows_are_those_of_one_process(
@@ -37,6 +37,9 @@ def test_the_rows_are_those_of_one_process(
     names = [sorted(file.name for file in (tmp_path / out).iterdir()) for out in ("local", "ray")]
     assert names[0] == names[1] and len(names[0]) == 6 + 2
     assert rows_of(tmp_path / "ray").equals(rows_of(tmp_path / "local"))
+    with pytest.raises(UserError, match=r"photos cannot be read on .*: No such file"):
+        photos = tmp_path / "photos"
+        embed(small_run, photos, tmp_path / "gone", concurrency=1, on_progress=lambda *_: photos.rename(tmp_path / "x"))
     printed = capfd.readouterr()
     assert [line for line in printed.err.splitlines() if "core_worker" not in line] == [] and printed.out == ""
 

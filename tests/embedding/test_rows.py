@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import tiny
 from embedding_samples import rows_of, vectors_of, write_photos
 
-from ray_dmml import UserError, embed, load_cohort
+from ray_dmml import Config, UserError, embed, load_cohort, train
 from ray_dmml.embedding.output import shard_size
+from ray_dmml.index.build import build_index
+from ray_dmml.index.queries import load_embedder
 from ray_dmml.training.run_dir import lock_folder
 
 
@@ -45,7 +48,8 @@ def test_rows_are_those_of_embed_files(small_run: Path, photos: Path, whole: Pat
     facts = json.loads((whole / "embed.json").read_text())
     assert facts["model"] == cohort.fingerprint and facts["num_images"] == 21
     assert (facts["peer"], facts["size"], facts["dtype"]) == ("ensemble", 23, "float32")
-    assert facts["root"] == str(photos) and facts["preprocessing"]["decode_size"] == 36
+    assert (facts["run"], facts["weights"], facts["root"]) == (str(small_run), "last", str(photos))
+    assert facts["preprocessing"]["decode_size"] == 36
     assert len(list(whole.glob("part-*.parquet"))) == 6
 
 
@@ -62,6 +66,20 @@ def test_one_peer_in_half_precision(small_run: Path, photos: Path, tmp_path: Pat
         "size": 7,
         "model": peer.fingerprint,
     }
+
+
+def test_an_index_finds_the_model_of_its_images(
+    image_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the weights are not those of the run's results, and the run was given relative to another folder."""
+    raw = tiny(image_folder, train={"steps": 3, "evaluate_every": 0}, data={"validation_fraction": 0})
+    raw["cohort"]["peers"][0]["ema"] = {"decay": 0.5}
+    train(Config.parse(raw), tmp_path / "run", local=True)
+    monkeypatch.chdir(tmp_path)
+    result = embed("run", photos, "out", weights="ema", local=True)
+    assert result["model"] == load_cohort("run", "ema").fingerprint != load_cohort("run").fingerprint
+    monkeypatch.chdir(photos)
+    assert load_embedder(build_index(tmp_path / "out")).fingerprint == result["model"]
 
 
 def test_an_unreadable_image_is_a_row_with_its_error(small_run: Path, photos: Path, tmp_path: Path) -> None:
@@ -100,11 +118,12 @@ def test_an_interrupted_call_is_continued(small_run: Path, photos: Path, whole: 
     first = {file.name: file.stat().st_mtime_ns for file in before.glob("part-*")}
     assert len(first) == 2
     (before / "part-00003.parquet.tmp").write_bytes(b"half")
+    (before / "mine.tmp").write_bytes(b"of the user")
     seen: list[Any] = []
     embed(small_run, photos, before, local=True, concurrency=1, on_progress=lambda *counts: seen.append(counts))
     assert seen[0] == (8, 21, 0) and seen[-1] == (21, 21, 0)
     assert {file: (before / file).stat().st_mtime_ns for file in first} == first
-    assert {file.name for file in before.iterdir()} == {file.name for file in whole.iterdir()}
+    assert {file.name for file in before.iterdir()} == {file.name for file in whole.iterdir()} | {"mine.tmp"}
     for file in whole.iterdir():
         assert (before / file.name).read_bytes() == file.read_bytes(), file.name
 
@@ -161,10 +180,17 @@ def test_a_folder_of_something_else_is_refused(small_run: Path, photos: Path, wh
     with pytest.raises(UserError, match="another model, of another run"):
         embed(small_run, photos, whole, local=True)
     (whole / "embed.json").write_bytes(before[whole / "embed.json"])
-    with lock_folder(whole, "embedding"), pytest.raises(UserError, match="another process is embedding in"):
+    with lock_folder(whole, "at work"), pytest.raises(UserError, match="another process is embedding or indexing in"):
         embed(small_run, photos, whole, local=True)
     with pytest.raises(UserError, match=r"is not empty and has no embed\.json"):
         embed(small_run, photos, small_run, local=True)
+    (tmp_path / "mine").mkdir()
+    for name in ("thesis.tmp", "list-of-things"):
+        file = tmp_path / "mine" / name
+        file.touch()
+        with pytest.raises(UserError, match=r"is not empty and has no embed\.json"):
+            embed(small_run, photos, tmp_path / "mine", local=True)
+        file.unlink()
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty has no images"):
         embed(small_run, tmp_path / "empty", tmp_path / "out", local=True)

@@ -148,7 +148,7 @@ def test_the_card(run: Path, pushed: Path) -> None:
         low, high = (f"{100 * end:.1f}" for end in wilson_interval(figures["recall@1"], 40))
         cells = " | ".join(f"{100 * value:.1f}" for value in figures.values())
         assert f"| {name} | {cells} | {low} to {high} |" in text
-    assert "Blocks (`imagefolder`)" in text and "CC-BY-4.0" in text
+    assert "The peers were trained together" in text and "Blocks (`imagefolder`)" in text and "CC-BY-4.0" in text
     (settings,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
     assert yaml.safe_load(settings)["cohort"]["peers"][1]["embedding_size"] == 8
     facts = json.loads((pushed / "pushed.json").read_text())
@@ -264,11 +264,13 @@ def test_an_own_backbone_needs_its_code(image_folder: Path, tmp_path: Path) -> N
     raw = tiny(image_folder, train={"steps": 1, "tensorboard": False}, evaluation={"untrained": False})
     raw["data"]["validation_fraction"] = 0
     raw["code"] = [str(tmp_path / "own_mean.py")]
-    raw["cohort"]["peers"] = [{"backbone": "own_mean:Mean", "backbone_args": {"width": 4}}]
+    own = {"backbone": "own_mean:Mean", "backbone_args": {"width": 4}}
+    raw["cohort"]["peers"] = [own, {**own, "name": "teacher", "frozen": True}]
     try:
         train(Config.parse(raw), tmp_path / "run", local=True)
         use_code({})
-        with pytest.raises(UserError, match=r"nobody can load own_mean:Mean \(cohort.peers.0.backbone\) without its"):
+        names = r"own_mean:Mean \(cohort.peers.0.backbone\), own_mean:Mean \(cohort.peers.1.backbone\)"
+        with pytest.raises(UserError, match=f"nobody can load {names} without its"):
             push(tmp_path / "run", "a/b", out=tmp_path / "out")
         push(tmp_path / "run", "a/b", out=tmp_path / "out", with_code=True)
         use_code({})
@@ -277,8 +279,10 @@ def test_an_own_backbone_needs_its_code(image_folder: Path, tmp_path: Path) -> N
         with pytest.raises(UserError, match="runs code that is not of this package: own_mean:Mean"):
             load_cohort(tmp_path / "out")
         embeddings = load_cohort(tmp_path / "out", trust_code=True).embed_files(image_folder / "class00")
-        assert embeddings.shape == (5, 16)
-        assert 'load_cohort("hf-hub:a/b", trust_code=True)' in (tmp_path / "out/README.md").read_text()
+        assert embeddings.shape == (5, 16 + 4)
+        card = (tmp_path / "out/README.md").read_text()
+        assert 'load_cohort("hf-hub:a/b", trust_code=True)' in card
+        assert "the weights of teacher were frozen" in card and "trained together" not in card
     finally:
         use_code({})
 
