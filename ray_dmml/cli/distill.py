@@ -44,14 +44,11 @@ def distill(
         ),
     ] = None,
     teacher_weights: Annotated[
-        str,
+        str | None,
         typer.Option(
-            parser=not_empty,
-            metavar="pretrained|offline|FILE",
-            help="Weights of --teacher. Default: pretrained.",
-            show_default=False,
+            parser=not_empty, metavar="pretrained|offline|FILE", help="Weights of --teacher. Default: pretrained."
         ),
-    ] = "pretrained",
+    ] = None,
     teacher_view: Annotated[
         TeacherView,
         typer.Option(

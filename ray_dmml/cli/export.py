@@ -53,7 +53,7 @@ def export(
         typer.Option(
             metavar="TEXT", help="Licence of the weights, for the metadata. Default: not stated.", show_default=False
         ),
-    ] = ("not stated"),
+    ] = "not stated",
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Run the Python code that the run's config names.")
     ] = False,

@@ -41,7 +41,8 @@ class MatrixView(nn.Module):
     """A :class:`CenterView` as two products with a matrix: first along the rows of an image, then along its columns.
 
     torch resizes uint8 images with integer weights, and rounds after each direction. Floats hold these integers
-    exactly, so that the pixels are the same to the bit, on whatever computes them. It takes several times as long.
+    exactly, so that the pixels are the same to the bit, on whatever computes in full float32 (TF32 is too coarse). It
+    takes several times as long.
     """
 
     rows: Tensor

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ray_dmml.checkpoint.store import sync
 from ray_dmml.config.parts import load_trusted_parts
 from ray_dmml.data.center_view import CenterView
 from ray_dmml.errors import UserError
@@ -69,9 +70,9 @@ def export(
         ``images_per_second``.
 
     Raises:
-        UserError: the run, the peer or the images cannot be used, the file exists, the net cannot be exported, or the
-            file differs from PyTorch by more than 1e-4 (fp32) or 0.2 points of Recall@1 (fp16, int8). There is no
-            file then.
+        UserError: the run, the peer or the images cannot be used, the file exists or cannot be written, the net cannot
+            be exported, or the file differs from PyTorch by more than 1e-4 (fp32) or 0.2 points of Recall@1 (fp16,
+            int8). There is no file then.
     """
     _require_known(format, precision)
     target, run_dir = _new_file(Path(out)), RunDir.open(run)
@@ -85,17 +86,19 @@ def export(
         split, compared_on = images_to_evaluate(config, run_dir, images)
     except UserError as error:
         raise UserError(f"the file is compared with PyTorch on images, and {error}; other images: --images") from None
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", ignore_cleanup_errors=True) as folder:
-        draft = Path(folder) / target.name
-        facts = _metadata(cohort, peer, peers, run_dir, precision, license)
-        reference = _reference(cohort, peer)
-        embed = _write(peers, peer, cohort.decode_size, draft, facts, format, precision)
-        parity = compare(reference, embed, compared_on)
-        _require_near(parity, target, precision, split)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        _new_file(target)
-        os.replace(draft, target)
+    try:
+        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", ignore_cleanup_errors=True) as folder:
+            draft = Path(folder) / target.name
+            facts = _metadata(cohort, peer, peers, run_dir, precision, license)
+            reference = _reference(cohort, peer)
+            embed = _write(peers, peer, cohort.decode_size, draft, facts, format, precision)
+            parity = compare(reference, embed, compared_on)
+            _require_near(parity, target, precision, split)
+            sync(draft)
+            _new_file(target)
+            os.replace(draft, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
     return {
         "file": str(target),
         "bytes": target.stat().st_size,
@@ -190,8 +193,8 @@ def _preprocessing(peer: TrainedPeer) -> dict[str, Any]:
     return {
         "resized_to": view.resized,
         "center_crop": view.size,
-        "mean": [round(value / 255, 6) for value in peer.net.mean.flatten().tolist()],
-        "std": [round(value / 255, 6) for value in peer.net.std.flatten().tolist()],
+        "mean": peer.preprocessing["mean"],
+        "std": peer.preprocessing["std"],
     }
 
 

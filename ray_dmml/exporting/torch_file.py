@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +20,10 @@ METADATA = "metadata.json"
 
 def write_torch(program: ExportedProgram, path: Path, metadata: Mapping[str, Any]) -> None:
     """Writes a program with its metadata, as JSON in the extra file :data:`METADATA`."""
-    with quiet(), path.open("wb") as file:  # a file whatever its suffix: torch warns of others than .pt2
-        torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata, indent=1)})
+    content = io.BytesIO()  # where a file cannot be written, torch would end the process
+    with quiet():
+        torch.export.save(program, content, extra_files={METADATA: json.dumps(metadata, indent=1)})
+    path.write_bytes(content.getbuffer())
 
 
 def load_torch(path: Path) -> Callable[[Tensor], Tensor]:

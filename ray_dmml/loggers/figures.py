@@ -17,14 +17,15 @@ def heading(metric: str) -> str:
 
 def rows_of(results: Mapping[str, Any]) -> Iterator[Row]:
     """Names and figures: each frozen backbone, the peers and the ensemble before training, the peers, the ensemble of
-    frozen teachers if there are several, the ensemble."""
+    frozen teachers if there are several, the ensemble. Frozen peers do not change and have one row."""
     backbones = _distinct(results["frozen_backbones"])
     for names, figures in backbones:
         yield "frozen backbone" if len(backbones) == 1 else f"{', '.join(names)}, frozen backbone", figures
     before = "at the start" if results["init_from"] else "untrained"
-    for name, figures in results["untrained"].items():
-        yield f"{name}, {before}", figures
-    if results["untrained_ensemble"]:
+    learners = [name for name in results["untrained"] if name in results["frozen_backbones"]]
+    for name in learners:
+        yield f"{name}, {before}", results["untrained"][name]
+    if results["untrained_ensemble"] and len(learners) == len(results["untrained"]):
         yield f"ensemble, {before}", results["untrained_ensemble"]
     yield from results["peers"].items()
     if "teachers_ensemble" in results:

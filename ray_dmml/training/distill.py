@@ -7,7 +7,7 @@ teacher. Checkpoints hold the weights of frozen peers, so the run is resumed and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def distillation_config(
     *,
     weights: str | None = None,
     teacher: str | None = None,
-    teacher_weights: str = "pretrained",
+    teacher_weights: str | None = None,
     teacher_view: str = "evaluation",
     config: Config | None = None,
     alone: bool = False,
@@ -88,13 +88,14 @@ def distillation_config(
 
     The student has the settings of the run's first peer that learns, and the embedding size of its largest. Settings
     that belong to a backbone (pooling, frozen blocks, adapters, a file of weights) are kept for the same backbone only.
+    A cosine schedule that ends with the run's last step ends with the student's, whatever `train.steps` overrides set.
 
     Args:
         run: folder of the run whose peers teach; None: ``teacher`` does.
         student: backbone of the student.
         weights: initial weights of the student; None: those of the run's first peer.
         teacher: a model of timm that teaches in place of a run, as `cohort.peers.*.backbone`.
-        teacher_weights: weights of ``teacher``: ``pretrained``, ``offline`` or a file.
+        teacher_weights: weights of ``teacher``: ``pretrained``, ``offline`` or a file; None: ``pretrained``.
         teacher_view: what teachers embed, ``own`` or ``evaluation``, as `cohort.peers.*.teacher_view`.
         config: with ``teacher``, the experiment.
         alone: leave the teachers out, to train the same student for comparison.
@@ -110,10 +111,12 @@ def distillation_config(
     if run is None:
         if config is None:
             raise UserError("a teacher that is not of a run needs a config, which names the images and the loss")
-        teachers = [{"name": "teacher", "seed": 1, "backbone": teacher, "weights": teacher_weights}]
+        teachers = [{"name": "teacher", "seed": 1, "backbone": teacher, "weights": teacher_weights or "pretrained"}]
         return _config(config, student, weights, teachers, teacher_view, alone, overrides)
     if config is not None:
         raise UserError("a distillation of a run has the config of the run, which only overrides (--set) change")
+    if teacher_weights is not None:
+        raise UserError("teacher_weights are those of another teacher (teacher); the peers of a run have their own")
     run_dir = RunDir.open(run)
     own = run_dir.config()
     made = _config(own, student, weights, _teachers(run_dir, own, teacher_view), teacher_view, alone, overrides)
@@ -178,7 +181,11 @@ def _config(
     raw["checkpoint"]["storage_path"] = None  # there is room for one run
     if raw["evaluation"]["weights"] == "ema" and learner["ema"] is None:
         raw["evaluation"]["weights"] = None
+    overrides = overrides if isinstance(overrides, (str, Mapping)) else list(overrides)  # they are read twice
     made = Config.parse(raw, source="the distillation").with_overrides(overrides)
+    if learner["schedule"]["steps"] == config.train.steps != made.train.steps:
+        learner["schedule"]["steps"] = made.train.steps
+        made = Config.parse(raw, source="the distillation").with_overrides(overrides)
     if alone:
         cohort = made.cohort.model_copy(update={"peers": made.cohort.peers[:1]})
         made = made.model_copy(update={"cohort": cohort})

@@ -51,7 +51,7 @@ def final_runs(
     Returns:
         the content of ``final.json``: ``best`` and ``baseline``, each with ``params`` (setting to value),
         ``validation`` (the trial's objective, None if it did not finish) and ``test`` (for each seed the metrics of
-        ``peers`` and ``ensemble``, or ``error``).
+        the ``peers`` that learn and of the ``ensemble``, or ``error``).
 
     Raises:
         UserError: all runs failed.
@@ -76,7 +76,8 @@ def final_runs(
             folder = files.final_folder / f"{run_name}-seed{seed}"
             try:
                 results = _results_of(folder, _final_config(config, seed), make_logger, local)
-                runs.append({"seed": seed, "peers": results["peers"], "ensemble": results["ensemble"]})
+                peers = {name: row for name, row in results["peers"].items() if name in config.cohort.learners}
+                runs.append({"seed": seed, "peers": peers, "ensemble": results["ensemble"]})
             except UserError as error:
                 logger.warning("final run: %s, seed %d failed: %s", name, seed, error)
                 runs.append({"seed": seed, "error": str(error)})

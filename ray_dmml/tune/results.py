@@ -120,7 +120,7 @@ def write_results(files: SearchDir, search: Search, trials: Sequence[Trial]) -> 
             if objectives := report.get("objectives"):
                 row["objective_std"] = float(np.std(objectives, ddof=1))
             for who, metric in itertools.product(WHO, search.metrics):
-                row[f"{who}_{metric}"] = _metric(search, report["figures"], who, metric)
+                row[f"{who}_{metric}"] = _metric(report["figures"], who, metric)
         writer.writerow(row)
     replace_file(files.results_file, text.getvalue())
 
@@ -188,7 +188,7 @@ def final_rows(final: Mapping[str, Any], search: Search) -> list[list[str]]:
             name += f" ({len(finished)} of {len(runs)} seeds; the others failed)"
         row = [name, "-" if validation is None else f"{100 * validation:.1f}"]
         for who, metric in _final_metrics(search):
-            values = [_metric(search, run, who, metric) for run in finished]
+            values = [_metric(run, who, metric) for run in finished]
             deviation = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             row.append(f"{100 * np.mean(values):.1f}{deviation}" if values else "-")
         rows.append(row)
@@ -215,7 +215,7 @@ def _final_metrics(search: Search) -> list[tuple[str, str]]:
     return [*itertools.product(WHO, metrics)]
 
 
-def _metric(search: Search, figures: Mapping[str, Any], who: str, metric: str) -> float:
+def _metric(figures: Mapping[str, Any], who: str, metric: str) -> float:
     if who == "ensemble":
         return float(figures["ensemble"][metric])
-    return float(np.mean([figures["peers"][name][metric] for name in search.learners(figures)]))
+    return float(np.mean([peer[metric] for peer in figures["peers"].values()]))

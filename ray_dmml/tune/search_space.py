@@ -15,7 +15,7 @@ import importlib.util
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -246,17 +246,14 @@ class Search:
         samples = [{key: sample} for key, values in space for sample in values.extremes()]
         return [self.trial_config(params) for params in ({}, *samples)]
 
-    def objective(self, figures: Mapping[str, Any]) -> float:
-        """The value to maximise, from the figures ``{"peers": ..., "ensemble": ...}`` of an evaluation."""
+    def objective(self, figures: Mapping[str, Any], learners: Collection[str]) -> float:
+        """The value to maximise, from the figures ``{"peers": ..., "ensemble": ...}`` of an evaluation. ``learners``
+        are the peers that are not frozen: the figures of the others are those of their weights."""
         metric = self.config.metric
         if self.config.objective == "ensemble":
             return float(figures["ensemble"][metric])
-        values = [float(figures["peers"][name][metric]) for name in self.learners(figures)]
+        values = [float(row[metric]) for name, row in figures["peers"].items() if name in learners]
         return max(values) if self.config.objective == "best_peer" else sum(values) / len(values)
-
-    def learners(self, figures: Mapping[str, Any]) -> list[str]:
-        """The evaluated peers that are not frozen. Those that are frozen have the same figures in every trial."""
-        return [name for name in figures["peers"] if name not in self.base.cohort.frozen_peers]
 
     def _check_trial_settings(self) -> None:
         for key, searched in itertools.product(self.config.trial, self.config.space):

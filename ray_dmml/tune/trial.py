@@ -25,8 +25,9 @@ STEP, OBJECTIVE, COST = "step", "objective", "cost"
 """What a trial reports to Ray Tune."""
 
 Report = dict[str, Any]
-"""``step``, ``objective``, ``cost`` (millions of parameters) and the ``figures`` of an evaluation. The report of a
-trial of several runs has means, and ``objectives`` of the runs."""
+"""``step``, ``objective``, ``cost`` (millions of parameters) and the ``figures`` of an evaluation: of the
+peers that learn and of the ensemble. The report of a trial of several runs has means, and ``objectives`` of the
+runs."""
 
 
 @dataclass
@@ -97,7 +98,8 @@ def run_trial(
         return
     attempt = _Attempt(params, search, folder, report)
     try:
-        attempt.last_step = search.trial_config(params).train.steps
+        config = search.trial_config(params)
+        attempt.last_step, attempt.learners = config.train.steps, config.cohort.learners
         reports = []
         for fold, seed in search.runs:
             reports.append(attempt.train_run(fold, seed, local))
@@ -131,6 +133,7 @@ class _Attempt(Logger):
         self._run = RunDir(folder)
         self._figures: dict[int, Mapping[str, Any]] = {}  # of the step that has no checkpoint yet
         self.last_step = 0
+        self.learners: tuple[str, ...] = ()
         folder.mkdir(parents=True, exist_ok=True)
         self.trial = Trial(folder.name, dict(params), start_time=time.time())
         if self._file.exists():  # An earlier attempt was killed.
@@ -175,13 +178,15 @@ class _Attempt(Logger):
         self._report(_summary(row))
 
     def _report_of(self, step: int, figures: Mapping[str, Any]) -> Report:
-        objective = self._search.objective(figures)
-        return {STEP: step, OBJECTIVE: objective, COST: self._cost(figures), "figures": dict(figures)}
+        objective = self._search.objective(figures, self.learners)
+        peers = {name: row for name, row in figures["peers"].items() if name in self.learners}
+        kept = {"peers": peers, "ensemble": figures["ensemble"]}
+        return {STEP: step, OBJECTIVE: objective, COST: self._cost(figures), "figures": kept}
 
     def _cost(self, figures: Mapping[str, Any]) -> float:
         """Millions of parameters of the networks that the objective uses."""
         folder, config = self._run.checkpoints.path("last"), self._search.config
-        peers = figures["peers"] if config.objective == "ensemble" else self._search.learners(figures)
+        peers = [name for name in figures["peers"] if config.objective == "ensemble" or name in self.learners]
         millions = {peer: (folder / peer / "weights.safetensors").stat().st_size / 4e6 for peer in peers}
         if config.objective == "best_peer":
             return millions[max(millions, key=lambda peer: figures["peers"][peer][config.metric])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -169,6 +170,19 @@ def test_a_file_that_differs_is_not_left(image_folder: Path, tmp_path: Path) -> 
     assert "own.pt2 is not exported" in ended.stderr and "40 test images" in ended.stderr, ended.stderr
     assert list(out.iterdir()) == []
     use_code({})
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_a_full_disk(run: Path, tmp_path: Path, format: str) -> None:
+    """A limit on the size of files stands for it. The folder is as before."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"a cannot be written: File too large"):
+            export(run, tmp_path / "a", peer="peer0", format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_exported(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

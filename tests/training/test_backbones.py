@@ -78,7 +78,8 @@ def test_it_is_the_backbone_before_the_head(image_folder: Path, weights: Path, t
 
 
 def test_backbones_that_differ_have_a_row_each(image_folder: Path, weights: Path, tmp_path: Path) -> None:
-    """Random ones differ by their seed, others by the image they get; peers that never train have none."""
+    """Random ones differ by their seed, others by the image they get. A peer that never trains has one row, and an
+    ensemble with it is not untrained."""
     teacher = tmp_path / "teacher"
     train(settings(image_folder, {"name": "t"}), teacher, local=True)
     [file] = teacher.glob("checkpoints/step-*2/t/weights.safetensors")
@@ -94,8 +95,10 @@ def test_backbones_that_differ_have_a_row_each(image_folder: Path, weights: Path
     frozen = results["frozen_backbones"]
     assert list(frozen) == ["peer0", "peer1", "peer2", "peer3"]
     assert frozen["peer0"] == frozen["peer1"] != frozen["peer2"] != frozen["peer3"]
+    learners = ["peer0", "peer1", "peer2", "peer3"]
     names = ["peer0, peer1, frozen backbone", "peer2, frozen backbone", "peer3, frozen backbone"]
-    assert rows(results)[:3] == names
+    names += [f"{name}, untrained" for name in learners]
+    assert rows(results) == [*names, *learners, "peer4", "ensemble"]
 
 
 def test_a_peer_that_ends_below_its_backbone_is_named(

@@ -62,9 +62,9 @@ def test_results_have_the_student_its_teachers_and_both_ensembles(cohort: Path, 
 
 def test_the_best_checkpoint_is_that_of_the_student(student: Path) -> None:
     """The teachers, whose figures do not change, do not count."""
-    judged = [row["validation"]["peers"] for row in metrics(student) if "validation" in row]
-    best = max(peers["student"]["recall@1"] for peers in judged)
-    assert best != judged[0]["peer0"]["recall@1"], "the case has lost its point"
+    evaluations = [row["validation"]["peers"] for row in metrics(student) if "validation" in row]
+    best = max(peers["student"]["recall@1"] for peers in evaluations)
+    assert best != evaluations[0]["peer0"]["recall@1"], "the mean of all peers could have the same maximum"
     assert CheckpointStore(student / "checkpoints").load("best").meta["best"] == best
 
 
@@ -99,6 +99,20 @@ def test_the_config(cohort: Path) -> None:
         assert teacher.frozen and teacher.teacher_view == "evaluation"
         assert all(getattr(teacher, key) == getattr(peer, key) for key in ("name", "backbone", "pooling", "input_size"))
         assert Path(teacher.weights).is_file() and teacher.view == "standard"
+
+
+def test_a_schedule_ends_with_the_run(copied: Path) -> None:
+    """The student's cosine follows `train.steps` if that of the run ended with the run. A change of its own counts."""
+
+    def end(steps: int, *overrides: str) -> int | None:
+        peers = yaml.safe_load((copied / "config.yaml").read_text())["cohort"]["peers"]
+        peers[0]["schedule"] = {"name": "cosine", "steps": steps}
+        set_config(copied, cohort={"peers": peers})
+        return distillation_config(copied, "test_vit", overrides=iter(overrides)).cohort.peers[0].schedule.steps
+
+    assert (end(3), end(3, "train.steps=60")) == (3, 60)
+    assert end(20, "train.steps=60") == 20
+    assert end(3, "train.steps=60", "cohort.peers.0.schedule.steps=3") == 3
 
 
 def test_what_belongs_to_a_backbone_stays_with_it(copied: Path) -> None:
@@ -171,6 +185,8 @@ def test_mistakes(cohort: Path, copied: Path, tmp_path: Path) -> None:
         distillation_config(None, "test_resnet", teacher="test_vit")
     with pytest.raises(UserError, match="has the config of the run"):
         distillation_config(cohort, "test_resnet", config=Config())
+    with pytest.raises(UserError, match="the peers of a run have their own"):
+        distillation_config(cohort, "test_resnet", teacher_weights="offline")
     set_config(copied, train={"steps": 9})
     with pytest.raises(UserError, match=r"has not finished: it has made 3 of 9 steps; ray-dmml train --resume"):
         distillation_config(copied, "test_resnet")

@@ -51,7 +51,7 @@ def best_and_end(run: Path) -> tuple[int, int]:
         best = max(range(1, end + 1), key=lambda step: (values[step], -step))
         if end - best >= PATIENCE:
             return best, end
-    raise AssertionError("the case has lost its point: the run improves to its end")
+    raise AssertionError("the run improves to its end, and the test needs one that does not")
 
 
 def test_a_run_ends_after_so_many_evaluations_that_are_no_better(

@@ -99,9 +99,9 @@ def test_a_run_folder_holds_what_was_promised(run: Path, settings: dict[str, Any
             assert list(terms) == ["loss", "metric", "distance", "angle"]
             mutual = terms["distance"] + 2 * terms["angle"]
             assert terms["loss"] == pytest.approx(terms["metric"] + mutual, rel=1e-5)
-    judged = [row for row in rows if "validation" in row]
-    assert [row["step"] for row in judged] == [2, 4, 6]
-    assert set(judged[0]["validation"]) == {"peers", "ensemble"}
+    evaluations = [row for row in rows if "validation" in row]
+    assert [row["step"] for row in evaluations] == [2, 4, 6]
+    assert set(evaluations[0]["validation"]) == {"peers", "ensemble"}
     environment = json.loads((run / "run.json").read_text())
     assert environment["threads"] == [1, 1] and environment["versions"]["torch"]
     assert list((run / "tensorboard").iterdir())
@@ -150,9 +150,8 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(run: Path) -> None:
 
 def test_of_equal_evaluations_the_first_is_the_best(run: Path) -> None:
     """On easy images the ensemble is perfect early; later ones that are no better do not count."""
-    judged = [row for row in metrics(run) if "validation" in row]
-    values = [row["validation"]["ensemble"]["recall@1"] for row in judged]
-    assert values == [1.0, 1.0, 1.0], "the case has lost its point"
+    values = [row["validation"]["ensemble"]["recall@1"] for row in metrics(run) if "validation" in row]
+    assert values == [1.0, 1.0, 1.0], "the test needs equal evaluations"
     assert CheckpointStore(run / "checkpoints").index()["best"] == "step-00000002"
 
 
@@ -175,10 +174,10 @@ def noisy_run(noisy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_the_best_is_kept_when_later_ones_are_worse(
     noisy_folder: Path, noisy_run: Path, tmp_path: Path, monitor: str
 ) -> None:
-    """A run that ends worse than it was: the checkpoint judged is that of the best validation
+    """A run that ends worse than it was: the evaluated checkpoint is that of the best validation
     Recall@1 of what `monitor` names."""
 
-    def judged(run: Path) -> dict[int, float]:
+    def monitored(run: Path) -> dict[int, float]:
         values = {}
         for row in metrics(run):
             if "validation" in row:
@@ -187,11 +186,11 @@ def test_the_best_is_kept_when_later_ones_are_worse(
                 values[row["step"]] = ensemble if monitor == "ensemble" else float(np.mean(peers))
         return values
 
-    values = judged(noisy_run)
+    values = monitored(noisy_run)
     # The first step that is worse than one before it: there the run is to end.
     stop = next(step for step in range(2, 10) if values[step] < max(values[i] for i in range(1, step)))
     results = train(noisy_settings(noisy_folder, stop, monitor), tmp_path / "run", local=True)
-    values = judged(tmp_path / "run")
+    values = monitored(tmp_path / "run")
     best = max(values, key=lambda step: (values[step], -step))
     assert best < stop and (results["weights"], results["step"]) == ("best", best)
     assert CheckpointStore(tmp_path / "run" / "checkpoints").load("best").step == best
@@ -220,8 +219,8 @@ def test_without_test_the_test_classes_are_never_read(image_folder: Path, tmp_pa
     assert (results["split"], results["num_classes"]) == ("validation", 2)
     assert list(results["untrained"]) == list(results["peers"])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    judged_at = {row["step"]: row["validation"] for row in rows if "validation" in row}
-    at_step = judged_at[results["step"]]
+    validation = {row["step"]: row["validation"] for row in rows if "validation" in row}
+    at_step = validation[results["step"]]
     assert {"peers": results["peers"], "ensemble": results["ensemble"]} == at_step
     raw["data"]["validation_fraction"] = 0
     with pytest.raises(UserError, match=r"evaluation\.split is validation"):
@@ -237,7 +236,7 @@ def test_evaluate_gives_the_runs_own_figures(run: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", ["last", "ema"])
-def test_other_weights_can_be_judged(run: Path, settings: dict[str, Any], tmp_path: Path, weights: str) -> None:
+def test_other_weights_can_be_evaluated(run: Path, settings: dict[str, Any], tmp_path: Path, weights: str) -> None:
     """`evaluate RUN --weights W` is what a run with `evaluation.weights: W` reports."""
     config = changed(settings, evaluation={"weights": weights})
     results = train(config, tmp_path / "run", local=True)
@@ -246,7 +245,7 @@ def test_other_weights_can_be_judged(run: Path, settings: dict[str, Any], tmp_pa
 
 
 def test_averaged_weights_are_those_of_the_peers_that_keep_them(run: Path) -> None:
-    """peer1 is averaged and is judged by that; peer0 is not and stays as it is."""
+    """peer1 is averaged and is evaluated with that; peer0 is not, and is evaluated with its last weights."""
     last, averaged = evaluate(run, "last"), evaluate(run, "ema")
     assert averaged["peers"]["peer0"] == last["peers"]["peer0"]
     folder = run / "checkpoints" / "step-00000006"

@@ -209,7 +209,7 @@ def test_every_kind_of_setting_can_be_searched(raw: dict[str, Any]) -> None:
     assert [peer.view[0].name for peer in config.cohort.peers] == ["CenterCrop"] * 3  # type: ignore[union-attr]
     assert config.loss.relational.warmup_steps == 4
     figures = {"peers": {"a": {"map@r": 0.25}, "b": {"map@r": 0.5}}, "ensemble": {"map@r": 0.75}}
-    assert found.objective(figures) == 0.5
+    assert found.objective(figures, ("a", "b")) == 0.5
 
 
 @pytest.mark.parametrize(("objective", "value"), [("mean_peer", 0.375), ("best_peer", 0.5), ("ensemble", 0.75)])
@@ -219,7 +219,7 @@ def test_frozen_peers_are_no_objective(raw: dict[str, Any], objective: str, valu
     raw["cohort"]["peers"] = [{"name": "a"}, {"name": "b"}, frozen]
     figures = {"peers": {name: {"map@r": value} for name, value in (("a", 0.25), ("b", 0.5), ("c", 1.0))}}
     found = search(raw, {ANGLE: {"uniform": [0, 4]}}, metric="map@r", objective=objective)
-    assert found.objective({**figures, "ensemble": {"map@r": 0.75}}) == value
+    assert found.objective({**figures, "ensemble": {"map@r": 0.75}}, found.base.cohort.learners) == value
 
 
 def test_a_search_needs_validation_classes_and_a_known_metric(raw: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
 from conftest import tiny
 from tune_helpers import ANGLE, make_search
 
@@ -62,6 +64,23 @@ def test_the_objective_is_the_mean_over_folds_and_seeds(raw: dict[str, Any], tmp
     mean_map = trial.reports[-1]["figures"]["peers"]["peer0"]["map@r"]
     assert mean_map == pytest.approx(np.mean(maps))
     assert trial.finished and trial.finished_runs == 4 and trial.starts == [0] * 4
+
+
+def test_frozen_peers_of_a_sampled_cohort_do_not_count(raw: dict[str, Any], tmp_path: Path) -> None:
+    """They are frozen in this trial, and not in the config that the search starts from."""
+    weights = tmp_path / "vit.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_vit").state_dict(), weights)
+    teacher = {"name": "peer1", "backbone": "test_vit", "weights": str(weights), "frozen": True}
+    cohorts = [[{"name": "peer0"}, {"name": "peer1"}], [{"name": "peer0"}, teacher]]
+    raw["cohort"]["peers"] = cohorts[0]
+    search = make_search(raw, {"cohort.peers": {"choice": cohorts}}, objective="mean_peer")
+    reports: list[Report] = []
+    run_trial({"cohort.peers": json.dumps(cohorts[1])}, search, tmp_path / "a", reports.append, local=True)
+    student = json.loads((tmp_path / "a" / "fold0-seed0" / "results.json").read_text())["peers"]["peer0"]
+    assert reports[-1]["objective"] == student["recall@1"]
+    assert Trial.load(tmp_path / "a" / "trial.json").reports[-1]["figures"]["peers"] == {"peer0": student}
+    file = next((tmp_path / "a").glob("fold0-seed0/checkpoints/step-*2/peer0/weights.safetensors"))
+    assert reports[-1]["cost"] == pytest.approx(file.stat().st_size / 4e6)
 
 
 def test_the_first_seed_is_the_run_of_a_trial_without_seeds(raw: dict[str, Any], tmp_path: Path) -> None:
