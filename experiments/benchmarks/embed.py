@@ -1,8 +1,8 @@
 """Rows `embed` and `embed-local`: JPEG files to embeddings in files, on all cores.
 
-    echo 2000 | PYTHONPATH=experiments python -m benchmarks.embed ray RUN FOLDER
+    echo 1 | PYTHONPATH=experiments python -m benchmarks.embed ray RUN FOLDER
 
-embeds the first 2,000 images of a folder, on Ray, `local`ly, or in a `plain` loop: timm, torchvision's transforms and a
+embeds the images of a folder once, on Ray, `local`ly, or in a `plain` loop: timm, torchvision's transforms and a
 DataLoader with a process for each core but one, or none, whichever is faster here. Each side's libraries are loaded and
 Ray runs before the clock starts. The actors of a call start within its time, as the DataLoader's processes do.
 """
@@ -58,7 +58,7 @@ def _row(settings: Settings, name: str, what: str, which: str, goal: float) -> R
         }
 
         def rate(kind: str) -> float:
-            workers[kind].ask(NUM_IMAGES)
+            workers[kind].ask(1)
             answer = workers[kind].answer()
             embeddings[kind] = np.asarray(answer["some"])
             return float(answer["images_per_s"])
@@ -138,8 +138,8 @@ def main(which: str, run: str, folder: str) -> None:
         if which.startswith("plain"):
             plain = PlainLoop(run, loaders=max(1, num_cores() - 1) if which == "plain-loaders" else 0)
 
-        def work(num_images: int) -> dict[str, Any]:
-            paths = sorted(Path(folder).iterdir())[:num_images]
+        def work(_: int) -> dict[str, Any]:
+            paths = sorted(Path(folder).iterdir())
             with TemporaryDirectory(prefix="benchmark-") as name:
                 out = Path(name)
                 began = time.perf_counter()

@@ -601,8 +601,8 @@ class MutualSection(Section):
 
     teacher: Literal["each", "ensemble", "others"] = "each"
     """`each`: every other peer is a teacher, and the term is the mean over them. `ensemble`: there is one teacher, the
-    embeddings of all others and of the peer itself, each at unit length, concatenated in peer order. Its cost hardly
-    grows with the number of peers. `others`: the same without the peer itself, as in distillation."""
+    embeddings of all others and of the peer itself, each at unit length, concatenated in peer order. Its cost grows
+    little with the number of peers. `others`: the same without the peer itself, as in distillation."""
 
     warmup_steps: Whole = 0
     """Number of first steps over which the weights rise linearly from 0."""

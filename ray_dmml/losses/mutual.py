@@ -55,8 +55,8 @@ class MutualLoss(nn.Module):
         self._ignore_nonfinite, self._normalize = ignore_nonfinite, config.relational.normalize
         own = [make_part(f"loss.mutual.{n}.name", term.name, term.args) for n, term in enumerate(config.mutual)]
         self._with_state = nn.ModuleList(term for term in own if isinstance(term, nn.Module))
-        for n, term in enumerate(own):
-            _try(f"loss.mutual.{n}: {config.mutual[n].name}", term, embedding_size)
+        for n, (settings, term) in enumerate(zip(config.mutual, own, strict=True)):
+            _try(f"loss.mutual.{n}: {settings.name}", term, embedding_size, settings.teacher)
         self._terms = [term for term in _terms(config, own) if any(term.weights.values())]
 
     def forward(
@@ -136,15 +136,19 @@ def _terms(config: LossConfig, own: Sequence[Any]) -> list[_Term]:
     ]
 
 
-def _try(what: str, term: Any, embedding_size: int) -> None:
+def _try(what: str, term: Any, embedding_size: int, teacher: str) -> None:
     """Calls a copy of an own term on a small batch. Raises UserError if it fails or returns no scalar."""
     student = torch.eye(4, embedding_size).add_(0.1).requires_grad_()
+    teachers = [student.detach() + 0.1] * 2
+    if teacher != "each":
+        teachers = [torch.cat(teachers, dim=1)]
     try:
         with seeded("dry run"):
             copied = copy.deepcopy(term)
-            result = copied(student, [student.detach() + 0.1] * 2)
+            result = copied(student, teachers)
     except Exception as error:
-        given = f"a student and a list of 2 teachers, each (4, {embedding_size})"
+        sizes = ", ".join(str(tuple(each.shape)) for each in teachers)
+        given = f"a student {tuple(student.shape)} and a list of teachers {sizes}"
         raise UserError(f"{what} fails on {given}{place_of(error)}: {describe(error)}") from error
     if not (isinstance(result, Tensor) and result.ndim == 0):
         got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__

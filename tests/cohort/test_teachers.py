@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from pathlib import Path
+
 import numpy as np
 import pytest
+from conftest import unlike_peers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.cohort.teachers import Teachers, students
+from ray_dmml.config.code import read_code, use_code
+from ray_dmml.data.datasets import load_splits
 
 
 @given(st.integers(1, 20), st.integers(1, 25), st.integers(0, 10**6), st.integers(0, 10**6))
@@ -56,3 +63,26 @@ def test_the_place_of_a_peer_among_its_teachers(max_teachers: int | None) -> Non
             everyone = list(taught_by)
             everyone.insert(teachers.place(step, peer), peer)
             assert everyone == sorted(everyone)
+
+
+FIRST_MOMENT = """
+import torch
+
+def first_moment(student, teachers):
+    (teacher,) = teachers
+    return (teacher @ torch.arange(1.0, 1 + teacher.shape[1])).square().mean()
+"""
+
+
+def test_all_peers_have_one_ensemble(image_folder: Path, tmp_path: Path) -> None:
+    """What each peer publishes, in peer order, also that of a peer that teaches with averaged weights: a term that
+    depends on nothing but the ensemble has one value for all."""
+    (tmp_path / "own_term.py").write_text(FIRST_MOMENT)
+    use_code(read_code([tmp_path / "own_term.py"]))
+    term = {"name": "own_term:first_moment", "teacher": "ensemble"}
+    config = unlike_peers(image_folder, loss={"mutual": [term]})
+    with closing(LocalCohort(config, load_splits(config.data))) as cohort:
+        rows = cohort.run(0, 4, lambda finished: None)
+    use_code({})
+    for row in rows:  # a peer without terms only publishes at this step
+        assert len({terms["first_moment"] for terms in row.values() if terms}) == 1

@@ -44,6 +44,10 @@ class Unsaved(Scaled):
     def get_extra_state(self): return open
     def set_extra_state(self, state): pass
 
+def of_one(student, teachers):
+    (teacher,) = teachers
+    return (student @ student.T - teacher @ teacher.T).abs().mean()
+
 def by_row(student, teachers):
     return student.sum(dim=1)
 """
@@ -83,10 +87,11 @@ def naive(student: Tensor, teachers: list[Tensor], power: int = 1) -> float:
 @pytest.mark.parametrize("normalize", [True, False])
 def test_own_terms_are_added_with_their_weights(normalize: bool) -> None:
     """They get what the relational terms get: unit length, or the head's output; two terms of one function differ
-    in args and label."""
+    in args and label. The relaxed contrastive loss always gets the head's output."""
     raw, teachers = batch()
     loss = build(
         relational={"normalize": normalize},
+        relaxed_contrastive={"weight": 0.3},
         mutual=[
             {"name": "own_terms:similarities", "weight": 3},
             {"name": "own_terms:similarities", "weight": 0.5, "args": {"power": 2}, "label": "squared"},
@@ -95,11 +100,13 @@ def test_own_terms_are_added_with_their_weights(normalize: bool) -> None:
     )
     total, terms = loss(raw, F.normalize(raw), teachers, 0)
     student = (F.normalize(raw) if normalize else raw).detach()
-    assert list(terms) == ["distance", "angle", "similarities", "squared"]
+    assert list(terms) == ["distance", "angle", "relaxed_contrastive", "similarities", "squared"]
+    torch.testing.assert_close(terms["relaxed_contrastive"], relaxed_contrastive_loss(raw, teachers))
     assert terms["similarities"].item() == pytest.approx(naive(student, teachers), rel=1e-5)
     assert terms["squared"].item() == pytest.approx(naive(student, teachers, 2), rel=1e-5)
     both = relational_losses(student, teachers)
     expected = both.distance + 2 * both.angle + 3 * terms["similarities"] + 0.5 * terms["squared"]
+    expected += 0.3 * terms["relaxed_contrastive"]
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     total.backward()
     assert raw.grad is not None and raw.grad.abs().sum() > 0
@@ -147,6 +154,13 @@ def test_mistakes_are_named(name: str, message: str) -> None:
         build(mutual=[{"name": name}])
 
 
+def test_a_term_of_one_teacher_is_tried_with_one() -> None:
+    for teacher in ("ensemble", "others"):
+        build(mutual=[{"name": "own_terms:of_one", "teacher": teacher}])
+    with pytest.raises(UserError, match=r"a student \(4, 8\) and a list of teachers \(4, 8\), \(4, 8\) at .*, line 27"):
+        build(mutual=[{"name": "own_terms:of_one"}])
+
+
 @pytest.mark.parametrize("teacher", ["ensemble", "others"])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_one_teacher_of_many_peers(place: int, teacher: str) -> None:
@@ -181,11 +195,15 @@ def test_one_teacher_of_many_peers(place: int, teacher: str) -> None:
     torch.testing.assert_close(terms, expected)
     weights = {"distance": 1, "angle": 2, "similarity": 0.3, "relaxed_contrastive": 0.7, "similarities": 1, "each": 1}
     assert total.item() == pytest.approx(sum(weights[name] * value.item() for name, value in expected.items()))
-    total.backward()
-    (alone,) = torch.autograd.grad(
-        build(relational={**ensemble, "normalize": False})(raw, F.normalize(raw), teachers, 0, place=place)[0], raw
+    own = build(
+        relational={"distance_weight": 0, "angle_weight": 0}, mutual=[{"name": "own_terms:similarities", **ensemble}]
     )
-    assert torch.isfinite(alone).all()
+    unit = F.normalize(raw)
+    published_now, published_before = (
+        torch.autograd.grad(own(raw, unit, teachers, 0, published=embedding, place=place)[0], raw, retain_graph=True)
+        for embedding in (None, unit.detach())
+    )
+    torch.testing.assert_close(published_now, published_before)
 
 
 @pytest.mark.parametrize("teacher", ["ensemble", "others"])
