@@ -127,7 +127,8 @@ def find_images(images: str, root: Path | None) -> tuple[Place, Iterator[bytes]]
         folder = root or Path(images).parent
         return Place(os.path.abspath(folder)), iter(_listed_paths(Path(images), folder))
     if not os.path.isdir(images):
-        raise UserError(f"{printable(images)} is no folder, no manifest (CSV) and no URI")
+        what = "is neither a folder nor a manifest (CSV)" if os.path.lexists(images) else "does not exist"
+        raise UserError(f"{printable(images)} {what}: give a folder of images, a manifest or a URI")
     return Place(os.path.abspath(images)), (os.fsencode(path) for path in iterate_images(images))
 
 

@@ -59,6 +59,7 @@ def push(
     """
     repo = pushed.repository(repo)
     if out is None:
+        RunDir.open(run)  # a wrong folder is reported before a missing token
         require_token()
         with TemporaryDirectory(prefix="ray-dmml-push-", ignore_cleanup_errors=True) as aside:
             _write(Path(run), Path(aside), repo, license, dataset, with_code)

@@ -65,7 +65,7 @@ def build_index(
         automatic: Kind = "flat" if len(rows) <= MAX_FLAT else "ivf"
         info = IndexInfo(
             **source.info.model_dump(exclude={"run", "root", "num_images"}),
-            run=_absolute(source.info.run),
+            run=source.info.run,
             root=source.info.root and _absolute(source.info.root),
             kind=kind or automatic,
             is_kind_given=kind is not None,

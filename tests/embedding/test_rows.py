@@ -170,7 +170,7 @@ def test_a_folder_of_something_else_is_refused(small_run: Path, photos: Path, wh
         (f"another root, {photos} and not {moved}", moved, {}),
         ("no peer 'peer2'; its peers are peer0, peer1", photos, {"peer": "peer2"}),
         ("no dtype 'int8'; allowed: float32, float16", photos, {"dtype": "int8"}),
-        ("nowhere is no folder, no manifest", tmp_path / "nowhere", {}),
+        ("nowhere does not exist: give a folder of images, a manifest or a URI", tmp_path / "nowhere", {}),
         ("a root is for the paths of a manifest", photos, {"root": tmp_path}),
     ]:
         with pytest.raises(UserError, match=match):
