@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ray_dmml.cli.options import AsJson, path
+from ray_dmml.cli.options import AsJson, MovedRun, TrustCode, path
 from ray_dmml.cli.output import print_json, print_line, show_log, user_errors
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.output import Console
@@ -34,17 +34,12 @@ def search(
     threshold: Annotated[
         float | None, typer.Option(metavar="SIMILARITY", help="Leave out images that are less similar, from -1 to 1.")
     ] = None,
-    run: Annotated[
-        Path | None,
-        typer.Option(parser=path, metavar="RUN", help="The run that has embedded the images, if it has moved."),
-    ] = None,
+    run: MovedRun = None,
     page: Annotated[
         Path | None,
         typer.Option("--html", parser=path, metavar="FILE", help="Write a page with pictures to a new file."),
     ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the Python code that the run's config names.")
-    ] = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the images of an index that are most similar to some images."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ray_dmml.cli.options import Address, path, use_address
+from ray_dmml.cli.options import Address, MovedRun, TrustCode, path, use_address
 from ray_dmml.cli.output import print_line, show_log, user_errors
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.output import Console
@@ -23,10 +23,7 @@ def serve(
             help="Folders of indexes of one run: one, or a peer's and the ensemble's to compare them.",
         ),
     ],
-    run: Annotated[
-        Path | None,
-        typer.Option(parser=path, metavar="RUN", help="The run that has embedded the images, if it has moved."),
-    ] = None,
+    run: MovedRun = None,
     host: Annotated[
         str, typer.Option(metavar="HOST", help="Address to listen on; 0.0.0.0 is all of this machine's.")
     ] = "127.0.0.1",
@@ -63,9 +60,7 @@ def serve(
         Path | None,
         typer.Option(parser=path, metavar="FILE", help="Write a serve.yaml for `serve deploy` to a new file, and end."),
     ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the Python code that the run's config names.")
-    ] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Serve an index by HTTP, with a web page that finds the images most similar to a photo.
 
