@@ -86,15 +86,17 @@ def serve(
             max_concurrent=max_concurrent,
             max_upload_bytes=round(max_upload_mb * 1e6),
             max_pixels=round(max_megapixels * 1e6),
-            token_sha256=hashed(token) if token else None,
+            token_sha256=hashed(_checked(token)) if token is not None else None,
             allowed_hosts=list(LOOPBACK) if is_local and not token else [],
         )
+        if not is_local and not token:
+            print_line(Console(stderr=True), f"warning: everybody who reaches {host} may search; a token prevents it")
         if write_config is not None:
+            if port == 0:
+                raise UserError("--write-config needs a fixed port (--port): port 0 is another one on each node")
             write(write_config, settings, host, port)
             print_line(console, f"written: {write_config}; start it with: serve deploy {write_config}")
             return
-        if not is_local and not token:
-            print_line(Console(stderr=True), f"warning: everybody who reaches {host} may search; a token prevents it")
         print_line(console, "starting ...")
         serve_forever(settings, host, port, lambda url: print_line(console, f"searches are answered at {url}"))
 
@@ -105,6 +107,13 @@ def _range(text: str) -> tuple[int, int]:
     if most < least:
         raise UserError(f"--replicas must be a number such as 2, or a range such as 1..4, not {text}")
     return least, most
+
+
+def _checked(token: str) -> str:
+    """A token that a header can carry. An empty one, often of an unset variable, would leave the service open."""
+    if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", token):
+        raise UserError("the token must be ASCII characters, without a space or newline at its ends, and not empty")
+    return token
 
 
 def _require_extra() -> None:
