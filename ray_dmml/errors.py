@@ -4,6 +4,13 @@ The command line prints the message of a :class:`UserError` without a traceback 
 other exception is a bug in this package and keeps its traceback.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class UserError(Exception):
     """A setting, a file or the environment is wrong. The message says what, where, and what is allowed."""
@@ -41,3 +48,10 @@ class Interrupted(Exception):
 
 class CheckpointError(UserError):
     """A checkpoint cannot be written or copied to the storage. Earlier checkpoints are intact."""
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault of a file or request that pydantic has refused: where it is, and what is allowed."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else str(first["msg"])

@@ -11,7 +11,17 @@ from typing import Annotated
 import typer
 
 from ray_dmml.cli.lifecycle import Interruptible
-from ray_dmml.cli.options import Address, AsJson, Overrides, not_empty, path, use_address
+from ray_dmml.cli.options import (
+    Address,
+    AsJson,
+    NewRun,
+    Overrides,
+    TrainLocally,
+    TrustCode,
+    not_empty,
+    path,
+    use_address,
+)
 from ray_dmml.cli.output import show_log, user_errors
 from ray_dmml.cli.train import default_folder, train_and_show
 from ray_dmml.config.schema import Config
@@ -66,17 +76,10 @@ def distill(
         bool, typer.Option("--alone", help="Train the same student without teachers, for comparison.")
     ] = False,
     overrides: Overrides = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=path, metavar="DIR", help="Folder of the new run. Default: runs/NAME-TIME, after data.name."
-        ),
-    ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the Python code that RUN's config names.")
-    ] = False,
+    out: NewRun = None,
+    trust_code: TrustCode = False,
     address: Address = None,
-    local: Annotated[bool, typer.Option("--local", help="Train all peers in this process, without Ray.")] = False,
+    local: TrainLocally = False,
     as_json: AsJson = False,
 ) -> None:
     """Train one student that learns from the frozen peers of a finished run: one net for the work of several.

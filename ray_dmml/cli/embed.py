@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ray_dmml.cli.evaluate import Weights
 from ray_dmml.cli.lifecycle import Interruptible
-from ray_dmml.cli.options import Address, AsJson, not_empty, path, use_address
+from ray_dmml.cli.options import Address, AsJson, Run, RunWeights, TrustCode, not_empty, path, use_address
 from ray_dmml.cli.output import elapsed, print_json, print_line, show_log, user_errors
 from ray_dmml.loggers.output import Console
 
@@ -27,7 +26,7 @@ LINE_EVERY_S = 30.0
 
 
 def embed(
-    run: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="Folder of a run.")],
+    run: Run,
     images: Annotated[
         str,
         typer.Argument(
@@ -45,10 +44,7 @@ def embed(
             show_default=False,
         ),
     ] = "ensemble",
-    weights: Annotated[
-        Weights | None,
-        typer.Option(metavar="last|best|ema", help="Weights of the peers. Default: those of the run's own results."),
-    ] = None,
+    weights: RunWeights = None,
     dtype: Annotated[
         Dtypes,
         typer.Option(
@@ -75,9 +71,7 @@ def embed(
     batch_size: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Images that the nets get at a time. Default: 64.")
     ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the Python code that the run's config names.")
-    ] = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Embed images with the peers of a run, into Parquet files.

@@ -1,25 +1,19 @@
 """``ray-dmml evaluate``"""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ray_dmml.cli.options import AsJson, path
+from ray_dmml.cli.options import AsJson, Run, RunWeights, TrustCode, path
 from ray_dmml.cli.output import print_json, show_log, user_errors
 from ray_dmml.cli.tables import results_table
 from ray_dmml.loggers.output import Console
 
-Weights = StrEnum("Weights", ["last", "best", "ema"])
-
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="Folder of a run.")],
-    weights: Annotated[
-        Weights | None,
-        typer.Option(metavar="last|best|ema", help="Weights to evaluate. Default: those of the run's own results."),
-    ] = None,
+    run: Run,
+    weights: RunWeights = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -36,9 +30,7 @@ def evaluate(
             help="Change where the images are or how they are evaluated, such as data.root=FOLDER. Repeatable.",
         ),
     ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the Python code that the run's config names.")
-    ] = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a checkpoint of a run again, on its test classes or on other images.

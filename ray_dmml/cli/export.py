@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ray_dmml.cli.evaluate import Weights
-from ray_dmml.cli.options import AsJson, path
+from ray_dmml.cli.options import AsJson, Run, RunWeights, TrustCode, path
 from ray_dmml.cli.output import print_json, print_line, show_log, user_errors
 from ray_dmml.loggers.output import Console
 
@@ -17,7 +16,7 @@ Precision = StrEnum("Precision", ["fp32", "fp16", "int8"])
 
 
 def export(
-    run: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="Folder of a run.")],
+    run: Run,
     out: Annotated[Path, typer.Option(parser=path, metavar="FILE", help="The file to write; it must not exist.")],
     peer: Annotated[
         str,
@@ -35,10 +34,7 @@ def export(
             show_default=False,
         ),
     ] = Precision.fp32,
-    weights: Annotated[
-        Weights | None,
-        typer.Option(metavar="last|best|ema", help="Weights to export. Default: those of the run's own results."),
-    ] = None,
+    weights: RunWeights = None,
     images: Annotated[
         Path | None,
         typer.Option(
@@ -54,9 +50,7 @@ def export(
             metavar="TEXT", help="Licence of the weights, for the metadata. Default: not stated.", show_default=False
         ),
     ] = "not stated",
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the Python code that the run's config names.")
-    ] = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Write trained peers as a file that runs without this package: decoded images in, embeddings out.

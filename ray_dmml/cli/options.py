@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,22 @@ Address = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the results as JSON. Everything else goes to standard error.")
 ]
+Run = Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="Folder of a run.")]
+NewRun = Annotated[
+    Path | None,
+    typer.Option(parser=path, metavar="DIR", help="Folder of the new run. Default: runs/NAME-TIME, after data.name."),
+]
+MovedRun = Annotated[
+    Path | None,
+    typer.Option(parser=path, metavar="RUN", help="The run that has embedded the images, if it has moved."),
+]
+Weights = StrEnum("Weights", ["last", "best", "ema"])
+RunWeights = Annotated[
+    Weights | None,
+    typer.Option(metavar="last|best|ema", help="Weights of the peers. Default: those of the run's own results."),
+]
+TrainLocally = Annotated[bool, typer.Option("--local", help="Train all peers in this process, without Ray.")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the Python code that the run's config names.")]
 
 
 def use_address(address: str | None) -> None:

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from ray_dmml.cli.options import path
+from ray_dmml.cli.options import Run, path
 from ray_dmml.cli.output import print_line, show_log, user_errors
 from ray_dmml.loggers.output import Console
 
 
 def push(
-    run: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="Folder of a run.")],
+    run: Run,
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hugging Face hub.")],
     out: Annotated[
         Path | None,

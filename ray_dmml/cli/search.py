@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ray_dmml.cli.options import AsJson, path
+from ray_dmml.cli.options import AsJson, MovedRun, TrustCode, path
 from ray_dmml.cli.output import print_json, print_line, show_log, user_errors
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.output import Console
@@ -19,10 +19,10 @@ def search(
     images: Annotated[
         list[Path] | None, typer.Argument(parser=path, metavar="IMAGE", help="Image files, or one folder.")
     ] = None,
-    ids: Annotated[
+    paths: Annotated[
         list[str] | None,
         typer.Option(
-            "--id",
+            "--path",
             metavar="PATH",
             help="Search for an image of the index by its path there, without itself. Repeatable.",
         ),
@@ -34,28 +34,23 @@ def search(
     threshold: Annotated[
         float | None, typer.Option(metavar="SIMILARITY", help="Leave out images that are less similar, from -1 to 1.")
     ] = None,
-    run: Annotated[
-        Path | None,
-        typer.Option(parser=path, metavar="RUN", help="The run that has embedded the images, if it has moved."),
-    ] = None,
+    run: MovedRun = None,
     page: Annotated[
         Path | None,
         typer.Option("--html", parser=path, metavar="FILE", help="Write a page with pictures to a new file."),
     ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the Python code that the run's config names.")
-    ] = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the images of an index that are most similar to some images."""
     with user_errors(), show_log(Console(stderr=True)):
-        if not images and not ids:
-            raise UserError("give images to search for, or images of the index by --id")
+        if not images and not paths:
+            raise UserError("give images to search for, or images of the index by --path")
         if page is not None and page.exists():
             raise UserError(f"{page} already exists; give another file (--html)")
         if threshold is not None and not -1 <= threshold <= 1:
             raise UserError(f"--threshold must be from -1 to 1, not {threshold:g}")
-        answers, root, num_rows = _answers(folder, images or [], ids or [], k, threshold, run, trust_code)
+        answers, root, num_rows = _answers(folder, images or [], paths or [], k, threshold, run, trust_code)
         if page is not None:
             from ray_dmml.index.page import search_page
             from ray_dmml.training.run_dir import replace_file
@@ -74,13 +69,13 @@ def search(
 def _answers(
     folder: Path,
     images: list[Path],
-    ids: list[str],
+    paths: list[str],
     k: int,
     threshold: float | None,
     run: Path | None,
     trust_code: bool,
 ) -> "tuple[list[Answer], str | None, int]":
-    """What was found for the images and then for the ids; the index's root and size."""
+    """What was found for the images and then for the paths; the index's root and size."""
     import numpy as np
 
     from ray_dmml.data.image_files import files_of
@@ -89,16 +84,16 @@ def _answers(
     from ray_dmml.index.queries import find, load_embedder
 
     index = load_index(folder)
-    own_ids = [index.id_of(name) for name in ids]
+    own_ids = [index.id_of(path) for path in paths]
     files = files_of(images[0] if len(images) == 1 else images)
-    queries = [np.stack([index.vector(id) for id in own_ids])] if ids else []
+    queries = [np.stack([index.vector(id) for id in own_ids])] if paths else []
     if files:
         queries.insert(0, load_embedder(index, run, trust_code=trust_code).embed_files(files))
     own = [*[None] * len(files), *own_ids]
     lowest = -np.inf if threshold is None else threshold
     found = find(index, np.concatenate(queries), k, threshold=lowest, own_ids=own)
-    names = [*map(str, files), *ids]
-    pictures = [*files, *(file_of(index.root, name) for name in ids)]
+    names = [*map(str, files), *paths]
+    pictures = [*files, *(file_of(index.root, path) for path in paths)]
     answers = [Answer(*answer) for answer in zip(names, pictures, found, strict=True)]
     return answers, index.root, len(index)
 

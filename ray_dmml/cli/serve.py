@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ray_dmml.cli.options import Address, path, use_address
+from ray_dmml.cli.options import Address, MovedRun, TrustCode, path, use_address
 from ray_dmml.cli.output import print_line, show_log, user_errors
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.output import Console
@@ -23,10 +23,7 @@ def serve(
             help="Folders of indexes of one run: one, or a peer's and the ensemble's to compare them.",
         ),
     ],
-    run: Annotated[
-        Path | None,
-        typer.Option(parser=path, metavar="RUN", help="The run that has embedded the images, if it has moved."),
-    ] = None,
+    run: MovedRun = None,
     host: Annotated[
         str, typer.Option(metavar="HOST", help="Address to listen on; 0.0.0.0 is all of this machine's.")
     ] = "127.0.0.1",
@@ -63,9 +60,7 @@ def serve(
         Path | None,
         typer.Option(parser=path, metavar="FILE", help="Write a serve.yaml for `serve deploy` to a new file, and end."),
     ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the Python code that the run's config names.")
-    ] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Serve an index by HTTP, with a web page that finds the images most similar to a photo.
 
@@ -91,15 +86,17 @@ def serve(
             max_concurrent=max_concurrent,
             max_upload_bytes=round(max_upload_mb * 1e6),
             max_pixels=round(max_megapixels * 1e6),
-            token_sha256=hashed(token) if token else None,
+            token_sha256=hashed(_checked(token)) if token is not None else None,
             allowed_hosts=list(LOOPBACK) if is_local and not token else [],
         )
+        if not is_local and not token:
+            print_line(Console(stderr=True), f"warning: everybody who reaches {host} may search; a token prevents it")
         if write_config is not None:
+            if port == 0:
+                raise UserError("--write-config needs a fixed port (--port): port 0 is another one on each node")
             write(write_config, settings, host, port)
             print_line(console, f"written: {write_config}; start it with: serve deploy {write_config}")
             return
-        if not is_local and not token:
-            print_line(Console(stderr=True), f"warning: everybody who reaches {host} may search; a token prevents it")
         print_line(console, "starting ...")
         serve_forever(settings, host, port, lambda url: print_line(console, f"searches are answered at {url}"))
 
@@ -110,6 +107,13 @@ def _range(text: str) -> tuple[int, int]:
     if most < least:
         raise UserError(f"--replicas must be a number such as 2, or a range such as 1..4, not {text}")
     return least, most
+
+
+def _checked(token: str) -> str:
+    """A token that a header can carry. An empty one, often of an unset variable, would leave the service open."""
+    if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", token):
+        raise UserError("the token must be ASCII characters, without a space or newline at its ends, and not empty")
+    return token
 
 
 def _require_extra() -> None:

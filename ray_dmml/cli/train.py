@@ -13,7 +13,17 @@ from typing import Annotated
 import typer
 
 from ray_dmml.cli.lifecycle import Interruptible, ray_and_torch
-from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, not_empty, path, use_address
+from ray_dmml.cli.options import (
+    Address,
+    AsJson,
+    ConfigFile,
+    NewRun,
+    Overrides,
+    TrainLocally,
+    not_empty,
+    path,
+    use_address,
+)
 from ray_dmml.cli.output import elapsed, print_json, print_line, show_log, user_errors
 from ray_dmml.cli.tables import results_table
 from ray_dmml.config.loading import QUICKSTART, read_settings, refuse_old
@@ -27,12 +37,7 @@ from ray_dmml.training.run_dir import RunDir
 def train(
     config: ConfigFile = None,
     overrides: Overrides = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=path, metavar="DIR", help="Folder of the new run. Default: runs/NAME-TIME, after data.name."
-        ),
-    ] = None,
+    out: NewRun = None,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -46,7 +51,7 @@ def train(
         Path | None, typer.Option(parser=path, metavar="RUN", help="Start from the weights of another run's peers.")
     ] = None,
     address: Address = None,
-    local: Annotated[bool, typer.Option("--local", help="Train all peers in this process, without Ray.")] = False,
+    local: TrainLocally = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a cohort of peers and evaluate it on classes that are not in the training set.

@@ -125,6 +125,7 @@ def update_index(embeddings: Path | str, index: Path | str | None = None, *, rec
             else:
                 _add(faiss_index, blocks)
                 _finish(folder, info, faiss_index, all_rows)
+        source.warn_if_unfinished(info.next_id + info.num_unreadable)
     return load_index(folder)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from ray_dmml.data.decoding import printable
-from ray_dmml.errors import UserError
+from ray_dmml.errors import UserError, first_fault
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -27,9 +27,10 @@ BLOCK_BYTES = 2**25
 ROWS = pa.schema([("id", pa.int64()), ("path", pa.string()), ("width", pa.int32()), ("height", pa.int32())])
 """The columns of rows.parquet."""
 
-logger = logging.getLogger(__name__)
+UNIT_TOLERANCE = 0.01
+"""Of the length of an embedding. Rounding to float16 changes it by less than 0.001."""
 
-_UNIT_TOLERANCE = 0.01  # rounding to float16 changes the length of a row by less than 0.001
+logger = logging.getLogger(__name__)
 
 
 class EmbedInfo(BaseModel):
@@ -58,11 +59,7 @@ class Embeddings:
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{folder} has no embed.json: it is not a folder of `ray-dmml embed`") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(
-                f"{folder / 'embed.json'} is damaged: {where + ': ' if where else ''}{first['msg']}"
-            ) from None
+            raise UserError(f"{folder / 'embed.json'} is damaged: {first_fault(error)}") from None
         self.block_rows = max(256, BLOCK_BYTES // (4 * self.info.size))
 
     def shards(self) -> dict[str, str]:
@@ -114,7 +111,7 @@ class Embeddings:
         flat = lists.flatten().to_numpy(zero_copy_only=False)
         vectors = np.ascontiguousarray(flat.reshape(-1, width), dtype=np.float32)
         lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
-        bad = np.flatnonzero(~(np.abs(lengths - 1) < _UNIT_TOLERANCE))
+        bad = np.flatnonzero(~(np.abs(lengths - 1) < UNIT_TOLERANCE))
         if len(bad):
             raise UserError(
                 f"{self.folder / shard} is damaged: an embedding has length {lengths[bad[0]]:g} instead of 1"

@@ -16,10 +16,8 @@ import pyarrow.compute as pc
 from ray_dmml.data.decoding import printable
 from ray_dmml.errors import UserError
 from ray_dmml.index import ivf
-from ray_dmml.index.embeddings import Floats, Ints
+from ray_dmml.index.embeddings import UNIT_TOLERANCE, Floats, Ints
 from ray_dmml.index.store import IndexInfo, read
-
-_UNIT_TOLERANCE = 0.01
 
 
 class _Among(NamedTuple):
@@ -163,7 +161,7 @@ class ImageIndex:
         if queries.ndim != 2 or queries.shape[1] != self.size:
             raise UserError(f"queries must be embeddings of shape (Q, {self.size}), not {np.shape(embeddings)}")
         lengths = np.linalg.norm(queries, axis=1)
-        bad = np.flatnonzero(~(np.abs(lengths - 1) < _UNIT_TOLERANCE))
+        bad = np.flatnonzero(~(np.abs(lengths - 1) < UNIT_TOLERANCE))
         if len(bad):
             raise UserError(f"query {bad[0]} has length {lengths[bad[0]]:g}; embeddings must have length 1")
         return queries

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ray_dmml.checkpoint.store import sync
-from ray_dmml.errors import UserError
+from ray_dmml.errors import UserError, first_fault
 from ray_dmml.index.embeddings import ROWS
 from ray_dmml.training.run_dir import lock_folder
 
@@ -121,9 +121,7 @@ def read_info(folder: Path) -> StoredInfo:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is not an index: it has no index.json; `ray-dmml index` writes one") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file} is damaged: {where + ': ' if where else ''}{first['msg']}") from None
+        raise UserError(f"{file} is damaged: {first_fault(error)}") from None
 
 
 def read(folder: Path, *, in_memory: bool = False) -> tuple[StoredInfo, Any, pa.Table]:

@@ -1,4 +1,4 @@
-"""What the gateway and the replicas of a search service tell each other. The gateway loads no torch."""
+"""Messages between the gateway and the replicas of a search service. The gateway loads no torch."""
 
 from __future__ import annotations
 

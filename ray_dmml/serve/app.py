@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from ray_dmml.serve.answers import Embedding, PictureSize, Query, RequestError, Result
-from ray_dmml.serve.guard import HANG_UP, RETRY_AFTER_S, Guard
+from ray_dmml.serve.guard import HANG_UP, Guard
 from ray_dmml.serve.settings import ServeSettings
 from ray_dmml.serve.uploads import SearchRequest, read_upload
 
@@ -82,14 +82,12 @@ class ServiceInfo(BaseModel):
 
 _IMAGE = {"schema": {"type": "string", "format": "binary"}}
 _FIELDS: dict[str, Any] = SearchRequest.model_json_schema()["properties"]
-_QUERY_PARAMETERS = [
-    {"name": name, "in": "query", "required": False, "schema": _FIELDS[name]} for name in ("k", "filter", "index")
-]
 
 
-def _body(with_json: bool) -> dict[str, Any]:
-    """The bodies that ``read_upload`` understands, for OpenAPI."""
-    form = {"image": _IMAGE["schema"]} | {name: _FIELDS[name] for name in ("k", "filter", "index")}
+def _body(*names: str, with_json: bool) -> dict[str, Any]:
+    """The parameters and bodies that ``read_upload`` understands, for OpenAPI."""
+    parameters = [{"name": name, "in": "query", "required": False, "schema": _FIELDS[name]} for name in names]
+    form = {"image": _IMAGE["schema"]} | {name: _FIELDS[name] for name in names}
     content: dict[str, Any] = {
         "image/*": _IMAGE,
         "application/octet-stream": _IMAGE,
@@ -97,7 +95,7 @@ def _body(with_json: bool) -> dict[str, Any]:
     }
     if with_json:
         content["application/json"] = {"schema": SearchRequest.model_json_schema()}
-    return {"parameters": _QUERY_PARAMETERS, "requestBody": {"required": True, "content": content}}
+    return {"parameters": parameters, "requestBody": {"required": True, "content": content}}
 
 
 def build_app(backend: Backend, settings: ServeSettings) -> FastAPI:
@@ -117,10 +115,11 @@ def build_app(backend: Backend, settings: ServeSettings) -> FastAPI:
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> JSONResponse:
-        headers = {503: {"Retry-After": RETRY_AFTER_S}, 408: HANG_UP, 413: HANG_UP}.get(error.status)
+        # No Retry-After: the same image would end more replicas if a decoder crashes on it.
+        headers = HANG_UP if error.status in (408, 413) else None
         return JSONResponse({"detail": error.message}, error.status, headers)
 
-    @app.post("/search", openapi_extra=_body(with_json=True))
+    @app.post("/search", openapi_extra=_body("k", "filter", "index", with_json=True))
     async def search(request: Request) -> SearchAnswer:
         """Finds the images that are most similar to an image that is sent, or to one of the index."""
         image, asked = await read_upload(request, settings.max_upload_bytes, settings.upload_timeout_s)
@@ -129,12 +128,12 @@ def build_app(backend: Backend, settings: ServeSettings) -> FastAPI:
         query = Query(tuple(asked.index), None, asked.path, asked.id, asked.k, asked.filter)
         return SearchAnswer(results=[_shown(result) for result in await backend.search(image, query)])
 
-    @app.post("/embed", openapi_extra=_body(with_json=False))
+    @app.post("/embed", openapi_extra=_body("index", with_json=False))
     async def embed(request: Request) -> EmbedAnswer:
         """Embeds an image as the images of an index were embedded."""
         image, asked = await read_upload(request, settings.max_upload_bytes, settings.upload_timeout_s)
-        if image is None or len(asked.index) > 1:
-            raise RequestError(422, "give one image, and at most one index")
+        if image is None or len(asked.index) > 1 or asked.model_fields_set != {"index"}:
+            raise RequestError(422, "give one image, and at most one index and nothing else")
         answer = await backend.embed(image, *asked.index or [""])
         return EmbedAnswer(index=answer.index, model=answer.model, embedding=answer.vector.tolist())
 

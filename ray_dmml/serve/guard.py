@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ray_dmml.serve.settings import hashed
 
 OPEN_PATHS = frozenset({"/", "/page.css", "/page.js", "/healthz", "/openapi.json"})
-"""Without a token and without a limit: they tell nothing of the images, and cost nothing."""
+"""Without a token and without a limit: they say nothing of the images, and cost little."""
 
 _HEADERS = {
     "Content-Security-Policy": (
@@ -24,7 +24,6 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-RETRY_AFTER_S = "1"
 HANG_UP = {"Connection": "close"}
 """Of an answer to a request whose body is not read to its end. The server would read the rest of it and drop it."""
 
@@ -84,7 +83,7 @@ class Guard:
         if self._token_sha256 is not None and not self._is_token(headers.get("authorization", "")):
             return _refused(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
         if self._num_running >= self._max_concurrent:
-            return _refused(503, "too many requests at the same time", {"Retry-After": RETRY_AFTER_S})
+            return _refused(503, "too many requests at the same time", {"Retry-After": "1"})
         return None
 
     def _is_token(self, authorization: str) -> bool:

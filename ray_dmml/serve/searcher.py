@@ -54,6 +54,8 @@ class _Served:
     """Id and path of some images, from the first one to the last."""
     picture: Any = field(init=False)
     """(id, side) -> JPEG. The last ones are kept."""
+    warning: str = ""
+    """The last message about a newer index that cannot be used. It is logged once."""
 
     def __post_init__(self) -> None:
         first = pc.extract_regex(self.index.rows["path"], r"^(?P<folder>[^/]+/)")
@@ -203,11 +205,13 @@ class Searcher:
                 if newer.index.model != served.index.model:
                     raise UserError(f"{served.index.folder} is now an index of another model; start the server again")
             except (UserError, OSError) as error:
-                logger.warning("the index %s stays as it is: %s", name, error)
+                if str(error) != served.warning:
+                    logger.warning("the index %s is not reloaded: %s", name, error)
+                    served.warning = str(error)
                 continue
             self._served[name] = newer
             has_changed = True
-            logger.info("the index %s was loaded again: %d images", name, len(newer.index))
+            logger.info("the index %s is reloaded: %d images", name, len(newer.index))
         return has_changed
 
     def watch(self) -> None:

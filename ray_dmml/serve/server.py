@@ -86,6 +86,8 @@ def write_config(file: Path, settings: ServeSettings, host: str, port: int) -> N
             opened.write(yamlio.dump(content))
     except FileExistsError:
         raise UserError(f"{file} already exists; give another file (--write-config)") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
 
 
 def _check(settings: ServeSettings) -> None:

@@ -11,6 +11,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from ray_dmml.errors import first_fault
 from ray_dmml.serve.answers import RequestError
 
 MAX_K = 1000
@@ -58,7 +59,7 @@ async def read_upload(request: Request, max_bytes: int, timeout_s: float) -> Upl
         try:
             return Upload(None, SearchRequest.model_validate(fields | _object(body)))
         except ValidationError as error:
-            raise RequestError(422, _sentence(error)) from None
+            raise RequestError(422, first_fault(error)) from None
     image = body
     if kind == "multipart/form-data":
         image, others = await _read_form(request, body)
@@ -68,7 +69,7 @@ async def read_upload(request: Request, max_bytes: int, timeout_s: float) -> Upl
     try:
         parsed = SearchRequest.model_validate(fields)
     except ValidationError as error:
-        raise RequestError(422, _sentence(error)) from None
+        raise RequestError(422, first_fault(error)) from None
     if parsed.path is not None or parsed.id is not None:
         raise RequestError(422, "give an image, or the path or id of one, not both")
     return Upload(image, parsed)
@@ -121,11 +122,5 @@ def _object(body: bytes) -> dict[str, Any]:
     try:
         given = SearchRequest.model_validate_json(body)
     except ValidationError as error:
-        raise RequestError(422, _sentence(error)) from None
+        raise RequestError(422, first_fault(error)) from None
     return {name: getattr(given, name) for name in given.model_fields_set}
-
-
-def _sentence(error: ValidationError) -> str:
-    first = error.errors(include_input=False, include_url=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    return f"{where}: {first['msg']}" if where else str(first["msg"])

@@ -221,6 +221,8 @@ def test_an_unfinished_embedding(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     late.rename(tmp_path / "late")
     index = build_index(tmp_path)
     assert len(index) == 60 and "has 60 of 90 images: the rest can be added with --update" in caplog.text
+    caplog.clear()
+    assert len(update_index(tmp_path)) == 60 and "has 60 of 90 images" in caplog.text
     (tmp_path / "late").rename(late)
     caplog.clear()
     index = update_index(tmp_path)

@@ -62,9 +62,9 @@ def refused(message: str, *arguments: str | Path | int) -> None:
 
 
 def test_images_are_found(index: Path, image_folder: Path) -> None:
-    """An image of the index is most similar to itself; --id leaves it out. Queries are in the order given."""
+    """An image of the index is most similar to itself; --path leaves it out. Queries are in the order given."""
     files = [image_folder / "class07/2.png", image_folder / "class00/4.png"]
-    ended = invoke("search", index, *files, "--id", "class03/1.png", "-k", 4, "--json")
+    ended = invoke("search", index, *files, "--path", "class03/1.png", "-k", 4, "--json")
     assert ended.exit_code == 0, ended.output
     found = json.loads(ended.stdout)
     assert found["root"] == str(image_folder)
@@ -94,9 +94,9 @@ def test_the_table_and_the_threshold(index: Path, image_folder: Path) -> None:
     middle = (similarities[1] + similarities[2]) / 2
     [answer] = json.loads(invoke("search", index, file, "--threshold", middle, "--json").stdout)["queries"]
     assert len(answer["results"]) == 2
-    ended = invoke("search", index, "--id", "class07/2.png", "--threshold", 1)
+    ended = invoke("search", index, "--path", "class07/2.png", "--threshold", 1)
     assert "class07/2.png: nothing is similar enough" in ended.stdout
-    [answer] = json.loads(invoke("search", index, "--id", "class07/2.png", "-k", 500, "--json").stdout)["queries"]
+    [answer] = json.loads(invoke("search", index, "--path", "class07/2.png", "-k", 500, "--json").stdout)["queries"]
     assert len(answer["results"]) == 79  # all others
 
 
@@ -108,7 +108,7 @@ def test_a_single_peer(run: Path, image_folder: Path, tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused(run: Path, index: Path, image_folder: Path, tmp_path: Path) -> None:
-    """Other weights, a run that has moved, a folder that is no run. With --id no run is needed."""
+    """Other weights, a run that has moved, a folder that is no run. With --path no run is needed."""
     file, other, moved = image_folder / "class02/0.png", tmp_path / "other", tmp_path / "moved"
     raw = tiny(image_folder, train={"steps": 1}, evaluation={"untrained": False}, seed=5)
     train(Config.parse(raw), other, local=True)
@@ -121,7 +121,7 @@ def test_another_model_is_refused(run: Path, index: Path, image_folder: Path, tm
     content = json.loads((copy / "index.json").read_text())
     (copy / "index.json").write_text(json.dumps(content | {"run": "/gone"}))
     refused(r"the run /gone, which has embedded the images, is not there; .*\(--run\)", "search", copy, file)
-    assert invoke("search", copy, "--id", "class02/0.png").exit_code == 0
+    assert invoke("search", copy, "--path", "class02/0.png").exit_code == 0
     shutil.copytree(run, moved)
     assert invoke("search", copy, file, "--run", moved).exit_code == 0
     (copy / "index.json").write_text(json.dumps(content | {"peer": "peer0"}))
@@ -134,8 +134,8 @@ def test_mistakes_are_sentences(index: Path, image_folder: Path, tmp_path: Path)
     refused(r"gone\.png cannot be read: No such file", "search", index, tmp_path / "gone.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
     refused(r"bad\.png cannot be read: it is not an image", "search", index, tmp_path / "bad.png")
-    refused("give images to search for, or images of the index by --id", "search", index)
-    refused(r"class99/0\.png is not an image of the index", "search", index, "--id", "class99/0.png")
+    refused("give images to search for, or images of the index by --path", "search", index)
+    refused(r"class99/0\.png is not an image of the index", "search", index, "--path", "class99/0.png")
     refused("--threshold must be from -1 to 1, not 90", "search", index, file, "--threshold", 90)
     refused(r"photo\.png already exists", "search", index, file, "--html", shutil.copy(file, tmp_path / "photo.png"))
     assert invoke("search", index, file, "-k", 0).exit_code == 2
@@ -191,7 +191,7 @@ def test_the_page(index: Path, image_folder: Path, tmp_path: Path) -> None:
     large = tmp_path / "large & wide.png"
     Image.open(image_folder / "class07/2.png").resize((1200, 600)).save(large)
     page = tmp_path / "page.html"
-    ended = invoke("search", index, large, "--id", "class01/1.png", "-k", 3, "--html", page)
+    ended = invoke("search", index, large, "--path", "class01/1.png", "-k", 3, "--html", page)
     assert ended.exit_code == 0 and ended.stdout.endswith(f"pictures: {page}\n")
     text = page.read_text()
     pictures = Pictures()

@@ -22,7 +22,7 @@ pytest.importorskip("python_multipart", reason="the extra `serve` is not install
 
 from starlette.testclient import TestClient
 
-from ray_dmml.serve.answers import Query
+from ray_dmml.serve.answers import Query, RequestError, Result
 from ray_dmml.serve.app import build_app
 from ray_dmml.serve.searcher import Searcher
 from ray_dmml.serve.settings import LOOPBACK, ServeSettings, hashed
@@ -159,6 +159,10 @@ def test_what_is_there(served: Served) -> None:
     assert set(described["paths"]) == {"/search", "/embed", "/images/{index}/{id}", "/indexes", "/healthz"}
     bodies = described["paths"]["/search"]["post"]["requestBody"]["content"]
     assert set(bodies) == {"image/*", "application/octet-stream", "multipart/form-data", "application/json"}
+    parameters = {
+        path: [one["name"] for one in described["paths"][path]["post"]["parameters"]] for path in ("/search", "/embed")
+    }
+    assert parameters == {"/search": ["k", "filter", "index"], "/embed": ["index"]}
     page = served.client.get("/")
     assert page.headers["content-type"].startswith("text/html")
     for address in ("/", "/page.css", "/page.js"):
@@ -169,7 +173,9 @@ def test_what_is_there(served: Served) -> None:
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_an_index_that_changes(image_folder: Path, tmp_path: Path, served: Served) -> None:
+def test_an_index_that_changes(
+    image_folder: Path, tmp_path: Path, served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
     """It is used once it is loaded; what is damaged or of another model is not."""
     folder = make_index(served.run, image_folder, tmp_path / "index", "peer0", leave_out=[QUERY])
     searcher = Searcher([str(folder)])
@@ -190,7 +196,13 @@ def test_an_index_that_changes(image_folder: Path, tmp_path: Path, served: Serve
         (folder / "index.json").write_text(damaged)
         assert not searcher.reload_changed() and len(paths()) == 79
     (folder / "index.json").unlink()
-    assert not searcher.reload_changed() and len(paths()) == 79
+    for _ in range(3):  # it is looked at each second
+        assert not searcher.reload_changed() and len(paths()) == 79
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [message.partition(": ")[0] for message in messages] == ["the index peer0 is not reloaded"] * 3
+    (folder / "index.json").write_text(before)
+    update_index(folder)
+    assert searcher.reload_changed()
 
 
 # --- what is refused ------------------------------------------------------------------------
@@ -273,6 +285,8 @@ def test_other_requests_that_are_not_understood(served: Served) -> None:
     headers = {"Content-Type": "multipart/form-data"}
     assert post("/search", content=image, headers=headers).status_code == 400
     assert_refused(post("/embed", json={"path": QUERY}), 422, "give one image")
+    for parameters in ("k=5", "filter=class0", "index=peer0&index=ensemble"):
+        assert_refused(post(f"/embed?{parameters}", content=image), 422, "give one image, and at most one index")
     assert served.client.get("/search").status_code == 405
 
 
@@ -435,7 +449,7 @@ def test_a_slow_client_is_cut_off(served: Served) -> None:
 
 
 def test_too_many_at_the_same_time(served: Served) -> None:
-    """More than the limit are told to come again; the place of one that has ended is free."""
+    """Requests beyond the limit get 503 and a Retry-After; the place of one that has ended is free."""
     app = served.limited(max_concurrent=3, upload_timeout_s=0.5).app
 
     async def all_of_them() -> list[tuple[int, int]]:
@@ -466,6 +480,27 @@ def block(app: Any) -> Callable[[Callable[[], Any]], Any]:
         return asyncio.run(both())
 
     return call
+
+
+class WithoutReplicas(InProcess):
+    """No replica answers, and those that worked on a search have died."""
+
+    async def search(self, image: bytes | None, query: Query) -> list[Result]:
+        raise RequestError(503, "the replicas that worked on this request have died")
+
+    async def describe(self) -> list[dict[str, Any]]:
+        return await asyncio.get_running_loop().create_future()
+
+
+def test_replicas_that_are_gone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service is not healthy. An image that may have ended replicas is not asked for again."""
+    monkeypatch.setattr("ray_dmml.serve.app.HEALTH_TIMEOUT_S", 0.1)
+    settings = ServeSettings(indexes=[str(served.folders["peer0"])])
+    client = TestClient(build_app(WithoutReplicas(settings), settings), base_url="http://localhost")
+    assert_refused(client.get("/healthz"), 503, "no replica answers")
+    answer = client.post("/search", content=encoded("PNG"))
+    assert_refused(answer, 503, "the replicas that worked on this request have died")
+    assert "retry-after" not in answer.headers
 
 
 # --- a service that cannot start ------------------------------------------------------------

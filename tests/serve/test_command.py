@@ -64,6 +64,11 @@ def test_mistakes(folder: Path, image_folder: Path, tmp_path: Path, monkeypatch:
         port = str(taken.getsockname()[1])
         refused(rf"port {port} of 127\.0\.0\.1 cannot be used: Address already in use", index, "--port", port)
     refused("port 8000 of 203.0.113.9 cannot be used", index, "--host", "203.0.113.9", "--port", "8000", "--token", "a")
+    for token in ("", "ten\n", " ten", "öpen"):
+        refused("the token must be ASCII characters", index, "--host", "0.0.0.0", "--token", token)
+    refused(r"--write-config needs a fixed port \(--port\)", index, "--write-config", tmp_path / "serve.yaml")
+    written = tmp_path / "nowhere/serve.yaml"
+    refused(r"serve\.yaml cannot be written: No such file", index, "--port", "8000", "--write-config", written)
     monkeypatch.setitem(sys.modules, "python_multipart", None)
     refused(r"needs Ray Serve; install it with: pip install 'ray-dmml\[serve\]'", index)
 
@@ -71,7 +76,9 @@ def test_mistakes(folder: Path, image_folder: Path, tmp_path: Path, monkeypatch:
 def test_the_configuration(folder: Path, tmp_path: Path) -> None:
     """Ray Serve accepts it, and builds the application of it. It has no token, only its hash."""
     file = tmp_path / "serve.yaml"
-    options = ("--host", "0.0.0.0", "--port", "8080", "--replicas", "2..4", "--max-concurrent", "64")
+    options = ["--host", "0.0.0.0", "--port", "8080", "--replicas", "2..4", "--max-concurrent", "64"]
+    options += ["--max-upload-mb", "2.5", "--max-megapixels", "7", "--batch-size", "5", "--trust-code"]
+    options += ["--run", str(folder / "run")]
     ended = invoke(folder / "index", *options, "--write-config", file, token="open sesame")
     assert ended.exit_code == 0, ended.output
     assert "open sesame" not in file.read_text()
@@ -86,11 +93,19 @@ def test_the_configuration(folder: Path, tmp_path: Path) -> None:
         min_replicas=2,
         max_replicas=4,
         max_concurrent=64,
+        max_upload_bytes=2_500_000,
+        max_pixels=7_000_000,
+        batch_size=5,
+        trust_code=True,
+        run=str(folder / "run"),
         token_sha256=hashed("open sesame"),
     )
     build(settings)
+    assert "warning" not in ended.stderr
     ended = invoke(folder / "index", "--write-config", file)
     assert ended.exit_code == 2 and "already exists" in ended.stderr
+    ended = invoke(folder / "index", "--host", "0.0.0.0", "--write-config", tmp_path / "open.yaml")
+    assert ended.exit_code == 0 and "warning: everybody who reaches 0.0.0.0 may search" in ended.stderr
     invoke(folder / "index", "--write-config", tmp_path / "local.yaml")
     local = yaml.safe_load((tmp_path / "local.yaml").read_text())["applications"][0]["args"]
     assert local == {"indexes": [str(folder / "index")], "allowed_hosts": list(LOOPBACK)}

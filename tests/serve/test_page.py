@@ -1,9 +1,15 @@
-"""The web page in headless Chromium, on a wide and a narrow screen. The service is in this process."""
+"""The web page in headless Chromium, on a wide and a narrow screen. The service is in this process.
+
+It needs the extra `page-test` and a Chromium of the system, such as that of `apt install chromium`:
+
+    pytest -m slow tests/serve/test_page.py
+"""
 
 from __future__ import annotations
 
 import base64
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +21,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 pytest.importorskip("python_multipart", reason="the extra `serve` is not installed")
-pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytest.importorskip("playwright.sync_api", reason="the extra `page-test` is not installed")
 
 import uvicorn
 from playwright import sync_api
@@ -24,13 +30,13 @@ from served_index import InProcess, make_index, make_run
 from ray_dmml.serve.app import build_app
 from ray_dmml.serve.settings import LOOPBACK, ServeSettings, hashed
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUERY = "class07/2.png"
 
 pytestmark = [
     pytest.mark.ray,  # Chromium is a process
     pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}"),
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium in PATH"),
 ]
 
 
@@ -62,9 +68,9 @@ def served(folders: list[str], **settings: Any) -> Iterator[str]:
 def page_of(address: str, width: int, height: int) -> Iterator[Any]:
     """A page that has reported no error and loaded nothing from elsewhere."""
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(30_000)
         errors: list[str] = []
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -79,10 +85,10 @@ def is_own(url: str, address: str) -> bool:
     return url.startswith((address, f"blob:{address}", "data:"))
 
 
-def drop(page: Any, file: Path) -> None:
-    """Drops a file onto the page."""
+def transfer_of(page: Any, file: Path) -> Any:
+    """The file as a browser hands it to the page."""
     content = base64.b64encode(file.read_bytes()).decode()
-    transfer = page.evaluate_handle(
+    return page.evaluate_handle(
         """([content, name]) => {
             const transfer = new DataTransfer();
             const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
@@ -91,8 +97,16 @@ def drop(page: Any, file: Path) -> None:
         }""",
         [content, file.name],
     )
+
+
+def drop(page: Any, file: Path) -> None:
     for event in ("dragover", "drop"):
-        page.dispatch_event("#drop", event, {"dataTransfer": transfer})
+        page.dispatch_event("#drop", event, {"dataTransfer": transfer_of(page, file)})
+
+
+def paste(page: Any, file: Path) -> None:
+    event = "(clipboardData) => document.dispatchEvent(new ClipboardEvent('paste', {clipboardData, bubbles: true}))"
+    page.evaluate(event, transfer_of(page, file))
 
 
 def shown(page: Any, number: int = 0) -> list[str]:
@@ -151,6 +165,37 @@ def test_drop_look_and_click(folders: list[str], image_folder: Path, width: int,
         page.wait_for_function("() => document.querySelector('#query-name').textContent.startsWith('class03/')")
         page.set_input_files("#file", str(image_folder / "class05/1.png"))
         page.wait_for_function("() => document.querySelector('#query-name').textContent === '1.png'")
+
+
+def test_paste_number_and_link(folders: list[str], image_folder: Path) -> None:
+    """A photo is pasted, the number of images is chosen, and a link leads to the search for an image of the index."""
+    with served(folders) as address, page_of(address, 1280, 900) as page:
+        page.locator("#drop").wait_for()
+        paste(page, image_folder / QUERY)
+        page.locator("#results h2").first.wait_for()
+        assert shown(page)[0] == QUERY
+        page.locator("#k").select_option("10")
+        page.wait_for_function("() => document.querySelectorAll('#results section:first-child .hit').length === 10")
+        page.goto(f"{address}#path=class03%2F1.png")
+        page.reload()
+        page.wait_for_function("() => document.querySelector('#query-name').textContent === 'class03/1.png'")
+        assert "class03/1.png" not in shown(page)
+
+
+def test_only_a_busy_service_is_asked_again(folders: list[str], image_folder: Path) -> None:
+    """Without a Retry-After, the image may have ended replicas, and is not sent again."""
+    refused = pytest.raises(AssertionError, match="503")  # Chromium reports the status as an error
+    with served(folders) as address, refused, page_of(address, 390, 844) as page:
+        answers = [{"Retry-After": "1"}, {}]
+
+        def refuse(route: Any) -> None:
+            route.fulfill(status=503, headers=answers.pop(0), json={"detail": "no replica is left"})
+
+        page.locator("#drop").wait_for()
+        page.route("**/search*", refuse)
+        paste(page, image_folder / QUERY)
+        page.get_by_text("No replica is left.").wait_for()
+        assert not answers
 
 
 def test_refusals_are_shown(folders: list[str], tmp_path: Path) -> None:

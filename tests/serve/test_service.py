@@ -108,7 +108,7 @@ def running(*arguments: str | Path, environment: dict[str, str] | None = None) -
 
 
 class Clients:
-    """Threads that search again and again, and remember what they were told."""
+    """Threads that send the same search repeatedly and keep the answers."""
 
     def __init__(self, service: Service, image: bytes, number: int) -> None:
         self.service, self.image = service, image

@@ -28,8 +28,9 @@ async function request(address, options = {}, attempts = 5) {
     if (error.name === "AbortError") throw error;
     throw new Refused(0, "The service does not answer.");
   }
-  if (answer.status === 503 && attempts > 1) {
-    await wait(1000 * (Number(answer.headers.get("Retry-After")) || 1));
+  const pause = Number(answer.headers.get("Retry-After"));  // without it, the same request would fail again
+  if (answer.status === 503 && pause && attempts > 1) {
+    await wait(1000 * pause);
     return request(address, options, attempts - 1);
   }
   if (answer.status === 401) askForToken(Boolean(token));
@@ -82,7 +83,7 @@ function searchFor(next, { isFromHistory = false } = {}) {
 }
 
 function searchForFile(file) {
-  if (!file) return;
+  if (!service || !file) return;
   if (file.size > service.max_upload_bytes) {
     say(`${file.name} is too large: at most ${megabytes(service.max_upload_bytes)} MB are read.`, true);
     return;
