@@ -34,10 +34,9 @@ def candidates(mutual: Mapping[str, Any], steps: int) -> dict[str, Arms]:
 
 def _weights(steps: int) -> Arms:
     arms = {}
-    for weight, normalize, until in product((1, 2, 4, 8, 16), (False, True), (None, steps)):
-        name = (
-            f"{'unit length' if normalize else 'raw'}, weights {weight} and {2 * weight}{', falling' if until else ''}"
-        )
+    for weight, normalize, until in product((0.5, 1, 2, 4, 8, 16), (False, True), (None, steps)):
+        form = "unit length" if normalize else "raw"
+        name = f"{form}, weights {weight:g} and {2 * weight:g}{', falling' if until else ''}"
         settings = _relational(distance_weight=weight, angle_weight=2 * weight, normalize=normalize, decay_until=until)
         arms[name] = Arm(True, settings)
     return arms
