@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 from PIL import Image
+from processes import below
 from rich.console import Console
 
 sys.path.append(str(Path(__file__).parents[2]))
@@ -97,19 +98,6 @@ def _resident_mib(pid: int) -> int:
     return 0
 
 
-def actors_of(pid: int) -> list[int]:
-    """The processes below the command that embed."""
-    parents, names = {}, {}
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError, ValueError):
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            names[int(entry.name)] = (entry / "cmdline").read_bytes()
-    below = {pid}
-    while new := {child for child, parent in parents.items() if parent in below} - below:
-        below |= new
-    return [each for each in below if b"MapWorker" in names.get(each, b"")]
-
-
 def rows_of(out: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(file) for file in sorted(out.glob("part-*.parquet"))])
 
@@ -136,7 +124,7 @@ def main(
             while process.poll() is None:
                 time.sleep(0.2)
                 done = len(list(out.glob("part-*.parquet"))) / num_shards
-                actors = actors_of(process.pid)
+                actors = below(process.pid, b"MapWorker")
                 watch.whole.see(process.pid, actors)
                 if done < 0.1:
                     watch.early.see(process.pid, actors)
