@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 
 from ray_dmml import interruption
@@ -26,6 +27,8 @@ APP = "ray-dmml"
 KEEP_ALIVE_S = 30
 REQUEST_TIMEOUT_S = 120.0
 """For all of a request, whatever happens."""
+START_TIMEOUT_S = 60
+"""For the HTTP proxy. Ray kills one that is not ready within 5 s, which a busy machine needs for its imports."""
 
 
 def serve_forever(settings: ServeSettings, host: str, port: int, on_ready: Callable[[str], None]) -> None:
@@ -49,11 +52,12 @@ def serve_forever(settings: ServeSettings, host: str, port: int, on_ready: Calla
     stopped = threading.Event()
     if not is_private:  # what runs on a cluster does not end with this process
         interruption.outlive_first(stopped.set)
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(START_TIMEOUT_S))  # a private Ray inherits it
     with ray_session():
         try:
             serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(**_http_options(host, port)))
             serve.run(build(settings), name=APP, route_prefix="/")
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError, RayError) as error:
             raise UserError(f"Ray cannot start the service: {str(error).splitlines()[0]}") from error
         try:
             shown = f"[{host}]" if ":" in host else host
