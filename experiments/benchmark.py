@@ -42,6 +42,7 @@ ROWS = {
     "ensemble-teacher": ("relational", "ensemble_teacher"),
     "recall": ("recall", "recall"),
     "recall-pml": ("recall", "recall_pml"),
+    "evaluate": ("evaluation", "evaluate"),
     "embed": ("embed", "embed_on_ray"),
     "embed-local": ("embed", "embed_local"),
     "index": ("index", "index"),

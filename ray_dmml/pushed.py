@@ -84,6 +84,11 @@ def read_weights(folder: Path, peers: Iterable[str], which: str) -> dict[str, by
     return {peer: _read_verified(folder / peer / WEIGHTS_FILE, facts["peers"].get(peer)) for peer in peers}
 
 
+def step(folder: Path) -> int:
+    """The step that the weights are of. Raises UserError if pushed.json is damaged."""
+    return _read_facts(folder)["step"]
+
+
 def reason(error: BaseException) -> str:
     """Why the hub's client failed, in one line."""
     answer = (getattr(error, "server_message", None) or "").strip().splitlines()

@@ -260,6 +260,15 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
         assert found == expected, f"{where}: {found!r} is not {expected!r}"
 
 
+def as_in_training(figures: dict[str, Any]) -> dict[str, Any]:
+    """Of the figures of a whole evaluation, those that are also measured during training, at any depth."""
+    return {
+        key: as_in_training(value) if isinstance(value, dict) else value
+        for key, value in figures.items()
+        if isinstance(value, dict) or key.startswith(("recall@", "map@r", "r_precision"))
+    }
+
+
 class S3Server:
     """moto's S3 server in a process of its own."""
 

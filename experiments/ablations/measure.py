@@ -19,7 +19,7 @@ from provenance import cpu
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
-from ray_dmml.evaluation.evaluate import evaluate_embeddings
+from ray_dmml.evaluation.evaluation import evaluate_embeddings
 
 Split = Literal["validation", "test"]
 

@@ -107,7 +107,12 @@ class DataConfig(Section):
 
     manifest: FilePath | None = None
     """`manifest`: a CSV file with columns path and label; perhaps split (train or validation), is_query, is_gallery,
-    and the box of an image (x_1, x_2, y_1, y_2)."""
+    the box of an image (x_1, x_2, y_1, y_2), category, and the column of `exclude_same`."""
+
+    exclude_same: Annotated[str, Field(min_length=1)] | None = "sequence"
+    """`manifest`: a column, such as the camera burst of a photo. In an evaluation, a query is not matched with gallery
+    images that have its value, because they are too easy to find. An empty cell excludes nothing. A manifest may lack
+    the column `sequence`, but no other one that is named here. null: nothing is excluded."""
 
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of a data set of your own."""
@@ -523,8 +528,8 @@ class CohortConfig(Section):
     @model_validator(mode="after")
     def _peers_differ(self) -> CohortConfig:
         names = [str(peer.name) for peer in self.peers]
-        if "ensemble" in names:
-            raise ValueError("no peer may be named ensemble, which is the name of all peers together")
+        if taken := [name for name in ("ensemble", "teachers_ensemble") if name in names]:
+            raise ValueError(f"no peer may be named {taken[0]}, which is the name of several peers together")
         if "manifest.json" in map(str.lower, names):
             raise ValueError("no peer may be named manifest.json, which is a file beside the peers in a checkpoint")
         twice = sorted({name for name in names if names.count(name) > 1})

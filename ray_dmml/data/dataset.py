@@ -119,6 +119,10 @@ class ImageSet:
         class_names: (C,) the names of the classes.
         query: (Q,) int64 indices of the query images. None (with gallery): all against all.
         gallery: (G,) int64 indices of the images that queries are matched with.
+        exclude: (N,) int64. Images of the same number, such as those of one camera burst, are not matched with each
+            other. None: an image is not matched with itself.
+        categories: (N,) the category of each image, a group of classes that results are also given for; None: there
+            are none.
     """
 
     source: ImageSource
@@ -126,6 +130,8 @@ class ImageSet:
     class_names: tuple[str, ...]
     query: np.ndarray | None = None
     gallery: np.ndarray | None = None
+    exclude: np.ndarray | None = None
+    categories: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -135,7 +141,7 @@ class ImageSet:
         return len(self.class_names)
 
     def digest(self) -> str:
-        """SHA-256 of the images' names, classes, queries and gallery.
+        """SHA-256 of the images' names, classes, queries and gallery, and of what is excluded.
 
         Two sets with equal digests have the same image at every index and are evaluated alike.
         """
@@ -143,7 +149,7 @@ class ImageSet:
         for index in range(len(self)):
             name = self.source.name(index)  # the name of a file may not be text
             content.update(name.encode("utf-8", "surrogatepass") + b"\0")
-        for indices in (self.query, self.gallery):
+        for indices in (self.query, self.gallery, self.exclude):
             if indices is not None:
                 content.update(b"\0" + indices.astype("<i8").tobytes())
         return content.hexdigest()
@@ -153,8 +159,8 @@ class ImageSet:
         everything = np.arange(len(self))
         query = everything if self.query is None else self.query
         gallery = everything if self.gallery is None else np.unique(self.gallery)
-        in_gallery = np.bincount(self.labels[gallery], minlength=self.num_classes)
-        return int(np.sum(in_gallery[self.labels[query]] > np.isin(query, gallery)))
+        exclude = everything if self.exclude is None else self.exclude
+        return int(np.sum(count_relevant(self.labels, exclude, query, gallery) > 0))
 
     def can_be_evaluated(self) -> bool:
         """Whether any query has another image of its class in the gallery."""
@@ -180,7 +186,24 @@ class ImageSet:
             class_names=tuple(self.class_names[c] for c in kept),
             query=renumbered(self.query),
             gallery=renumbered(self.gallery),
+            exclude=None if self.exclude is None else self.exclude[indices],
+            categories=None if self.categories is None else tuple(self.categories[i] for i in indices.tolist()),
         )
+
+
+def count_relevant(labels: np.ndarray, exclude: np.ndarray, query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """(Q,) int64: how many images each query can find, those of its class without those of its number.
+
+    Args:
+        labels: (N,) int64, the class of each image.
+        exclude: (N,) int64. Images of the same number are not matched with each other.
+        query: (Q,) int64 indices of the images.
+        gallery: (G,) int64, each at most once.
+    """
+    classes, numbers = (np.unique(of, return_inverse=True)[1] for of in (labels, exclude))
+    both = np.unique(classes * (numbers.max(initial=0) + 1) + numbers, return_inverse=True)[1]
+    of_class, excluded = (np.bincount(of[gallery], minlength=len(labels))[of[query]] for of in (classes, both))
+    return of_class - excluded
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,8 +29,13 @@ _CHUNK_ENTRIES = 2**22  # of the largest buffers of a chunk: a few buffers of 4 
 
 
 def nearest(
-    queries: NDArray[Any], gallery: NDArray[Any], k: int, *, own_rows: Ints | None = None, chunk: int | None = None
-) -> Iterator[tuple[slice, Ints]]:
+    queries: NDArray[Any],
+    gallery: NDArray[Any],
+    k: int,
+    *,
+    exclude: tuple[Ints, Ints] | None = None,
+    chunk: int | None = None,
+) -> Iterator[tuple[slice, Ints, Floats]]:
     """Finds the k nearest gallery rows of every query, the most similar first, ties by lower index.
 
     Similarity is the inner product of the rows, computed in float32. Two equal gallery rows are equally
@@ -41,12 +46,13 @@ def nearest(
         queries: (Q, D) float.
         gallery: (G, D) float.
         k: neighbours per query, at least 1. A k above the size of the gallery gives the whole gallery.
-        own_rows: (Q,) int64, the gallery row that is each query itself and no neighbour of it, or -1.
-        chunk: queries per search; None chooses as many as need about 100 MiB.
+        exclude: (Q,) and (G,) int64, ids of the queries and of the gallery rows. A row with the id of a query is not
+            its neighbour. None: every row may be.
+        chunk: queries per search; None chooses as many as need about 200 MiB.
 
     Yields:
-        A slice of the queries, in order, and their neighbours as gallery indices, (q, k) int64. Where k
-        is the whole gallery, the row of a query that is excluded from it ends with -1.
+        A slice of the queries, in order, their neighbours as gallery indices, (q, k) int64, and the similarities of
+        these, (q, k) float32. Where a query has fewer than k neighbours, its row ends with -1, and NaN.
 
     Raises:
         UserError: shapes do not fit, or embeddings are NaN or infinite.
@@ -55,23 +61,19 @@ def nearest(
     if queries.shape[1] != gallery.shape[1]:
         sizes = f"{queries.shape[1]} dimensions, those of the gallery {gallery.shape[1]}"
         raise UserError(f"the embeddings of the queries have {sizes}")
-    own = np.full(len(queries), -1) if own_rows is None else own_rows
-    excluding = bool((own >= 0).any())
-    k = min(k, len(gallery) - bool((own >= 0).all()))
-    need = min(k + excluding, len(gallery))
+    num_excluded = np.zeros(len(queries), np.int64) if exclude is None else _count(*exclude)
+    k = min(k, len(gallery) - int(num_excluded.min(initial=len(gallery))))
+    need = min(k + int(num_excluded.max(initial=0)), len(gallery))
     groups = _Groups(gallery, need)
     distinct = gallery if len(groups.first) == len(gallery) else gallery[groups.first]
     chunk = chunk or int(np.clip(_CHUNK_ENTRIES // (need + _SPARE), 16, 4096))
     for start in range(0, len(queries), chunk):
         rows = slice(start, min(start + chunk, len(queries)))
-        neighbors = groups.expand(*_search(queries[rows], distinct, need))
-        if excluding:
-            if need == k:
-                neighbors = np.pad(neighbors, ((0, 0), (0, 1)), constant_values=-1)
-            drop = neighbors == own[rows, None]
-            drop[~drop.any(axis=1), -1] = True
-            neighbors = neighbors[~drop].reshape(len(neighbors), -1)
-        yield rows, neighbors
+        neighbors, similarities = groups.expand(*_search(queries[rows], distinct, need))
+        if exclude is not None and need > 0:
+            allowed = exclude[1][neighbors] != exclude[0][rows, None]
+            neighbors, similarities = _first(k, allowed, neighbors, similarities)
+        yield rows, neighbors, similarities
 
 
 @contextmanager
@@ -101,13 +103,17 @@ class _Groups:
         self.sizes = np.minimum(sizes, need)  # no result contains more rows of a group
         self.need = need
 
-    def expand(self, similarity: Floats, distinct: Ints) -> Ints:
-        """(q, n) numbers of groups, the most similar first -> (q, need) gallery rows."""
-        sizes = self.sizes[distinct]
+    def expand(self, similarity: Floats, distinct: Ints) -> tuple[Ints, Floats]:
+        """(q, n) numbers of groups, the most similar first -> (q, need) gallery rows and their similarities."""
         num_distinct = distinct.shape[1]
+        if num_distinct >= self.need and self.sizes.max() == 1:
+            return self.first[distinct], similarity
+        sizes = self.sizes[distinct]
         result = np.empty((len(distinct), self.need), np.int64)
+        similarities = np.empty(result.shape, np.float32)
         plain = (sizes == 1).all(axis=1) & (num_distinct >= self.need)
         result[plain, :num_distinct] = self.first[distinct[plain]]
+        similarities[plain, :num_distinct] = similarity[plain]
         for row in np.flatnonzero(~plain):
             # As many groups as fill the result, and all that tie with the last of them.
             last = min(int(np.searchsorted(sizes[row].cumsum(), self.need)), num_distinct - 1)
@@ -115,9 +121,26 @@ class _Groups:
             count = sizes[row, :stop]
             inside = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
             index = self.members[np.repeat(self.starts[distinct[row, :stop]], count) + inside]
-            order = np.lexsort((index, -np.repeat(similarity[row, :stop], count)))
-            result[row] = index[order[: self.need]]
-        return result
+            values = np.repeat(similarity[row, :stop], count)
+            order = np.lexsort((index, -values))[: self.need]
+            result[row], similarities[row] = index[order], values[order]
+        return result, similarities
+
+
+def _count(queries: Ints, gallery: Ints) -> Ints:
+    """(Q,) how many gallery rows have the id of each query."""
+    ids, counts = np.unique(gallery, return_counts=True)
+    place = np.minimum(np.searchsorted(ids, queries), len(ids) - 1)
+    return np.where(ids[place] == queries, counts[place], 0)
+
+
+def _first(k: int, allowed: NDArray[np.bool_], neighbors: Ints, similarities: Floats) -> tuple[Ints, Floats]:
+    """The first k entries of each row that are allowed."""
+    allowed &= np.cumsum(allowed, axis=1, dtype=np.int32) <= k
+    is_filled = np.arange(k) < allowed.sum(axis=1)[:, None]
+    first, their_similarities = np.full(is_filled.shape, -1), np.full(is_filled.shape, np.nan, np.float32)
+    first[is_filled], their_similarities[is_filled] = neighbors[allowed], similarities[allowed]
+    return first, their_similarities
 
 
 def _search(queries: Floats, gallery: Floats, need: int) -> tuple[Floats, Ints]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ray_dmml.cores import num_cores
 from ray_dmml.data.dataset import ImageSet
 from ray_dmml.data.loader import in_chunks
-from ray_dmml.evaluation.evaluate import evaluate_vectors
+from ray_dmml.evaluation.evaluation import evaluate_vectors
 
 MAX_IMAGES = 2000
 """A larger set is cut to its first classes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from ray_dmml.config.parts import is_own
 from ray_dmml.config.schema import Config, MetricLossConfig, PeerConfig
 from ray_dmml.hub.published_config import NOT_PUBLISHED
 from ray_dmml.inference import TrainedCohort, TrainedPeer
-from ray_dmml.loggers.figures import describe_images, describe_unevaluated, heading, rows_of
+from ray_dmml.loggers.figures import describe_images, describe_unevaluated, heading, main_metrics, rows_of
 from ray_dmml.models.backbone import HUB, timm_args
 
 TAGS = ("ray-dmml", "timm", "image-retrieval", "metric-learning", "mutual-learning")
@@ -67,18 +66,6 @@ def base_models(config: Config) -> list[str]:
             is_on_hub = peer.backbone.startswith(HUB)
             found.append(peer.backbone.removeprefix(HUB) if is_on_hub else _pretrained(peer).hf_hub_id)
     return [name for name in dict.fromkeys(found) if name]
-
-
-def wilson_interval(share: float, number: int) -> tuple[float, float]:
-    """The 95 % interval of a share of ``number`` independent trials.
-
-    References:
-        Wilson, *Probable Inference, the Law of Succession, and Statistical Inference*, JASA 1927
-    """
-    z = 1.959964
-    center = share + z * z / (2 * number)
-    half = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
-    return max(0.0, (center - half) / (1 + z * z / number)), min(1.0, (center + half) / (1 + z * z / number))
 
 
 def changed_settings(config: Config) -> dict[str, Any]:
@@ -200,18 +187,17 @@ def _results(results: Mapping[str, Any]) -> Iterator[str]:
         yield f"The model was {describe_unevaluated(results)}.\n"
         return
     yield f"{describe_images(results)}. Weights: {results['weights']} (step {results['step']}). In percent.\n"
-    metrics = list(results["ensemble"])
+    metrics = main_metrics(results)
     first = next(metric for metric in metrics if metric.startswith("recall@"))
-    number = results["num_queries"] or results["num_images"]
     rows = []
-    for name, figures in rows_of(results):
+    for name, figures, intervals in rows_of(results):
         cells = [f"{100 * figures[metric]:.1f}" if metric in figures else "-" for metric in metrics]
-        low, high = wilson_interval(figures[first], number) if first in figures else (math.nan, math.nan)
-        rows.append((name, *cells, f"{100 * low:.1f} to {100 * high:.1f}"))
+        ends = [f"{100 * end:.1f}" for end in intervals.get(first, ())]
+        rows.append((name, *cells, " to ".join(ends) or "-"))
     yield _table(("", *map(heading, metrics), f"{heading(first)}, 95 % interval"), rows)
     yield (
-        f"R@K is the share of queries with an image of their class among the K nearest. The interval is Wilson's for "
-        f"{number:,} independent queries. It does not cover other seeds, classes or images.\n"
+        "R@K is the share of queries with an image of their class among the K nearest. The interval is by bootstrap "
+        "over the classes. It does not cover other seeds.\n"
     )
 
 

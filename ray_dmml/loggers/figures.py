@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _HEADINGS = {"map@r": "MAP@R", "r_precision": "R-prec"}
 
-Row = tuple[str, Mapping[str, float]]
+MAIN = ("recall@", "map@r", "r_precision")
+"""What the names of metrics with a column in a table begin with."""
+
+Intervals = Mapping[str, Sequence[float]]
+Row = tuple[str, Mapping[str, float], Intervals]
+"""Name, figures, and the ends of their 95 % intervals as far as they are known."""
 
 
 def heading(metric: str) -> str:
@@ -15,24 +20,30 @@ def heading(metric: str) -> str:
     return _HEADINGS.get(metric, metric.replace("recall@", "R@"))
 
 
+def main_metrics(results: Mapping[str, Any]) -> list[str]:
+    """The metrics that a table shows."""
+    return [metric for metric in results["ensemble"] if metric.startswith(MAIN)]
+
+
 def rows_of(results: Mapping[str, Any]) -> Iterator[Row]:
-    """Names and figures: each frozen backbone, the peers and the ensemble before training, the peers, the ensemble of
+    """The rows of a table: each frozen backbone, the peers and the ensemble before training, the peers, the ensemble of
     frozen teachers if there are several, the ensemble. Frozen peers do not change and have one row."""
     backbones = _distinct(results["frozen_backbones"])
     for names, figures in backbones:
-        yield "frozen backbone" if len(backbones) == 1 else f"{', '.join(names)}, frozen backbone", figures
+        yield "frozen backbone" if len(backbones) == 1 else f"{', '.join(names)}, frozen backbone", figures, {}
     before = "at the start" if results["init_from"] else "untrained"
     learners = [name for name in results["untrained"] if name in results["frozen_backbones"]]
     for name in learners:
-        yield f"{name}, {before}", results["untrained"][name]
+        yield f"{name}, {before}", results["untrained"][name], {}
     if results["untrained_ensemble"] and len(learners) == len(results["untrained"]):
-        yield f"ensemble, {before}", results["untrained_ensemble"]
-    yield from results["peers"].items()
-    if "teachers_ensemble" in results:
-        yield "ensemble of the teachers", results["teachers_ensemble"]
-        yield "ensemble of all", results["ensemble"]
-    else:
-        yield "ensemble", results["ensemble"]
+        yield f"ensemble, {before}", results["untrained_ensemble"], {}
+    intervals = results.get("intervals", {})
+    for name, figures in results["peers"].items():
+        yield name, figures, intervals.get("peers", {}).get(name, {})
+    has_teachers = "teachers_ensemble" in results
+    if has_teachers:
+        yield "ensemble of the teachers", results["teachers_ensemble"], intervals.get("teachers_ensemble", {})
+    yield "ensemble of all" if has_teachers else "ensemble", results["ensemble"], intervals.get("ensemble", {})
 
 
 def describe_images(results: Mapping[str, Any]) -> str:

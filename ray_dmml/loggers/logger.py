@@ -23,7 +23,7 @@ class Logger:
                 - ``{"peers": {name: {"loss": ..., "metric": ...}}}``: the loss terms of one step.
                 - ``{"images_per_second": ...}``: the speed of the steps up to this one.
                 - ``{"validation": figures}`` or ``{"untrained": figures}``: an evaluation, see
-                  :data:`~ray_dmml.evaluation.evaluate.Figures`.
+                  :data:`~ray_dmml.evaluation.evaluation.Figures`.
                 - ``{"checkpoint": "last", "is_last": False}``: a checkpoint was written. ``best`` instead of ``last``:
                   its weights are the best so far. ``is_last``: no step follows.
                 - ``{"lost": sentence}``: peers were lost. The run recovers, and :meth:`rewind` says where it goes on.

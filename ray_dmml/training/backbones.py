@@ -9,7 +9,7 @@ from typing import Any
 from ray_dmml.cohort.cohort import Cohort
 from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.data.dataset import ImageSet
-from ray_dmml.evaluation.evaluate import evaluate_vectors
+from ray_dmml.evaluation.evaluation import evaluate_vectors
 
 
 def evaluate_backbones(cohort: Cohort, config: Config, split: str, images: ImageSet) -> dict[str, dict[str, float]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import ImageSet, Splits
 from ray_dmml.errors import UserError
-from ray_dmml.evaluation.evaluate import Figures
+from ray_dmml.evaluation.evaluation import Evaluation, Figures
+from ray_dmml.training.backbones import warn_of_harm
 
 OTHER_IMAGES = "other"
 """The split in results that are not of the run's own images."""
@@ -28,6 +32,12 @@ def evaluated_split(config: Config, splits: Splits) -> str | None:
     return asked or next(iter(there), None)
 
 
+def evaluate_all(config: Config, embeddings: Mapping[str, np.ndarray], images: ImageSet) -> Evaluation:
+    """The evaluation of a run's peers, by their (N, D) unit-length embeddings of the images."""
+    recall_at, teachers = config.evaluation.recall_at, config.cohort.frozen_peers
+    return Evaluation.of(embeddings, images, recall_at=recall_at, teachers=teachers)
+
+
 def results_of(
     config: Config,
     split: str | None,
@@ -38,11 +48,12 @@ def results_of(
     step: int,
 ) -> dict[str, Any]:
     """What results.json holds: figures, and which weights, images and classes they belong to. ``images`` is None if the
-    run is not evaluated. The figures of the untrained peers are left out if they are of another split."""
+    run is not evaluated. The figures of the untrained peers are left out if they are of another split. A warning is
+    added for each peer that ended below its frozen backbone."""
     if untrained.get("split") != split:
         untrained = {}
     query, gallery = (None, None) if images is None else (images.query, images.gallery)
-    return {
+    results = {
         "untrained": untrained.get("peers", {}),
         "untrained_ensemble": untrained.get("ensemble", {}),
         "frozen_backbones": untrained.get("backbones", {}),
@@ -57,3 +68,4 @@ def results_of(
         "num_gallery": None if gallery is None else len(gallery),
         "init_from": str(config.train.init_from) if config.train.init_from else None,
     }
+    return {**results, "warnings": [*warn_of_harm(config, results), *figures.get("warnings", ())]}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray_dmml.checkpoint.store import Checkpoint
 from ray_dmml.config.schema import Config
-from ray_dmml.evaluation.evaluate import Figures
+from ray_dmml.evaluation.evaluation import Figures
 
 _IN_META = ("best", "best_step", "num_since_best", "untrained", "dropped")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,12 @@ from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import build_sampler
 from ray_dmml.errors import Interrupted, PeerLostError
-from ray_dmml.evaluation.evaluate import Figures, evaluate_embeddings
+from ray_dmml.evaluation.evaluation import Figures, evaluate_embeddings
 from ray_dmml.loggers.logger import Logger
-from ray_dmml.training.backbones import evaluate_backbones, warn_of_harm
+from ray_dmml.training.backbones import evaluate_backbones
 from ray_dmml.training.describe import describe_cohort, describe_early_stop, describe_waits
 from ray_dmml.training.recovery import Decision, RecoveryPolicy
-from ray_dmml.training.results import NOT_EVALUATED, evaluated_split, results_of
+from ray_dmml.training.results import NOT_EVALUATED, evaluate_all, evaluated_split, results_of
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.run_writer import RunWriter
 from ray_dmml.training.state import TrainingState
@@ -300,9 +300,9 @@ class Trainer:
             logger.warning("validation Recall@1 is 100 %% since step %d: %s", state.best_step, advice)
         return False
 
-    def _evaluate(self, split: str, *, ema: bool = False, teachers: Collection[str] = ()) -> Figures:
+    def _evaluate(self, split: str, *, ema: bool = False) -> Figures:
         embeddings, recall_at = self.cohort.embeddings(split, ema=ema), self.config.evaluation.recall_at
-        return evaluate_embeddings(embeddings, getattr(self.splits, split), recall_at, teachers)
+        return evaluate_embeddings(embeddings, getattr(self.splits, split), recall_at)
 
     def save(self, *, best: bool) -> bool:
         """Writes a checkpoint; False if that is not possible and training can go on without it."""
@@ -328,8 +328,8 @@ class Trainer:
         if self.split is not None:
             logger.debug("evaluating on the %s images", self.split)
             images = getattr(self.splits, self.split)
-            frozen = self.config.cohort.frozen_peers
-            figures = self._evaluate(self.split, ema=weights == "ema", teachers=frozen)
+            embeddings = self.cohort.embeddings(self.split, ema=weights == "ema")
+            figures = evaluate_all(self.config, embeddings, images).summary()
         results = results_of(self.config, self.split, images, figures, self.state.untrained, weights, step)
         if self._train_s:
             rate = self._batch_size * self._num_steps / self._train_s
@@ -340,7 +340,7 @@ class Trainer:
             results["dropped"] = self.state.dropped
         for line in describe_waits(self.cohort, self._train_s):
             logger.info("%s", line)
-        for line in warn_of_harm(self.config, results):
+        for line in results["warnings"]:
             logger.warning("%s", line)
         self._writer.write_results(results, keep_state=self.config.checkpoint.final == "state")
         return results

@@ -13,11 +13,16 @@ from ray_dmml.evaluation.neighbors import nearest
 
 
 def collect(*args: object, **kwargs: object) -> np.ndarray:
-    """The neighbours of all chunks of queries, which come in order."""
+    """The neighbours of all chunks of queries, which come in order, each with its similarity."""
     chunks = list(nearest(*args, **kwargs))
-    starts = [rows.start for rows, _ in chunks]
+    starts = [rows.start for rows, _, _ in chunks]
     assert starts == sorted(starts)
-    return np.concatenate([neighbors for _, neighbors in chunks])
+    neighbors, similarities = (np.concatenate([chunk[part] for chunk in chunks]) for part in (1, 2))
+    queries, gallery = args[:2]
+    wanted = np.take_along_axis(queries.astype(float) @ gallery.astype(float).T, neighbors, axis=1)
+    assert similarities.dtype == np.float32
+    np.testing.assert_allclose(similarities, np.where(neighbors < 0, np.nan, wanted), atol=1e-5)
+    return neighbors
 
 
 @settings(max_examples=60, deadline=None)
@@ -34,7 +39,7 @@ def test_ties_go_to_the_lower_index(seed: int, num: int, size: int, k: int, chun
     x = grid(num, size, seed)
     own = np.arange(num) if exclude else np.full(num, -1)
     wanted = [row[:k] for row in naive_nearest(x, x, own)]
-    got = collect(x, x, k, own_rows=own if exclude else None, chunk=chunk)
+    got = collect(x, x, k, exclude=(own, own) if exclude else None, chunk=chunk)
     assert got.dtype == np.int64
     assert got.tolist() == wanted
 
@@ -64,7 +69,7 @@ def test_real_valued_neighbours_equal_those_of_float64() -> None:
 def test_collapsed_embeddings_are_ranked_by_index(value: float) -> None:
     """All rows are zero or equal, at a size where blocks of a matrix product differ in the last bit."""
     x = np.full((3001, 512), value, np.float32)
-    got = collect(x, x, 5, own_rows=np.arange(3001))
+    got = collect(x, x, 5, exclude=(np.arange(3001), np.arange(3001)))
     assert got[0].tolist() == [1, 2, 3, 4, 5]
     assert got[3].tolist() == [0, 1, 2, 4, 5]
     assert (got[5:] == np.arange(5)).all()
@@ -74,13 +79,28 @@ def test_self_is_excluded_by_index_not_by_distance() -> None:
     """A duplicate of the query is its first neighbour. A query may be anywhere in the gallery."""
     x = unit(10, 8)
     x[7] = x[2]
-    assert collect(x, x, 9, own_rows=np.arange(10))[[2, 7], 0].tolist() == [7, 2]
+    everything = np.arange(10)
+    assert collect(x, x, 9, exclude=(everything, everything))[[2, 7], 0].tolist() == [7, 2]
     own = np.array([7, -1, 0])
-    got = collect(x[[2, 2, 5]], x, 10, own_rows=own)
+    got = collect(x[[2, 2, 5]], x, 10, exclude=(own, everything))
     wanted = naive_nearest(x[[2, 2, 5]], x, own)
     assert got[1].tolist() == wanted[1]
     assert got[0].tolist() == [*wanted[0], -1]
     assert got[2].tolist() == [*wanted[2], -1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), num=st.integers(2, 60), k=st.integers(1, 70), num_ids=st.integers(1, 12))
+def test_rows_with_the_id_of_a_query_are_left_out(seed: int, num: int, k: int, num_ids: int) -> None:
+    """Ids of many rows and of none, also where fewer than k rows are left."""
+    rng = np.random.default_rng(seed)
+    x, gallery = grid(num, 2, seed), rng.integers(0, num_ids, num)
+    few = x[:8]
+    queries = rng.integers(-1, num_ids, len(few))
+    got = collect(few, x, k, exclude=(queries, gallery))
+    for row, ranked, own in zip(got.tolist(), naive_nearest(few, x, np.full(len(few), -1)), queries, strict=True):
+        wanted = [j for j in ranked if gallery[j] != own][:k]
+        assert row == wanted + [-1] * (len(row) - len(wanted))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

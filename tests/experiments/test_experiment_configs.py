@@ -102,4 +102,4 @@ def test_a_published_setting_runs(
     assert len({(str(p.view), p.update_interval) for p in real.cohort.peers}) == 2
     results = train(Config.load(file, [root, *SMALL]), tmp_path / "run", local=True)
     assert results["num_classes"] == 2
-    assert set(results["ensemble"]) == {*(f"recall@{k}" for k in recall_at), "map@r", "r_precision"}
+    assert set(results["untrained_ensemble"]) == {*(f"recall@{k}" for k in recall_at), "map@r", "r_precision"}

@@ -17,10 +17,10 @@ from conftest import tiny
 from hub_server import HubServer
 from typer.testing import CliRunner
 
-from ray_dmml import Config, UserError, load_cohort, push, train
+from ray_dmml import Config, UserError, evaluate, load_cohort, push, train
 from ray_dmml.cli.main import app
 from ray_dmml.config.code import use_code
-from ray_dmml.hub.card import base_models, changed_settings, wilson_interval
+from ray_dmml.hub.card import base_models, changed_settings
 from ray_dmml.hub.published_config import published_config
 from ray_dmml.training.image_list import ImageList
 
@@ -144,9 +144,11 @@ def test_the_card(run: Path, pushed: Path) -> None:
     }
     results = json.loads((run / "results.json").read_text())
     assert "40 images of 8 unseen classes. Weights: best (step" in text
+    intervals = {**results["intervals"]["peers"], "ensemble": results["intervals"]["ensemble"]}
     for name, figures in {**results["peers"], "ensemble": results["ensemble"]}.items():
-        low, high = (f"{100 * end:.1f}" for end in wilson_interval(figures["recall@1"], 40))
-        cells = " | ".join(f"{100 * value:.1f}" for value in figures.values())
+        low, high = (f"{100 * end:.1f}" for end in intervals[name]["recall@1"])
+        metrics = ("recall@1", "recall@2", "map@r", "r_precision")
+        cells = " | ".join(f"{100 * figures[metric]:.1f}" for metric in metrics)
         assert f"| {name} | {cells} | {low} to {high} |" in text
     assert "The peers were trained together" in text and "Blocks (`imagefolder`)" in text and "CC-BY-4.0" in text
     (settings,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
@@ -154,6 +156,15 @@ def test_the_card(run: Path, pushed: Path) -> None:
     facts = json.loads((pushed / "pushed.json").read_text())
     assert facts["images"]["test"]["num_images"] == 40
     assert all(of["sha256"] in text for of in facts["images"].values())
+
+
+def test_a_pushed_cohort_is_evaluated_on_images_that_are_given(run: Path, pushed: Path) -> None:
+    """Its figures are those of the run on the same images; it has no images of its own."""
+    of_run, of_pushed = (evaluate(each, data=run.parent / "images") for each in (run, pushed))
+    for key in ("peers", "ensemble", "intervals", "verification", "step", "weights", "data"):
+        assert of_pushed[key] == of_run[key]
+    with pytest.raises(UserError, match="is a pushed cohort, which has no images: give images"):
+        evaluate(pushed)
 
 
 def test_the_lines_of_the_card(
@@ -287,16 +298,13 @@ def test_an_own_backbone_needs_its_code(image_folder: Path, tmp_path: Path) -> N
         use_code({})
 
 
-def test_base_models_and_intervals() -> None:
+def test_base_models_and_changed_settings() -> None:
     """Pretrained weights by their repository, once; none if the run began with another run."""
     peers = [{"backbone": "resnet18"}, {"backbone": "hf-hub:a/own"}, {"backbone": "resnet18", "seed": 9}]
     raw = {"cohort": {"base": {"weights": "pretrained"}, "peers": peers}}
     assert base_models(Config.parse(raw)) == ["timm/resnet18.a1_in1k", "a/own"]
     assert base_models(Config.parse({**raw, "train": {"init_from": "run"}})) == []
     assert base_models(Config()) == []
-    low, high = wilson_interval(0.5, 100)  # Newcombe 1998, and https://en.wikipedia.org: 0.404 to 0.596
-    assert (round(low, 3), round(high, 3)) == (0.404, 0.596)
-    assert wilson_interval(1.0, 40)[1] == 1.0 and wilson_interval(0.0, 40)[0] == 0.0
     assert changed_settings(Config()) == {"cohort": {"peers": [{}, {}]}}
     changed = changed_settings(Config.parse({"loss": {"metric": {"name": "ProxyAnchorLoss"}}}))
     assert changed["loss"] == {"metric": {"name": "ProxyAnchorLoss"}}

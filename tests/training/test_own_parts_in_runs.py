@@ -50,7 +50,7 @@ def test_code_of_a_run_needs_consent(run: Path) -> None:
         load_cohort(run)
     results = evaluate(run, trust_code=True)
     cohort = load_cohort(run, trust_code=True)
-    assert results["peers"]["peer0"].keys() == {"recall@1", "recall@2", "map@r", "r_precision"}
+    assert results["peers"]["peer0"].keys() > {"recall@1", "recall@2", "map@r", "r_precision"}
     embeddings = cohort.embed(torch.zeros(2, 3, 36, 36, dtype=torch.uint8))
     assert embeddings.shape == (2, 32) and np.allclose(np.linalg.norm(embeddings, axis=1), 1)
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import yaml
-from conftest import assert_same, tiny
+from conftest import as_in_training, assert_same, tiny
 
 from ray_dmml import Config, UserError, evaluate, train
 from ray_dmml.checkpoint.peer_state import decode_peer
@@ -113,7 +113,7 @@ def test_results_have_their_form(run: Path) -> None:
     assert list(results["untrained"]) == list(results["peers"]) == ["peer0", "peer1"]
     rows = [*results["untrained"].values(), *results["peers"].values()]
     for found in [*rows, results["untrained_ensemble"], results["ensemble"]]:
-        assert list(found) == ["recall@1", "recall@2", "map@r", "r_precision"]
+        assert list(found)[:4] == ["recall@1", "recall@2", "map@r", "r_precision"]
         assert all(0 <= value <= 1 for value in found.values())
         assert found["recall@1"] <= found["recall@2"]
     assert results["untrained"] != results["peers"]
@@ -221,7 +221,7 @@ def test_without_test_the_test_classes_are_never_read(image_folder: Path, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     validation = {row["step"]: row["validation"] for row in rows if "validation" in row}
     at_step = validation[results["step"]]
-    assert {"peers": results["peers"], "ensemble": results["ensemble"]} == at_step
+    assert as_in_training({key: results[key] for key in ("peers", "ensemble")}) == at_step
     raw["data"]["validation_fraction"] = 0
     with pytest.raises(UserError, match=r"evaluation\.split is validation"):
         Config.parse(raw)
@@ -368,7 +368,7 @@ def test_weights_alone_after_the_end(run: Path, settings: dict[str, Any], tmp_pa
         with pytest.raises(UserError, match=r"kept only its weights \(checkpoint\.final: weights\).*train\.init_from="):
             train(again, resume=direct, local=True)
     started = train(changed(settings, train={"init_from": direct, "steps": 1}), tmp_path / "started", local=True)
-    assert started["untrained"] == before["peers"]
+    assert started["untrained"] == as_in_training(before["peers"])
 
 
 def test_only_the_number_of_steps_and_what_is_written_may_change(
@@ -405,8 +405,8 @@ def test_init_from_starts_from_the_weights_of_another_run(run: Path, settings: d
     shutil.rmtree(other)
     assert figures(train(resume=tmp_path / "run", local=True)) == figures(results)
     before = json.loads((run / "results.json").read_text())
-    assert results["untrained"] == before["peers"]
-    assert results["untrained_ensemble"] == before["ensemble"]
+    assert results["untrained"] == as_in_training(before["peers"])
+    assert results["untrained_ensemble"] == as_in_training(before["ensemble"])
     rows = metrics(tmp_path / "run")
     assert rows[0]["step"] == 1
     for name in ("peer0", "peer1"):

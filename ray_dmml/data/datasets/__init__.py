@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -101,7 +102,14 @@ def _require_two_classes(images: ImageSet, split: str, findings: Findings) -> bo
 
 def _require_queries(images: ImageSet, findings: Findings) -> None:
     """It is a fault if the test images cannot be evaluated."""
-    if _require_two_classes(images, "test", findings) and not images.can_be_evaluated():
+    if not _require_two_classes(images, "test", findings) or images.can_be_evaluated():
+        return
+    if replace(images, exclude=None).can_be_evaluated():
+        findings.fault(
+            "no test image has another of its class to find, because those of its class have the same value in the "
+            "column that data.exclude_same names; set data.exclude_same=null to match them"
+        )
+    else:
         findings.fault(
             "no test image has another of its class to find: every query needs an image of its "
             "class in the gallery (is_query and is_gallery of a manifest)"

@@ -2,7 +2,8 @@
 
 Its columns are ``path``, ``label``, ``split`` (``train``, or ``validation`` for the test classes), for query against
 gallery ``is_query`` and ``is_gallery``, and for a part of an image ``x_1``, ``x_2``, ``y_1`` and ``y_2``. Without the
-column ``split`` all rows train. Other columns (``category``, ``sequence``) are not used, which a note says.
+column ``split`` all rows train. Results are also given by ``category``. Images with the same ``sequence`` (or the same
+value in the column that ``data.exclude_same`` names) are not matched with each other. A note names all other columns.
 https://open-metric-learning.readthedocs.io/en/latest/oml/data.html
 """
 
@@ -31,6 +32,7 @@ FLAGS = {"": False, "0": False, "0.0": False, "false": False, "1": True, "1.0": 
 FLAG_COLUMNS = ("is_query", "is_gallery")
 BOX_COLUMNS = ("x_1", "x_2", "y_1", "y_2")
 COLUMNS = ("path", "label", "split", *FLAG_COLUMNS, *BOX_COLUMNS)
+CATEGORY, SEQUENCE = "category", "sequence"
 
 # Columns by their names in lower case without underscores, and two frequent slips.
 _MEANT = {column.replace("_", ""): column for column in COLUMNS} | {"splits": "split", "spilt": "split"}
@@ -46,6 +48,9 @@ class _Row(NamedTuple):
     is_query: bool
     is_gallery: bool
     box: Box | None
+    category: str
+    sequence: str
+    """The cell of the column that ``data.exclude_same`` names."""
 
 
 def load(config: DataConfig, root: Path, findings: Findings) -> tuple[ImageSet | None, ImageSet | None]:
@@ -59,7 +64,7 @@ def load(config: DataConfig, root: Path, findings: Findings) -> tuple[ImageSet |
         UserError: the manifest is wrong; the message names the file and the line.
     """
     manifest = config.manifest or Path()
-    rows = _read(manifest, root, findings)
+    rows = _read(manifest, root, config.exclude_same, findings)
     train, test = ([row for row in rows if row.split == split] for split in ("train", "validation"))
     both = sorted({row.label for row in train} & {row.label for row in test})
     if both and config.split_by == "class":
@@ -78,17 +83,30 @@ def _image_set(rows: list[_Row], root: Path, config: DataConfig) -> ImageSet:
     number = {name: label for label, name in enumerate(names)}
     query = np.flatnonzero([row.is_query for row in rows])
     gallery = np.flatnonzero([row.is_gallery for row in rows])
+    has_flags = len(query) > 0 or len(gallery) > 0
     return ImageSet(
         FileImages(
             root, [row.path for row in rows], config.decode_size, config.resize, boxes=[row.box for row in rows]
         ),
         np.array([number[row.label] for row in rows], dtype=np.int64),
         tuple(names),
-        *((query, gallery) if len(query) or len(gallery) else ()),
+        query if has_flags else None,
+        gallery if has_flags else None,
+        _numbers([row.sequence for row in rows]),
+        tuple(row.category for row in rows) if any(row.category for row in rows) else None,
     )
 
 
-def _read(manifest: Path, root: Path, findings: Findings) -> list[_Row]:
+def _numbers(values: Sequence[str]) -> np.ndarray | None:
+    """(N,) int64: equal for images with the same value, and a number of its own for an image without one. None: no
+    image has a value."""
+    if not any(values):
+        return None
+    known: dict[str | int, int] = {}
+    return np.array([known.setdefault(value or index, len(known)) for index, value in enumerate(values)], np.int64)
+
+
+def _read(manifest: Path, root: Path, exclude_same: str | None, findings: Findings) -> list[_Row]:
     """The rows whose files exist."""
     try:
         if manifest.exists() and not manifest.is_file():
@@ -96,20 +114,20 @@ def _read(manifest: Path, root: Path, findings: Findings) -> list[_Row]:
         with manifest.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(lines_of(file))
             reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
-            if not _has_columns(manifest, names, findings):
+            if not _has_columns(manifest, names, exclude_same, findings):
                 return []
-            return _read_rows(reader, f"manifest {manifest}", root, findings)
+            return _read_rows(reader, f"manifest {manifest}", root, exclude_same, findings)
     except OSError as error:
         raise UserError(f"data.manifest {manifest} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"data.manifest {manifest} is not a CSV file in UTF-8: {error}") from None
 
 
-def _has_columns(manifest: Path, names: Sequence[str], findings: Findings) -> bool:
+def _has_columns(manifest: Path, names: Sequence[str], exclude_same: str | None, findings: Findings) -> bool:
     """Whether the rows can be read; if not, there is a fault."""
     before = len(findings.faults)
     like = {_MEANT.get(name.lower().replace("_", "")): name for name in names}
-    for column in COLUMNS:
+    for column in dict.fromkeys((*COLUMNS, CATEGORY, exclude_same or CATEGORY)):
         if names.count(column) > 1:
             findings.fault(f"manifest {manifest} has two columns '{column}'")
         is_needed = column in ("path", "label") or (column in BOX_COLUMNS and not set(BOX_COLUMNS).isdisjoint(names))
@@ -120,14 +138,18 @@ def _has_columns(manifest: Path, names: Sequence[str], findings: Findings) -> bo
                 f"manifest {manifest} has no column '{column}'; its first line must name path, label and, if "
                 "wanted, split, is_query and is_gallery, and the box of an image (x_1, x_2, y_1, y_2)"
             )
-    unused = [_cut(name) for name in names if name and name not in COLUMNS]
+    if exclude_same not in (None, SEQUENCE, *names):
+        findings.fault(f"manifest {manifest} has no column {_cut(str(exclude_same))!r}, which data.exclude_same names")
+    unused = [_cut(name) for name in names if name and name not in (*COLUMNS, CATEGORY, exclude_same)]
     if unused:
         more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
         findings.note(f"columns of manifest {manifest} that are not used: {', '.join(unused[:SHOWN])}{more}")
     return len(findings.faults) == before
 
 
-def _read_rows(reader: csv.DictReader[str], name: str, root: Path, findings: Findings) -> list[_Row]:
+def _read_rows(
+    reader: csv.DictReader[str], name: str, root: Path, exclude_same: str | None, findings: Findings
+) -> list[_Row]:
     files = ListedFiles(root)
     rows: dict[tuple[str, Box | None], _Row] = {}
     missing: list[str] = []
@@ -136,7 +158,7 @@ def _read_rows(reader: csv.DictReader[str], name: str, root: Path, findings: Fin
         if "split" not in (reader.fieldnames or ()):
             cells["split"] = "train"
         try:
-            row = _parse(cells, files, root, where)
+            row = _parse(cells, files, root, exclude_same, where)
             path = files.find(row.path)
             if path is None:
                 missing.append(row.path)
@@ -163,7 +185,7 @@ def _cut(text: str) -> str:
     return shorten(printable(text))
 
 
-def _parse(row: dict[str, str], files: ListedFiles, root: Path, where: str) -> _Row:
+def _parse(row: dict[str, str], files: ListedFiles, root: Path, exclude_same: str | None, where: str) -> _Row:
     if any(row.get(None) or ()):  # type: ignore[call-overload]  # cells beyond those of the header
         raise UserError(f"{where}: there are more cells than columns; quote a cell that has a comma in it")
     cells = {column: (row.get(column) or "").strip() for column in COLUMNS}
@@ -181,8 +203,12 @@ def _parse(row: dict[str, str], files: ListedFiles, root: Path, where: str) -> _
     path = files.relative(cells["path"])
     if path is None:
         raise UserError(f"{where}: {_cut(cells['path'])} is outside data.root {root}")
-    label = unicodedata.normalize("NFC", cells["label"])  # nobody sees in which form an é is written
-    return _Row(path, label, cells["split"], is_query, is_gallery, _parse_box(cells, where))
+    # Nobody sees in which form an é is written.
+    label, category, sequence = (
+        unicodedata.normalize("NFC", (row.get(column) or "").strip())
+        for column in ("label", CATEGORY, exclude_same or "")
+    )
+    return _Row(path, label, cells["split"], is_query, is_gallery, _parse_box(cells, where), category, sequence)
 
 
 def _parse_box(cells: dict[str, str], where: str) -> Box | None:

@@ -68,6 +68,13 @@ def _problem(images: ImageSet, size: int) -> str | None:
         indices: Any = getattr(images, which)
         if indices is not None and not _are_indices(indices, len(labels)):
             return f"{which} must be None or an int64 array of indices, 0 to {len(labels) - 1}"
+    exclude, categories = images.exclude, images.categories
+    if exclude is not None and not (_are_numbers(exclude) and exclude.shape == labels.shape):
+        return f"exclude must be None or an int64 array with one entry for each of the {len(labels)} images"
+    if categories is not None and not (
+        len(categories) == len(labels) and all(isinstance(name, str) for name in categories)
+    ):
+        return f"categories must be None or a text for each of the {len(labels)} images"
     if not isinstance(name := images.source.name(0), str):
         return f"name() must give a text, and gives a {type(name).__name__}"
     image: Any = images.source.read(0)
@@ -78,5 +85,8 @@ def _problem(images: ImageSet, size: int) -> str | None:
 
 
 def _are_indices(indices: Any, number: int) -> bool:
-    is_array = isinstance(indices, np.ndarray) and indices.dtype == np.int64 and indices.ndim == 1
-    return is_array and bool(np.all((indices >= 0) & (indices < number)))
+    return _are_numbers(indices) and bool(np.all((indices >= 0) & (indices < number)))
+
+
+def _are_numbers(numbers: Any) -> bool:
+    return isinstance(numbers, np.ndarray) and numbers.dtype == np.int64 and numbers.ndim == 1

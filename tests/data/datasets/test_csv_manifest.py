@@ -69,6 +69,41 @@ def test_flags_of_training_rows_count_once_they_are_held_out(tmp_path):
         load_splits(listed(tmp_path, FULL_HEAD + lonely + test, validation_fraction=0.5))
 
 
+def test_categories_and_sequences(tmp_path):
+    """Images of one sequence exclude each other, those without one nobody; also once classes are held out."""
+    head = "path,label,split,category,sequence,burst\n"
+    train = "".join(f"a/{c}{i}.png,{c},train,fruit,{i // 2},\n" for c in "pqrs" for i in range(4))
+    cells = (
+        "1.png,x,validation,car,7,u",
+        "2.png,x,validation,car,7,",
+        "3.png,x,validation,,,u",
+        "4.png,y,validation,,,",
+    )
+    config = listed(tmp_path, head + train + "".join(f"b/{row}\n" for row in cells), validation_fraction=0.5)
+    splits = load_splits(config)
+    assert splits.test.categories == ("car", "car", "", "")
+    one, two, three, four = splits.test.exclude.tolist()
+    assert one == two and len({two, three, four}) == 3
+    assert splits.test.num_evaluated() == 3  # two images find the third one, which finds both
+    assert splits.validation.categories == ("fruit",) * 8
+    groups = splits.validation.exclude.reshape(2, 2, 2)
+    assert (groups[..., 0] == groups[..., 1]).all() and (groups[:, 0] != groups[:, 1]).all()
+    others = load_splits(config.model_copy(update={"exclude_same": "burst"}))
+    one, two, three, four = others.test.exclude.tolist()
+    assert one == three and len({one, two, four}) == 3 and others.train.exclude is None
+    assert load_splits(config.model_copy(update={"exclude_same": None})).test.exclude is None
+    assert splits.test.digest() != others.test.digest()
+    with pytest.raises(UserError, match=r"has no column 'shot', which data\.exclude_same names"):
+        load_splits(config.model_copy(update={"exclude_same": "shot"}))
+
+
+def test_a_sequence_that_holds_a_whole_class_leaves_nothing_to_find(tmp_path):
+    """It is a fault if that is so for all classes."""
+    rows = "".join(f"b/{c}{i}.png,{c},validation,{c}\n" for c in "xy" for i in range(2))
+    with pytest.raises(UserError, match=r"no test image .* the same value in the column that data\.exclude_same names"):
+        load_splits(listed(tmp_path, "path,label,split,sequence\n" + TRAIN.replace(",,\n", ",\n") + rows))
+
+
 @pytest.mark.parametrize("flags", ["", ",,"])
 def test_manifest_without_flags_is_all_against_all(tmp_path, flags):
     """Columns that are absent or empty mean all against all; other columns are ignored."""

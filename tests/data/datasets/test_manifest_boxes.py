@@ -145,11 +145,15 @@ def test_a_missing_column_of_the_box_is_named(root: Path) -> None:
 def test_columns_that_are_not_used_are_named_once(root: Path) -> None:
     """Others of open-metric-learning, and those of the user."""
     head = "path,label,split, category ,sequence,x_1,x_2,y_1,y_2,colour\n"
-    rows = GOOD.replace("train,", "train,cars,1,").replace("validation,", "validation,cars,2,")
+    rows = GOOD.replace("train,", "train,cars,1,").replace("validation,", "validation,cars,,")
     findings = Findings()
     load_splits(settings(root, rows.replace("\n", ",red\n"), head), findings=findings)
     (note,) = findings.notes
-    assert note.endswith("m.csv that are not used: category, sequence, colour")
+    assert note.endswith("m.csv that are not used: colour")
+    findings = Findings()
+    load_splits(settings(root, rows.replace("\n", ",\n"), head, exclude_same="colour"), findings=findings)
+    (note,) = findings.notes
+    assert note.endswith("m.csv that are not used: sequence")
     findings = Findings()
     load_splits(settings(root, GOOD), findings=findings)
     assert findings.notes == []

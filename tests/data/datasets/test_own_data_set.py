@@ -159,6 +159,8 @@ def test_mistakes_are_named(name: str, message: str) -> None:
         ({"class_names": list("abcdefga")}, r"class_names must be different texts"),
         ({"query": [0, 24]}, r"query must be None or an int64 array of indices, 0 to 23"),
         ({"gallery": [0.5]}, r"gallery must be None or an int64 array of indices, 0 to 23"),
+        ({"exclude": [0, 1]}, r"exclude must be None or an int64 array with one entry for each of the 24 images"),
+        ({"categories": ["a"]}, r"categories must be None or a text for each of the 24 images"),
         ({"name": 3}, r"name\(\) must give a text, and gives a int"),
         ({"read": "fails"}, r"an image cannot be read at .*own_data.py, line 53: ZeroDivisionError: division by zero"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from retrieval_samples import grid, naive_nearest, unit
 
+from ray_dmml.data.dataset import FileImages, ImageSet
 from ray_dmml.errors import UserError
-from ray_dmml.evaluation.metrics import retrieval_metrics
+from ray_dmml.evaluation.retrieval import retrieval_metrics, retrieve
 
 
 def naive_metrics(
@@ -20,18 +23,20 @@ def naive_metrics(
     gallery: np.ndarray,
     recall_at: tuple[int, ...],
 ) -> dict[str, float]:
-    """The metrics of queries with relevant images, one query at a time."""
+    """The metrics of queries with relevant images, one query at a time; ``ranked`` are places in the gallery."""
     results: dict[str, list[float]] = {}
     for image, order in zip(query, ranked, strict=True):
         hits = [bool(labels[gallery[j]] == labels[image]) for j in order]
         r = sum(hits)
         if r == 0:
             continue
-        for k in recall_at:
-            results.setdefault(f"recall@{k}", []).append(float(any(hits[:k])))
-        results.setdefault("r_precision", []).append(sum(hits[:r]) / r)
-        shares = [sum(hits[: i + 1]) / (i + 1) for i in range(r) if hits[i]]
-        results.setdefault("map@r", []).append(sum(shares) / r)
+        shares = [hit * sum(hits[: i + 1]) / (i + 1) for i, hit in enumerate(hits)]
+        found = {f"recall@{k}": float(any(hits[:k])) for k in recall_at}
+        found |= {f"precision@{k}": sum(hits[:k]) / min(k, r) for k in recall_at}
+        found |= {f"map@{k}": sum(shares[:k]) / min(k, r) for k in recall_at}
+        found |= {"r_precision": sum(hits[:r]) / r, "map@r": sum(shares[:r]) / r, "mrr": 1 / (hits.index(True) + 1)}
+        for key, value in found.items():
+            results.setdefault(key, []).append(value)
     return {key: sum(values) / len(values) for key, values in results.items()}
 
 
@@ -42,47 +47,79 @@ def naive_metrics(
     num_classes=st.integers(1, 30),
     chunk=st.sampled_from([None, 1, 5]),
     subset=st.booleans(),
+    bursts=st.booleans(),
+    ks=st.sampled_from([(1, 2, 100), (1,), (1, 3)]),
 )
-def test_metrics_equal_the_loops(seed: int, num: int, num_classes: int, chunk: int | None, subset: bool) -> None:
-    """Ties, classes of one image, K beyond the gallery, overlapping query and gallery, chunks."""
+def test_metrics_equal_the_loops(
+    seed: int, num: int, num_classes: int, chunk: int | None, subset: bool, bursts: bool, ks: tuple[int, ...]
+) -> None:
+    """Ties, classes of one image, K beyond the gallery, first matches beyond K, overlapping query and gallery, chunks,
+    and images that exclude each other."""
     rng = np.random.default_rng(seed)
     x, labels = grid(num, 3, seed), rng.integers(0, num_classes, num)
     all_images = np.arange(num)
     query = rng.permutation(num)[: rng.integers(1, num + 1)] if subset else all_images
     gallery = np.sort(rng.permutation(num)[: rng.integers(1, num + 1)]) if subset else all_images  # ties go by image
-    place = {image: index for index, image in enumerate(gallery.tolist())}
-    own = np.array([place.get(image, -1) for image in query.tolist()])
-    ranked = naive_nearest(x[query], x[gallery], own)
-    wanted = naive_metrics(ranked, labels, query, gallery, (1, 2, 100))
+    exclude = rng.integers(0, num, num) if bursts else all_images
+    ranked = [
+        [j for j in order if exclude[gallery[j]] != exclude[image]]
+        for image, order in zip(query, naive_nearest(x[query], x[gallery], np.full(len(query), -1)), strict=True)
+    ]
+    wanted = naive_metrics(ranked, labels, query, gallery, ks)
     arguments = {"query": query, "gallery": gallery} if subset else {}
+    arguments |= {"exclude": exclude} if bursts else {}
     if not wanted:
         with pytest.raises(UserError, match="no query has another image of its class"):
-            retrieval_metrics(x, labels, recall_at=(1, 2, 100), chunk=chunk, **arguments)
+            retrieval_metrics(x, labels, recall_at=ks, chunk=chunk, **arguments)
         return
-    got = retrieval_metrics(x, labels, recall_at=(1, 2, 100), chunk=chunk, **arguments)
+    got = retrieval_metrics(x, labels, recall_at=ks, chunk=chunk, **arguments)
     assert set(got) == set(wanted)
     assert got == pytest.approx(wanted, abs=1e-12)
 
 
 @pytest.mark.parametrize("split", [False, True])
 def test_metrics_equal_pytorch_metric_learnings(split: bool) -> None:
-    """For random floats: its precision_at_1, r_precision and mean_average_precision_at_r."""
+    """For random floats, to 1e-6, as means over queries and over classes; MRR also where the first match is far."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 12, 300)
     x = unit(300, 16) + 0.5 * unit(12, 16, seed=1)[labels]
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
-    calculator = AccuracyCalculator(include=names, k="max_bin_count")
+    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r", "mean_reciprocal_rank")
     query, gallery = (np.arange(100), np.arange(100, 300)) if split else (None, None)
-    if split:
-        theirs = calculator.get_accuracy(x[query], labels[query], x[gallery], labels[gallery])
-    else:
-        theirs = calculator.get_accuracy(x, labels)
-    ours = retrieval_metrics(x, labels, recall_at=[1], query=query, gallery=gallery)
-    assert [ours["recall@1"], ours["r_precision"], ours["map@r"]] == pytest.approx(
-        [theirs[name] for name in names], abs=1e-6
-    )
-    assert 0.2 < ours["recall@1"] < 1
+    images = ImageSet(FileImages(Path(), map(str, range(300)), 8), labels, tuple("abcdefghijkl"), query, gallery)
+    ours = retrieve(x, images, recall_at=[1])
+    assert ours.first_match.max() > ours.num_relevant.max()
+    for is_macro, means in ((False, ours.means()), (True, ours.macro_means(labels))):
+        calculator = AccuracyCalculator(include=names, k=None, avg_of_avgs=is_macro)
+        if split:
+            theirs = calculator.get_accuracy(x[query], labels[query], x[gallery], labels[gallery])
+        else:
+            theirs = calculator.get_accuracy(x, labels)
+        found = [means[name] for name in ("recall@1", "r_precision", "map@r", "mrr")]
+        assert found == pytest.approx([theirs[name] for name in names], abs=1e-6)
+        assert 0.2 < means["recall@1"] < 1
+
+
+def test_what_is_kept_of_a_search() -> None:
+    """The nearest images of each query with their similarities, -1 where the gallery is smaller; only queries that have
+    something to find; the same recall without the other metrics."""
+    labels, gallery = np.array([0, 0, 1, 1, 2, 0]), np.array([0, 2, 3, 5])
+    x = unit(6, 4)
+    images = ImageSet(FileImages(Path(), "abcdef", 8), labels, ("x", "y", "z"), np.arange(6), gallery)
+    found = retrieve(x, images, recall_at=[2], keep=5)
+    assert found.queries.tolist() == [0, 1, 2, 3, 5] and found.num_relevant.tolist() == [1, 2, 1, 1, 1]
+    for row, query in enumerate(found.queries):
+        order = sorted((i for i in gallery.tolist() if i != query), key=lambda i: -float(x[i] @ x[query]))
+        padding = 5 - len(order)
+        assert found.neighbors[row].tolist() == order + [-1] * padding
+        wanted = [float(x[i] @ x[query]) for i in order] + [np.nan] * padding
+        np.testing.assert_allclose(found.similarities[row], wanted, atol=1e-6)
+        assert labels[order[found.first_match[row] - 1]] == labels[query]
+        assert not (labels[order[: found.first_match[row] - 1]] == labels[query]).any()
+    few = retrieve(x, images, recall_at=[2], keep=0, all_metrics=False)
+    assert list(few.values) == ["recall@1", "recall@2", "map@r", "r_precision"]
+    for metric, values in few.values.items():
+        assert values.tolist() == found.values[metric].tolist()
 
 
 @settings(max_examples=20, deadline=None)
@@ -124,6 +161,7 @@ def test_chunks_change_nothing() -> None:
         ({"recall_at": [1], "query": [12]}, "query must hold indices from 0 to 9"),
         ({"recall_at": [1], "query": [[1]]}, "query must hold indices .*, in one dimension"),
         ({"recall_at": [1], "labels": np.arange(9)}, r"10 embeddings have labels of shape \(9,\)"),
+        ({"recall_at": [1], "exclude": np.arange(9)}, r"10 images have numbers of shape \(9,\)"),
     ],
 )
 def test_mistakes_are_named(arguments: dict[str, object], message: str) -> None:
