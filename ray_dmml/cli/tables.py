@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ray_dmml.data.decoding import printable
 from ray_dmml.loggers.figures import describe_images, describe_unevaluated, heading, main_metrics, rows_of
 from ray_dmml.loggers.tables import print_table
 
@@ -87,6 +86,8 @@ def details_tables(results: Mapping[str, Any], console: Console) -> None:
 def _groups_table(
     rows: Sequence[Mapping[str, Any]], name: str, plural: str, metrics: Sequence[str], console: Console
 ) -> None:
+    from ray_dmml.data.decoding import printable  # it loads torch, for which --help should not wait
+
     names = [key for key in ("category", "class") if key in rows[0]]
     more = f", the worst {MAX_GROUPS} of {len(rows):,}" if len(rows) > MAX_GROUPS else ""
     table = _table(f"{plural} by the ensemble{more}, %", [name, *(each for each in names if each != name), "queries"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import timm
-from conftest import tiny
+from conftest import as_in_training, tiny
 from tune_helpers import ANGLE, make_search
 
 from ray_dmml.config.schema import Config
@@ -41,7 +41,7 @@ def test_a_trial_of_one_run_reports_at_each_evaluation(raw: dict[str, Any], tmp_
     results = json.loads((tmp_path / "a" / "fold0-seed0" / "results.json").read_text())
     assert results["split"] == "validation"
     assert trial.objective == reports[-1]["objective"] == results["ensemble"]["recall@1"]
-    assert trial.reports[-1]["figures"]["peers"] == results["peers"]
+    assert trial.reports[-1]["figures"]["peers"] == as_in_training(results["peers"])
 
 
 def test_the_objective_is_the_mean_over_folds_and_seeds(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -78,7 +78,9 @@ def test_frozen_peers_of_a_sampled_cohort_do_not_count(raw: dict[str, Any], tmp_
     run_trial({"cohort.peers": json.dumps(cohorts[1])}, search, tmp_path / "a", reports.append, local=True)
     student = json.loads((tmp_path / "a" / "fold0-seed0" / "results.json").read_text())["peers"]["peer0"]
     assert reports[-1]["objective"] == student["recall@1"]
-    assert Trial.load(tmp_path / "a" / "trial.json").reports[-1]["figures"]["peers"] == {"peer0": student}
+    assert Trial.load(tmp_path / "a" / "trial.json").reports[-1]["figures"]["peers"] == {
+        "peer0": as_in_training(student)
+    }
     file = next((tmp_path / "a").glob("fold0-seed0/checkpoints/step-*2/peer0/weights.safetensors"))
     assert reports[-1]["cost"] == pytest.approx(file.stat().st_size / 4e6)
 
