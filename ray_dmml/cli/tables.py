@@ -29,6 +29,8 @@ def results_table(results: Mapping[str, Any], console: Console) -> None:
     metrics = main_metrics(results)
     table = _table(title, ["", *map(heading, metrics)])
     *rows, ensemble = rows_of(results)
+    if ensemble[2]:
+        table.caption = "± is half of a 95 % interval, by bootstrap over classes"
 
     def add_row(name: str, figures: Mapping[str, float], intervals: Mapping[str, Interval], style: str = "") -> None:
         # A dash for a metric that was not measured, because `recall_at` was changed on resume.
@@ -101,7 +103,7 @@ def _groups_table(
 
 
 def _table(title: str, headings: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="", header_style="bold")
+    table = Table(title=title, title_justify="left", title_style="", header_style="bold", caption_justify="left")
     for number, text in enumerate(headings):
         table.add_column(text, justify="right" if number else "left")
     return table

@@ -17,7 +17,8 @@ Key = TypeVar("Key")
 Values = dict[str, NDArray[np.float64]]
 """(Q,) the figures of the queries, by the name of the metric."""
 
-_BLOCK_ENTRIES = 2**22  # similarities at a time, where the first relevant image is beyond the search
+_MIN_DEPTH = 100  # of a search, so that the first relevant image is seldom beyond it
+_BLOCK_ENTRIES = 2**22  # similarities at a time, where it is
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +186,7 @@ def _retrieve(
     all_against_all = np.array_equal(queries, everything) and np.array_equal(searched, everything)
     points = embeddings if all_against_all else embeddings[queries]
     others = embeddings if all_against_all else embeddings[searched]
-    depth = max(*ks, keep, int(num_relevant.max()))  # one search for all metrics
+    depth = max(*ks, keep, int(num_relevant.max()), _MIN_DEPTH if all_metrics else 1)  # one search for all metrics
     names = ["map@r", "r_precision", *(f"{name}@{k}" for name in ("precision", "map") for k in ks if all_metrics)]
     precisions = {name: np.empty(len(queries)) for name in names}
     first_match = np.empty(len(queries), np.int64)

@@ -77,18 +77,34 @@ def test_metrics_equal_the_loops(
     assert got == pytest.approx(wanted, abs=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [None, 50])
+def test_first_matches_beyond_the_search_have_their_rank(chunk: int | None) -> None:
+    """Pairs in embeddings that say nothing of them, full of ties; images that exclude each other do not count."""
+    rng = np.random.default_rng(0)
+    x, labels, exclude = grid(240, 3), rng.permutation(240) // 2, rng.permutation(240) // 20
+    query, gallery = np.arange(0, 240, 7), np.arange(240)
+    ranked = [
+        [j for j in order if exclude[j] != exclude[image]]
+        for image, order in zip(query, naive_nearest(x[query], x, np.full(len(query), -1)), strict=True)
+    ]
+    wanted = naive_metrics(ranked, labels, query, gallery, (1, 5))
+    got = retrieval_metrics(x, labels, recall_at=(1, 5), query=query, gallery=gallery, exclude=exclude, chunk=chunk)
+    assert got == pytest.approx(wanted, abs=1e-12)
+    assert 1 / got["mrr"] > 20  # most of the first matches are far
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_metrics_equal_pytorch_metric_learnings(split: bool) -> None:
     """For random floats, to 1e-6, as means over queries and over classes; MRR also where the first match is far."""
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 12, 300)
-    x = unit(300, 16) + 0.5 * unit(12, 16, seed=1)[labels]
+    labels = rng.permutation(300) // 3
+    x = unit(300, 16) + 0.7 * unit(100, 16, seed=1)[labels]
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     names = ("precision_at_1", "r_precision", "mean_average_precision_at_r", "mean_reciprocal_rank")
     query, gallery = (np.arange(100), np.arange(100, 300)) if split else (None, None)
-    images = ImageSet(FileImages(Path(), map(str, range(300)), 8), labels, tuple("abcdefghijkl"), query, gallery)
+    images = ImageSet(FileImages(Path(), map(str, range(300)), 8), labels, tuple(map(str, range(100))), query, gallery)
     ours = retrieve(x, images, recall_at=[1])
-    assert ours.first_match.max() > ours.num_relevant.max()
+    assert ours.first_match.max() > 100
     for is_macro, means in ((False, ours.means()), (True, ours.macro_means(labels))):
         calculator = AccuracyCalculator(include=names, k=None, avg_of_avgs=is_macro)
         if split:
@@ -97,7 +113,7 @@ def test_metrics_equal_pytorch_metric_learnings(split: bool) -> None:
             theirs = calculator.get_accuracy(x, labels)
         found = [means[name] for name in ("recall@1", "r_precision", "map@r", "mrr")]
         assert found == pytest.approx([theirs[name] for name in names], abs=1e-6)
-        assert 0.2 < means["recall@1"] < 1
+        assert 0.05 < means["recall@1"] < 0.9
 
 
 def test_what_is_kept_of_a_search() -> None:
@@ -122,7 +138,7 @@ def test_what_is_kept_of_a_search() -> None:
         assert values.tolist() == found.values[metric].tolist()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), num=st.integers(4, 40), whole=st.booleans())
 def test_the_order_of_queries_and_gallery_changes_nothing(seed: int, num: int, whole: bool) -> None:
     """To the bit, also with ties, and where queries and gallery are as many as the images."""
