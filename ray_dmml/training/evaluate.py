@@ -115,8 +115,6 @@ def embed_run(
         split, splits = OTHER_IMAGES, _other_images(config, run_dir)
     which = "test" if split == OTHER_IMAGES else split
     images: ImageSet = getattr(splits, which)
-    for problem in warn_of_small_gallery(images, config.evaluation.recall_at):
-        raise UserError(problem)
     place = None if is_unchanged else _place(config.data)
     config = _without_peers(config, source.dropped, run_dir)
     embeddings = _embed(config, splits, which, source)
@@ -154,12 +152,14 @@ def evaluate(
         :mod:`~ray_dmml.evaluation.details`.
 
     Raises:
-        UserError: see :func:`embed_run`; or ``embeddings`` exists or cannot be written, or the peers are too many for
-            ``subsets``.
+        UserError: see :func:`embed_run`; or a K of ``evaluation.recall_at`` is not below the size of the gallery,
+            ``embeddings`` exists or cannot be written, or the peers are too many for ``subsets``.
     """
     if embeddings is not None:
         require_new(Path(embeddings))
     embedded = embed_run(run, weights, data=data, config=config, trust_code=trust_code)
+    for problem in warn_of_small_gallery(embedded.images, embedded.config.evaluation.recall_at):
+        raise UserError(problem)
     evaluation = embedded.evaluation()
     if embeddings is not None:
         write_embeddings(Path(embeddings), evaluation.images, evaluation.embeddings)
