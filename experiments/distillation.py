@@ -243,7 +243,12 @@ def main(
             raise UserError(f"{folder} has no config.yaml")
         if not report:
             fixed = {"evaluation.weights": "last", "evaluation.untrained": False, "evaluation.recall_at": [1]}
-            fixed |= {"train.evaluate_every": 0, "train.tensorboard": False, "checkpoint.num_to_keep": 1}
+            fixed |= {
+                "train.evaluate_every": 0,
+                "train.tensorboard": False,
+                "train.report": False,
+                "checkpoint.num_to_keep": 1,
+            }
             base = Config.load(folder / "config.yaml", settings or ()).with_overrides(fixed)
             if seeds > (most := round(1 / (base.data.validation_fraction or 1))):
                 raise UserError(f"{seeds} seeds need so many folds, and data.validation_fraction gives {most}")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ray_dmml.losses.similarity import similarity_loss
     from ray_dmml.training.distill import distill
     from ray_dmml.training.evaluate import evaluate
+    from ray_dmml.training.report import write_report
     from ray_dmml.training.run import train
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "similarity_loss",
     "train",
     "update_index",
+    "write_report",
 ]
 
 _HOMES = {
@@ -83,6 +85,7 @@ _HOMES = {
     "similarity_loss": "ray_dmml.losses.similarity",
     "train": "ray_dmml.training.run",
     "update_index": "ray_dmml.index.build",
+    "write_report": "ray_dmml.training.report",
 }
 
 

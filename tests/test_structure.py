@@ -16,7 +16,7 @@ FLOORS = (
     {"errors", "config", "filesystem", "randomness", "cores", "interruption"},
     {"data", "models", "losses", "checkpoint"},
     {"evaluation", "loggers", "peer", "pushed"},
-    {"cohort"},
+    {"cohort", "report"},
     {"ray_backend"},
     {"training"},
     {"inference", "tune"},

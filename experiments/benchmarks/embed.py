@@ -85,7 +85,7 @@ def _prepare(folder: Path) -> tuple[Path, Path]:
     raw: dict[str, Any] = {
         "data": data | {"classes_per_batch": 2, "images_per_class": 2},
         "cohort": {"peers": [{"backbone": BACKBONE, "embedding_size": 128}]},
-        "train": {"steps": 1, "evaluate_every": 0},
+        "train": {"steps": 1, "evaluate_every": 0, "report": False},
     }
     train(Config.parse(raw), folder / "run", local=True, progress=False)
     return folder / "run", images

@@ -39,7 +39,7 @@ def trained_index(folder: Path) -> Path:
     settings = {
         "data": {"name": "imagefolder", "root": str(images), "classes_per_batch": 2, "images_per_class": 2},
         "cohort": {"base": peer, "peers": [{}, {}]},
-        "train": {"steps": 1},
+        "train": {"steps": 1, "report": False},
         "evaluation": {"untrained": False},
     }
     train(Config.parse(settings), folder / "run", local=True, progress=False)

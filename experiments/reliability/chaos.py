@@ -88,7 +88,7 @@ def settings(root: Path, transport: str, variant: str) -> dict[str, Any]:
                 {"backbone": "test_resnet", "view": "strong", "optimizer": {"name": "adamw"}},
             ],
         },
-        "train": {"steps": STEPS, "evaluate_every": 20, "log_every": 5, "tensorboard": False},
+        "train": {"steps": STEPS, "evaluate_every": 20, "log_every": 5, "tensorboard": False, "report": False},
         "evaluation": {"recall_at": [1], "untrained": False},
         "checkpoint": {"every_steps": 10},
         "failure": {"heartbeat_timeout_s": SILENCE_S, "max_failures": 30, "node_timeout_s": 10},

@@ -66,7 +66,7 @@ def make_run(folder: Path) -> None:
             "base": {"backbone": "test_resnet", "input_size": 32, "embedding_size": 16},
             "peers": [{}, {"view": "weak"}],
         },
-        "train": {"steps": 1, "evaluate_every": 0},
+        "train": {"steps": 1, "evaluate_every": 0, "report": False},
     }
     train(Config.parse(raw), folder / "run", local=True, progress=False)
 

@@ -78,7 +78,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="ray-dmml-soak-") as folder:
         make_images(Path(folder) / "images")
         raw: dict[str, Any] = settings(Path(folder) / "images", transport, "three")
-        raw["train"] |= {"steps": steps, "evaluate_every": max(1, steps // 20), "log_every": 50}
+        raw["train"] |= {"steps": steps, "evaluate_every": max(1, steps // 20), "log_every": 50, "report": False}
         raw["checkpoint"] = {"every_steps": max(1, steps // 40)}
         ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         watcher = threading.Thread(target=watch, daemon=True)

@@ -20,6 +20,7 @@ from ray_dmml.cli.evaluate import evaluate
 from ray_dmml.cli.export import export
 from ray_dmml.cli.index import index
 from ray_dmml.cli.push import push
+from ray_dmml.cli.report import report
 from ray_dmml.cli.search import search
 from ray_dmml.cli.serve import serve
 from ray_dmml.cli.train import train
@@ -33,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, embed, index, search, serve, export, push, tune, distill, config):
+for _command in (train, evaluate, report, embed, index, search, serve, export, push, tune, distill, config):
     app.command(cls=Command)(_command)
 app.add_typer(data_app, name="data")
 

@@ -109,6 +109,8 @@ def train_and_show(
         print_json(results)
     else:
         results_table(results, console)
+    if settings.train.report and (report := RunDir(run).report_file).exists():
+        print_line(console, f"report: {report}")
     print_line(console, f"run: {run}  ({elapsed(began)})")
 
 

@@ -45,6 +45,9 @@ class Cohort(Protocol):
     waited: dict[str, float]
     """Seconds that each peer has waited for embeddings of the others."""
 
+    seconds: dict[str, dict[str, float]]
+    """Seconds that each peer has spent in each phase of its steps, see :mod:`~ray_dmml.cohort.phases`."""
+
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
         """Trains steps ``start .. stop - 1``; calls ``on_step`` with the number of steps that every peer has finished.
 

@@ -14,6 +14,7 @@ import torch
 from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 from ray_dmml.checkpoint.store import PeerFiles
 from ray_dmml.cohort.cohort import StepRow
+from ray_dmml.cohort.phases import PHASES, PhaseClock
 from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.config.schema import Config
 from ray_dmml.cores import num_cores
@@ -56,6 +57,8 @@ class LocalCohort:
         self._loader = BatchLoader(splits.train, build_sampler(config, splits), threads)
         self.threads = (threads,) * num_peers
         self.waited = dict.fromkeys(self.names, 0.0)
+        self._clocks = {name: PhaseClock() for name in self.names}
+        self.seconds = {name: clock.seconds for name, clock in self._clocks.items()}
         self.devices, self.transport = (str(device),) * num_peers, "in-process"
         self.nodes: tuple[str, ...] = ()
         self._threads_before = torch.get_num_threads()
@@ -72,20 +75,32 @@ class LocalCohort:
         return rows
 
     def _step(self, step: int) -> StepRow:
+        images, embedding, metric, _, update = PHASES
+        for clock in self._clocks.values():
+            clock.start()
         batch = self._loader.batch(step)
+        for clock in self._clocks.values():  # all wait for the same batch
+            clock.stop(images)
         # Teachers are the embeddings before any update of this step: all peers embed, then all update.
         outputs = []
         for peer in self.peers:
+            clock = self._clocks[peer.name]
+            clock.start()
             with explain_out_of_memory(peer, batch):
                 outputs.append(peer.forward(batch))
+            clock.stop(embedding)
         row = {}
         for position, (peer, out, teachers) in enumerate(
             zip(self.peers, outputs, self._teachers.at(step), strict=True)
         ):
+            clock = self._clocks[peer.name]
+            clock.start()
             with explain_out_of_memory(peer, batch):
                 loss = peer.metric_loss(out)
+                clock.stop(metric)
                 published = [outputs[t].published for t in teachers]
                 row[peer.name] = peer.step(out, loss, published, self._teachers.place(step, position))
+            clock.stop(update)
         return row
 
     def embeddings(self, split: str, *, ema: bool = False) -> dict[str, np.ndarray]:

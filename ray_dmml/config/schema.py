@@ -779,6 +779,10 @@ class TrainConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard events to RUN/tensorboard."""
 
+    report: bool = True
+    """Write RUN/report.html at the end of the run: a page with curves, results and pictures. `ray-dmml report` writes
+    it later."""
+
     loggers: tuple[LoggerConfig, ...] = ()
     """Loggers of your own, beside metrics.jsonl and TensorBoard."""
 

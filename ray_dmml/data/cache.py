@@ -141,6 +141,9 @@ class CachedImages:
     def num_bytes(self, index: int) -> int | None:
         return self._source.num_bytes(index)
 
+    def picture(self, index: int, at_least: int) -> Tensor:
+        return self._source.picture(index, at_least)
+
     def subset(self, indices: Sequence[int]) -> CachedImages:
         return CachedImages(self._source.subset(indices), self._cache)
 

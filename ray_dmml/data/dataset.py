@@ -13,7 +13,17 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from ray_dmml.data.decoding import Box, Resize, crop, decode, printable, reason_of, to_square
+from ray_dmml.data.decoding import (
+    Box,
+    Resize,
+    crop,
+    decode,
+    decode_content,
+    printable,
+    read_file,
+    reason_of,
+    to_square,
+)
 from ray_dmml.errors import UserError
 from ray_dmml.randomness import derive_seed
 
@@ -103,6 +113,21 @@ class FileImages:
             image, box = decode(self.root / self.paths[index]), self.boxes[index]
             return to_square(image if box is None else crop(image, box), self.decode_size, self.resize)
         except Exception as error:  # a corrupt file makes decoders raise nearly anything
+            raise self._bad(index, error) from error
+
+    def picture(self, index: int, at_least: int) -> Tensor:
+        """The image for a person: uint8 (3, H, W) in its own proportions.
+
+        Args:
+            at_least: the image may be decoded smaller, with both sides of so many pixels or more.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+        try:
+            content, box = read_file(self.root / self.paths[index]), self.boxes[index]
+            return decode_content(content, at_least=at_least) if box is None else crop(decode_content(content), box)
+        except Exception as error:
             raise self._bad(index, error) from error
 
     def _bad(self, index: int, error: Exception) -> BadImageError:

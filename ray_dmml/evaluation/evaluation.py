@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,10 +21,14 @@ from ray_dmml.evaluation.verification import Pairs, verification
 Figures = dict[str, Any]
 """``{"peers": {name: {"recall@1": ...}}, "ensemble": {"recall@1": ...}}``, all as fractions. Final figures of a run
 with several frozen peers also have ``teachers_ensemble``. Those of untrained peers also have ``split``, ``test`` or
-``validation``, and ``backbones``: the figures of each peer's features before the head."""
+``validation``, and ``backbones``: the figures of each peer's features before the head. Those during training also have
+``agreement`` if there are several peers, see :func:`agreement`."""
 
 ENSEMBLE, TEACHERS = "ensemble", "teachers_ensemble"
 """Systems that are no peer: the concatenation of all peers, and that of the frozen ones."""
+
+KINDS = ("both", "only_first", "only_second", "neither")
+"""Which of two peers find a query."""
 
 T = TypeVar("T")
 
@@ -154,14 +159,33 @@ def warn_of_small_gallery(images: ImageSet, recall_at: Sequence[int]) -> Iterato
 
 
 def evaluate_embeddings(embeddings: Mapping[str, Floats], images: ImageSet, recall_at: Sequence[int]) -> Figures:
-    """Recall@K, MAP@R and R-precision of each peer's (N, D) unit-length embeddings and of their concatenation.
+    """Recall@K, MAP@R and R-precision of each peer's (N, D) unit-length embeddings and of their concatenation; and, of
+    several peers, which of them find a query, see :func:`agreement`.
 
     It is for evaluations during training, which do without the other metrics of :class:`Evaluation`.
     """
     of_all = dict(embeddings)
     if len(embeddings) > 1:
         of_all[ENSEMBLE] = ensemble_embedding(list(embeddings.values()))
-    return nested({name: evaluate_vectors(vectors, images, recall_at) for name, vectors in of_all.items()})
+    systems = {
+        name: retrieve(vectors, images, recall_at=recall_at, keep=0, all_metrics=False)
+        for name, vectors in of_all.items()
+    }
+    figures = nested({name: system.means() for name, system in systems.items()})
+    if len(embeddings) > 1:
+        figures["agreement"] = agreement({name: systems[name] for name in embeddings})
+    return figures
+
+
+def agreement(peers: Mapping[str, Retrieval]) -> dict[str, dict[str, float]]:
+    """For each pair of peers, ``one/other``: the shares of the queries whose first image is right by ``both``, by
+    ``only_first``, by ``only_second``, and by ``neither``."""
+    is_found = {name: system.first_match == 1 for name, system in peers.items()}
+    found = {}
+    for (one, first), (other, second) in combinations(is_found.items(), 2):
+        shares = (first & second, first & ~second, ~first & second, ~(first | second))
+        found[f"{one}/{other}"] = {kind: float(share.mean()) for kind, share in zip(KINDS, shares, strict=True)}
+    return found
 
 
 def evaluate_vectors(vectors: Floats, images: ImageSet, recall_at: Sequence[int]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from ray_dmml.cohort.phases import PHASES, PhaseClock
 from ray_dmml.config.code import Files
 from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.errors import ReplicaLostError, UserError
@@ -128,35 +129,39 @@ class PeerActor:
                 self._peer, self._splits.train, self._config.data, after_chunk=lambda: self._report(num_chunks=1)
             )
 
-    def run(self, start: int, stop: int) -> tuple[list[dict[str, float]], float]:
-        """Trains steps ``start .. stop - 1``. Returns the terms of each step's loss, and the seconds spent waiting for
-        other peers."""
-        rows, waited = [], 0.0
+    def run(self, start: int, stop: int) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """Trains steps ``start .. stop - 1``. Returns the terms of each step's loss, and the seconds spent in each
+        phase."""
+        rows, clock = [], PhaseClock()
         try:
             for step in range(start, stop):
-                terms, seconds = self._step(step)
-                rows.append(terms)
-                waited += seconds
+                rows.append(self._step(step, clock))
         except BaseException:
             # Peers that wait for this one in a group are woken when its sockets close.
             self.exchange.close()
             raise
-        return rows, waited
+        return rows, clock.seconds
 
-    def _step(self, step: int) -> tuple[dict[str, float], float]:
+    def _step(self, step: int, clock: PhaseClock) -> dict[str, float]:
         from ray_dmml.peer.memory import explain_out_of_memory
 
+        images, embedding, metric, waiting, update = PHASES
+        clock.start()
         batch = self._loader.batch(step)
+        clock.stop(images)
         with explain_out_of_memory(self._peer, batch), self._replicas.explain_loss():
             out = self._peer.forward(batch)
             self._num_sent = step + 1
             self._report()
             self.exchange.start(step, out.published)
+            clock.stop(embedding)
             loss = self._peer.metric_loss(out)
-            began = time.perf_counter()
+            clock.stop(metric)
             teachers = self.exchange.finish()
-            waited = time.perf_counter() - began
-            return self._peer.step(out, loss, teachers, self._teachers.place(step, self._rank)), waited
+            clock.stop(waiting)
+            terms = self._peer.step(out, loss, teachers, self._teachers.place(step, self._rank))
+            clock.stop(update)
+            return terms
 
     def embeddings(self, split: str, ema: bool, features: bool = False) -> np.ndarray:
         """(N, D) float32 embeddings of a split; or the (N, F) ``features`` of the backbone."""

@@ -47,6 +47,7 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint.*",
     "failure.*",
     "train.tensorboard",
+    "train.report",
     "evaluation.*",
     "train.loggers*",
     "cohort.transport",

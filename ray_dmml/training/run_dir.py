@@ -3,6 +3,7 @@
 config.yaml     the effective config; `ray-dmml train --config` of it repeats the run
 metrics.jsonl   a line a step (the loss terms of each peer) and a line an evaluation
 results.json    the figures of the final evaluation
+report.html     a page for people, see :mod:`~ray_dmml.report`
 run.json        versions, threads, devices: what else the bits of a result depend on
 images.csv.gz   the images: names, sizes, classes and splits, see :mod:`~ray_dmml.training.image_list`
 checkpoints/    see :mod:`~ray_dmml.checkpoint.store`
@@ -27,7 +28,9 @@ from ray_dmml.checkpoint.store import CheckpointStore
 from ray_dmml.checkpoint.store import sync as wait_for_disk
 from ray_dmml.config.loading import read_settings, refuse_old
 from ray_dmml.config.schema import Config
+from ray_dmml.cores import num_cores
 from ray_dmml.errors import CheckpointError, UserError
+from ray_dmml.training.provenance import commit, cpu
 
 _VERSIONS = ("ray-dmml", "torch", "torchvision", "timm", "pytorch-metric-learning", "ray", "numpy")
 
@@ -41,6 +44,7 @@ class RunDir:
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.results_file = path / "results.json"
+        self.report_file = path / "report.html"
         self.environment_file = path / "run.json"
         self.images_file = path / "images.csv.gz"
         self.tensorboard = path / "tensorboard"
@@ -48,6 +52,7 @@ class RunDir:
             self.config_file,
             self.metrics_file,
             self.results_file,
+            self.report_file,
             self.environment_file,
             self.images_file,
         )
@@ -113,7 +118,10 @@ class RunDir:
 
     def write_environment(self, **facts: Any) -> None:
         """Writes run.json: the facts given, and versions of what the bits depend on."""
-        machine = {"python": platform.python_version(), "machine": platform.machine()}
+        machine = {
+            **{"python": platform.python_version(), "machine": platform.machine()},
+            **{"cpu": cpu(), "cores": num_cores(), "commit": commit()},
+        }
         environment = {**facts, **machine, "versions": versions_of(*_VERSIONS)}
         replace_file(self.environment_file, json.dumps(environment, indent=1))
 
@@ -127,6 +135,18 @@ class RunDir:
 
     def write_results(self, results: dict[str, Any]) -> None:
         replace_file(self.results_file, json.dumps(results, indent=1) + "\n")
+
+    def results(self) -> dict[str, Any] | None:
+        """What :meth:`write_results` wrote; None: the run has not ended. Raises UserError if the file is damaged."""
+        try:
+            results = json.loads(self.results_file.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.results_file} cannot be read: {error}") from None
+        if not isinstance(results, dict) or not {"peers", "ensemble", "split", "step"} <= results.keys():
+            raise UserError(f"{self.results_file} does not hold the results of a run")
+        return results
 
 
 def versions_of(*packages: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_dmml.checkpoint.store import PeerFiles
@@ -108,6 +109,16 @@ class RunWriter:
                 self._run_dir.checkpoints.keep_weights()
             except CheckpointError as error:
                 logger.warning("%s; they still have the state for resuming", error)
+        self._copy_to_remote()
+
+    def write_report(self, make: Callable[[], Path]) -> None:
+        """Calls ``make``, which writes report.html, and copies it. An error is a warning: the results are safe."""
+        try:
+            make()
+        except Exception as error:  # of the page, which must not cost the caller the results of a long training
+            logger.warning("the report cannot be written: %s; `ray-dmml report` tries it again", error)
+            logger.debug("the report cannot be written", exc_info=True)
+            return
         self._copy_to_remote()
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ from ray_dmml.training.results import NOT_EVALUATED, evaluate_all, evaluated_spl
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.run_writer import RunWriter
 from ray_dmml.training.state import TrainingState
+from ray_dmml.training.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Trainer:
         self._is_saturated = False  # the user knows that validation cannot improve any more
         self._nonfinite: dict[str, set[int]] = {}  # name of a peer to the steps that it left out
         self._batch_size = config.data.classes_per_batch * config.data.images_per_class
-        self._train_s, self._num_steps = 0.0, 0
+        self._stopwatch, self._num_steps = Stopwatch(), 0
 
     # --- the loop ---------------------------------------------------------------------------
 
@@ -170,15 +171,16 @@ class Trainer:
         """Builds the peers: in the state of a checkpoint, or with initial weights."""
         logger.debug("starting the peers")
         has_weights = checkpoint is not None or self._initial_weights is not None
-        self._cohort = self._cohort_factory(self.config, self.splits, initial_weights=not has_weights)
-        try:
-            if checkpoint is not None:
-                self.cohort.load(checkpoint.peers)
-            elif self._initial_weights is not None:
-                self.cohort.load_weights(self._initial_weights)
-        except PeerLostError:
-            self.close()  # the start has failed, and the next attempt is a start again
-            raise
+        with self._stopwatch.measure("start of the peers"):
+            self._cohort = self._cohort_factory(self.config, self.splits, initial_weights=not has_weights)
+            try:
+                if checkpoint is not None:
+                    self.cohort.load(checkpoint.peers)
+                elif self._initial_weights is not None:
+                    self.cohort.load_weights(self._initial_weights)
+            except PeerLostError:
+                self.close()  # the start has failed, and the next attempt is a start again
+                raise
         self.state = TrainingState.of(checkpoint)
         for name, since in self.state.dropped.items():
             logger.info("%s, dropped at step %d, takes part again", name, since)
@@ -216,8 +218,9 @@ class Trainer:
         )
         logger.debug("recovering lost peers")
         began = time.monotonic()
-        self.cohort.recover(failure, drop=decision is Decision.DROP)
-        self.cohort.load(checkpoint.peers)
+        with self._stopwatch.measure("recovery"):
+            self.cohort.recover(failure, drop=decision is Decision.DROP)
+            self.cohort.load(checkpoint.peers)
         before, untrained = self.state.dropped, self.state.untrained
         state = self.state = TrainingState.of(checkpoint)
         state.untrained = state.untrained or untrained
@@ -256,8 +259,9 @@ class Trainer:
             self.save(best=False)
         if self.config.evaluation.untrained and self.split is not None and not self.state.untrained:
             logger.debug("evaluating the untrained peers")
-            backbones = evaluate_backbones(self.cohort, self.config, self.split, getattr(self.splits, self.split))
-            self.state.untrained = {**self._evaluate(self.split), "split": self.split, "backbones": backbones}
+            with self._stopwatch.measure("evaluation before training"):
+                backbones = evaluate_backbones(self.cohort, self.config, self.split, getattr(self.splits, self.split))
+                self.state.untrained = {**self._evaluate(self.split), "split": self.split, "backbones": backbones}
             self._loggers.log({"untrained": self.state.untrained}, 0)
 
     def _on_step(self, step: int) -> None:
@@ -266,7 +270,7 @@ class Trainer:
 
     def log_steps(self, rows: list[StepRow], seconds: float) -> None:
         """Hands the rows of the latest steps to the loggers."""
-        self._train_s += seconds
+        self._stopwatch.add("training", seconds)
         self._num_steps += len(rows)
         for step, row in enumerate(rows, self.state.step - len(rows) + 1):
             self._loggers.log({"peers": row}, step)
@@ -285,7 +289,8 @@ class Trainer:
         state = self.state
         logger.debug("evaluating on the validation images")
         uses_ema = self.config.weights_to_evaluate() == "ema"
-        figures = self._evaluate("validation", ema=uses_ema)
+        with self._stopwatch.measure("validation"):
+            figures = self._evaluate("validation", ema=uses_ema)
         self._loggers.log({"validation": figures}, state.step)
         self._loggers.flush()
         value = figures["ensemble"]["recall@1"]
@@ -308,10 +313,11 @@ class Trainer:
         """Writes a checkpoint; False if that is not possible and training can go on without it."""
         state = self.state
         logger.debug("saving a checkpoint")
-        peers = {**self.cohort.state(), **self._dropped_peers}
         is_last = state.is_over(self.config)
-        if not self._writer.save(state.step, peers, state.meta(self.config), best=best, is_last=is_last):
-            return False
+        with self._stopwatch.measure("checkpoints"):
+            peers = {**self.cohort.state(), **self._dropped_peers}
+            if not self._writer.save(state.step, peers, state.meta(self.config), best=best, is_last=is_last):
+                return False
         self._saved_step = state.step
         self._loggers.log({"checkpoint": "best" if best else "last", "is_last": is_last}, state.step)
         return True
@@ -324,25 +330,33 @@ class Trainer:
             logger.info("%s", describe_early_stop(self.state, self.config))
         self._writer.write_metrics()
         weights, step = self._load_final_weights()
-        figures, images = NOT_EVALUATED, None
+        figures, images, evaluation = NOT_EVALUATED, None, None
         if self.split is not None:
             logger.debug("evaluating on the %s images", self.split)
             images = getattr(self.splits, self.split)
-            embeddings = self.cohort.embeddings(self.split, ema=weights == "ema")
-            figures = evaluate_all(self.config, embeddings, images).summary()
+            with self._stopwatch.measure("final evaluation"):
+                embeddings = self.cohort.embeddings(self.split, ema=weights == "ema")
+                evaluation = evaluate_all(self.config, embeddings, images)
+                figures = evaluation.summary()
         results = results_of(self.config, self.split, images, figures, self.state.untrained, weights, step)
-        if self._train_s:
-            rate = self._batch_size * self._num_steps / self._train_s
-            results["images_per_second"] = round(rate, 2)
+        train_s = self._stopwatch.seconds.get("training", 0.0)
+        if train_s:
+            results["images_per_second"] = round(self._batch_size * self._num_steps / train_s, 2)
+        results["seconds"] = self._stopwatch.results({name: self.cohort.seconds[name] for name in self.cohort.names})
         if has_stopped_early:
             results["stopped_early"] = self.state.step
         if self.state.dropped:
             results["dropped"] = self.state.dropped
-        for line in describe_waits(self.cohort, self._train_s):
+        for line in describe_waits(self.cohort, train_s):
             logger.info("%s", line)
         for line in results["warnings"]:
             logger.warning("%s", line)
         self._writer.write_results(results, keep_state=self.config.checkpoint.final == "state")
+        if self.config.train.report:
+            from ray_dmml.training.report import write_run_report  # not every run has a report
+
+            self.close()  # the page takes seconds, for which the peers need not hold their devices
+            self._writer.write_report(lambda: write_run_report(self.run_dir, self.config, results, evaluation))
         return results
 
     def _load_final_weights(self) -> tuple[str, int]:

@@ -31,7 +31,20 @@ def test_the_package_is_the_command() -> None:
     """`python -m ray_dmml.cli` lists the commands."""
     line = [sys.executable, "-m", "ray_dmml.cli", "--help"]
     shown = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    commands = ("train", "evaluate", "embed", "index", "search", "export", "push", "tune", "distill", "config", "data")
+    commands = (
+        "train",
+        "evaluate",
+        "report",
+        "embed",
+        "index",
+        "search",
+        "export",
+        "push",
+        "tune",
+        "distill",
+        "config",
+        "data",
+    )
     for name in commands:
         assert f" {name} " in shown
 
@@ -39,7 +52,7 @@ def test_the_package_is_the_command() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *("train", "evaluate", "embed", "index", "search", "export", "push", "tune", "distill"),
+        *("train", "evaluate", "report", "embed", "index", "search", "export", "push", "tune", "distill"),
         *("data check", "data fetch"),
     ],
 )

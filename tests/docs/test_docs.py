@@ -89,6 +89,7 @@ def finished_run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("docs")
     raw = tiny(image_folder)
     raw["cohort"]["peers"] = [{"ema": {"decay": 0.9}}, {"view": "strong", "update_interval": 2}]
+    raw["train"]["report"] = True
     (folder / "photos.yaml").write_text(yaml.safe_dump(raw))
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (40, 30), "teal").save(folder / name)

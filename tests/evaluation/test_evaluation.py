@@ -83,7 +83,12 @@ def test_figures_during_training_are_those_of_the_whole_evaluation(images: Image
     """They are the first ones of it, to the bit."""
     peers = {"one": unit(40, 6), "two": unit(40, 5, seed=1)}
     short, whole = evaluate_embeddings(peers, images, [1, 2]), Evaluation.of(peers, images, recall_at=[2]).summary()
-    assert list(short) == ["peers", "ensemble"]
+    assert list(short) == ["peers", "ensemble", "agreement"]
+    found = [
+        system.first_match == 1 for system in list(Evaluation.of(peers, images, recall_at=[2]).systems.values())[:2]
+    ]
+    shares = [np.mean(found[0] & found[1]), np.mean(found[0] > found[1]), np.mean(found[1] > found[0])]
+    assert list(short["agreement"]["one/two"].values()) == [*shares, 1 - np.mean(found[0] | found[1])]
     for found, all_of_it in ((short["ensemble"], whole["ensemble"]), (short["peers"]["two"], whole["peers"]["two"])):
         assert list(found) == ["recall@1", "recall@2", "map@r", "r_precision"] == list(all_of_it)[:4]
         assert found == {metric: all_of_it[metric] for metric in found}

@@ -34,7 +34,7 @@ EVERY_TWO = {"steps": 6, "evaluate_every": 2, "log_every": 3}
 
 def figures(results: Mapping[str, Any]) -> dict[str, Any]:
     """What a run found out, without how fast it was."""
-    return {key: value for key, value in results.items() if key != "images_per_second"}
+    return {key: value for key, value in results.items() if key not in ("images_per_second", "seconds")}
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def test_a_run_folder_holds_what_was_promised(run: Path, settings: dict[str, Any
             assert terms["loss"] == pytest.approx(terms["metric"] + mutual, rel=1e-5)
     evaluations = [row for row in rows if "validation" in row]
     assert [row["step"] for row in evaluations] == [2, 4, 6]
-    assert set(evaluations[0]["validation"]) == {"peers", "ensemble"}
+    assert set(evaluations[0]["validation"]) == {"peers", "ensemble", "agreement"}
     environment = json.loads((run / "run.json").read_text())
     assert environment["threads"] == [1, 1] and environment["versions"]["torch"]
     assert list((run / "tensorboard").iterdir())
@@ -119,6 +119,7 @@ def test_results_have_their_form(run: Path) -> None:
     assert results["untrained"] != results["peers"]
     assert (results["num_classes"], results["num_images"]) == (8, 40)
     assert results["weights"] == "best" and results["images_per_second"] > 0
+    assert results["seconds"]["run"]["training"] > 0 and list(results["seconds"]["peers"]) == ["peer0", "peer1"]
 
 
 def test_training_learns(image_folder: Path, tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_without_test_the_test_classes_are_never_read(image_folder: Path, tmp_pa
     assert list(results["untrained"]) == list(results["peers"])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     validation = {row["step"]: row["validation"] for row in rows if "validation" in row}
-    at_step = validation[results["step"]]
+    at_step = {key: validation[results["step"]][key] for key in ("peers", "ensemble")}
     assert as_in_training({key: results[key] for key in ("peers", "ensemble")}) == at_step
     raw["data"]["validation_fraction"] = 0
     with pytest.raises(UserError, match=r"evaluation\.split is validation"):

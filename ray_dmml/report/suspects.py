@@ -1,0 +1,66 @@
+"""Images that are perhaps mislabelled: their nearest images agree on another class."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ray_dmml.report.data import Suspect
+from ray_dmml.report.gallery import Judged
+
+NUM_VOTES, MIN_VOTES = 5, 3
+"""Nearest images that vote, and votes for one other class that make an image a suspect."""
+
+NUM_SUSPECTS, MAX_CHECKED = 16, 2000
+
+
+def suspects(judged: Judged, embeddings: np.ndarray) -> tuple[int, list[Suspect]]:
+    """The number of suspects, and the most suspicious ones.
+
+    An image is one if at least MIN_VOTES of its NUM_VOTES nearest images are of one other class, and are in the mean
+    more similar to it than any image of its own class. The order is by the margin of these two similarities.
+
+    Args:
+        embeddings: (N, D) of the main system, unit length.
+    """
+    images, system = judged.images, judged.systems[judged.main]
+    gallery = np.arange(len(images)) if images.gallery is None else np.unique(images.gallery)
+    near = system.neighbors[:, :NUM_VOTES]
+    labels = np.where(near >= 0, images.labels[near], -1)
+    votes = (labels[:, :, None] == labels[:, None, :]).sum(axis=2)
+    votes[(labels < 0) | (labels == judged.query_labels[:, None])] = 0
+    best = votes.argmax(axis=1)
+    rows = np.arange(len(labels))
+    other, count = labels[rows, best], votes[rows, best]
+    candidates = np.flatnonzero(count >= MIN_VOTES)
+    is_voter = labels == other[:, None]
+    similarity = np.where(is_voter, system.similarities[:, : near.shape[1]], 0).sum(axis=1) / np.maximum(count, 1)
+    candidates = candidates[np.argsort(-similarity[candidates], kind="stable")]
+    ranked = []
+    for position in candidates[:MAX_CHECKED].tolist():
+        query = int(judged.queries[position])
+        own = gallery[(images.labels[gallery] == images.labels[query]) & (gallery != query)]
+        if images.exclude is not None:
+            own = own[images.exclude[own] != images.exclude[query]]
+        to_own = embeddings[own] @ embeddings[query]
+        nearest = int(to_own.argmax())
+        if (margin := float(similarity[position] - to_own[nearest])) > 0:
+            ranked.append((margin, position, int(own[nearest]), float(to_own[nearest])))
+    ranked.sort(key=lambda entry: -entry[0])
+    found = []
+    for _, position, own_image, own_similarity in ranked[:NUM_SUSPECTS]:
+        query, label = int(judged.queries[position]), int(other[position])
+        own_label = int(images.labels[query])
+        agreeing = [name for name in judged.systems if name != judged.main and _agrees(judged, name, position, label)]
+        evidence = f"{count[position]} of its {near.shape[1]} nearest images are of this class"
+        if agreeing:
+            evidence += f", also by {' and '.join(agreeing)} alone"
+        pairs = zip(near[position].tolist(), system.similarities[position].tolist(), strict=False)
+        tiles = tuple(judged.tile(image, own_label, value) for image, value in pairs if image >= 0)
+        own_tile = judged.tile(own_image, own_label, own_similarity)
+        found.append(Suspect(judged.tile(query), judged.class_name(label), evidence, tiles, own_tile))
+    return len(ranked), found
+
+
+def _agrees(judged: Judged, system: str, position: int, label: int) -> bool:
+    near = judged.systems[system].neighbors[position, :NUM_VOTES]
+    return bool((judged.images.labels[near[near >= 0]] == label).sum() >= MIN_VOTES)

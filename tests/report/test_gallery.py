@@ -1,0 +1,158 @@
+"""What the sections with pictures show, against naive loops."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from report_samples import evaluation_of, judged_of, random_evaluation
+
+from ray_dmml.evaluation.evaluation import Evaluation
+from ray_dmml.report.agreement import agreement_table
+from ray_dmml.report.embedding_map import embedding_map, principal_components
+from ray_dmml.report.gallery import MAX_OF_A_CLASS, confusions, disagreements, worst_classes, worst_queries
+from ray_dmml.report.suspects import suspects
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> Evaluation:
+    return random_evaluation()
+
+
+def ranking(evaluation: Evaluation, system: str, query: int) -> list[int]:
+    """All other images, the most similar first, by a loop."""
+    vectors = evaluation.embeddings[system].astype(np.float64)
+    others = [n for n in range(len(vectors)) if n != query]
+    return sorted(others, key=lambda n: -float(vectors[n] @ vectors[query]))
+
+
+def first_rank(evaluation: Evaluation, system: str, query: int) -> int:
+    labels = evaluation.images.labels
+    order = ranking(evaluation, system, query)
+    return next(rank for rank, n in enumerate(order, 1) if labels[n] == labels[query])
+
+
+def test_worst_queries_come_first(evaluation: Evaluation) -> None:
+    """Their first right image has the highest rank; of a class there are only a few."""
+    group = worst_queries(judged_of(evaluation))
+    ranks = [first_rank(evaluation, "ensemble", card.query.image) for card in group.cards]
+    assert ranks == sorted(ranks, reverse=True) and ranks[-1] > 1
+    everyone = {query: first_rank(evaluation, "ensemble", query) for query in range(len(evaluation.images))}
+    assert ranks[0] == max(everyone.values())
+    names = [card.query.class_name for card in group.cards]
+    assert max(names.count(name) for name in names) <= MAX_OF_A_CLASS
+    assert f"{sum(rank > 1 for rank in everyone.values())} of {len(everyone)} queries" in group.note
+
+
+def test_a_card_shows_what_every_system_finds(evaluation: Evaluation) -> None:
+    card = worst_queries(judged_of(evaluation)).cards[0]
+    assert [found.system for found in card.found] == ["peer0", "peer1", "ensemble"]
+    for found in card.found:
+        assert [tile.image for tile in found.tiles] == ranking(evaluation, found.system, card.query.image)[:8]
+        labels = evaluation.images.labels
+        right = [bool(labels[tile.image] == labels[card.query.image]) for tile in found.tiles]
+        assert [tile.is_right for tile in found.tiles] == right
+        rank = first_rank(evaluation, found.system, card.query.image)
+        assert found.verdict == ("found" if rank == 1 else f"first right image at rank {rank}")
+
+
+def test_disagreements_are_all_counted(evaluation: Evaluation) -> None:
+    """The queries that one peer finds and the other does not."""
+    one, other = disagreements(judged_of(evaluation), ["peer0", "peer1"])
+    found = {
+        name: {q for q in range(len(evaluation.images)) if first_rank(evaluation, name, q) == 1}
+        for name in ("peer0", "peer1")
+    }
+    for group, only in ((one, found["peer0"] - found["peer1"]), (other, found["peer1"] - found["peer0"])):
+        assert {card.query.image for card in group.cards} <= only
+        assert group.note.startswith(f"{len(only)} of {len(evaluation.images)} queries")
+    assert one.title == "peer0 finds, peer1 does not"
+
+
+def test_the_agreement_is_that_of_a_loop(evaluation: Evaluation) -> None:
+    table = agreement_table(judged_of(evaluation), ["peer0", "peer1"])
+    assert table is not None
+    num = len(evaluation.images)
+    both = overlap = 0.0
+    for query in range(num):
+        both += all(first_rank(evaluation, name, query) == 1 for name in ("peer0", "peer1"))
+        nearest = [set(ranking(evaluation, name, query)[:10]) for name in ("peer0", "peer1")]
+        overlap += len(nearest[0] & nearest[1]) / 10
+    [row] = table.rows
+    assert row.cells[0].text == f"{100 * both / num:.1f} %" and row.cells[-1].text == f"{100 * overlap / num:.1f} %"
+
+
+def test_classes_and_confusions(evaluation: Evaluation) -> None:
+    """Recall@1 of each class, the worst first, and how often two classes are taken for each other."""
+    labels, num = evaluation.images.labels, len(evaluation.images)
+    nearest = [int(labels[ranking(evaluation, "ensemble", query)[0]]) for query in range(num)]
+    classes = worst_classes(judged_of(evaluation))
+    recalls = [row.recalls[-1] for row in classes.rows]
+    assert recalls == sorted(recalls) and classes.systems[-1] == "ensemble"
+    for row in classes.rows:
+        queries = [q for q in range(num) if f"class {labels[q]}" == row.name]
+        assert row.recalls[-1] == pytest.approx(np.mean([nearest[q] == labels[q] for q in queries]))
+        assert row.num_queries == len(queries)
+    counts = {
+        pair: sum({int(labels[q]), nearest[q]} == set(pair) for q in range(num)) for pair in combinations(range(9), 2)
+    }
+    found = confusions(judged_of(evaluation))
+    assert [sum(pair.counts) for pair in found] == sorted(counts.values(), reverse=True)[: len(found)]
+    assert all(pair.counts[0] >= pair.counts[1] for pair in found)
+
+
+def test_mislabelled_images_are_found() -> None:
+    """Two images are labelled as another class: they are the first suspects, with the right suggestion."""
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(6), 10)
+    labels = truth.copy()
+    labels[[3, 44]] = 2, 0
+    peers = [rng.normal(size=(6, 16))[truth] + 0.3 * rng.normal(size=(60, 16)) for _ in range(2)]
+    evaluation = evaluation_of(labels.tolist(), *peers)
+    number, found = suspects(judged_of(evaluation), evaluation.embeddings["ensemble"])
+    assert number == 2
+    assert {(each.query.image, each.suggested) for each in found} == {(3, "class 0"), (44, "class 4")}
+    assert found[0].evidence == "5 of its 5 nearest images are of this class, also by peer0 and peer1 alone"
+    assert all(each.own is not None and each.own.is_right for each in found)
+
+
+def test_no_suspects_among_small_classes() -> None:
+    """Two images of a class cannot outvote another one."""
+    rng = np.random.default_rng(0)
+    evaluation = evaluation_of(np.repeat(np.arange(20), 2).tolist(), rng.normal(size=(40, 8)))
+    assert len(evaluation.systems) == 1
+    from dataclasses import replace
+
+    judged = replace(judged_of(evaluation), main="peer0")
+    assert suspects(judged, evaluation.embeddings["peer0"]) == (0, [])
+
+
+def test_query_and_gallery_are_apart() -> None:
+    """Only queries are judged, and only the gallery is found."""
+    rng = np.random.default_rng(0)
+    labels = np.tile(np.arange(5), 6)
+    query, gallery = np.arange(10), np.arange(10, 30)
+    evaluation = evaluation_of(
+        labels.tolist(), rng.normal(size=(30, 6)), rng.normal(size=(30, 6)), query=query, gallery=gallery
+    )
+    judged = judged_of(evaluation)
+    for card in worst_queries(judged).cards:
+        assert card.query.image < 10
+        assert all(tile.image >= 10 for found in card.found for tile in found.tiles)
+    drawn, on_map = embedding_map(judged, evaluation.embeddings["ensemble"], ["class 1"])
+    assert len(on_map) == 30 and drawn.data["state"].count(2) == 20
+
+
+def test_principal_components_are_those_of_the_svd() -> None:
+    """To their signs; the share is that of the variance."""
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(50, 7)) * [5, 3, 1, 1, 1, 1, 1]
+    places, share = principal_components(points)
+    centered = points - points.mean(axis=0)
+    left, singular, _ = np.linalg.svd(centered, full_matrices=False)
+    expected = (left * singular)[:, :2]
+    assert np.allclose(np.abs(places), np.abs(expected), atol=1e-8)
+    assert share == pytest.approx((singular[:2] ** 2).sum() / (singular**2).sum())
+    equal, nothing = principal_components(np.ones((4, 3)))
+    assert np.allclose(equal, 0) and nothing == 0
