@@ -48,6 +48,7 @@ ROWS = {
     "index": ("index", "index"),
     "index-flat": ("index", "index_flat"),
     "serve": ("serve", "serve"),
+    "report": ("report", "report"),
     "input": ("images", "input_row"),
     "input-cached": ("images", "input_cached"),
     "start": ("start", "start"),
