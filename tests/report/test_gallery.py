@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
-from report_samples import evaluation_of, judged_of, random_evaluation
+from report_samples import Page, evaluation_of, judged_of, random_evaluation
 
+from ray_dmml import Config
 from ray_dmml.evaluation.evaluation import Evaluation
 from ray_dmml.report.agreement import agreement_table
+from ray_dmml.report.build import RunRecord, build_report
+from ray_dmml.report.curves import read_metrics
 from ray_dmml.report.embedding_map import embedding_map, principal_components
 from ray_dmml.report.gallery import MAX_OF_A_CLASS, confusions, disagreements, worst_classes, worst_queries
+from ray_dmml.report.page import render
 from ray_dmml.report.suspects import suspects
 
 
@@ -142,6 +148,40 @@ def test_query_and_gallery_are_apart() -> None:
         assert all(tile.image >= 10 for found in card.found for tile in found.tiles)
     drawn, on_map = embedding_map(judged, evaluation.embeddings["ensemble"], ["class 1"])
     assert len(on_map) == 30 and drawn.data["state"].count(2) == 20
+
+
+@pytest.mark.parametrize("case", ["small gallery", "all found", "one peer", "two images of a class"])
+def test_a_page_of_little(case: str) -> None:
+    """Few images, nothing that is wrong, or a single peer: the page has the sections that there is something for."""
+    rng = np.random.default_rng(0)
+    labels, noise, peers, changes = np.repeat(np.arange(3), 4), 3.0, 2, {}
+    if case == "small gallery":  # fewer images than are kept
+        changes = {"query": np.arange(0, 12, 2), "gallery": np.arange(1, 12, 3)}
+    elif case == "all found":
+        noise = 0.0
+    elif case == "one peer":
+        peers = 1
+    else:
+        labels = np.repeat(np.arange(2), 2)
+    vectors = [rng.normal(size=(3, 8))[labels] + noise * rng.normal(size=(len(labels), 8)) for _ in range(peers)]
+    evaluation = evaluation_of(labels.tolist(), *vectors, **changes)
+    results = {
+        **{"untrained": {}, "untrained_ensemble": {}, "frozen_backbones": {}, **evaluation.summary()},
+        **{"weights": "last", "step": 3, "split": "test", "split_by": "class", "init_from": None},
+        **{"num_classes": 3, "num_images": len(labels), "num_queries": None, "num_gallery": None},
+    }
+    config = Config.parse({"cohort": {"peers": [{}] * peers}})
+    record = RunRecord(Path("run"), config, {}, read_metrics(Path("none")), results, evaluation)
+    report = build_report([record], made=datetime(2026, 1, 1))
+    page = Page()
+    page.feed(render(report))
+    assert {"results", "classes", "map"} <= set(page.ids)
+    assert ("gallery" in page.ids) == bool(report.groups)
+    assert ("agreement" in page.ids) == (peers > 1)
+    if case == "all found":
+        assert not report.groups and not report.confusions and report.classes is not None and not report.classes.rows
+    if case == "one peer":
+        assert "ensemble" not in page.texts and "Worst queries of peer0" in page.texts
 
 
 def test_principal_components_are_those_of_the_svd() -> None:

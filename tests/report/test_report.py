@@ -118,11 +118,6 @@ def test_how_it_was_made_is_said(run: Path, page: Page) -> None:
     assert "view and embedding" in page.texts and "validation" in page.texts  # of the table of seconds
 
 
-def test_without_a_report(run: Path, tmp_path: Path) -> None:
-    out = make_run(tmp_path, tmp_path / "run", train={"steps": 1, "evaluate_every": 0, "report": False})
-    assert not (out / "report.html").exists()
-
-
 # --- the command ----------------------------------------------------------------------------
 
 
