@@ -66,7 +66,7 @@ def settings(root: Path, **changes: Any) -> Config:
     raw = tiny(
         root,
         **{
-            "train": {"steps": STEPS, "evaluate_every": 8, "log_every": 2, "tensorboard": False},
+            "train": {"steps": STEPS, "evaluate_every": 8, "log_every": 2, "tensorboard": False, "report": False},
             "checkpoint": {"every_steps": 4},
             "evaluation": {"recall_at": [1], "untrained": False},
             **changes,

@@ -89,7 +89,8 @@ def test_with_validation_classes_the_run_is_evaluated_on_them(image_folder: Path
     assert results["weights"] == "best" and set(results["untrained"]) == set(results["peers"]) == {"peer0", "peer1"}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = next(row["validation"] for row in rows if "validation" in row and row["step"] == results["step"])
-    assert best == as_in_training({key: results[key] for key in ("peers", "ensemble")})
+    systems = ("peers", "ensemble")
+    assert {key: best[key] for key in systems} == as_in_training({key: results[key] for key in systems})
     assert "4 validation classes" in printed(results)
     again = evaluate(run)
     assert again == {key: results[key] for key in again}
