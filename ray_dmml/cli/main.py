@@ -24,6 +24,7 @@ from ray_dmml.cli.search import search
 from ray_dmml.cli.serve import serve
 from ray_dmml.cli.train import train
 from ray_dmml.cli.tune import tune
+from ray_dmml.cli.views import views
 
 app = typer.Typer(
     name="ray-dmml",
@@ -33,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, embed, index, search, serve, export, push, tune, distill, config):
+for _command in (train, evaluate, embed, index, search, serve, export, push, tune, distill, views, config):
     app.command(cls=Command)(_command)
 app.add_typer(data_app, name="data")
 

@@ -31,7 +31,20 @@ def test_the_package_is_the_command() -> None:
     """`python -m ray_dmml.cli` lists the commands."""
     line = [sys.executable, "-m", "ray_dmml.cli", "--help"]
     shown = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    commands = ("train", "evaluate", "embed", "index", "search", "export", "push", "tune", "distill", "config", "data")
+    commands = (
+        "train",
+        "evaluate",
+        "embed",
+        "index",
+        "search",
+        "export",
+        "push",
+        "tune",
+        "distill",
+        "config",
+        "data",
+        "views",
+    )
     for name in commands:
         assert f" {name} " in shown
 
@@ -39,7 +52,7 @@ def test_the_package_is_the_command() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *("train", "evaluate", "embed", "index", "search", "export", "push", "tune", "distill"),
+        *("train", "evaluate", "embed", "index", "search", "export", "push", "tune", "distill", "views"),
         *("data check", "data fetch"),
     ],
 )
@@ -79,6 +92,8 @@ def test_the_log_of_the_package_is_shown(capsys: pytest.CaptureFixture[str]) -> 
         ("tune", "--out", ""),
         ("tune", "--space", ""),
         ("evaluate", ""),
+        ("views", ""),
+        ("views", "--out", ""),
         ("push", "", "a/b"),
         ("push", "run", "a/b", "--out", ""),
         ("index", ""),
