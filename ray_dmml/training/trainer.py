@@ -275,7 +275,12 @@ class Trainer:
                     steps = self._nonfinite.setdefault(name, set())
                     steps.add(step)
                     logger.warning("%s has left out %d batches whose values were not finite", name, len(steps))
-        self._loggers.log({"images_per_second": self._batch_size * len(rows) / seconds}, self.state.step)
+        speed = {
+            "images_per_second": self._batch_size * len(rows) / seconds,
+            "step_s": seconds / len(rows),
+            "waited_s": {name: self.cohort.waited[name] for name in self.cohort.names},
+        }
+        self._loggers.log(speed, self.state.step)
         self._loggers.flush()
 
     def validate(self) -> bool:
@@ -343,6 +348,7 @@ class Trainer:
         for line in results["warnings"]:
             logger.warning("%s", line)
         self._writer.write_results(results, keep_state=self.config.checkpoint.final == "state")
+        self._loggers.log({"final": results}, self.state.step)
         return results
 
     def _load_final_weights(self) -> tuple[str, int]:
