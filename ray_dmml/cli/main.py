@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ray_dmml.cli.command import Command, Group
+from ray_dmml.cli.compare import compare
 from ray_dmml.cli.config import config
 from ray_dmml.cli.data import data_app
 from ray_dmml.cli.distill import distill
@@ -34,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, embed, index, search, serve, export, push, tune, distill, views, config):
+for _command in (train, evaluate, compare, embed, index, search, serve, export, push, tune, distill, views, config):
     app.command(cls=Command)(_command)
 app.add_typer(data_app, name="data")
 

@@ -15,22 +15,37 @@ from ray_dmml.loggers.output import Console
 
 def views(
     run: Annotated[
-        Path | None, typer.Argument(parser=path, metavar="[RUN]", help="Folder of a run, in place of a config.")
+        Path | None, typer.Argument(parser=path, metavar="RUN", help="Folder of a run, in place of a config.")
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", parser=path, metavar="FILE", help="YAML config. Default: the quickstart."),
     ] = None,
     overrides: Overrides = None,
-    images: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Number of images. Default: 8.")] = 8,
+    images: Annotated[
+        int, typer.Option(min=1, max=64, metavar="N", help="Number of images. Default: 8.", show_default=False)
+    ] = 8,
     draws: Annotated[
-        int, typer.Option(min=1, max=16, metavar="N", help="Number of draws of each random view. Default: 3.")
+        int,
+        typer.Option(
+            min=1, max=16, metavar="N", help="Number of draws of each random view. Default: 3.", show_default=False
+        ),
     ] = 3,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**31, metavar="N", help="Another seed gives other images and draws. Default: 0.")
+        int,
+        typer.Option(
+            min=0,
+            max=2**31,
+            metavar="N",
+            help="Another seed gives other images and draws. Default: 0.",
+            show_default=False,
+        ),
     ] = 0,
     out: Annotated[
-        Path, typer.Option(parser=path, metavar="FILE", help="PNG, JPEG or WebP file. Default: views.png.")
+        Path,
+        typer.Option(
+            parser=path, metavar="FILE", help="PNG, JPEG or WebP file. Default: views.png.", show_default=False
+        ),
     ] = Path("views.png"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
     trust_code: TrustCode = False,

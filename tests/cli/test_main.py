@@ -43,6 +43,7 @@ def test_the_package_is_the_command() -> None:
         "distill",
         "config",
         "data",
+        "compare",
         "views",
     )
     for name in commands:
@@ -52,7 +53,7 @@ def test_the_package_is_the_command() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *("train", "evaluate", "embed", "index", "search", "export", "push", "tune", "distill", "views"),
+        *("train", "evaluate", "embed", "index", "search", "export", "push", "tune", "distill", "compare", "views"),
         *("data check", "data fetch"),
     ],
 )
@@ -92,6 +93,7 @@ def test_the_log_of_the_package_is_shown(capsys: pytest.CaptureFixture[str]) -> 
         ("tune", "--out", ""),
         ("tune", "--space", ""),
         ("evaluate", ""),
+        ("compare", "run", ""),
         ("views", ""),
         ("views", "--out", ""),
         ("push", "", "a/b"),
