@@ -111,7 +111,9 @@ def draw_worst(embeddings: Mapping[str, np.ndarray], images: ImageSet, number: i
     captions = tuple(str(rank) for rank in range(1, neighbors.shape[1] + 1))
     groups = [
         Columns("query", "", ("",), (columns[0],)),
-        Columns("nearest images", "green: right, red: wrong", captions, tuple(columns[1:]), tuple(is_right.T.tolist())),
+        Columns(
+            "nearest images", "green: right, orange: wrong", captions, tuple(columns[1:]), tuple(is_right.T.tolist())
+        ),
     ]
     names = [(images.class_names[images.labels[query]], printable(images.source.name(int(query)))) for query in queries]
     return {"worst_queries": np.asarray(draw_sheet(names, groups, CELL))}
