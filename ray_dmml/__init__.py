@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ray_dmml.losses.relational import relational_losses
     from ray_dmml.losses.relaxed_contrastive import relaxed_contrastive_loss
     from ray_dmml.losses.similarity import similarity_loss
+    from ray_dmml.training.compare import compare
     from ray_dmml.training.distill import distill
     from ray_dmml.training.evaluate import evaluate
     from ray_dmml.training.report import write_report
@@ -44,6 +45,7 @@ __all__ = [
     "TrainedCohort",
     "UserError",
     "build_index",
+    "compare",
     "distill",
     "embed",
     "evaluate",
@@ -71,6 +73,7 @@ _HOMES = {
     "TrainedCohort": "ray_dmml.inference",
     "UserError": "ray_dmml.errors",
     "build_index": "ray_dmml.index.build",
+    "compare": "ray_dmml.training.compare",
     "distill": "ray_dmml.training.distill",
     "embed": "ray_dmml.embedding.embed",
     "evaluate": "ray_dmml.training.evaluate",

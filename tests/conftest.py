@@ -159,7 +159,7 @@ def tiny(root: Path, **changes: Any) -> dict[str, Any]:
             },
             "peers": [{}, {"view": "weak"}],
         },
-        "train": {"steps": 6, "evaluate_every": 3, "log_every": 2, "report": False},
+        "train": {"steps": 6, "evaluate_every": 3, "log_every": 2, "report": False, "pictures": 0},
         "checkpoint": {"every_steps": 2},
         "evaluation": {"recall_at": [1, 2]},
     }

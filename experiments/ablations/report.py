@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
+
+from ray_dmml.evaluation.compare import t_interval
 
 from .arms import Arm, Arms
 from .candidates import STAGES
 from .plan import Plan
-
-MIN_SEEDS = 3
-"""Fewest seeds for an interval: two that agree by chance would look certain."""
 
 Row = Mapping[str, Any]
 Seeds = Mapping[int, Row]
@@ -82,12 +80,8 @@ class Results:
 
 def paired(arm: Seeds, baseline: Seeds, who: Figures) -> tuple[float, float]:
     """The mean of ``arm`` minus ``baseline`` over the seeds that both have, and half the width of the 95 % interval of
-    a paired t-test. The mean is NaN without such a seed, the interval below MIN_SEEDS."""
-    differences = [who(row) - who(baseline[seed]) for seed, row in arm.items() if seed in baseline]
-    mean, half = float(np.mean(differences)) if differences else float("nan"), float("nan")
-    if len(differences) >= MIN_SEEDS:
-        half = float(stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences))
-    return mean, half
+    a paired t-test. The mean is NaN without such a seed, the interval below three seeds."""
+    return t_interval([who(row) - who(baseline[seed]) for seed, row in arm.items() if seed in baseline])
 
 
 def _points(mean: float, half: float) -> str:

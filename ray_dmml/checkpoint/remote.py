@@ -27,7 +27,10 @@ from ray_dmml.filesystem import open_uri, reason, without_secrets
 
 logger = logging.getLogger(__name__)
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "run.json", "images.csv.gz", "results.json", "report.html")
+RUN_FILES = (
+    *("config.yaml", "metrics.jsonl", "run.json", "images.csv.gz", "results.json", "report.html"),
+    *("loggers/wandb.json", "loggers/mlflow.json", "loggers/trackio.json"),
+)
 
 
 class RemoteRun:

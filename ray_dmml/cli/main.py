@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ray_dmml.cli.command import Command, Group
+from ray_dmml.cli.compare import compare
 from ray_dmml.cli.config import config
 from ray_dmml.cli.data import data_app
 from ray_dmml.cli.distill import distill
@@ -25,6 +26,7 @@ from ray_dmml.cli.search import search
 from ray_dmml.cli.serve import serve
 from ray_dmml.cli.train import train
 from ray_dmml.cli.tune import tune
+from ray_dmml.cli.views import views
 
 app = typer.Typer(
     name="ray-dmml",
@@ -34,7 +36,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, report, embed, index, search, serve, export, push, tune, distill, config):
+for _command in (
+    *(train, evaluate, report, compare, embed, index, search, serve, export, push, tune, distill, views),
+    config,
+):
     app.command(cls=Command)(_command)
 app.add_typer(data_app, name="data")
 

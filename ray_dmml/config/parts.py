@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "ray_dmml.parts"
 """The group of entry points whose names a config may use."""
 
+SERVICES = {
+    "wandb": "ray_dmml.loggers.wandb:WandbLogger",
+    "mlflow": "ray_dmml.loggers.mlflow:MlflowLogger",
+    "trackio": "ray_dmml.loggers.trackio:TrackioLogger",
+}
+"""Loggers of this package that `train.loggers` may name. They need the extra of the same name."""
+
 _PACKAGE, _PYTHON = str(Path(__file__).parents[1]) + os.sep, str(Path(os.__file__).parent) + os.sep
 
 _PATH = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
@@ -127,13 +134,17 @@ def find_part(setting: str, name: str) -> Callable[..., Any]:
         UserError: it cannot be imported (the message says where it was looked for), or is no class and no function.
     """
     source, path = f"{setting} {name!r}", name
-    if not is_path(name):
+    services = SERVICES if setting.startswith("train.loggers.") else {}
+    if name in services:
+        path = services[name]
+    elif not is_path(name):
         known = _entry_points(tuple(sys.path))
         if name not in known:
             listed = f" ({', '.join(sorted(known))})" if known else ", and there are none"
+            or_these = f"name one of {', '.join(services)}, " if services else ""
             raise UserError(
-                f"{source}: write your own part as module:name, or give the name of an entry point in the group "
-                f"{ENTRY_POINTS} of an installed package{listed}"
+                f"{source}: {or_these}write your own part as module:name, or give the name of an entry point in the "
+                f"group {ENTRY_POINTS} of an installed package{listed}"
             )
         path = known[name]
         source = f"{source} (entry point of {path})"
@@ -167,13 +178,13 @@ def make_part(setting: str, name: str, args: Mapping[str, Any]) -> Any:
     part = find_part(setting, name)
     if inspect.isclass(part):
         return call_part(setting, name, part, args)
-    _check_arguments(setting, name, part, args, is_complete=False)
+    check_arguments(setting, name, part, args, is_complete=False)
     return partial(part, **args) if args else part
 
 
 def call_part(setting: str, name: str, part: Callable[..., Any], args: Mapping[str, Any], *given: Any) -> Any:
     """Calls a class or function. Raises UserError if it refuses its arguments, or fails."""
-    _check_arguments(setting, name, part, args, *given)
+    check_arguments(setting, name, part, args, *given)
     try:
         return part(*given, **args)
     except UserError:
@@ -226,9 +237,11 @@ def parameters_of(part: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind not in variadic}
 
 
-def _check_arguments(
+def check_arguments(
     setting: str, name: str, part: Callable[..., Any], args: Mapping[str, Any], *given: Any, is_complete: bool = True
 ) -> None:
+    """Raises UserError if a class or function does not take these arguments. With ``is_complete``, it is called with
+    nothing else."""
     try:
         signature = inspect.signature(part)
     except (TypeError, ValueError):  # of a builtin

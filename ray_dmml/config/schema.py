@@ -740,13 +740,17 @@ class LossConfig(Section):
 
 
 class LoggerConfig(Section):
-    """A logger of your own."""
+    """A service that shows the run, or a logger of your own."""
+
+    main_setting = "name"
 
     name: str
-    """A subclass of ray_dmml.Logger, as `module:Class` or an entry point."""
+    """`wandb`, `mlflow` or `trackio`, each of which needs the extra of this name; or a subclass of ray_dmml.Logger, as
+    `module:Class` or an entry point."""
 
     args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of its constructor. `config` and `folder` (of the run) are filled in if it requires them."""
+    """Arguments of its constructor, such as `{project: photos}`. `config` and `folder` (of the run) are filled in if it
+    requires them."""
 
 
 class TrainConfig(Section):
@@ -783,8 +787,12 @@ class TrainConfig(Section):
     """Write RUN/report.html at the end of the run: a page with curves, results and pictures. `ray-dmml report` writes
     it later."""
 
+    pictures: Whole = 8
+    """Number of images in the pictures that TensorBoard and services get: training images under every peer's view once,
+    and at each validation the worst queries. The final evaluation gives them a sample of the embeddings. 0: neither."""
+
     loggers: tuple[LoggerConfig, ...] = ()
-    """Loggers of your own, beside metrics.jsonl and TensorBoard."""
+    """Services (`wandb`, `mlflow`, `trackio`) and loggers of your own, beside metrics.jsonl and TensorBoard."""
 
 
 class CheckpointConfig(Section):

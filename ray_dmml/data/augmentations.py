@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from ray_dmml.config.parts import describe, find_part, is_own, make_part, parameters_of, place_of
-from ray_dmml.config.schema import VIEWS, Transform
+from ray_dmml.config.schema import VIEWS, PeerConfig, Transform
 from ray_dmml.data.center_view import CenterView
 from ray_dmml.errors import UserError
 
@@ -108,6 +108,29 @@ class View:
             return self.pipeline(images)
         # Peers in one process share the decoded images.
         return torch.stack([self.pipeline(image.clone() if self._copies else image) for image in images])
+
+
+def views_of(
+    peer: PeerConfig, size: int, own_crop: float, decode_size: int, device: torch.device = CPU
+) -> tuple[View, View]:
+    """The views of a peer: that of training, and that of evaluation.
+
+    Args:
+        size: side of the images that its net takes.
+        own_crop: share of the side that the centre crop of its backbone keeps, unless the peer has another.
+        decode_size: S of the decoded images.
+
+    Raises:
+        UserError: as :func:`training_view`.
+    """
+    crop = own_crop if peer.eval_crop is None else peer.eval_crop
+    view = training_view(peer.view, size, decode_size, str(peer.name), device)
+    return view, evaluation_view(size, crop, decode_size, device)
+
+
+def view_name(view: str | Sequence[Transform]) -> str:
+    """A view in a few words, for people."""
+    return view if isinstance(view, str) else "+".join(transform.name for transform in view) or "as decoded"
 
 
 def training_view(

@@ -13,6 +13,9 @@ from typing import Any
 class Logger:
     """A sink of metrics. Subclasses override what they need."""
 
+    takes_pictures: bool = False
+    """Whether the run makes pictures and a sample of the last embeddings for it, see :meth:`log`."""
+
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Takes metrics of a step (1 for the first).
 
@@ -21,12 +24,19 @@ class Logger:
 
                 - ``{}``: every peer has finished ``step`` steps; nothing else is known yet.
                 - ``{"peers": {name: {"loss": ..., "metric": ...}}}``: the loss terms of one step.
-                - ``{"images_per_second": ...}``: the speed of the steps up to this one.
+                - ``{"images_per_second": ..., "step_s": ..., "waited_s": {name: ...}}``: the speed of the latest steps,
+                  the seconds of one, and those that each peer has waited for others since this process began.
                 - ``{"validation": figures}`` or ``{"untrained": figures}``: an evaluation, see
                   :data:`~ray_dmml.evaluation.evaluation.Figures`.
                 - ``{"checkpoint": "last", "is_last": False}``: a checkpoint was written. ``best`` instead of ``last``:
                   its weights are the best so far. ``is_last``: no step follows.
                 - ``{"lost": sentence}``: peers were lost. The run recovers, and :meth:`rewind` says where it goes on.
+                - ``{"final": results}``: the end of the run, with what results.json holds. ``peers`` and ``ensemble``
+                  are empty if there is nothing to evaluate.
+                - ``{"pictures": {"views": array}}``: uint8 (H, W, 3), for loggers that take pictures. ``views`` comes
+                  once, at step 0; ``worst_queries`` after an evaluation, perhaps some steps later.
+                - ``{"embeddings": sample}``: a :class:`~ray_dmml.loggers.embeddings.EmbeddingSample` of the final
+                  evaluation, for loggers that take pictures.
         """
 
     def rewind(self, step: int) -> None:
@@ -44,6 +54,7 @@ class Loggers(Logger):
 
     def __init__(self, loggers: Iterable[Logger]) -> None:
         self._loggers = tuple(loggers)
+        self.takes_pictures = any(logger.takes_pictures for logger in self._loggers)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         for logger in self._loggers:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.summary import Summary, image, scalar
 
-from ray_dmml.loggers.logger import Logger, learned_terms
+from ray_dmml.loggers.embeddings import write_projector
+from ray_dmml.loggers.logger import Logger
+from ray_dmml.loggers.scalars import Scalars
 
 logger = logging.getLogger(__name__)
 
 
 class TensorBoardLogger(Logger):
-    """Writes scalars over the steps; each start and each recovery of a run begins a new file.
+    """Writes scalars over the steps, pictures, and a sample of the last embeddings for the projector; each start and
+    each recovery of a run begins a new file.
 
     The caller's thread writes them. A ``SummaryWriter`` has a thread of its own, which dies when the disk is
     full and then blocks the caller. Here a full disk costs a warning and the scalars of that time.
@@ -28,36 +32,32 @@ class TensorBoardLogger(Logger):
         folder: RUN/tensorboard.
     """
 
+    takes_pictures = True
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._first_step: int | None = 1
         self._writer: EventsWriter | None = None
         self._num_files = 0
         self._has_warned = False
-        self._latest: dict[str, Mapping[str, float]] = {}
+        self._scalars = Scalars()
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        if "peers" in metrics:
-            rows = metrics["peers"]  # a dropped peer has none
-            latest = {name: terms for name, terms in self._latest.items() if name in rows}
-            self._latest = latest | learned_terms(rows)
-        if "images_per_second" in metrics:
-            scalars = {f"{term}/{peer}": value for peer, terms in self._latest.items() for term, value in terms.items()}
-            self._write(step, {**scalars, "images_per_second": metrics["images_per_second"]})
-        if "validation" in metrics:
-            figures = metrics["validation"]
-            rows = {**figures["peers"], "ensemble": figures["ensemble"]}
-            scalars = {
-                f"validation_{metric.replace('@', '_at_')}/{name}": value
-                for name, row in rows.items()
-                for metric, value in row.items()
-            }
-            self._write(step, scalars)
+        if scalars := self._scalars.of(metrics):
+            self._write(step, [scalar(tag, value) for tag, value in scalars.items()])
+        if "pictures" in metrics:
+            pictures: Mapping[str, np.ndarray] = metrics["pictures"]
+            self._write(step, [image(tag, picture, dataformats="HWC") for tag, picture in pictures.items()])
+        if "embeddings" in metrics:
+            try:
+                write_projector(metrics["embeddings"], self._folder)
+            except OSError as error:
+                self._warn(error)
 
     def rewind(self, step: int) -> None:
         """Begins a new file; TensorBoard shows nothing of earlier files after ``step``."""
         self.close()
-        self._latest = {}
+        self._scalars.rewind()
         self._first_step = step + 1
 
     def close(self) -> None:
@@ -66,17 +66,15 @@ class TensorBoardLogger(Logger):
             with suppress(OSError):
                 writer.close()
 
-    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
+    def _write(self, step: int, summaries: Iterable[Summary]) -> None:
         is_new, first_step = self._writer is None, self._first_step
         try:
             writer = self._writer or self._open()
-            for tag, value in scalars.items():
-                writer.write_event(_event(step, summary=scalar(tag, value)))
+            for summary in summaries:
+                writer.write_event(_event(step, summary=summary))
             writer.flush()
         except OSError as error:
-            if not self._has_warned:
-                logger.warning("%s cannot be written: %s; training goes on", self._folder, error)
-            self._has_warned = True
+            self._warn(error)
             # A record may be cut short, after which nothing in the file can be read. So the next record
             # goes to another file.
             self.close()
@@ -85,6 +83,11 @@ class TensorBoardLogger(Logger):
                     for path in self._folder.glob(f"*.{self._num_files}"):
                         path.unlink()
                 self._first_step = first_step
+
+    def _warn(self, error: OSError) -> None:
+        if not self._has_warned:
+            logger.warning("%s cannot be written: %s; training goes on", self._folder, error)
+        self._has_warned = True
 
     def _open(self) -> EventsWriter:
         self._folder.mkdir(parents=True, exist_ok=True)

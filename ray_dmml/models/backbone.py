@@ -46,18 +46,31 @@ def create_backbone(name: str, input_size: int | None) -> nn.Module:
 def timm_args(name: str, input_size: int | None) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` for an input size. Raises UserError if there is no such model."""
     if name.startswith(HUB):
-        try:
-            config, _, saved = timm.models.load_model_config_from_hf(name.removeprefix(HUB))
-        except Exception as error:  # the hub's client raises many types
-            raise UserError(
-                f"backbone {name} could not be read from the Hugging Face hub ({describe(error)})"
-            ) from None
+        config, saved = _from_hub(name)
         has_fixed_size = config.get("fixed_input_size", False) or "img_size" in saved
     else:
-        config = _registered(name)
-        has_fixed_size = config is not None and config.fixed_input_size
+        registered = _registered(name)
+        has_fixed_size = registered is not None and registered.fixed_input_size
     # timm then resamples the position embeddings that were trained at another size.
     return {"img_size": input_size} if input_size is not None and has_fixed_size else {}
+
+
+def pretrained_config(name: str) -> dict[str, Any]:
+    """timm's description of how a model was trained; empty if it has none. Raises UserError if there is no such
+    model."""
+    if name.startswith(HUB):
+        return _from_hub(name)[0]
+    registered = _registered(name)
+    return {} if registered is None else registered.to_dict()
+
+
+def _from_hub(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The description of a model on the hub, and the arguments that it is built with."""
+    try:
+        config, _, saved = timm.models.load_model_config_from_hf(name.removeprefix(HUB))
+    except Exception as error:  # the hub's client raises many types
+        raise UserError(f"backbone {name} could not be read from the Hugging Face hub ({describe(error)})") from None
+    return config, saved
 
 
 def has_batch_norm(name: str) -> bool:

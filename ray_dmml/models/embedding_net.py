@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
+from timm.data import resolve_data_config, resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import UserError
-from ray_dmml.models.backbone import create_backbone
+from ray_dmml.models.backbone import create_backbone, pretrained_config
 from ray_dmml.models.blocks import freeze_blocks, frozen_modules
 from ray_dmml.models.own_backbone import build_own_backbone, is_own_backbone
 from ray_dmml.models.pooling import change_pooling
@@ -120,6 +120,19 @@ class EmbeddingNet(nn.Module):
         for module in self.untrained_modules:
             module.eval()
         return self
+
+
+def input_of(config: PeerConfig) -> tuple[int, float]:
+    """``input_size`` and ``eval_crop`` of a peer's net. A net of timm is not built for it, an own one is.
+
+    Raises:
+        UserError: the backbone is unknown, or an own one cannot be built.
+    """
+    if is_own_backbone(config.backbone):
+        pretraining = resolve_model_data_config(build_own_backbone(config))
+    else:
+        pretraining = resolve_data_config({"in_chans": 3}, pretrained_config(config.backbone))
+    return config.input_size or int(pretraining["input_size"][-1]), float(pretraining["crop_pct"])
 
 
 def standardize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

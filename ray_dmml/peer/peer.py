@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ray_dmml.config.schema import LossConfig, PeerConfig
-from ray_dmml.data.augmentations import View, evaluation_view, training_view
+from ray_dmml.data.augmentations import View, views_of
 from ray_dmml.data.dataset import ImageSet
 from ray_dmml.data.loader import Batch, in_chunks
 from ray_dmml.errors import NonFiniteLossError, UserError
@@ -97,9 +97,7 @@ class Peer:
         self.net: EmbeddingNet = build_embedding_net(config, run_seed, initial_weights)
         add_adapters(self.net, config, run_seed)
         self.net.to(device).to(memory_format=layout)
-        crop = config.eval_crop if config.eval_crop is not None else self.net.eval_crop
-        self.view = training_view(config.view, self.net.input_size, decode_size, self.name, device)
-        self.eval_view = evaluation_view(self.net.input_size, crop, decode_size, device)
+        self.view, self.eval_view = views_of(config, self.net.input_size, self.net.eval_crop, decode_size, device)
         with self._seeded("loss", "init"):
             self.metric = MetricLoss(loss.metric, num_classes, config.embedding_size).to(device)
             self.mutual = MutualLoss(loss, config.embedding_size, ignore_nonfinite=self._skips_nonfinite).to(device)

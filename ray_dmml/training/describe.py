@@ -7,6 +7,7 @@ from typing import Any
 
 from ray_dmml.cohort.cohort import Cohort
 from ray_dmml.config.schema import Config, PeerConfig
+from ray_dmml.data.augmentations import view_name
 from ray_dmml.data.dataset import Splits
 from ray_dmml.training.state import TrainingState
 
@@ -42,8 +43,6 @@ def describe_cohort(config: Config, splits: Splits, facts: Mapping[str, Any]) ->
 
 
 def _describe_peer(peer: PeerConfig) -> str:
-    names = () if isinstance(peer.view, str) else [transform.name for transform in peer.view]
-    view = peer.view if isinstance(peer.view, str) else "+".join(names) or "as decoded"
     every = "step" if peer.update_interval == 1 else f"{peer.update_interval} steps"
     role = "frozen" if peer.frozen else f"update every {every}"
     if peer.update_mode == "skip" and peer.update_interval > 1:
@@ -55,7 +54,7 @@ def _describe_peer(peer: PeerConfig) -> str:
     if peer.lora is not None:
         role += f", LoRA of rank {peer.lora.rank}"
     size = "" if peer.frozen else f"{peer.embedding_size}-d, "  # that of a frozen peer is that of its weights
-    return f"{peer.name:<9} {peer.backbone}, {size}seed {peer.seed}, view {view}, {role}"
+    return f"{peer.name:<9} {peer.backbone}, {size}seed {peer.seed}, view {view_name(peer.view)}, {role}"
 
 
 def describe_early_stop(state: TrainingState, config: Config) -> str:

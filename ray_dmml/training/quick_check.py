@@ -17,6 +17,7 @@ from ray_dmml.config.loading import BUILT_IN_WEIGHTS
 from ray_dmml.config.parts import is_own, load_parts
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
+from ray_dmml.loggers.build import check_services
 from ray_dmml.training.run_dir import RunDir
 
 
@@ -28,7 +29,8 @@ def check_quickly(config: Config, *, on_this_machine: bool, reads_weights: bool 
         reads_weights: the run begins with its initial weights, and not with a checkpoint.
 
     Raises:
-        UserError: a path does not exist, a name is unknown, or an own part cannot be found.
+        UserError: a path does not exist, a name is unknown, an own part cannot be found, or the package of a logger is
+            missing.
     """
     _check_images(config)
     if reads_weights:
@@ -47,6 +49,7 @@ def check_quickly(config: Config, *, on_this_machine: bool, reads_weights: bool 
         _require_loss_part(loss.miner.name, "miner", "loss.metric.miner")
     if loss.reducer is not None:
         _require_loss_part(loss.reducer, "reducer", "loss.metric.reducer")
+    check_services(config)
     load_parts(config)  # imports nothing but own parts
 
 

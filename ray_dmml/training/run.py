@@ -19,9 +19,9 @@ from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.findings import Findings
 from ray_dmml.data.loader import build_sampler
 from ray_dmml.errors import CheckpointError, UserError
+from ray_dmml.loggers.build import build_loggers
 from ray_dmml.loggers.jsonl import JsonlLogger
 from ray_dmml.loggers.logger import Logger, Loggers
-from ray_dmml.loggers.own_loggers import build_loggers
 from ray_dmml.training.image_list import require_same_images
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.run_writer import RunWriter
@@ -48,6 +48,7 @@ MAY_CHANGE_ON_RESUME = (
     "failure.*",
     "train.tensorboard",
     "train.report",
+    "train.pictures",
     "evaluation.*",
     "train.loggers*",
     "cohort.transport",
@@ -120,6 +121,10 @@ def train(
             from ray_dmml.loggers.tensorboard import TensorBoardLogger
 
             sinks.append(TensorBoardLogger(run_dir.tensorboard))
+        if not local and cohort_factory is None:
+            from ray_dmml.ray_backend.metrics import RayMetricsLogger
+
+            sinks.append(RayMetricsLogger(run_dir.path.resolve().name, config.train.steps))
         all_loggers = Loggers(sinks)
         stack.callback(all_loggers.close)
         splits = read_images(config)

@@ -8,6 +8,7 @@ run.json        versions, threads, devices: what else the bits of a result depen
 images.csv.gz   the images: names, sizes, classes and splits, see :mod:`~ray_dmml.training.image_list`
 checkpoints/    see :mod:`~ray_dmml.checkpoint.store`
 tensorboard/    TensorBoard events
+loggers/        which run of a service (`train.loggers`) shows this one
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class RunDir:
         self.environment_file = path / "run.json"
         self.images_file = path / "images.csv.gz"
         self.tensorboard = path / "tensorboard"
+        self.loggers = path / "loggers"
         self._files = (
             self.config_file,
             self.metrics_file,
@@ -92,7 +94,7 @@ class RunDir:
 
     def discard(self) -> None:
         """Removes what a run has written, but no other file, and the folder if it is empty then."""
-        for folder in (self.checkpoints.folder, self.tensorboard):
+        for folder in (self.checkpoints.folder, self.tensorboard, self.loggers):
             shutil.rmtree(folder, ignore_errors=True)
         for file in self._files:
             file.unlink(missing_ok=True)

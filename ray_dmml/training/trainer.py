@@ -21,10 +21,11 @@ from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import build_sampler
 from ray_dmml.errors import Interrupted, PeerLostError
-from ray_dmml.evaluation.evaluation import Figures, evaluate_embeddings
+from ray_dmml.evaluation.evaluation import evaluate_embeddings
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.training.backbones import evaluate_backbones
 from ray_dmml.training.describe import describe_cohort, describe_early_stop, describe_waits
+from ray_dmml.training.pictures import Pictures
 from ray_dmml.training.recovery import Decision, RecoveryPolicy
 from ray_dmml.training.results import NOT_EVALUATED, evaluate_all, evaluated_split, results_of
 from ray_dmml.training.run_dir import RunDir
@@ -68,6 +69,7 @@ class Trainer:
         self._cohort_factory, self._initial_weights = cohort_factory, initial_weights
         self._writer, self._loggers, self._should_stop = writer, loggers, should_stop
         self._checkpoint = checkpoint
+        self._pictures = Pictures(config, loggers)
         self._cohort: Cohort | None = None
         self._saved_step = 0  # of the last checkpoint
         self._reached = 0  # the last step that every peer is known to have finished
@@ -98,6 +100,7 @@ class Trainer:
                     failure = error
         finally:
             self.close()
+            self._pictures.close()
             self._writer.close()
 
     def prepare(self, failure: PeerLostError | None) -> None:
@@ -257,11 +260,14 @@ class Trainer:
         """A checkpoint, so that a run that is killed at any time can be resumed; untrained figures."""
         if not self.run_dir.checkpoints.index():
             self.save(best=False)
+        self._pictures.show_views(self.splits.train)
         if self.config.evaluation.untrained and self.split is not None and not self.state.untrained:
             logger.debug("evaluating the untrained peers")
             with self._stopwatch.measure("evaluation before training"):
                 backbones = evaluate_backbones(self.cohort, self.config, self.split, getattr(self.splits, self.split))
-                self.state.untrained = {**self._evaluate(self.split), "split": self.split, "backbones": backbones}
+                embeddings, images = self.cohort.embeddings(self.split), getattr(self.splits, self.split)
+                figures = evaluate_embeddings(embeddings, images, self.config.evaluation.recall_at)
+            self.state.untrained = {**figures, "split": self.split, "backbones": backbones}
             self._loggers.log({"untrained": self.state.untrained}, 0)
 
     def _on_step(self, step: int) -> None:
@@ -279,7 +285,13 @@ class Trainer:
                     steps = self._nonfinite.setdefault(name, set())
                     steps.add(step)
                     logger.warning("%s has left out %d batches whose values were not finite", name, len(steps))
-        self._loggers.log({"images_per_second": self._batch_size * len(rows) / seconds}, self.state.step)
+        speed = {
+            "images_per_second": self._batch_size * len(rows) / seconds,
+            "step_s": seconds / len(rows),
+            "waited_s": {name: self.cohort.waited[name] for name in self.cohort.names},
+        }
+        self._loggers.log(speed, self.state.step)
+        self._pictures.hand_over()
         self._loggers.flush()
 
     def validate(self) -> bool:
@@ -290,8 +302,10 @@ class Trainer:
         logger.debug("evaluating on the validation images")
         uses_ema = self.config.weights_to_evaluate() == "ema"
         with self._stopwatch.measure("validation"):
-            figures = self._evaluate("validation", ema=uses_ema)
+            embeddings = self.cohort.embeddings("validation", ema=uses_ema)
+            figures = evaluate_embeddings(embeddings, self.splits.validation, self.config.evaluation.recall_at)
         self._loggers.log({"validation": figures}, state.step)
+        self._pictures.show_worst(embeddings, self.splits.validation, state.step)
         self._loggers.flush()
         value = figures["ensemble"]["recall@1"]
         if self.config.train.monitor == "mean_peer":
@@ -304,10 +318,6 @@ class Trainer:
             advice = "hold out more classes, or evaluate the last weights"
             logger.warning("validation Recall@1 is 100 %% since step %d: %s", state.best_step, advice)
         return False
-
-    def _evaluate(self, split: str, *, ema: bool = False) -> Figures:
-        embeddings, recall_at = self.cohort.embeddings(split, ema=ema), self.config.evaluation.recall_at
-        return evaluate_embeddings(embeddings, getattr(self.splits, split), recall_at)
 
     def save(self, *, best: bool) -> bool:
         """Writes a checkpoint; False if that is not possible and training can go on without it."""
@@ -338,6 +348,8 @@ class Trainer:
                 embeddings = self.cohort.embeddings(self.split, ema=weights == "ema")
                 evaluation = evaluate_all(self.config, embeddings, images)
                 figures = evaluation.summary()
+            self._pictures.hand_over(wait=True)
+            self._pictures.show_embeddings(evaluation.embeddings, images, self.state.step)
         results = results_of(self.config, self.split, images, figures, self.state.untrained, weights, step)
         train_s = self._stopwatch.seconds.get("training", 0.0)
         if train_s:
@@ -352,6 +364,7 @@ class Trainer:
         for line in results["warnings"]:
             logger.warning("%s", line)
         self._writer.write_results(results, keep_state=self.config.checkpoint.final == "state")
+        self._loggers.log({"final": results}, self.state.step)
         if self.config.train.report:
             from ray_dmml.training.report import write_run_report  # not every run has a report
 

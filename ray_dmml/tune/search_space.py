@@ -47,6 +47,7 @@ _FIXED_IN_TRIALS = {
         "evaluation.untrained",
         "train.tensorboard",
         "train.report",
+        "train.pictures",
         "train.early_stopping",
     ),
     "the search sets what a trial saves": ("checkpoint.every_steps", "checkpoint.storage_path"),
@@ -234,7 +235,12 @@ class Search:
         weights = "ema" if config.evaluation.weights == "ema" else "last"
         return changed(
             config.model_copy(update={"seed": config.seed + seed}),
-            train={"tensorboard": False, "report": False, "early_stopping": None},  # the scheduler ends trials
+            train={
+                "tensorboard": False,
+                "report": False,
+                "pictures": 0,
+                "early_stopping": None,
+            },  # the scheduler ends trials
             data={"validation_fold": config.data.validation_fold + fold},
             evaluation={"split": "validation", "untrained": False, "weights": weights},
             checkpoint={"every_steps": every_steps, "storage_path": None},

@@ -44,6 +44,8 @@ def test_the_package_is_the_command() -> None:
         "distill",
         "config",
         "data",
+        "compare",
+        "views",
     )
     for name in commands:
         assert f" {name} " in shown
@@ -52,7 +54,8 @@ def test_the_package_is_the_command() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *("train", "evaluate", "report", "embed", "index", "search", "export", "push", "tune", "distill"),
+        *("train", "evaluate", "report", "compare", "embed", "index", "search", "export", "push", "tune", "distill"),
+        "views",
         *("data check", "data fetch"),
     ],
 )
@@ -92,6 +95,9 @@ def test_the_log_of_the_package_is_shown(capsys: pytest.CaptureFixture[str]) -> 
         ("tune", "--out", ""),
         ("tune", "--space", ""),
         ("evaluate", ""),
+        ("compare", "run", ""),
+        ("views", ""),
+        ("views", "--out", ""),
         ("push", "", "a/b"),
         ("push", "run", "a/b", "--out", ""),
         ("index", ""),

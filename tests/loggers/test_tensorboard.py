@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import resource
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from ray_dmml.loggers.embeddings import THUMBNAIL, EmbeddingSample
 from ray_dmml.loggers.tensorboard import TensorBoardLogger
 
 
@@ -17,7 +21,7 @@ def read(folder: Path) -> list[Event]:
     """Every event of every file, the oldest file first; a record is its length, a checksum of that, the
     event, and a checksum of it."""
     found = []
-    for path in sorted(folder.iterdir(), key=lambda path: int(path.suffix[1:])):
+    for path in sorted(folder.glob("*.tfevents.*"), key=lambda path: int(path.suffix[1:])):
         content = path.read_bytes()
         while len(content) > 16:
             (size,) = struct.unpack("<Q", content[:8])
@@ -122,4 +126,38 @@ def test_a_peer_that_learns_no_more_has_no_further_points(tmp_path: Path) -> Non
         (1, "loss/peer1", 0.25),
         (2, "loss/peer0", 0.125),
         (3, "loss/peer0", 0.0625),
+    ]
+
+
+def test_pictures_and_the_projector(tmp_path: Path) -> None:
+    """Pictures keep their pixels. The projector's files have a row or a square for each image, in their order."""
+    folder = tmp_path / "tensorboard"
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (8, 12, 3)).astype(np.uint8)
+    thumbnails = rng.integers(0, 256, (5, THUMBNAIL, THUMBNAIL, 3)).astype(np.uint8)
+    embeddings = {"peer0": rng.random((5, 3), dtype=np.float32), "ensemble": rng.random((5, 6), dtype=np.float32)}
+    sample = EmbeddingSample(embeddings, ["a", "a", "b", "b", "c\t"], ["1\n.png", "2.png", "3", "4", "5"], thumbnails)
+    logger = TensorBoardLogger(folder)
+    logger.log({"pictures": {"views": picture}}, 0)
+    logger.log({"embeddings": sample}, 6)
+    logger.log({"final": {"peers": {"peer0": {"recall@1": 0.5}}, "ensemble": {"recall@1": 0.75}}}, 6)
+    logger.close()
+    projector = (folder / "projector_config.pbtxt").read_text()
+    for name, vectors in embeddings.items():
+        assert f'tensor_path: "projector/{name}.tsv"' in projector
+        assert np.allclose(np.loadtxt(folder / "projector" / f"{name}.tsv"), vectors, atol=1e-4)
+    rows = (folder / "projector/images.tsv").read_text().splitlines()
+    assert rows == ["class\timage", "a\t1 .png", "a\t2.png", "b\t3", "b\t4", "c\t5"]
+    square = np.asarray(Image.open(folder / "projector/images.png"))
+    assert square.shape == (3 * THUMBNAIL, 3 * THUMBNAIL, 3)  # as TensorBoard needs it
+    assert np.array_equal(square[THUMBNAIL : 2 * THUMBNAIL, :THUMBNAIL], thumbnails[3])
+    (folder / "projector_config.pbtxt").unlink()
+    for file in (folder / "projector").iterdir():
+        file.unlink()
+    (folder / "projector").rmdir()
+    [image, *final] = [value for event in read(folder) for value in event.summary.value]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.image.encoded_image_string))), picture)
+    assert [(value.tag, value.simple_value) for value in final] == [
+        ("final_recall_at_1/peer0", 0.5),
+        ("final_recall_at_1/ensemble", 0.75),
     ]

@@ -17,6 +17,7 @@ from ray_dmml.models.embedding_net import (
     autocast,
     build_embedding_net,
     compiled,
+    input_of,
     standardize,
 )
 
@@ -147,3 +148,13 @@ def test_sizes_that_the_backbone_does_not_support() -> None:
     """Too small for its windows."""
     with pytest.raises(UserError, match=r"backbone test_maxvit (cannot be built|does not take).* 40"):
         EmbeddingNet(peer(backbone="test_maxvit", input_size=40))
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "tf_efficientnet_lite0", "resnet10t.c3_in1k"])
+def test_the_size_of_a_net_is_known_before_it_is_built(backbone: str) -> None:
+    for size in (None, 64):
+        config = peer(backbone=backbone, input_size=size)
+        net = EmbeddingNet(config)
+        assert input_of(config) == (net.input_size, net.eval_crop)
+    with pytest.raises(UserError, match=r"unknown backbone 'resnt': .* did you mean"):
+        input_of(peer(backbone="resnt"))

@@ -477,6 +477,7 @@ def test_a_logger_gets_everything_in_order(settings: dict[str, Any], tmp_path: P
         ("images_per_second", 2),
         ("validation", 2),
         ("checkpoint", 2),
+        ("final", 2),
         ("close", 0),
     ]
 

@@ -11,7 +11,7 @@ import pytest
 from ray_dmml.config.code import read_code, use_code
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
-from ray_dmml.loggers.own_loggers import build_loggers
+from ray_dmml.loggers.build import build_loggers
 
 OWN = """
 from ray_dmml import Logger

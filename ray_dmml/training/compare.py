@@ -1,0 +1,216 @@
+"""Compares finished runs on the same images: which one is better, by how much, and on which queries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_dmml.config.loading import dotted
+from ray_dmml.data.decoding import printable
+from ray_dmml.errors import UserError
+from ray_dmml.evaluation.bootstrap import NUM_RESAMPLES
+from ray_dmml.evaluation.compare import Values, compare_values
+from ray_dmml.evaluation.evaluation import Evaluation
+from ray_dmml.evaluation.neighbors import Ints
+from ray_dmml.training.evaluate import RunEmbeddings, embed_run
+from ray_dmml.training.image_list import ImageList
+from ray_dmml.training.run import WHERE_THINGS_ARE
+
+SEEDS = ("seed", "data.validation_fold", "data.validation_seed")
+"""Runs that differ only in these are seeds of one setting."""
+
+CHANGES_NO_RESULT = (
+    *WHERE_THINGS_ARE,
+    *("train.log_every", "train.tensorboard", "train.pictures", "train.report", "train.loggers*"),
+    *("checkpoint.*", "failure.*", "evaluation.*"),  # the comparison evaluates all runs alike
+    *("data.on_bad_image", "data.check_images"),
+    *("cohort.transport", "cohort.placement_strategy", "cohort.*_timeout_s", "cohort.threads_per_peer"),
+    *("cohort.peers.*.resources*", "cohort.peers.*.labels*", "cohort.peers.*.num_gpus", "cohort.peers.*.num_cpus"),
+    "cohort.peers.*.replicas",
+)
+"""Settings in which runs of one setting may differ."""
+
+MEAN_PEER = "mean_peer"
+"""The mean of the peers that learn, as a system beside them and the ensemble."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """An evaluated run."""
+
+    path: Path
+    seed: tuple[Any, ...]
+    settings: Mapping[str, Any]
+    """Dotted keys, without those that change no result."""
+    evaluated: RunEmbeddings
+    queries: Ints
+    values: Mapping[str, Values]
+    """By system, of each query."""
+
+
+def compare(
+    runs: Sequence[Path | str],
+    weights: str | None = None,
+    *,
+    data: Path | str | None = None,
+    trust_code: bool = False,
+    num_resamples: int = NUM_RESAMPLES,
+) -> dict[str, Any]:
+    """Evaluates two or more runs on the same images, in this process, and compares them. It writes nothing.
+
+    Runs that differ only in their seed are one setting. The first setting is compared with each of the others; the runs
+    of a single setting are compared with the first one of them. Runs with the same seed are pairs.
+
+    Args:
+        runs: their folders, the baseline first.
+        weights, data, trust_code: as in :func:`~ray_dmml.training.evaluate.evaluate`, for all runs.
+        num_resamples: of the bootstrap over classes.
+
+    Returns:
+        A dict for JSON:
+
+        - ``split``, ``num_queries``, ``num_classes``: what the runs are evaluated on.
+        - ``settings``: for each, its ``runs``, ``seeds``, ``weights`` and ``steps``.
+        - ``differing``: the settings that differ: key to a list, a value for each of ``settings``.
+        - ``comparisons``: for each, ``first`` and ``second`` (numbers of ``settings``), ``num_pairs`` of runs with the
+          same seed, ``systems``, ``macro`` and ``found_only_by``. ``systems`` has a dict for each system and metric,
+          see :class:`~ray_dmml.evaluation.compare.Difference`; ``macro`` has the same for means over classes.
+          ``found_only_by`` has for each system the names of the queries that ``first`` or ``second`` finds at rank 1
+          in more than half of its runs, and the other one does not.
+
+    Raises:
+        UserError: fewer than two runs, a run is named twice, the runs are not evaluated on the same images or have no
+            system in common; and as in :func:`~ray_dmml.training.evaluate.evaluate`.
+    """
+    paths = [Path(run) for run in runs]
+    if len(paths) < 2:
+        raise UserError("a comparison needs two or more runs")
+    if twice := {str(path) for path in paths if [each.resolve() for each in paths].count(path.resolve()) > 1}:
+        raise UserError(f"{', '.join(sorted(twice))}: a run is compared with others, and named once")
+    evaluated = [embed_run(path, weights, data=data, trust_code=trust_code) for path in paths]
+    _require_same_images(paths, evaluated)
+    recall_at = sorted({k for each in evaluated for k in each.config.evaluation.recall_at})
+    loaded = [_load(path, each, recall_at) for path, each in zip(paths, evaluated, strict=True)]
+    images, queries = evaluated[0].images, loaded[0].queries
+    groups = _group(loaded)
+    if len(groups) == 1:
+        groups = [[run] for run in loaded]
+    names = [printable(images.source.name(int(query))) for query in queries]
+    classes = images.labels[queries]
+    comparisons = [
+        {"first": 0, "second": number, **_compare(groups[0], groups[number], names, classes, num_resamples)}
+        for number in range(1, len(groups))
+    ]
+    return {
+        "split": evaluated[0].split,
+        "num_queries": len(queries),
+        "num_classes": len(np.unique(classes)),
+        "settings": [_describe(group) for group in groups],
+        "differing": _differing(groups),
+        "comparisons": comparisons,
+    }
+
+
+def _require_same_images(paths: Sequence[Path], evaluated: Sequence[RunEmbeddings]) -> None:
+    first = evaluated[0]
+    for path, other in zip(paths[1:], evaluated[1:], strict=True):
+        changes = ""
+        if first.place is None:  # else all have the same place
+            lists = [ImageList.read(each.run_dir.images_file) for each in (first, other)]
+            before, now = (each and each.only(of.split) for each, of in zip(lists, (first, other), strict=True))
+            changes = before.differences(now) if before and now else ""  # also of the sizes of the files
+        if changes or first.images.digest() != other.images.digest():
+            raise UserError(
+                f"{path} is not evaluated on the images of {paths[0]}: "
+                f"{changes or 'there are others, or other queries'}; give the images to evaluate all runs on (data)"
+            )
+
+
+def _load(path: Path, evaluated: RunEmbeddings, recall_at: Sequence[int]) -> _Run:
+    frozen = evaluated.config.cohort.frozen_peers
+    of_run = Evaluation.of(evaluated.embeddings, evaluated.images, recall_at=recall_at, teachers=frozen, keep=0)
+    values: dict[str, Values] = {name: retrieval.values for name, retrieval in of_run.systems.items()}
+    learners = [name for name in evaluated.config.cohort.learners if name in values]
+    if learners:
+        metrics = values[learners[0]]
+        values = {
+            MEAN_PEER: {key: np.mean([values[name][key] for name in learners], axis=0) for key in metrics}
+        } | values
+    settings = dotted(evaluated.config.model_dump(mode="json"))
+    seed = tuple(settings.pop(key, None) for key in SEEDS)
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if not any(fnmatchcase(key, pattern) for pattern in CHANGES_NO_RESULT)
+    }
+    queries = next(iter(of_run.systems.values())).queries
+    return _Run(path, seed, kept, evaluated, queries, values)
+
+
+def _group(runs: Sequence[_Run]) -> list[list[_Run]]:
+    """Runs of one setting together, in the order of their first runs."""
+    groups: list[list[_Run]] = []
+    for run in runs:
+        own = next((group for group in groups if group[0].settings == run.settings), None)
+        if own is None:
+            groups.append([run])
+        else:
+            own.append(run)
+    return groups
+
+
+def _compare(
+    first: Sequence[_Run], second: Sequence[_Run], names: Sequence[str], classes: Ints, num_resamples: int
+) -> dict[str, Any]:
+    systems = [name for name in first[0].values if all(name in run.values for run in (*first, *second))]
+    if not systems:
+        raise UserError(f"{first[0].path} and {second[0].path} have no peer in common, and not both an ensemble")
+    # Single runs are a pair in any case. Of several ones, those with the same seed are.
+    pairs = [(a, b) for a in first for b in second if a.seed == b.seed]
+    is_paired = len({a.seed for a, _ in pairs}) == len(pairs) > 0
+    if is_paired and len(first) + len(second) > 2:
+        first, second = [a for a, _ in pairs], [b for _, b in pairs]
+    found: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
+    macro: dict[str, Any] = {}
+    for system in systems:
+        one, other = ([run.values[system] for run in runs] for runs in (first, second))
+        for results, is_macro in ((compared, False), (macro, True)):
+            differences = compare_values(
+                one, other, classes, is_paired=is_paired, macro=is_macro, num_resamples=num_resamples
+            )
+            results[system] = {metric: difference._asdict() for metric, difference in differences.items()}
+        is_found = [np.mean([run["recall@1"] for run in runs], axis=0) > 0.5 for runs in (one, other)]
+        found[system] = {
+            "first": [names[query] for query in np.flatnonzero(is_found[0] & ~is_found[1]).tolist()],
+            "second": [names[query] for query in np.flatnonzero(is_found[1] & ~is_found[0]).tolist()],
+        }
+    return {"num_pairs": len(pairs) if is_paired else 0, "systems": compared, "macro": macro, "found_only_by": found}
+
+
+def _describe(group: Sequence[_Run]) -> dict[str, Any]:
+    return {
+        "runs": [str(run.path) for run in group],
+        "seeds": [run.seed[0] for run in group],
+        "weights": sorted({run.evaluated.weights for run in group}),
+        "steps": [run.evaluated.step for run in group],
+    }
+
+
+def _differing(groups: Sequence[Sequence[_Run]]) -> dict[str, list[Any]]:
+    """The settings that differ between the groups. Runs of one setting differ in their seeds."""
+    settings = [dict(group[0].settings) for group in groups]
+    if all(len(group) == 1 for group in groups):
+        for each, group in zip(settings, groups, strict=True):
+            each |= dict(zip(SEEDS, group[0].seed, strict=True))
+    keys = dict.fromkeys(key for each in settings for key in each)
+    return {
+        key: [each.get(key) for each in settings]
+        for key in keys
+        if any(each.get(key) != settings[0].get(key) for each in settings)
+    }
