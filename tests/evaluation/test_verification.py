@@ -108,6 +108,25 @@ def test_intervals_equal_the_loops() -> None:
         assert (low, high) == pytest.approx(wanted[key], abs=0.01 if key == "roc_auc" else 1e-6)
 
 
+def test_intervals_of_few_classes_that_are_alike() -> None:
+    """The most similar pairs are all of two classes, which most of the resamples lack: their thresholds are lower."""
+    labels = np.repeat(np.arange(5), 200)
+    centres = np.eye(5, 16)
+    centres[1] = 0.9 * centres[0] + 0.3 * centres[1]
+    x = (centres[labels] + 0.2 * unit(1000, 16)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    found = verification(x, Pairs.of(image_set(labels)), num_resamples=30)["intervals"]
+    ones, others = np.nonzero(labels[:, None] != labels)
+    similarities = (x @ x.T)[ones, others]
+    order = np.argsort(-similarities)
+    samples = []
+    for times in np.concatenate(list(resamples(5, 30, 0))):
+        counts = np.cumsum((times[labels[ones]] * times[labels[others]])[order])
+        samples += [similarities[order[np.searchsorted(counts, 0.01 * counts[-1], side="right")]]] if counts[-1] else []
+    assert found["threshold@0.01"] == pytest.approx(np.percentile(samples, [2.5, 97.5]).tolist(), abs=0.01)
+    assert found["threshold@0.01"][0] < 0.5 < found["threshold@0.01"][1]
+
+
 def test_drawn_pairs_give_nearly_the_same_figures() -> None:
     """A part of the pairs of both kinds, each a pair, and the same ones again from a seed."""
     x, labels = clustered(400, 20)
