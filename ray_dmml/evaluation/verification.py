@@ -129,8 +129,8 @@ def verification(vectors: Floats, pairs: Pairs, *, num_resamples: int = NUM_RESA
 
     Returns:
         These figures; ``intervals``, the ends of their 95 % intervals by bootstrap over classes (that of ``roc_auc`` to
-        first order); ``num_positive_pairs`` and ``num_negative_pairs``, of one and of two classes; and ``all_pairs``,
-        False if they were drawn. Empty if there are no pairs of both kinds.
+        first order), empty if there are only two classes; ``num_positive_pairs`` and ``num_negative_pairs``, of one and
+        of two classes; and ``all_pairs``, False if they were drawn. Empty if there are no pairs of both kinds.
     """
     positives, of_positive = pairs.of_one_class(vectors)
     negatives, ones, others = pairs.of_two_classes(vectors)
@@ -165,7 +165,9 @@ def verification(vectors: Floats, pairs: Pairs, *, num_resamples: int = NUM_RESA
                 num_missed = _weighted_below(positives, of_positive, thresholds, times)
                 samples[f"threshold@{fmr:g}"].append(np.where(allowed > 0, thresholds, np.nan))
                 samples[f"fnmr@{fmr:g}"].append(np.where(allowed > 0, num_missed / num_positive, np.nan))
-    intervals = {key: np.nanpercentile(np.concatenate(each), [2.5, 97.5]).tolist() for key, each in samples.items()}
+    intervals = {}
+    if num_classes > 2:  # resamples of two classes all have the same pairs of two classes, or none
+        intervals = {key: np.nanpercentile(np.concatenate(each), [2.5, 97.5]).tolist() for key, each in samples.items()}
     return {
         **figures,
         "intervals": intervals,
@@ -191,7 +193,7 @@ class _Ranked:
         # with few classes. Then every n-th of all pairs stands for n.
         step = -(-num // most)
         self.parts = [
-            (count, *(np.ascontiguousarray(each[part]) for each in (similarities, ones, others)))
+            (count, similarities[part].copy(), ones[part].copy(), others[part].copy())
             for count, part in ((1, slice(most)), (step, slice(None, None, step)))
         ]
 

@@ -147,7 +147,9 @@ def test_drawn_pairs_give_nearly_the_same_figures() -> None:
 
 
 def test_pairs_of_one_kind_only_have_no_figures() -> None:
-    """One class, or no class with two images."""
+    """One class, or no class with two images. Two classes have figures but no intervals."""
+    found = verification(unit(6, 8), Pairs.of(image_set(np.arange(6) // 3)))
+    assert found["num_negative_pairs"] == 18 and found["intervals"] == {}
     for labels in (np.zeros(4, np.int64), np.arange(4)):
         assert verification(unit(4, 8), Pairs.of(image_set(labels))) == {}
     images = replace(image_set(np.arange(4) // 2), exclude=np.arange(4) // 2)
