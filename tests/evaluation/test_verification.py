@@ -108,6 +108,18 @@ def test_intervals_equal_the_loops() -> None:
         assert (low, high) == pytest.approx(wanted[key], abs=0.01 if key == "roc_auc" else 1e-6)
 
 
+def test_the_interval_of_the_auc_has_the_width_of_the_loops() -> None:
+    """Also where it is the pairs of two classes that differ: 6 of the 30 classes are nearly the same."""
+    labels, centres = np.arange(90) % 30, unit(30, 16, seed=1)
+    centres[:6] = centres[0] + 0.1 * centres[:6]
+    x = (centres[labels] + 0.25 * unit(90, 16)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    images = image_set(labels)
+    low, high = verification(x, Pairs.of(images), num_resamples=40)["intervals"]["roc_auc"]
+    wanted = naive_intervals(x, images, 40, 0)["roc_auc"]
+    assert high - low == pytest.approx(wanted[1] - wanted[0], rel=0.15)
+
+
 def test_intervals_of_few_classes_that_are_alike() -> None:
     """The most similar pairs are all of two classes, which most of the resamples lack: their thresholds are lower."""
     labels = np.repeat(np.arange(5), 200)
