@@ -52,13 +52,20 @@ def verification_table(results: Mapping[str, Any], console: Console) -> None:
     rows = {name: figures for name, figures in results.get("verification", {}).items() if figures}
     if not rows:
         return
-    keys = list(next(iter(rows.values()))["intervals"])
-    title = "verification: is a pair with a similarity above the threshold of one class? AUC and FNMR in %"
+    first = next(iter(rows.values()))
+    keys = [key for key in first if key.startswith(("roc_auc", "fnmr@", "threshold@"))]
+    title = "verification: are two images of one class? AUC and FNMR in %"
     table = _table(title, ["", *map(_verification_heading, keys)])
+    table.caption = (
+        f"a pair matches above the threshold; {first['num_positive_pairs']:,} pairs of one class and "
+        f"{first['num_negative_pairs']:,} of two"
+    )
     for name, figures in rows.items():
         intervals = figures["intervals"]
         cells = (
-            (_number(figures[key], intervals[key], 3) if "threshold" in key else _percent(figures[key], intervals[key]))
+            _number(figures[key], intervals.get(key), 3)
+            if "threshold" in key
+            else _percent(figures[key], intervals.get(key))
             for key in keys
         )
         table.add_row(name, *cells, style="bold" if name == "ensemble" else "")

@@ -53,8 +53,7 @@ def subsets(evaluation: Evaluation) -> list[dict[str, Any]]:
         UserError: there are more than :data:`MAX_PEERS` peers.
     """
     peers = {name: vectors for name, vectors in evaluation.embeddings.items() if name not in (ENSEMBLE, TEACHERS)}
-    if len(peers) > MAX_PEERS:
-        raise UserError(f"the subsets of {len(peers)} peers are too many to evaluate; at most {MAX_PEERS} peers can be")
+    require_few(len(peers))
     classes, rows = evaluation.query_classes, []
     for size in range(1, len(peers) + 1):
         for names in combinations(peers, size):
@@ -67,6 +66,12 @@ def subsets(evaluation: Evaluation) -> list[dict[str, Any]]:
             intervals = {metric: list(ends) for metric, ends in class_bootstrap(found.values, classes).items()}
             rows.append({"peers": list(names), "figures": found.means(), "intervals": intervals})
     return rows
+
+
+def require_few(num_peers: int) -> None:
+    """Raises UserError if there are more than :data:`MAX_PEERS` peers, see :func:`subsets`."""
+    if num_peers > MAX_PEERS:
+        raise UserError(f"the subsets of {num_peers} peers are too many to evaluate; at most {MAX_PEERS} peers can be")
 
 
 def clustering(evaluation: Evaluation, seed: int = 0) -> dict[str, dict[str, float]]:

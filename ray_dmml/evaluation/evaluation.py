@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any, TypeVar
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ray_dmml.data.dataset import ImageSet
 from ray_dmml.errors import UserError
@@ -98,6 +99,11 @@ class Evaluation:
         has an entry for each system, see :func:`~ray_dmml.evaluation.verification.verification`. ``num_evaluated`` is
         the number of queries that have something to find. ``warnings`` are sentences.
         """
+        # With more threads, BLAS waits longer for them than its small products take.
+        with threadpool_limits(1, user_api="blas"):
+            return self._summary()
+
+    def _summary(self) -> dict[str, Any]:
         labels, classes = self.images.labels, self.query_classes
         values = {(name, key): each for name, system in self.systems.items() for key, each in system.values.items()}
 
@@ -149,12 +155,13 @@ def nested(by_system: Mapping[str, T]) -> dict[str, Any]:
 
 
 def warn_of_small_gallery(images: ImageSet, recall_at: Sequence[int]) -> Iterator[str]:
-    """A sentence if a K of Recall@K is not below the size of the gallery, so that every query succeeds."""
-    size = len(images) if images.gallery is None else len(images.gallery)
-    if max(recall_at) >= size:
+    """A sentence if a K of Recall@K is not below the number of images that a query is compared with, so that every
+    query succeeds."""
+    num = len(images) - 1 if images.gallery is None else len(images.gallery)
+    if max(recall_at) >= num:
         yield (
-            f"Recall@{max(recall_at)} says nothing of a gallery of {size:,} images, in which every query has success: "
-            "set evaluation.recall_at to lower values"
+            f"Recall@{max(recall_at)} says nothing where a query is compared with {num:,} images: every query has "
+            "success; set evaluation.recall_at to lower values"
         )
 
 

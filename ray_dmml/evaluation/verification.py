@@ -24,7 +24,7 @@ MAX_POSITIVES, MAX_NEGATIVES = 2**20, 2**22
 """Pairs of one class, and of two classes. Where there are more, these many are drawn."""
 
 _QUERIES_TOGETHER = 64  # share the gallery images that are drawn for them
-_MIN_TAIL = 50_000  # the most similar pairs of two classes that a resample can move the threshold in
+_MIN_TAIL = 50_000  # the most similar pairs of two classes, among which a resample nearly always has its thresholds
 _CHUNK_ENTRIES = 2**22
 
 
@@ -129,8 +129,8 @@ def verification(vectors: Floats, pairs: Pairs, *, num_resamples: int = NUM_RESA
 
     Returns:
         These figures; ``intervals``, the ends of their 95 % intervals by bootstrap over classes (that of ``roc_auc`` to
-        first order); ``num_positive_pairs`` and ``num_negative_pairs``, of one and of two classes; and ``all_pairs``,
-        False if they were drawn. Empty if there are no pairs of both kinds.
+        first order), empty if there are only two classes; ``num_positive_pairs`` and ``num_negative_pairs``, of one and
+        of two classes; and ``all_pairs``, False if they were drawn. Empty if there are no pairs of both kinds.
     """
     positives, of_positive = pairs.of_one_class(vectors)
     negatives, ones, others = pairs.of_two_classes(vectors)
@@ -139,10 +139,9 @@ def verification(vectors: Floats, pairs: Pairs, *, num_resamples: int = NUM_RESA
     above = _share_below(positives, negatives)  # of each pair of one class: the pairs of two classes that it is above
     below = 1 - _share_below(negatives, np.sort(positives))
     figures = {"roc_auc": float(above.mean())}
-    tail = min(len(negatives), max(_MIN_TAIL, int(5 * max(FMRS) * len(negatives))))
-    most_similar, *tail_classes = (each[: -tail - 1 : -1] for each in (negatives, ones, others))
+    ranked = _Ranked(negatives[::-1], ones[::-1], others[::-1])
     for fmr in FMRS:
-        threshold = most_similar[int(fmr * len(negatives))]
+        threshold = ranked.similarities[int(fmr * len(negatives))]
         figures |= {f"fnmr@{fmr:g}": float(np.mean(positives <= threshold)), f"threshold@{fmr:g}": float(threshold)}
 
     num_classes = len(pairs.sizes[0])
@@ -159,16 +158,16 @@ def verification(vectors: Floats, pairs: Pairs, *, num_resamples: int = NUM_RESA
             auc = times @ auc_of_class / num_positive + 2 * (by_negatives - figures["roc_auc"])
             samples["roc_auc"].append(np.clip(auc, 0, 1))
             allowed = len(negatives) * pairs.weights(times)
-            places = np.empty((len(FMRS), len(times)), np.int64)
-            for row, drawn in enumerate(times):
-                num_matches = np.cumsum(drawn[tail_classes[0]] * drawn[tail_classes[1]])
-                places[:, row] = np.searchsorted(num_matches, np.array(FMRS) * allowed[row], side="right")
-            for fmr, place in zip(FMRS, np.minimum(places, tail - 1), strict=True):
-                thresholds = most_similar[place]
+            of_resamples = [
+                ranked.thresholds(drawn, np.array(FMRS) * num) for drawn, num in zip(times, allowed, strict=True)
+            ]
+            for fmr, thresholds in zip(FMRS, np.stack(of_resamples, axis=1), strict=True):
                 num_missed = _weighted_below(positives, of_positive, thresholds, times)
                 samples[f"threshold@{fmr:g}"].append(np.where(allowed > 0, thresholds, np.nan))
                 samples[f"fnmr@{fmr:g}"].append(np.where(allowed > 0, num_missed / num_positive, np.nan))
-    intervals = {key: np.nanpercentile(np.concatenate(each), [2.5, 97.5]).tolist() for key, each in samples.items()}
+    intervals = {}
+    if num_classes > 2:  # resamples of two classes all have the same pairs of two classes, or none
+        intervals = {key: np.nanpercentile(np.concatenate(each), [2.5, 97.5]).tolist() for key, each in samples.items()}
     return {
         **figures,
         "intervals": intervals,
@@ -176,6 +175,37 @@ def verification(vectors: Floats, pairs: Pairs, *, num_resamples: int = NUM_RESA
         "num_negative_pairs": len(negatives),
         "all_pairs": pairs.is_complete,
     }
+
+
+class _Ranked:
+    """Pairs of two classes, the most similar first.
+
+    Args:
+        similarities: (M,) float32 in descending order.
+        ones, others: (M,) int64, the classes of both images.
+    """
+
+    def __init__(self, similarities: Floats, ones: Ints, others: Ints) -> None:
+        self.similarities = similarities
+        num = len(similarities)
+        most = min(num, max(_MIN_TAIL, int(5 * max(FMRS) * num)))
+        # The most similar pairs suffice, unless nearly all of them are of classes that a resample lacks, as it happens
+        # with few classes. Then every n-th of all pairs stands for n.
+        step = -(-num // most)
+        self.parts = [
+            (count, similarities[part].copy(), ones[part].copy(), others[part].copy())
+            for count, part in ((1, slice(most)), (step, slice(None, None, step)))
+        ]
+
+    def thresholds(self, times: NDArray[np.float64], allowed: NDArray[np.float64]) -> Floats:
+        """(F,) the lowest thresholds with at most (F,) ``allowed`` pairs above them, where a pair counts as often as
+        (C,) ``times`` says of both classes."""
+        for count, similarities, ones, others in self.parts:
+            num_matches = np.cumsum(times[ones] * times[others])
+            places = np.searchsorted(num_matches, allowed / count, side="right")
+            if places.max() < len(similarities):
+                break
+        return similarities[np.minimum(places, len(similarities) - 1)]
 
 
 def _pairs_of_one_class(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,15 +12,26 @@ import numpy as np
 from ray_dmml.data.dataset import ImageSet
 from ray_dmml.errors import UserError
 
+NAMES = ("path", "label")
+"""The first columns. The others are named after peers."""
+
 ROWS_AT_A_TIME = 8192
 
 
 def require_new(path: Path) -> None:
-    """Raises UserError if the file exists, or its folder does not."""
+    """Raises UserError if the file exists, or its folder does not or cannot be written to."""
     if os.path.lexists(path):
         raise UserError(f"{path} already exists; remove it, or give another file")
     if not path.parent.is_dir():
         raise UserError(f"{path} cannot be written: {path.parent} is not an existing folder")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: {path.parent} is a folder without the permission to write")
+
+
+def require_columns(systems: Collection[str]) -> None:
+    """Raises UserError if a peer has the name of another column."""
+    if taken := [name for name in systems if name in NAMES]:
+        raise UserError(f"the embeddings of a peer named {taken[0]} have no column: {' and '.join(NAMES)} are taken")
 
 
 def write_embeddings(path: Path, images: ImageSet, embeddings: Mapping[str, np.ndarray]) -> None:
@@ -40,12 +51,10 @@ def write_embeddings(path: Path, images: ImageSet, embeddings: Mapping[str, np.n
     import pyarrow.parquet as pq
 
     require_new(path)
-    names = ("path", "label")
-    if taken := [name for name in embeddings if name in names]:
-        raise UserError(f"the embeddings of a peer named {taken[0]} have no column: {' and '.join(names)} are taken")
+    require_columns(embeddings)
     fields = [(name, pa.list_(pa.float32(), vectors.shape[1])) for name, vectors in embeddings.items()]
-    schema = pa.schema([*((name, pa.string()) for name in names), *fields])
-    aside = path.with_name(path.name + ".tmp")
+    schema = pa.schema([*((name, pa.string()) for name in NAMES), *fields])
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no file of somebody else
     try:
         with pq.ParquetWriter(aside, schema) as writer:
             for start in range(0, len(images), ROWS_AT_A_TIME):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from ray_dmml.data.staging import local_root
 from ray_dmml.errors import UserError
 from ray_dmml.evaluation import details
 from ray_dmml.evaluation.evaluation import Evaluation, Figures, warn_of_small_gallery
-from ray_dmml.training.embeddings_file import require_new, write_embeddings
+from ray_dmml.training.embeddings_file import require_columns, require_new, write_embeddings
 from ray_dmml.training.image_list import ImageList, Row, some_names
 from ray_dmml.training.results import OTHER_IMAGES, evaluate_all, evaluated_split, results_of
 from ray_dmml.training.run import WHERE_THINGS_ARE, changed_settings
@@ -85,6 +85,7 @@ def embed_run(
     data: Path | str | None = None,
     config: Config | None = None,
     trust_code: bool = False,
+    check: Callable[[Config, ImageSet], None] | None = None,
 ) -> RunEmbeddings:
     """Embeds the images that a run is evaluated on, or others, in this process. It writes nothing.
 
@@ -98,6 +99,7 @@ def embed_run(
             are any, are evaluated. None: the run's own images.
         config: the run's config with another place of its images, or other settings of ``evaluation``; None: unchanged.
         trust_code: run the own parts that the run's config names.
+        check: is called with the config and the images before they are embedded, and may raise UserError.
 
     Raises:
         UserError: there is no such run or checkpoint, it is damaged, its images are gone or have changed, all of them
@@ -117,10 +119,12 @@ def embed_run(
     images: ImageSet = getattr(splits, which)
     place = None if is_unchanged else _place(config.data)
     config = _without_peers(config, source.dropped, run_dir)
+    if check is not None:
+        check(config, images)
+    # The run has measured the untrained peers with other matches.
+    untrained = source.untrained if config.data.exclude_same == run_dir.config().data.exclude_same else {}
     embeddings = _embed(config, splits, which, source)
-    return RunEmbeddings(
-        run_dir, config, split, images, embeddings, source.weights, source.step, source.untrained, place
-    )
+    return RunEmbeddings(run_dir, config, split, images, embeddings, source.weights, source.step, untrained, place)
 
 
 def evaluate(
@@ -146,20 +150,28 @@ def evaluate(
             :func:`~ray_dmml.training.embeddings_file.write_embeddings`.
 
     Returns:
-        The same as :func:`~ray_dmml.training.run.train`. With ``data``, ``split`` is ``other``, and figures of the
-        untrained peers are left out. With ``data`` or ``config`` there is also ``data``, where the images are. What was
-        asked for is ``classes`` and ``categories``, ``clustering``, and ``subsets``, see
-        :mod:`~ray_dmml.evaluation.details`.
+        The same as :func:`~ray_dmml.training.run.train`. With ``data``, ``split`` is ``other``. With ``data``, or if
+        ``data.exclude_same`` has changed, figures of the untrained peers are left out. With ``data`` or ``config``
+        there is also ``data``, where the images are. What was asked for is ``classes`` and ``categories``,
+        ``clustering``, and ``subsets``, see :mod:`~ray_dmml.evaluation.details`.
 
     Raises:
-        UserError: see :func:`embed_run`; or a K of ``evaluation.recall_at`` is not below the size of the gallery,
-            ``embeddings`` exists or cannot be written, or the peers are too many for ``subsets``.
+        UserError: see :func:`embed_run`; or a K of ``evaluation.recall_at`` is not below the number of images that a
+            query is compared with, ``embeddings`` exists or cannot be written, or the peers are too many for
+            ``subsets``.
     """
     if embeddings is not None:
         require_new(Path(embeddings))
-    embedded = embed_run(run, weights, data=data, config=config, trust_code=trust_code)
-    for problem in warn_of_small_gallery(embedded.images, embedded.config.evaluation.recall_at):
-        raise UserError(problem)
+
+    def check(config: Config, images: ImageSet) -> None:  # before minutes of embedding
+        for problem in warn_of_small_gallery(images, config.evaluation.recall_at):
+            raise UserError(problem)
+        if embeddings is not None:
+            require_columns([str(peer.name) for peer in config.cohort.peers])
+        if subsets:
+            details.require_few(len(config.cohort.peers))
+
+    embedded = embed_run(run, weights, data=data, config=config, trust_code=trust_code, check=check)
     evaluation = embedded.evaluation()
     if embeddings is not None:
         write_embeddings(Path(embeddings), evaluation.images, evaluation.embeddings)

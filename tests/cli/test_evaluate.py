@@ -60,6 +60,7 @@ def test_everything_that_can_be_asked_for(small_run: Path, manifest: Path, tmp_p
     assert f"│ ensemble │ {100 * value:.1f} ±{50 * (high - low):.1f} │" in ended.stdout
     threshold = results["verification"]["peer0"]["threshold@0.01"]
     assert re.search(rf"│ peer0 +│ .*│ +{threshold:.3f} ±", ended.stdout)
+    assert "46 pairs of one class and 192 of two" in ended.stdout
     for text in ("threshold at FMR 1 %", "categories by the ensemble", "│ [red] ", "(none)", "classes by the ensemble"):
         assert text in ended.stdout
     assert "│ peer0 + peer1 │" in ended.stdout and "AMI" in ended.stdout
@@ -106,6 +107,9 @@ def test_a_checkpoint_is_evaluated(small_run: Path, manifest: Path) -> None:
         assert figures == {metric: untrained["peers"][name][metric] for metric in figures}
     assert "weights: checkpoint (step 0)" in cli(first, "--data", manifest).stdout
     assert "is one checkpoint; give the run" in complaint(first, "--weights", "best")
+    other = json.loads(cli(last, "--set", "data.exclude_same=null", "--json").stdout)
+    assert results["untrained"] and other["untrained"] == {}  # it was measured with what data.exclude_same was
+    assert other["peers"] == results["peers"]
 
 
 def test_bad_images_are_named(small_run: Path, manifest: Path, tmp_path: Path) -> None:
@@ -118,7 +122,7 @@ def test_bad_images_are_named(small_run: Path, manifest: Path, tmp_path: Path) -
     assert "no test image has another of its class to find" in complaint(small_run, "--data", csv)
     rows = ("c0/0.png,a,validation,1,0", "c0/1.png,a,validation,0,1", "c1/0.png,b,validation,1,1")
     csv.write_text(head + "\n".join(rows))
-    assert "Recall@2 says nothing of a gallery of 2 images" in complaint(small_run, "--data", csv)
+    assert "Recall@2 says nothing where a query is compared with 2 images" in complaint(small_run, "--data", csv)
     ended = cli(small_run, "--data", csv, "--set", "evaluation.recall_at=[1]", "--json")
     results = json.loads(ended.stdout)
     assert (results["num_queries"], results["num_evaluated"]) == (2, 1) and results["intervals"]["ensemble"] == {}
@@ -137,12 +141,26 @@ def test_what_is_gone_or_damaged_is_named(small_run: Path, manifest: Path, tmp_p
     assert taken.read_text() == "mine"
     nowhere = tmp_path / "no" / "e.parquet"
     assert "is not an existing folder" in complaint(run, "--data", manifest, "--embeddings", nowhere)
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    if not os.access(locked, os.W_OK):  # root may write everywhere
+        assert "permission to write" in complaint(run, "--data", manifest, "--embeddings", locked / "e.parquet")
     *_, last = sorted((run / "checkpoints").glob("step-*"))
     (last / "peer1" / "weights.safetensors").write_bytes(b"damaged")
     assert "weights.safetensors is damaged" in complaint(last)
     for folder in (run / "checkpoints").glob("step-*"):
         (folder / "manifest.json").write_text("{")
     assert re.search("no checkpoint in .* can be used", complaint(run))
+
+
+def test_faults_are_found_before_images_are_embedded(
+    small_run: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embedding takes minutes, which must not be lost."""
+    monkeypatch.setattr("ray_dmml.cohort.local.LocalCohort", None)
+    assert "says nothing" in complaint(small_run, "--data", manifest, "--set", "evaluation.recall_at=[15]")
+    monkeypatch.setattr("ray_dmml.evaluation.details.MAX_PEERS", 1)
+    assert "subsets of 2 peers are too many" in complaint(small_run, "--data", manifest, "--subsets")
 
 
 def test_a_run_without_test_classes(image_folder: Path, tmp_path: Path) -> None:

@@ -108,6 +108,37 @@ def test_intervals_equal_the_loops() -> None:
         assert (low, high) == pytest.approx(wanted[key], abs=0.01 if key == "roc_auc" else 1e-6)
 
 
+def test_the_interval_of_the_auc_has_the_width_of_the_loops() -> None:
+    """Also where it is the pairs of two classes that differ: 6 of the 30 classes are nearly the same."""
+    labels, centres = np.arange(90) % 30, unit(30, 16, seed=1)
+    centres[:6] = centres[0] + 0.1 * centres[:6]
+    x = (centres[labels] + 0.25 * unit(90, 16)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    images = image_set(labels)
+    low, high = verification(x, Pairs.of(images), num_resamples=40)["intervals"]["roc_auc"]
+    wanted = naive_intervals(x, images, 40, 0)["roc_auc"]
+    assert high - low == pytest.approx(wanted[1] - wanted[0], rel=0.15)
+
+
+def test_intervals_of_few_classes_that_are_alike() -> None:
+    """The most similar pairs are all of two classes, which most of the resamples lack: their thresholds are lower."""
+    labels = np.repeat(np.arange(5), 200)
+    centres = np.eye(5, 16)
+    centres[1] = 0.9 * centres[0] + 0.3 * centres[1]
+    x = (centres[labels] + 0.2 * unit(1000, 16)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    found = verification(x, Pairs.of(image_set(labels)), num_resamples=30)["intervals"]
+    ones, others = np.nonzero(labels[:, None] != labels)
+    similarities = (x @ x.T)[ones, others]
+    order = np.argsort(-similarities)
+    samples = []
+    for times in np.concatenate(list(resamples(5, 30, 0))):
+        counts = np.cumsum((times[labels[ones]] * times[labels[others]])[order])
+        samples += [similarities[order[np.searchsorted(counts, 0.01 * counts[-1], side="right")]]] if counts[-1] else []
+    assert found["threshold@0.01"] == pytest.approx(np.percentile(samples, [2.5, 97.5]).tolist(), abs=0.01)
+    assert found["threshold@0.01"][0] < 0.5 < found["threshold@0.01"][1]
+
+
 def test_drawn_pairs_give_nearly_the_same_figures() -> None:
     """A part of the pairs of both kinds, each a pair, and the same ones again from a seed."""
     x, labels = clustered(400, 20)
@@ -128,7 +159,9 @@ def test_drawn_pairs_give_nearly_the_same_figures() -> None:
 
 
 def test_pairs_of_one_kind_only_have_no_figures() -> None:
-    """One class, or no class with two images."""
+    """One class, or no class with two images. Two classes have figures but no intervals."""
+    found = verification(unit(6, 8), Pairs.of(image_set(np.arange(6) // 3)))
+    assert found["num_negative_pairs"] == 18 and found["intervals"] == {}
     for labels in (np.zeros(4, np.int64), np.arange(4)):
         assert verification(unit(4, 8), Pairs.of(image_set(labels))) == {}
     images = replace(image_set(np.arange(4) // 2), exclude=np.arange(4) // 2)

@@ -205,8 +205,8 @@ def _parse(row: dict[str, str], files: ListedFiles, root: Path, exclude_same: st
         raise UserError(f"{where}: {_cut(cells['path'])} is outside data.root {root}")
     # Nobody sees in which form an é is written.
     label, category, sequence = (
-        unicodedata.normalize("NFC", (row.get(column) or "").strip())
-        for column in ("label", CATEGORY, exclude_same or "")
+        unicodedata.normalize("NFC", ((column and row.get(column)) or "").strip())
+        for column in ("label", CATEGORY, exclude_same)
     )
     return _Row(path, label, cells["split"], is_query, is_gallery, _parse_box(cells, where), category, sequence)
 

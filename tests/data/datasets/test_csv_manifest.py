@@ -92,6 +92,9 @@ def test_categories_and_sequences(tmp_path):
     one, two, three, four = others.test.exclude.tolist()
     assert one == three and len({one, two, four}) == 3 and others.train.exclude is None
     assert load_splits(config.model_copy(update={"exclude_same": None})).test.exclude is None
+    table = config.manifest.read_text().splitlines()
+    config.manifest.write_text("\n".join([f",{table[0]}", *(f"0,{row}" for row in table[1:])]))  # pandas' index
+    assert load_splits(config.model_copy(update={"exclude_same": None})).test.exclude is None
     assert splits.test.digest() != others.test.digest()
     with pytest.raises(UserError, match=r"has no column 'shot', which data\.exclude_same names"):
         load_splits(config.model_copy(update={"exclude_same": "shot"}))
