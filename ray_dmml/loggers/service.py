@@ -14,15 +14,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Thread
-from typing import Any, ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from ray_dmml.config.parts import describe
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.loggers.scalars import Scalars
+
+if TYPE_CHECKING:
+    import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ MAX_WAITING = 1000
 MAX_WAITING_PICTURES = 50
 """Further pictures are lost, too: one has about 2 MB, and a service that hangs must not fill the memory."""
 
-Row = tuple[str, int, Mapping[str, float], Mapping[str, np.ndarray]]
+Row: TypeAlias = "tuple[str, int, Mapping[str, float], Mapping[str, np.ndarray]]"
 """What is sent at a time: its kind, its step, numbers by name, and pictures by name, uint8 (H, W, 3)."""
 
 
