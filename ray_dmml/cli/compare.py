@@ -56,6 +56,7 @@ def compare(
         first, second = names[comparison["first"]], names[comparison["second"]]
         print_line(console, "")
         print_table(_table(first, second, comparison, results), console)
+        _print_pairs((first, second), comparison, results, console)
         _print_queries(first, second, comparison["found_only_by"], console)
 
 
@@ -88,6 +89,20 @@ def _table(first: str, second: str, comparison: Mapping[str, Any], results: Mapp
             cells += [_interval(row["interval"]), *([_interval(row["seeds_interval"])] if has_seeds else [])]
             table.add_row("" if number else system.replace("_", " "), heading(metric), *cells)
     return table
+
+
+def _print_pairs(
+    names: Sequence[str], comparison: Mapping[str, Any], results: Mapping[str, Any], console: Console
+) -> None:
+    """Which runs are compared, where it is not all of them or they are no pairs."""
+    counts = [len(results["settings"][comparison[which]]["runs"]) for which in ("first", "second")]
+    num_pairs = comparison["num_pairs"]
+    if max(counts) > 1 and not num_pairs:
+        print_line(
+            console, f"the runs of {' and '.join(names)} are no pairs by seed: the means of all runs are compared"
+        )
+    elif max(counts) > max(1, num_pairs):
+        print_line(console, f"only runs with the same seed are compared: {num_pairs} of {' and '.join(names)} each")
 
 
 def _interval(ends: Sequence[float] | None) -> str:

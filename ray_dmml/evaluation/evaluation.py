@@ -171,17 +171,26 @@ def evaluate_embeddings(embeddings: Mapping[str, Floats], images: ImageSet, reca
 
     It is for evaluations during training, which do without the other metrics of :class:`Evaluation`.
     """
+    return evaluate_during_training(embeddings, images, recall_at)[0]
+
+
+def evaluate_during_training(
+    embeddings: Mapping[str, Floats], images: ImageSet, recall_at: Sequence[int], *, keep: int = 0
+) -> tuple[Figures, Retrieval]:
+    """The figures of :func:`evaluate_embeddings`, and what the ensemble retrieves, with ``keep`` neighbours of each
+    query."""
     of_all = dict(embeddings)
     if len(embeddings) > 1:
         of_all[ENSEMBLE] = ensemble_embedding(list(embeddings.values()))
     systems = {
-        name: retrieve(vectors, images, recall_at=recall_at, keep=0, all_metrics=False)
+        name: retrieve(vectors, images, recall_at=recall_at, keep=keep, all_metrics=False)
         for name, vectors in of_all.items()
     }
     figures = nested({name: system.means() for name, system in systems.items()})
     if len(embeddings) > 1:
         figures["agreement"] = agreement({name: systems[name] for name in embeddings})
-    return figures
+    *_, ensemble = systems.values()
+    return figures, ensemble
 
 
 def agreement(peers: Mapping[str, Retrieval]) -> dict[str, dict[str, float]]:

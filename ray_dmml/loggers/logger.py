@@ -7,6 +7,7 @@ that something is not as asked and what happens instead, and DEBUG says what tak
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 
@@ -69,8 +70,9 @@ class Loggers(Logger):
             logger.flush()
 
     def close(self) -> None:
-        for logger in self._loggers:
-            logger.close()
+        with ExitStack() as stack:  # one that raises keeps no other open
+            for logger in reversed(self._loggers):
+                stack.callback(logger.close)
 
 
 def learned_terms(row: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:

@@ -57,7 +57,7 @@ class MlflowLogger(ServiceLogger):
             experiment = client.get_experiment_by_name(self._experiment)
             place = experiment.experiment_id if experiment else client.create_experiment(self._experiment)
             run_id = str(client.create_run(place, run_name=self.name, tags=self._tags).info.run_id)
-            settings = dotted(self.config.model_dump(mode="json")).items()
+            settings = dotted(self.settings()).items()
             params = [Param(key, str(value)[:_LONGEST_PARAM]) for key, value in settings]
             for start in range(0, len(params), _MOST_PARAMS):
                 client.log_batch(run_id, params=params[start : start + _MOST_PARAMS])

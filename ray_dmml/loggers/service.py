@@ -14,9 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Thread
-from typing import Any, ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from ray_dmml.config.parts import describe
 from ray_dmml.config.schema import Config
@@ -24,12 +22,18 @@ from ray_dmml.errors import UserError
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.loggers.scalars import Scalars
 
+if TYPE_CHECKING:
+    import numpy as np
+
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 1000
 """Rows that wait for a service. Further ones are lost."""
 
-Row = tuple[str, int, Mapping[str, float], Mapping[str, np.ndarray]]
+MAX_WAITING_PICTURES = 50
+"""Further pictures are lost, too: one has about 2 MB, and a service that hangs must not fill the memory."""
+
+Row: TypeAlias = "tuple[str, int, Mapping[str, float], Mapping[str, np.ndarray]]"
 """What is sent at a time: its kind, its step, numbers by name, and pictures by name, uint8 (H, W, 3)."""
 
 
@@ -67,6 +71,21 @@ class ServiceLogger(Logger):
         self._is_open = False
         self._sent: dict[str, int] = {}  # the last step of each kind that was sent
 
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run for the service: without loggers, whose args may hold keys of another service, and
+        without user names, passwords and queries in URIs."""
+        from ray_dmml.filesystem import without_secrets  # imports pyarrow
+
+        def shareable(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: shareable(each) for key, each in value.items()}
+            if isinstance(value, list):
+                return [shareable(each) for each in value]
+            return without_secrets(value) if isinstance(value, str) else value
+
+        settings: dict[str, Any] = shareable(self.config.model_dump(mode="json", exclude={"train": {"loggers"}}))
+        return settings
+
     @abstractmethod
     def open(self, run_id: str | None) -> str:
         """Begins a run in the service, or goes on with the one that has this id. Returns its id."""
@@ -88,6 +107,9 @@ class ServiceLogger(Logger):
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         self.is_finished |= "final" in metrics
         values, pictures = self._scalars.of(metrics), metrics.get("pictures", {})
+        if pictures and self._waiting.qsize() >= MAX_WAITING_PICTURES:
+            self._warn("does not answer")
+            return
         if values or pictures:
             kind = next(key for key in ("validation", "final", "pictures", "images_per_second") if key in metrics)
             self._put((f"{kind} {' '.join(sorted(pictures))}".strip(), step, values, pictures))
@@ -156,7 +178,8 @@ class ServiceLogger(Logger):
 
 def require_service(service: str, setting: str) -> None:
     """Raises UserError if the package of a service is not installed."""
-    if find_spec(service) is None:  # it is not imported, which would take seconds
+    spec = find_spec(service)  # it is not imported, which would take seconds
+    if spec is None or spec.origin is None:  # a folder of this name, such as one with the service's own files
         raise UserError(f"{setting}: {service} needs the extra: pip install 'ray-dmml[{service}]'")
 
 

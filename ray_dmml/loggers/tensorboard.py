@@ -68,6 +68,7 @@ class TensorBoardLogger(Logger):
 
     def _write(self, step: int, summaries: Iterable[Summary]) -> None:
         is_new, first_step = self._writer is None, self._first_step
+        before = set(self._folder.glob("*.tfevents.*")) if is_new else set()  # perhaps of an earlier start of the run
         try:
             writer = self._writer or self._open()
             for summary in summaries:
@@ -80,7 +81,7 @@ class TensorBoardLogger(Logger):
             self.close()
             if is_new:  # otherwise every attempt would leave a file
                 with suppress(OSError):
-                    for path in self._folder.glob(f"*.{self._num_files}"):
+                    for path in set(self._folder.glob("*.tfevents.*")) - before:
                         path.unlink()
                 self._first_step = first_step
 

@@ -22,6 +22,7 @@ class TrackioLogger(ServiceLogger):
         project: of trackio.
         name: of the run; None: that of the folder.
         space_id: ``OWNER/NAME`` of a Space; None: the folder.
+        private: whether a new Space is private. The pictures of a run are images of the data set.
     """
 
     service = "trackio"
@@ -33,9 +34,10 @@ class TrackioLogger(ServiceLogger):
         project: str = "ray-dmml",
         name: str | None = None,
         space_id: str | None = None,
+        private: bool = True,
     ) -> None:
         super().__init__(config, folder, name)
-        self._project, self._space = project, space_id
+        self._project, self._space, self._private = project, space_id, private
         self._run: Any = None
 
     def open(self, run_id: str | None) -> str:
@@ -47,7 +49,8 @@ class TrackioLogger(ServiceLogger):
                 self._project,
                 name=run_id or self.name,
                 space_id=self._space,
-                config=self.config.model_dump(mode="json"),
+                private=self._private,
+                config=self.settings(),
                 resume="allow" if run_id else "never",
                 embed=False,
             )

@@ -64,7 +64,7 @@ class WandbLogger(ServiceLogger):
             name=self.name,
             resume="allow",
             dir=str(files),
-            config=self.config.model_dump(mode="json"),
+            config=self.settings(),
             settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
             allow_val_change=True,
         )

@@ -15,8 +15,7 @@ from ray_dmml.config.parts import describe
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import ImageSet
 from ray_dmml.data.decoding import printable
-from ray_dmml.evaluation.ensemble import ensemble_embedding
-from ray_dmml.evaluation.retrieval import retrieve
+from ray_dmml.evaluation.retrieval import Retrieval
 from ray_dmml.loggers.embeddings import THUMBNAIL, EmbeddingSample
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.loggers.pictures import Columns, draw_sheet
@@ -26,6 +25,7 @@ from ray_dmml.training.views import draw_views
 logger = logging.getLogger(__name__)
 
 NUM_NEIGHBORS = 5
+"""Of each of the worst queries."""
 CELL = 96  # in pixels; a picture of 8 queries is then below 1 MB
 MOST_EMBEDDINGS = 1000
 """In the sample. Larger ones are slow in a browser, and their images take a while to decode."""
@@ -50,11 +50,11 @@ class Pictures:
         config, number = self._config, self._number
         self._log(0, "pictures", lambda: {"views": np.asarray(draw_views(config, images, number, largest_cell=CELL))})
 
-    def show_worst(self, embeddings: Mapping[str, np.ndarray], images: ImageSet, step: int) -> None:
+    def show_worst(self, retrieval: Retrieval, images: ImageSet, step: int) -> None:
         """The worst queries of an evaluation. :meth:`hand_over` logs them once they are drawn."""
         self.hand_over()
         if self._number and self._pending is None:
-            self._pending = step, self._thread.submit(draw_worst, dict(embeddings), images, self._number)
+            self._pending = step, self._thread.submit(draw_worst, retrieval, images, self._number)
 
     def hand_over(self, *, wait: bool = False) -> None:
         """Logs the worst queries that are drawn by now."""
@@ -83,18 +83,17 @@ class Pictures:
             self._loggers.log({key: made}, step)
 
 
-def draw_worst(embeddings: Mapping[str, np.ndarray], images: ImageSet, number: int) -> dict[str, np.ndarray]:
-    """The queries of the ensemble whose first right image comes last, each with its nearest images.
+def draw_worst(retrieval: Retrieval, images: ImageSet, number: int) -> dict[str, np.ndarray]:
+    """The queries whose first right image comes last, each with its nearest images.
 
     Args:
-        embeddings: (N, D) float32 of each peer.
+        retrieval: of the ensemble, with NUM_NEIGHBORS of each query.
+        images: the N images.
         number: of queries, at most.
 
     Returns:
         ``worst_queries``: uint8 (H, W, 3). Nothing if every query finds a right image first.
     """
-    ensemble = ensemble_embedding(list(embeddings.values()))
-    retrieval = retrieve(ensemble, images, recall_at=(1,), keep=NUM_NEIGHBORS, all_metrics=False)
     rank = np.where(retrieval.first_match == 0, np.iinfo(np.int64).max, retrieval.first_match)
     # Of equals, the one whose wrong image is most similar.
     order = np.lexsort((-retrieval.similarities[:, 0], -rank))
@@ -107,7 +106,8 @@ def draw_worst(embeddings: Mapping[str, np.ndarray], images: ImageSet, number: i
         torch.stack([images.source.read(int(index)) if index >= 0 else blank for index in column])
         for column in (queries, *neighbors.T)
     ]
-    is_right = (images.labels[neighbors] == images.labels[queries][:, None]) | (neighbors < 0)
+    is_right = (images.labels[neighbors] == images.labels[queries][:, None]).astype(object)
+    is_right[neighbors < 0] = None
     captions = tuple(str(rank) for rank in range(1, neighbors.shape[1] + 1))
     groups = [
         Columns("query", "", ("",), (columns[0],)),

@@ -21,11 +21,11 @@ from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import build_sampler
 from ray_dmml.errors import Interrupted, PeerLostError
-from ray_dmml.evaluation.evaluation import evaluate_embeddings
+from ray_dmml.evaluation.evaluation import Evaluation, Figures, evaluate_during_training, evaluate_embeddings
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.training.backbones import evaluate_backbones
 from ray_dmml.training.describe import describe_cohort, describe_early_stop, describe_waits
-from ray_dmml.training.pictures import Pictures
+from ray_dmml.training.pictures import NUM_NEIGHBORS, Pictures
 from ray_dmml.training.recovery import Decision, RecoveryPolicy
 from ray_dmml.training.results import NOT_EVALUATED, evaluate_all, evaluated_split, results_of
 from ray_dmml.training.run_dir import RunDir
@@ -296,16 +296,15 @@ class Trainer:
 
     def validate(self) -> bool:
         """Evaluates on the held-out training classes; whether this is the best so far."""
-        if self.splits.validation is None:
+        state, images, recall_at = self.state, self.splits.validation, self.config.evaluation.recall_at
+        if images is None:
             return False
-        state = self.state
         logger.debug("evaluating on the validation images")
-        uses_ema = self.config.weights_to_evaluate() == "ema"
         with self._stopwatch.measure("validation"):
-            embeddings = self.cohort.embeddings("validation", ema=uses_ema)
-            figures = evaluate_embeddings(embeddings, self.splits.validation, self.config.evaluation.recall_at)
+            embeddings = self.cohort.embeddings("validation", ema=self.config.weights_to_evaluate() == "ema")
+            figures, ensemble = evaluate_during_training(embeddings, images, recall_at, keep=NUM_NEIGHBORS)
         self._loggers.log({"validation": figures}, state.step)
-        self._pictures.show_worst(embeddings, self.splits.validation, state.step)
+        self._pictures.show_worst(ensemble, images, state.step)
         self._loggers.flush()
         value = figures["ensemble"]["recall@1"]
         if self.config.train.monitor == "mean_peer":
@@ -335,41 +334,20 @@ class Trainer:
     # --- the end ----------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Any]:
-        """The final evaluation, if there are images for one, written to results.json."""
-        if has_stopped_early := self.state.step < self.config.train.steps:
+        """The final evaluation, if there are images for one, written to results.json; then pictures and the report."""
+        if self.state.step < self.config.train.steps:
             logger.info("%s", describe_early_stop(self.state, self.config))
         self._writer.write_metrics()
         weights, step = self._load_final_weights()
-        figures, images, evaluation = NOT_EVALUATED, None, None
-        if self.split is not None:
-            logger.debug("evaluating on the %s images", self.split)
-            images = getattr(self.splits, self.split)
-            with self._stopwatch.measure("final evaluation"):
-                embeddings = self.cohort.embeddings(self.split, ema=weights == "ema")
-                evaluation = evaluate_all(self.config, embeddings, images)
-                figures = evaluation.summary()
-            self._pictures.hand_over(wait=True)
-            self._pictures.show_embeddings(evaluation.embeddings, images, self.state.step)
-        results = results_of(self.config, self.split, images, figures, self.state.untrained, weights, step)
-        train_s = self._stopwatch.seconds.get("training", 0.0)
-        if train_s:
-            results["images_per_second"] = round(self._batch_size * self._num_steps / train_s, 2)
-        results["seconds"] = self._stopwatch.results({name: self.cohort.seconds[name] for name in self.cohort.names})
-        if has_stopped_early:
-            results["stopped_early"] = self.state.step
-        if self.state.dropped:
-            results["dropped"] = self.state.dropped
-        for line in describe_waits(self.cohort, train_s):
+        evaluation, figures = self._evaluate_finally(weights)
+        results = self._results(evaluation, figures, weights, step)
+        for line in describe_waits(self.cohort, self._stopwatch.seconds.get("training", 0.0)):
             logger.info("%s", line)
         for line in results["warnings"]:
             logger.warning("%s", line)
         self._writer.write_results(results, keep_state=self.config.checkpoint.final == "state")
-        self._loggers.log({"final": results}, self.state.step)
-        if self.config.train.report:
-            from ray_dmml.training.report import write_run_report  # not every run has a report
-
-            self.close()  # the page takes seconds, for which the peers need not hold their devices
-            self._writer.write_report(lambda: write_run_report(self.run_dir, self.config, results, evaluation))
+        self.close()  # the rest takes seconds, for which the peers need not hold their devices
+        self._show_end(results, evaluation)
         return results
 
     def _load_final_weights(self) -> tuple[str, int]:
@@ -385,3 +363,37 @@ class Trainer:
                 self.cohort.load_weights(checkpoint.peers)
             step = checkpoint.step
         return weights, step
+
+    def _evaluate_finally(self, weights: str) -> tuple[Evaluation | None, Figures]:
+        """None and empty figures if there are no images for it."""
+        if self.split is None:
+            return None, NOT_EVALUATED
+        logger.debug("evaluating on the %s images", self.split)
+        with self._stopwatch.measure("final evaluation"):
+            embeddings = self.cohort.embeddings(self.split, ema=weights == "ema")
+            evaluation = evaluate_all(self.config, embeddings, getattr(self.splits, self.split))
+            return evaluation, evaluation.summary()
+
+    def _results(self, evaluation: Evaluation | None, figures: Figures, weights: str, step: int) -> dict[str, Any]:
+        """What results.json holds."""
+        images = None if evaluation is None else evaluation.images
+        results = results_of(self.config, self.split, images, figures, self.state.untrained, weights, step)
+        if train_s := self._stopwatch.seconds.get("training", 0.0):
+            results["images_per_second"] = round(self._batch_size * self._num_steps / train_s, 2)
+        results["seconds"] = self._stopwatch.results({name: self.cohort.seconds[name] for name in self.cohort.names})
+        if self.state.step < self.config.train.steps:
+            results["stopped_early"] = self.state.step
+        if self.state.dropped:
+            results["dropped"] = self.state.dropped
+        return results
+
+    def _show_end(self, results: dict[str, Any], evaluation: Evaluation | None) -> None:
+        """The last pictures, the results for the loggers, and report.html."""
+        self._pictures.hand_over(wait=True)
+        if evaluation is not None:
+            self._pictures.show_embeddings(evaluation.embeddings, evaluation.images, self.state.step)
+        self._loggers.log({"final": results}, self.state.step)
+        if self.config.train.report:
+            from ray_dmml.training.report import write_run_report  # not every run has a report
+
+            self._writer.write_report(lambda: write_run_report(self.run_dir, self.config, results, evaluation))

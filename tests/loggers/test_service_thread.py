@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from ray_dmml.config.schema import Config
-from ray_dmml.loggers.service import ServiceLogger
+from ray_dmml.errors import UserError
+from ray_dmml.loggers.logger import Logger, Loggers
+from ray_dmml.loggers.service import MAX_WAITING_PICTURES, ServiceLogger, require_service
 
 
 class Store(ServiceLogger):
@@ -22,8 +24,10 @@ class Store(ServiceLogger):
     service = "json"  # a package that is installed
     close_s = 0.2
 
-    def __init__(self, folder: Path, faults: Mapping[str, Exception | Event] | None = None) -> None:
-        super().__init__(Config(), folder)
+    def __init__(
+        self, folder: Path, faults: Mapping[str, Exception | Event] | None = None, config: Config | None = None
+    ) -> None:
+        super().__init__(config or Config(), folder)
         self.faults, self.calls = dict(faults or {}), list[Any]()
 
     def call(self, name: str, *args: Any) -> None:
@@ -76,6 +80,56 @@ def test_a_run_in_a_service(tmp_path: Path) -> None:
         ("send", 2, {f"final_{key}": value for key, value in recall.items()}),
         ("finish", True),
     ]
+
+
+def test_the_settings_of_a_service_have_no_secrets(tmp_path: Path) -> None:
+    """Neither those of another service nor those in the URI of a bucket."""
+    loggers = [{"name": "mlflow", "args": {"tracking_uri": "https://me:secret1@host"}}]
+    storage = "s3://key:secret2@bucket/folder?session_token=secret3"
+    config = Config.parse({"train": {"loggers": loggers, "steps": 7}, "checkpoint": {"storage_path": storage}})
+    settings = Store(tmp_path, config=config).settings()
+    assert settings["checkpoint"]["storage_path"] == "s3://bucket/folder" and settings["train"]["steps"] == 7
+    assert "secret" not in json.dumps(settings)
+    own = config.model_dump(mode="json")
+    assert settings.keys() == own.keys() and own["train"].keys() - settings["train"].keys() == {"loggers"}
+
+
+def test_pictures_do_not_wait_without_end(tmp_path: Path) -> None:
+    """For a service that hangs: they would fill the memory."""
+    hang = Event()
+    logger = Store(tmp_path, {"open": hang})
+    logger.rewind(0)
+    for step in range(2 * MAX_WAITING_PICTURES):
+        logger.log({"pictures": {"worst_queries": np.zeros((4, 6, 3), np.uint8)}}, step)
+    speed(logger, 500)
+    hang.set()
+    logger.close_s = 20
+    logger.close()
+    kept = [call for call in logger.calls if call[0] == "picture"]
+    assert MAX_WAITING_PICTURES <= len(kept) <= MAX_WAITING_PICTURES + 1
+    assert ("send", 500, {"images_per_second": 500.0}) in logger.calls
+
+
+def test_a_logger_that_raises_keeps_no_other_open(tmp_path: Path) -> None:
+    class Broken(Logger):
+        def close(self) -> None:
+            raise OSError("the disk is gone")
+
+    service = Store(tmp_path)
+    loggers = Loggers([Broken(), service])
+    loggers.rewind(0)
+    loggers.log({"images_per_second": 7.0}, 2)
+    with pytest.raises(OSError, match="the disk is gone"):
+        loggers.close()
+    assert [call[0] for call in service.calls] == ["open", "send", "finish"]
+
+
+def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights & Biases, for example, makes a folder ``wandb`` where a program runs."""
+    (tmp_path / "no_such_service").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="no_such_service needs the extra"):
+        require_service("no_such_service", "train.loggers")
 
 
 def test_steps_that_come_again_are_not_sent_again(tmp_path: Path) -> None:

@@ -55,9 +55,10 @@ def test_what_is_wrong_is_said_before_anything_starts(monkeypatch: pytest.Monkey
 @pytest.mark.slow
 @pytest.mark.ray
 @needs("mlflow")
-def test_mlflow(image_folder: Path, tmp_path: Path) -> None:
+def test_mlflow(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
+    monkeypatch.chdir(tmp_path)  # where MLflow puts pictures
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     results = run_twice(image_folder, tmp_path / "photos", "mlflow", {"experiment": "test", "tracking_uri": uri})
     client = MlflowClient(uri)

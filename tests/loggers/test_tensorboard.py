@@ -110,6 +110,27 @@ def test_a_file_cut_short_hides_nothing_that_comes_later(tmp_path: Path, caplog:
     assert steps[0] == 1 and steps[-1] == 20 and steps == sorted(steps)
 
 
+def test_a_full_disk_at_a_resumed_run_costs_no_earlier_events(tmp_path: Path) -> None:
+    """The files of both starts end with the same number."""
+    first = TensorBoardLogger(tmp_path / "tensorboard")
+    log(first, 1, 0.5)
+    first.close()
+    [file] = (tmp_path / "tensorboard").iterdir()
+    file = file.rename(file.with_name("events.out.tfevents.1000000000.host.1"))
+    resumed = TensorBoardLogger(tmp_path / "tensorboard")
+    resumed.rewind(1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+        log(resumed, 2, 0.25)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "tensorboard").iterdir()) == [file]
+    log(resumed, 3, 0.125)
+    resumed.close()
+    assert sorted(losses(tmp_path / "tensorboard")) == [(1, 0.5), (3, 0.125)]
+
+
 def test_a_peer_that_learns_no_more_has_no_further_points(tmp_path: Path) -> None:
     """Such as a dropped one. Values of steps that a rewind has voided are not written again."""
     logger = TensorBoardLogger(tmp_path / "tensorboard")

@@ -110,6 +110,19 @@ def test_the_command(runs: Path) -> None:
     assert json.loads(as_json.stdout)["comparisons"][0]["num_pairs"] == 1
 
 
+def test_runs_that_are_left_out_are_reported(runs: Path) -> None:
+    """Those without a run of the same seed."""
+
+    def shown(*names: str) -> str:
+        arguments = ["compare", *(str(runs / name) for name in names)]
+        return CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments).stdout
+
+    assert "only runs with the same seed are compared: 1 of A and B each" in shown(
+        "independent0", "independent1", "mutual0"
+    )
+    assert "only runs" not in shown("independent0", "mutual0")
+
+
 def test_what_cannot_be_compared(runs: Path, small_run: Path, tmp_path: Path, refused: Refused) -> None:
     from ray_dmml.cli.compare import compare as command
 

@@ -14,9 +14,12 @@ from conftest import tiny
 
 from ray_dmml import Logger, train
 from ray_dmml.config.schema import Config
+from ray_dmml.data.dataset import ImageSet
 from ray_dmml.data.datasets import load_splits
+from ray_dmml.evaluation.retrieval import Retrieval, retrieve
+from ray_dmml.loggers.pictures import RIGHT, WRONG
 from ray_dmml.training.evaluate import embed_run
-from ray_dmml.training.pictures import MOST_EMBEDDINGS, draw_worst, sample_embeddings
+from ray_dmml.training.pictures import MOST_EMBEDDINGS, NUM_NEIGHBORS, draw_worst, sample_embeddings
 
 
 class Taker(Logger):
@@ -54,14 +57,29 @@ def test_the_pictures_of_a_run(noisy_folder: Path, tmp_path: Path) -> None:
     assert np.array_equal(sample.embeddings["peer1"], embedded["peer1"])
 
 
+def retrieved(embeddings: np.ndarray, images: ImageSet) -> Retrieval:
+    return retrieve(embeddings, images, recall_at=(1,), keep=NUM_NEIGHBORS, all_metrics=False)
+
+
+def test_a_small_gallery_has_no_frames_around_nothing(noisy_folder: Path) -> None:
+    images = load_splits(Config.parse(tiny(noisy_folder)).data).train
+    first = images.labels == images.labels[0]
+    few = images.subset([*np.flatnonzero(first)[:2].tolist(), int(np.flatnonzero(~first)[0])])
+    embeddings = np.array([[1, 0], [0, 1], [1, 0]], np.float32)  # the first is nearer to the last one, of another class
+    sheet = draw_worst(retrieved(embeddings, few), few, 1)["worst_queries"]
+    colors, counts = np.unique(sheet.reshape(-1, 3), axis=0, return_counts=True)
+    framed = {tuple(color): int(count) for color, count in zip(colors.tolist(), counts, strict=True)}
+    assert framed[RIGHT] == framed[WRONG]  # one of each; three of the five places are empty
+
+
 def test_the_worst_query_is_the_one_that_finds_its_class_last(noisy_folder: Path) -> None:
     """One-hot embeddings of the classes find all. An image that looks like another class finds its own last."""
     images = load_splits(Config.parse(tiny(noisy_folder, data={"decode_size": 48})).data).train
     embeddings = np.eye(images.num_classes, dtype=np.float32)[images.labels]
-    assert draw_worst({"peer0": embeddings}, images, 4) == {}
+    assert draw_worst(retrieved(embeddings, images), images, 4) == {}
     embeddings[7] = embeddings[0]
     assert images.labels[7] != images.labels[0]
-    sheet = draw_worst({"peer0": embeddings}, images, 1)["worst_queries"]
+    sheet = draw_worst(retrieved(embeddings, images), images, 1)["worst_queries"]
 
     def place_of(index: int) -> list[int]:
         """Columns of a picture, which is drawn at twice its size."""
@@ -89,14 +107,12 @@ def test_an_image_that_is_gone_is_a_warning(
         def __len__(self) -> int:
             return 4
 
-    from ray_dmml.data.dataset import ImageSet
-
     gone: Any = ImageSet(Gone(), np.array([0, 0, 1, 1]), ("a", "b"))  # type: ignore[arg-type]
     taker = Taker()
     with caplog.at_level(logging.WARNING, "ray_dmml"):
         pictures = Pictures(Config.parse(tiny(noisy_folder, train={"pictures": 3})), taker)
         pictures.show_views(gone)
-        pictures.show_worst({"peer0": np.eye(4, dtype=np.float32)}, gone, 3)
+        pictures.show_worst(retrieved(np.eye(4, dtype=np.float32), gone), gone, 3)
         pictures.hand_over(wait=True)
         pictures.close()
     assert [record.getMessage() for record in caplog.records] == [
@@ -106,7 +122,11 @@ def test_an_image_that_is_gone_is_a_warning(
 
 
 def test_a_sample_has_a_limit(noisy_folder: Path) -> None:
+    """Each row belongs to its image."""
     images = load_splits(Config.parse(tiny(noisy_folder)).data).train
-    many = images.subset(range(len(images)))
-    assert len(sample_embeddings({"peer0": np.zeros((len(many), 2), np.float32)}, many).names) == len(many)
-    assert len(many) < MOST_EMBEDDINGS
+    many = images.subset([number % len(images) for number in range(MOST_EMBEDDINGS + 50)])
+    numbers = np.arange(len(many), dtype=np.float32)[:, None]
+    sample = sample_embeddings({"peer0": numbers}, many)
+    rows = sample.embeddings["peer0"][:, 0].astype(int).tolist()
+    assert len(set(rows)) == MOST_EMBEDDINGS == len(sample.classes) == len(sample.thumbnails)
+    assert sample.names == [many.source.name(row) for row in rows]
