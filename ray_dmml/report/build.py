@@ -99,7 +99,12 @@ def build_report(records: Sequence[RunRecord], *, made: datetime) -> Report:
         seconds=_seconds(names, records),
     )
     judged = _judged(names, records)
-    return report if judged is None else _with_pictures(report, judged, records)
+    if judged is not None:
+        return _with_pictures(report, judged, records)
+    if all(record.evaluation is not None for record in records):
+        note = "The runs are evaluated on different images, so the page does not compare what they find."
+        return replace(report, warnings=(*report.warnings, note))
+    return report
 
 
 def _judged(names: Sequence[str], records: Sequence[RunRecord]) -> Judged | None:

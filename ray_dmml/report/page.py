@@ -79,10 +79,11 @@ def _sections(page: Report) -> Iterator[tuple[str, str]]:
     if page.groups:
         yield "gallery", "Queries"
         disagree = [group for group in page.groups if group.key != "worst"]
-        yield from ((disagree[0].key, "Peers disagree"),) if disagree else ()
+        who = "Peers" if len(page.runs) == 1 else "Runs"
+        yield from ((disagree[0].key, f"{who} disagree"),) if disagree else ()
     yield from (("classes", "Worst classes"),) if page.classes else ()
     yield from (("confusions", "Confused classes"),) if page.confusions else ()
-    yield from (("suspects", "Mislabelled"),) if page.suspects else ()
+    yield from (("suspects", "Perhaps mislabelled"),) if page.suspects else ()
     yield from (("map", "Map"),) if page.map else ()
     yield from (("agreement", "Agreement"),) if page.agreement or page.agreement_charts else ()
     yield from (("seconds", "Time"),) if page.seconds else ()

@@ -15,6 +15,7 @@ from ray_dmml.evaluation.evaluation import Evaluation
 from ray_dmml.report.agreement import agreement_table
 from ray_dmml.report.build import RunRecord, build_report
 from ray_dmml.report.curves import read_metrics
+from ray_dmml.report.data import Report
 from ray_dmml.report.embedding_map import embedding_map, principal_components
 from ray_dmml.report.gallery import MAX_OF_A_CLASS, confusions, disagreements, worst_classes, worst_queries
 from ray_dmml.report.page import render
@@ -182,6 +183,23 @@ def test_a_page_of_little(case: str) -> None:
         assert not report.groups and not report.confusions and report.classes is not None and not report.classes.rows
     if case == "one peer":
         assert "ensemble" not in page.texts and "Worst queries of peer0" in page.texts
+
+
+def test_runs_side_by_side() -> None:
+    """On equal images the page shows what one run finds and the other does not. Otherwise it says why there is none."""
+    config, nothing = Config.parse({}), read_metrics(Path("none"))
+
+    def report_of(*evaluations: Evaluation) -> tuple[Report, Page]:
+        records = [RunRecord(Path(f"run{n}"), config, {}, nothing, None, each) for n, each in enumerate(evaluations)]
+        report, page = build_report(records, made=datetime(2026, 1, 1)), Page()
+        page.feed(render(report))
+        return report, page
+
+    report, page = report_of(random_evaluation(seed=0), random_evaluation(seed=1))
+    assert {"run0 finds, run1 does not", "Runs disagree"} <= set(page.texts)
+    assert "different images" not in page.text
+    report, page = report_of(random_evaluation(), random_evaluation(num_classes=8))
+    assert "The runs are evaluated on different images." in page.text and not report.groups
 
 
 def test_principal_components_are_those_of_the_svd() -> None:
