@@ -12,6 +12,7 @@ from typing import Any
 from ray_dmml.config.schema import Config
 from ray_dmml.data.decoding import printable
 from ray_dmml.evaluation.evaluation import ENSEMBLE, TEACHERS, Evaluation
+from ray_dmml.loggers.figures import describe_unevaluated
 from ray_dmml.report.agreement import agreement_charts, agreement_table
 from ray_dmml.report.curves import (
     MAX_POINTS,
@@ -246,6 +247,9 @@ def _warnings(names: Sequence[str], records: Sequence[RunRecord]) -> Iterator[st
             texts.append(
                 f"The run has not ended: it has made {record.num_steps:,} steps of {record.config.train.steps:,}."
             )
+        elif results["split"] is None:
+            reason = describe_unevaluated(results)
+            texts.append(f"{reason[0].upper()}{reason[1:]}.")
         if record.metrics.num_damaged:
             texts.append(f"{record.metrics.num_damaged} lines of metrics.jsonl cannot be read and are left out.")
         for peer, number in record.metrics.skipped.items():
