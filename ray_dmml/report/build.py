@@ -137,7 +137,8 @@ def _with_pictures(report: Report, judged: Judged, records: Sequence[RunRecord])
     assert evaluation is not None
     embeddings = evaluation.embeddings[_main_of(evaluation)]
     compared = [name for name in judged.systems if len(records) > 1 or name not in (ENSEMBLE, OF_TEACHERS)]
-    num_suspects, suspicious = suspects(judged, embeddings)
+    peers = {name: evaluation.embeddings[name] for name in compared} if len(records) == 1 else {}
+    num_suspects, suspicious = suspects(judged, {**peers, judged.main: embeddings})
     classes, groups = worst_classes(judged), (worst_queries(judged), *disagreements(judged, compared))
     confused = confusions(judged)
     named = dict.fromkeys(name for pair in confused for name in pair.classes)
