@@ -55,7 +55,7 @@ def report(settings: Settings) -> list[Row]:
             page = build_report([record], made=datetime.now())
             pictures = sum(len(uri) for uri in (page.map.sheets if page.map else ()))
             run.report_file.write_text(render(page))
-            uses = run.report_file.read_text().count("data:image/webp")
+            uses = run.report_file.read_text().count("data:image/jpeg")
             require(uses > 300, f"the page has pictures: {uses}")
             require(pictures < MAX_PICTURE_MIB * 2**20, f"the map's pictures have {pictures} bytes")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from PIL import Image
 from ray_dmml.data.decoding import decode
 from ray_dmml.errors import UserError
 from ray_dmml.index.match import Match
+from ray_dmml.report.pictures import jpeg_uri
 
 MAX_PICTURES = 2000
 """In one page, which then has about 20 MB."""
@@ -117,6 +116,4 @@ def _picture(path: Path) -> str:
     except Exception:  # decoders raise nearly anything
         return ""
     image.thumbnail((SIDE, SIDE))
-    content = io.BytesIO()
-    image.save(content, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+    return jpeg_uri(image, 82)

@@ -27,7 +27,7 @@ def agreement_table(judged: Judged, peers: Sequence[str]) -> Table | None:
     if not rows:
         return None
     head = (
-        "peers",
+        "pair",
         "both find",
         "only the first",
         "only the second",

@@ -12,6 +12,7 @@ from typing import Any
 from ray_dmml.config.schema import Config
 from ray_dmml.data.decoding import printable
 from ray_dmml.evaluation.evaluation import ENSEMBLE, TEACHERS, Evaluation
+from ray_dmml.loggers.figures import describe_unevaluated
 from ray_dmml.report.agreement import agreement_charts, agreement_table
 from ray_dmml.report.curves import (
     MAX_POINTS,
@@ -99,7 +100,12 @@ def build_report(records: Sequence[RunRecord], *, made: datetime) -> Report:
         seconds=_seconds(names, records),
     )
     judged = _judged(names, records)
-    return report if judged is None else _with_pictures(report, judged, records)
+    if judged is not None:
+        return _with_pictures(report, judged, records)
+    if all(record.evaluation is not None for record in records):
+        note = "The runs are evaluated on different images, so the page does not compare what they find."
+        return replace(report, warnings=(*report.warnings, note))
+    return report
 
 
 def _judged(names: Sequence[str], records: Sequence[RunRecord]) -> Judged | None:
@@ -131,7 +137,8 @@ def _with_pictures(report: Report, judged: Judged, records: Sequence[RunRecord])
     assert evaluation is not None
     embeddings = evaluation.embeddings[_main_of(evaluation)]
     compared = [name for name in judged.systems if len(records) > 1 or name not in (ENSEMBLE, OF_TEACHERS)]
-    num_suspects, suspicious = suspects(judged, embeddings)
+    peers = {name: evaluation.embeddings[name] for name in compared} if len(records) == 1 else {}
+    num_suspects, suspicious = suspects(judged, {**peers, judged.main: embeddings})
     classes, groups = worst_classes(judged), (worst_queries(judged), *disagreements(judged, compared))
     confused = confusions(judged)
     named = dict.fromkeys(name for pair in confused for name in pair.classes)
@@ -241,6 +248,9 @@ def _warnings(names: Sequence[str], records: Sequence[RunRecord]) -> Iterator[st
             texts.append(
                 f"The run has not ended: it has made {record.num_steps:,} steps of {record.config.train.steps:,}."
             )
+        elif results["split"] is None:
+            reason = describe_unevaluated(results)
+            texts.append(f"{reason[0].upper()}{reason[1:]}.")
         if record.metrics.num_damaged:
             texts.append(f"{record.metrics.num_damaged} lines of metrics.jsonl cannot be read and are left out.")
         for peer, number in record.metrics.skipped.items():

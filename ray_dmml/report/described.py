@@ -57,7 +57,9 @@ def _facts(
     yield "batches", f"{data.classes_per_batch} classes x {data.images_per_class} images"
     of = f"{steps:,} of {train.steps:,}" if steps < train.steps else f"{steps:,}"
     per_epoch = environment.get("steps_per_epoch")
-    yield "steps", f"{of} ({steps / per_epoch:.1f} epochs)" if per_epoch else of
+    notes = [f"{steps / per_epoch:.1f} epochs"] if per_epoch else []
+    notes += ["stopped early"] if (results or {}).get("stopped_early") else []
+    yield "steps", f"{of} ({', '.join(notes)})" if notes else of
     metric = config.loss.metric
     miner = f", {metric.miner.name}" if metric.miner else ""
     yield "metric loss", f"{metric.name}({_arguments(metric.args)}){miner}"

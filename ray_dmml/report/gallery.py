@@ -165,7 +165,7 @@ def worst_classes(judged: Judged) -> Classes:
         )
     note = (
         f"{len(there):,} classes have queries. In {perfect:,} of them {the(judged.main)} finds every query. "
-        "A class of few queries is worst easily: look at their number."
+        "A class of few queries can easily be the worst: look at the number of queries."
     )
     return Classes(tuple(judged.systems), tuple(rows), note)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
@@ -41,6 +42,7 @@ def render(page: Report) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    environment.filters["breakable"] = _breakable
     return environment.get_template("report.html").render(
         page=page,
         sections=list(_sections(page)),
@@ -61,6 +63,11 @@ def is_report(content: bytes) -> bool:
     return f'<meta name="generator" content="{GENERATOR}">'.encode() in content[:500]
 
 
+def _breakable(name: str) -> Markup:
+    """A name that may go on in the next line after an underscore or a slash: few names have spaces."""
+    return Markup("<wbr>").join(re.split(r"(?<=[_/])(?![_/])", name))
+
+
 def _policy(css: str, js: str) -> str:
     """Nothing is loaded, and nothing runs but our own script."""
     style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (css, js))
@@ -76,13 +83,14 @@ def _sections(page: Report) -> Iterator[tuple[str, str]]:
     yield "run", "What was run"
     yield "validation", "Validation"
     yield from (("losses", "Losses"),) if page.losses else ()
+    yield from (("classes", "Worst classes"),) if page.classes else ()
+    yield from (("confusions", "Confused classes"),) if page.confusions else ()
     if page.groups:
         yield "gallery", "Queries"
         disagree = [group for group in page.groups if group.key != "worst"]
-        yield from ((disagree[0].key, "Peers disagree"),) if disagree else ()
-    yield from (("classes", "Worst classes"),) if page.classes else ()
-    yield from (("confusions", "Confused classes"),) if page.confusions else ()
-    yield from (("suspects", "Mislabelled"),) if page.suspects else ()
+        who = "Peers" if len(page.runs) == 1 else "Runs"
+        yield from ((disagree[0].key, f"{who} disagree"),) if disagree else ()
+    yield from (("suspects", "Perhaps mislabelled"),) if page.suspects else ()
     yield from (("map", "Map"),) if page.map else ()
     yield from (("agreement", "Agreement"),) if page.agreement or page.agreement_charts else ()
     yield from (("seconds", "Time"),) if page.seconds else ()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import numpy as np
 
+from ray_dmml.evaluation.retrieval import retrieve
 from ray_dmml.report.data import Suspect
 from ray_dmml.report.gallery import Judged
 
@@ -13,17 +17,24 @@ NUM_VOTES, MIN_VOTES = 5, 3
 NUM_SUSPECTS, MAX_CHECKED = 16, 2000
 
 
-def suspects(judged: Judged, embeddings: np.ndarray) -> tuple[int, list[Suspect]]:
+def suspects(judged: Judged, embeddings: Mapping[str, np.ndarray]) -> tuple[int, list[Suspect]]:
     """The number of suspects, and the most suspicious ones.
 
     An image is one if at least MIN_VOTES of its NUM_VOTES nearest images are of one other class, and are in the mean
-    more similar to it than any image of its own class. The order is by the margin of these two similarities.
+    more similar to it than any image of its own class. The order is by the margin of these two similarities. Where
+    queries and gallery are apart, images of both are compared with all images: labels are wrong in either.
 
     Args:
-        embeddings: (N, D) of the main system, unit length.
+        embeddings: (N, D) of the main system, unit length, and perhaps of others whose agreement is named.
     """
-    images, system = judged.images, judged.systems[judged.main]
-    gallery = np.arange(len(images)) if images.gallery is None else np.unique(images.gallery)
+    if judged.images.gallery is not None:
+        everything = replace(judged.images, query=None, gallery=None)
+        systems = {
+            name: retrieve(vectors, everything, recall_at=(1,), keep=NUM_VOTES, all_metrics=False)
+            for name, vectors in embeddings.items()
+        }
+        judged = replace(judged, images=everything, systems=systems)
+    images, system, points = judged.images, judged.systems[judged.main], embeddings[judged.main]
     near = system.neighbors[:, :NUM_VOTES]
     labels = np.where(near >= 0, images.labels[near], -1)
     votes = (labels[:, :, None] == labels[:, None, :]).sum(axis=2)
@@ -38,10 +49,11 @@ def suspects(judged: Judged, embeddings: np.ndarray) -> tuple[int, list[Suspect]
     ranked = []
     for position in candidates[:MAX_CHECKED].tolist():
         query = int(judged.queries[position])
-        own = gallery[(images.labels[gallery] == images.labels[query]) & (gallery != query)]
+        own = np.flatnonzero(images.labels == images.labels[query])
+        own = own[own != query]
         if images.exclude is not None:
             own = own[images.exclude[own] != images.exclude[query]]
-        to_own = embeddings[own] @ embeddings[query]
+        to_own = points[own] @ points[query]
         nearest = int(to_own.argmax())
         if (margin := float(similarity[position] - to_own[nearest])) > 0:
             ranked.append((margin, position, int(own[nearest]), float(to_own[nearest])))

@@ -42,6 +42,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     run = make_run(folder, folder / "photos", train={"steps": 30, "evaluate_every": 5, "tensorboard": False})
     unfinished = Path(shutil.copytree(run, folder / "unfinished"))
     (unfinished / "results.json").unlink()
+    with (unfinished / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12345, "peers": {"peer0": {"loss": 0.5}}}\n')
     two = write_report([run, Path(shutil.copytree(run, folder / "second"))], folder / "two.html")
     return {"one": run / "report.html", "unfinished": write_report(unfinished), "two": two}
 
@@ -150,6 +152,13 @@ def test_hovering_shows_values_and_pictures(reports: dict[str, Path]) -> None:
         assert page.locator("#map-chosen").get_attribute("d")
         page.locator("#map-pictures").uncheck()
         assert not page.locator(".placed image").first.is_visible()
+
+
+def test_hovering_shows_the_whole_step(reports: dict[str, Path]) -> None:
+    with page_of(reports["unfinished"]) as page:
+        page.locator("#loss-loss svg[data-chart]").focus()
+        page.keyboard.press("ArrowLeft")  # the last step
+        page.locator("#tip").get_by_text("step 12,345", exact=True).wait_for()
 
 
 def test_by_keyboard(reports: dict[str, Path]) -> None:

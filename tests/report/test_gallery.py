@@ -15,6 +15,7 @@ from ray_dmml.evaluation.evaluation import Evaluation
 from ray_dmml.report.agreement import agreement_table
 from ray_dmml.report.build import RunRecord, build_report
 from ray_dmml.report.curves import read_metrics
+from ray_dmml.report.data import Report
 from ray_dmml.report.embedding_map import embedding_map, principal_components
 from ray_dmml.report.gallery import MAX_OF_A_CLASS, confusions, disagreements, worst_classes, worst_queries
 from ray_dmml.report.page import render
@@ -108,15 +109,18 @@ def test_classes_and_confusions(evaluation: Evaluation) -> None:
     assert all(pair.counts[0] >= pair.counts[1] for pair in found)
 
 
-def test_mislabelled_images_are_found() -> None:
-    """Two images are labelled as another class: they are the first suspects, with the right suggestion."""
+@pytest.mark.parametrize("is_split", [False, True])
+def test_mislabelled_images_are_found(is_split: bool) -> None:
+    """Two images are labelled as another class: they are the first suspects, with the right suggestion. One of them may
+    be a query and the other in the gallery."""
     rng = np.random.default_rng(0)
     truth = np.repeat(np.arange(6), 10)
     labels = truth.copy()
     labels[[3, 44]] = 2, 0
     peers = [rng.normal(size=(6, 16))[truth] + 0.3 * rng.normal(size=(60, 16)) for _ in range(2)]
-    evaluation = evaluation_of(labels.tolist(), *peers)
-    number, found = suspects(judged_of(evaluation), evaluation.embeddings["ensemble"])
+    parts = {"query": np.arange(1, 60, 2), "gallery": np.arange(0, 60, 2)} if is_split else {}
+    evaluation = evaluation_of(labels.tolist(), *peers, **parts)
+    number, found = suspects(judged_of(evaluation), evaluation.embeddings)
     assert number == 2
     assert {(each.query.image, each.suggested) for each in found} == {(3, "class 0"), (44, "class 4")}
     assert found[0].evidence == "5 of its 5 nearest images are of this class, also by peer0 and peer1 alone"
@@ -131,7 +135,7 @@ def test_no_suspects_among_small_classes() -> None:
     from dataclasses import replace
 
     judged = replace(judged_of(evaluation), main="peer0")
-    assert suspects(judged, evaluation.embeddings["peer0"]) == (0, [])
+    assert suspects(judged, evaluation.embeddings) == (0, [])
 
 
 def test_query_and_gallery_are_apart() -> None:
@@ -182,6 +186,23 @@ def test_a_page_of_little(case: str) -> None:
         assert not report.groups and not report.confusions and report.classes is not None and not report.classes.rows
     if case == "one peer":
         assert "ensemble" not in page.texts and "Worst queries of peer0" in page.texts
+
+
+def test_runs_side_by_side() -> None:
+    """On equal images the page shows what one run finds and the other does not. Otherwise it says why there is none."""
+    config, nothing = Config.parse({}), read_metrics(Path("none"))
+
+    def report_of(*evaluations: Evaluation) -> tuple[Report, Page]:
+        records = [RunRecord(Path(f"run{n}"), config, {}, nothing, None, each) for n, each in enumerate(evaluations)]
+        report, page = build_report(records, made=datetime(2026, 1, 1)), Page()
+        page.feed(render(report))
+        return report, page
+
+    report, page = report_of(random_evaluation(seed=0), random_evaluation(seed=1))
+    assert {"run0 finds, run1 does not", "Runs disagree"} <= set(page.texts)
+    assert "different images" not in page.text
+    report, page = report_of(random_evaluation(), random_evaluation(num_classes=8))
+    assert "The runs are evaluated on different images" in page.text and not report.groups
 
 
 def test_principal_components_are_those_of_the_svd() -> None:

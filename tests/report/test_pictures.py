@@ -64,3 +64,15 @@ def test_sheets_hold_every_picture_in_its_place() -> None:
         pixel = box.getpixel(middle)
         assert isinstance(pixel, tuple) and abs(pixel[0] - (136 if n == 7 else n % 256)) < 6
     assert sheets(source, range(300), 100) == ({}, ())
+
+
+def test_a_large_image_on_a_sheet_is_whole(tmp_path: Path) -> None:
+    """All of it is in the small picture, not a part."""
+    pixels = np.zeros((400, 400, 3), np.uint8)
+    pixels[200:, :, 0] = pixels[:, 200:, 1] = 255
+    Image.fromarray(pixels).save(tmp_path / "quarters.png")
+    place, [uri] = sheets(FileImages(tmp_path, ["quarters.png"], 400), [0], 10**6)
+    sheet, side = opened(uri).convert("RGB"), place["side"]
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        pixel = sheet.getpixel((side * (1 + 2 * column) // 4, side * (1 + 2 * row) // 4))
+        assert np.allclose(pixel, (255 * row, 255 * column, 0), atol=12)

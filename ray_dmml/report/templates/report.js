@@ -62,7 +62,7 @@
         const nearest = of.points.reduce((a, b) => Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a);
         return line(`${of.name}: ${number.format(nearest[1])}${chart.unit ? " " + chart.unit : ""}`, styles[n]);
       });
-      show(...onPage(svg, x, top), [line(`step ${number.format(Math.round(step))}`, "", "b"), ...rows]);
+      show(...onPage(svg, x, top), [line(`step ${Math.round(step).toLocaleString("en")}`, "", "b"), ...rows]);
     };
     svg.addEventListener("pointermove", (event) => {
       const x = inSvg(svg, event)[0];
