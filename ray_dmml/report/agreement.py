@@ -9,20 +9,20 @@ from ray_dmml.evaluation.evaluation import KINDS
 from ray_dmml.evaluation.retrieval import Retrieval
 from ray_dmml.report.curves import NamedMetrics
 from ray_dmml.report.data import Cell, Chart, Line, Row, Table
-from ray_dmml.report.gallery import Judged
+from ray_dmml.report.gallery import Retrievals
 
 NUM_COMPARED = 10
 """Nearest images of which the share that two peers have in common is taken."""
 
 
-def agreement_table(judged: Judged, peers: Sequence[str]) -> Table | None:
+def agreement_table(retrievals: Retrievals, peers: Sequence[str]) -> Table | None:
     """A row for each pair of peers; None: there is one peer."""
     rows = []
     for one, other in combinations(peers, 2):
-        first, second = judged.is_found(one), judged.is_found(other)
+        first, second = retrievals.is_found(one), retrievals.is_found(other)
         shares = [first & second, first & ~second, ~first & second, ~first & ~second]
         cells = [Cell(f"{100 * share.mean():.1f} %", f"{share.sum():,}") for share in shares]
-        overlap = overlap_of(judged.systems[one], judged.systems[other])
+        overlap = overlap_of(retrievals.systems[one], retrievals.systems[other])
         rows.append(Row(f"{one}, {other}", (*cells, Cell(f"{100 * overlap:.1f} %"))))
     if not rows:
         return None

@@ -26,7 +26,7 @@ from ray_dmml.report.curves import (
 from ray_dmml.report.data import Card, Cell, Finding, Report, Row, Table, Tile
 from ray_dmml.report.described import describe, settings_that_differ
 from ray_dmml.report.embedding_map import embedding_map, with_sheets
-from ray_dmml.report.gallery import Judged, confusions, disagreements, the, worst_classes, worst_queries
+from ray_dmml.report.gallery import Retrievals, confusions, disagreements, the, worst_classes, worst_queries
 from ray_dmml.report.pictures import sheets, thumbnails
 from ray_dmml.report.results import results_tables
 from ray_dmml.report.suspects import suspects
@@ -99,16 +99,16 @@ def build_report(records: Sequence[RunRecord], *, made: datetime) -> Report:
         agreement_charts=agreement_charts(curves),
         seconds=_seconds(names, records),
     )
-    judged = _judged(names, records)
-    if judged is not None:
-        return _with_pictures(report, judged, records)
+    retrievals = _judged(names, records)
+    if retrievals is not None:
+        return _with_pictures(report, retrievals, records)
     if all(record.evaluation is not None for record in records):
         note = "The runs are evaluated on different images, so the page does not compare what they find."
         return replace(report, warnings=(*report.warnings, note))
     return report
 
 
-def _judged(names: Sequence[str], records: Sequence[RunRecord]) -> Judged | None:
+def _judged(names: Sequence[str], records: Sequence[RunRecord]) -> Retrievals | None:
     """The systems to compare: the peers and the ensemble of a run, or the ensembles of several runs on equal images."""
     evaluations = [record.evaluation for record in records if record.evaluation is not None]
     if not evaluations or len(evaluations) < len(records):
@@ -123,7 +123,7 @@ def _judged(names: Sequence[str], records: Sequence[RunRecord]) -> Judged | None
             return None
         systems = {name: of.systems[_main_of(of)] for name, of in zip(names, evaluations, strict=True)}
         main = names[0]
-    return Judged(first.images, systems, main, num_tiles=8 if len(systems) <= 4 else 6)
+    return Retrievals(first.images, systems, main, num_tiles=8 if len(systems) <= 4 else 6)
 
 
 def _main_of(evaluation: Evaluation) -> str:
@@ -131,42 +131,42 @@ def _main_of(evaluation: Evaluation) -> str:
     return ENSEMBLE if ENSEMBLE in evaluation.systems else next(iter(evaluation.systems))
 
 
-def _with_pictures(report: Report, judged: Judged, records: Sequence[RunRecord]) -> Report:
+def _with_pictures(report: Report, retrievals: Retrievals, records: Sequence[RunRecord]) -> Report:
     """Adds the sections that show images."""
     evaluation = records[0].evaluation
     assert evaluation is not None
     embeddings = evaluation.embeddings[_main_of(evaluation)]
-    compared = [name for name in judged.systems if len(records) > 1 or name not in (ENSEMBLE, OF_TEACHERS)]
+    compared = [name for name in retrievals.systems if len(records) > 1 or name not in (ENSEMBLE, OF_TEACHERS)]
     peers = {name: evaluation.embeddings[name] for name in compared} if len(records) == 1 else {}
-    num_suspects, suspicious = suspects(judged, {**peers, judged.main: embeddings})
-    classes, groups = worst_classes(judged), (worst_queries(judged), *disagreements(judged, compared))
-    confused = confusions(judged)
+    num_suspects, suspicious = suspects(retrievals, {**peers, retrievals.main: embeddings})
+    classes, groups = worst_classes(retrievals), (worst_queries(retrievals), *disagreements(retrievals, compared))
+    confused = confusions(retrievals)
     named = dict.fromkeys(name for pair in confused for name in pair.classes)
-    dots, on_map = embedding_map(judged, embeddings, list(named))
+    dots, on_map = embedding_map(retrievals, embeddings, list(named))
     report = replace(
         report,
         groups=tuple(group for group in groups if group.cards),
         confusions=confused,
         classes=classes,
-        agreement=agreement_table(judged, compared),
-        agreement_note=f"All shares are of {len(judged.queries):,} queries.",
+        agreement=agreement_table(retrievals, compared),
+        agreement_note=f"All shares are of {len(retrievals.queries):,} queries.",
         suspects=tuple(suspicious),
         suspects_note=_suspects_note(num_suspects, len(suspicious)),
         map=dots,
-        systems=tuple(judged.systems),
+        systems=tuple(retrievals.systems),
     )
     uses = Counter(tile.image for tile in _tiles(report))
     uses.update(placed.image for placed in dots.placed)
     limit = int(MAX_PICTURE_BYTES * (1 - MAP_SHARE))
-    pictures, num_missing = thumbnails(judged.images.source, uses, limit)
+    pictures, num_missing = thumbnails(retrievals.images.source, uses, limit)
     note = ""
     if num_missing:
         note = f"{num_missing:,} of {len(uses):,} images to show cannot be read any more, so they have no picture."
     if pictures:
         used = sum(uses[image] * len(picture.uri) for image, picture in pictures.items())
-        places, uris = sheets(judged.images.source, on_map.tolist(), MAX_PICTURE_BYTES - used)
+        places, uris = sheets(retrievals.images.source, on_map.tolist(), MAX_PICTURE_BYTES - used)
         dots = with_sheets(dots, places, uris)
-    findings = (*report.findings, *_picture_findings(report, judged))
+    findings = (*report.findings, *_picture_findings(report, retrievals))
     warnings = (*report.warnings, note) if note else report.warnings
     return replace(report, map=dots, pictures=pictures, pictures_note=note, findings=findings, warnings=warnings)
 
@@ -210,12 +210,12 @@ def _result_findings(ended: Sequence[tuple[str, Mapping[str, Any]]], is_one: boo
         yield Finding(text if is_one else f"{name}: {text[0].lower()}{text[1:]}", "results")
 
 
-def _picture_findings(report: Report, judged: Judged) -> Iterator[Finding]:
+def _picture_findings(report: Report, retrievals: Retrievals) -> Iterator[Finding]:
     if report.classes is not None and report.classes.rows:
         worst = report.classes.rows[0]
-        recall = worst.recalls[list(judged.systems).index(judged.main)]
+        recall = worst.recalls[list(retrievals.systems).index(retrievals.main)]
         yield Finding(
-            f"The worst class is {worst.name}: {the(judged.main)} finds {round(recall * worst.num_queries)} of its "
+            f"The worst class is {worst.name}: {the(retrievals.main)} finds {round(recall * worst.num_queries)} of its "
             f"{worst.num_queries} queries.",
             "classes",
         )

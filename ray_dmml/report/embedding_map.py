@@ -11,7 +11,7 @@ import numpy as np
 import scipy.linalg
 
 from ray_dmml.report.data import Dot, Map, Placed
-from ray_dmml.report.gallery import Judged, the
+from ray_dmml.report.gallery import Retrievals, the
 
 WIDTH, HEIGHT, MARGIN = 900, 620, 26
 """Of the map, in the units of its SVG."""
@@ -26,23 +26,23 @@ CELL = 58
 """One picture stands in each square of this side, where there is an image."""
 
 
-def embedding_map(judged: Judged, embeddings: np.ndarray, named: Sequence[str]) -> tuple[Map, np.ndarray]:
+def embedding_map(retrievals: Retrievals, embeddings: np.ndarray, named: Sequence[str]) -> tuple[Map, np.ndarray]:
     """The map, without pictures, and the images that are on it.
 
     Args:
         embeddings: (N, D) of the main system.
         named: names of classes to colour.
     """
-    images, labels = judged.images, judged.images.labels
+    images, labels = retrievals.images, retrievals.images.labels
     chosen = np.arange(len(images))
     if len(chosen) > MAX_DOTS:
         chosen = np.sort(np.random.default_rng(0).choice(len(images), MAX_DOTS, replace=False))
     places, how = _places(embeddings[chosen])
     x, y = _scaled(places)
     state = np.full(len(images), 2, dtype=np.int64)  # no query
-    state[judged.queries] = np.where(judged.is_found(judged.main), 1, 0)
+    state[retrievals.queries] = np.where(retrievals.is_found(retrievals.main), 1, 0)
     state, dot_labels = state[chosen], labels[chosen]
-    label_of = {judged.class_name(label): label for label in range(images.num_classes)}
+    label_of = {retrievals.class_name(label): label for label in range(images.num_classes)}
     styles = np.full(images.num_classes, -1)
     classes = []
     for style, name in enumerate(named[:NUM_NAMED]):
@@ -53,7 +53,7 @@ def embedding_map(judged: Judged, embeddings: np.ndarray, named: Sequence[str]) 
             middle = inside[np.hypot(x[inside] - np.median(x[inside]), y[inside] - np.median(y[inside])).argmin()]
             classes.append(Dot(name, style, _dots(x[inside], y[inside]), float(x[middle]), float(y[middle])))
     is_plain = styles[dot_labels] < 0
-    note = f"{how}, of {the(judged.main)}'s embeddings."
+    note = f"{how}, of {the(retrievals.main)}'s embeddings."
     if len(chosen) < len(images):
         note += f" {len(chosen):,} of {len(images):,} images, chosen at random."
     used, compact = np.unique(dot_labels, return_inverse=True)
@@ -62,8 +62,8 @@ def embedding_map(judged: Judged, embeddings: np.ndarray, named: Sequence[str]) 
         "y": y.tolist(),
         "state": state.tolist(),
         "label": compact.tolist(),
-        "classes": [judged.class_name(int(label)) for label in used],
-        "names": [judged.tile(int(image)).name for image in chosen],
+        "classes": [retrievals.class_name(int(label)) for label in used],
+        "names": [retrievals.tile(int(image)).name for image in chosen],
         "sheet": {},
     }
     return (
@@ -74,7 +74,7 @@ def embedding_map(judged: Judged, embeddings: np.ndarray, named: Sequence[str]) 
             _dots(x[is_plain & (state == 2)], y[is_plain & (state == 2)]),
             tuple(classes),
             tuple(
-                Placed(int(chosen[n]), judged.class_name(int(dot_labels[n])), float(x[n]), float(y[n]))
+                Placed(int(chosen[n]), retrievals.class_name(int(dot_labels[n])), float(x[n]), float(y[n]))
                 for n in _one_a_cell(x, y)
             ),
             data,

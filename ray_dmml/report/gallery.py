@@ -23,8 +23,8 @@ NUM_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Judged:
-    """The evaluated images and what every system finds. All systems have the same queries."""
+class Retrievals:
+    """The evaluated images and what every system retrieves. All systems have the same queries."""
 
     images: ImageSet
     systems: Mapping[str, Retrieval]
@@ -74,43 +74,45 @@ class Judged:
         return Card(self.tile(query), int(self.systems[self.main].num_relevant[position]), tuple(found))
 
 
-def worst_queries(judged: Judged) -> Group:
+def worst_queries(retrievals: Retrievals) -> Group:
     """The queries for which the first right image comes last, and of equal ones those with the fewest right images."""
-    system = judged.systems[judged.main]
-    missed = np.flatnonzero(~judged.is_found(judged.main))
+    system = retrievals.systems[retrievals.main]
+    missed = np.flatnonzero(~retrievals.is_found(retrievals.main))
     order = missed[
         np.lexsort((-system.similarities[missed, 0], system.values["map@r"][missed], -_rank(system)[missed]))
     ]
-    chosen = _few_of_a_class(order, judged.query_labels, NUM_WORST)
+    chosen = _few_of_a_class(order, retrievals.query_labels, NUM_WORST)
     note = (
-        f"{len(missed):,} of {len(judged.queries):,} queries have an image of another class first. The worst come "
+        f"{len(missed):,} of {len(retrievals.queries):,} queries have an image of another class first. The worst come "
         f"first: those whose first right image has the highest rank. At most {MAX_OF_A_CLASS} of a class are shown."
     )
-    return Group("worst", f"Worst queries of {the(judged.main)}", note, tuple(map(judged.card, chosen)))
+    return Group("worst", f"Worst queries of {the(retrievals.main)}", note, tuple(map(retrievals.card, chosen)))
 
 
-def disagreements(judged: Judged, peers: Sequence[str]) -> tuple[Group, ...]:
+def disagreements(retrievals: Retrievals, peers: Sequence[str]) -> tuple[Group, ...]:
     """For each pair of peers, the queries that the one finds and the other does not."""
     groups: list[tuple[int, Group]] = []
     for one, other in permutations(peers, 2):
-        theirs = np.flatnonzero(judged.is_found(one) & ~judged.is_found(other))
+        theirs = np.flatnonzero(retrievals.is_found(one) & ~retrievals.is_found(other))
         if len(theirs):
-            system = judged.systems[other]
+            system = retrievals.systems[other]
             order = theirs[np.lexsort((system.values["map@r"][theirs], -_rank(system)[theirs]))]
-            chosen = _few_of_a_class(order, judged.query_labels, NUM_DISAGREE)
-            note = f"{len(theirs):,} of {len(judged.queries):,} queries; those that {other} misses by most come first."
+            chosen = _few_of_a_class(order, retrievals.query_labels, NUM_DISAGREE)
+            note = (
+                f"{len(theirs):,} of {len(retrievals.queries):,} queries; those that {other} misses by most come first."
+            )
             title = f"{one} finds, {other} does not"
-            groups.append((len(theirs), Group(f"only-{len(groups)}", title, note, tuple(map(judged.card, chosen)))))
+            groups.append((len(theirs), Group(f"only-{len(groups)}", title, note, tuple(map(retrievals.card, chosen)))))
     most = sorted(groups, key=lambda group: -group[0])[:NUM_PAIRS]
     return tuple(group for _, group in sorted(most, key=lambda group: group[1].key))
 
 
-def confusions(judged: Judged) -> tuple[Confusion, ...]:
+def confusions(retrievals: Retrievals) -> tuple[Confusion, ...]:
     """The pairs of classes that are most often taken for each other by the main system."""
-    system = judged.systems[judged.main]
-    wrong = np.flatnonzero(~judged.is_found(judged.main))
-    of, taken_for = judged.query_labels[wrong], judged.images.labels[system.neighbors[wrong, 0]]
-    num_queries = np.bincount(judged.query_labels, minlength=judged.images.num_classes)
+    system = retrievals.systems[retrievals.main]
+    wrong = np.flatnonzero(~retrievals.is_found(retrievals.main))
+    of, taken_for = retrievals.query_labels[wrong], retrievals.images.labels[system.neighbors[wrong, 0]]
+    num_queries = np.bincount(retrievals.query_labels, minlength=retrievals.images.num_classes)
     pairs = np.sort(np.stack([of, taken_for], axis=1), axis=1)
     distinct, which, counts = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
     which = which.reshape(-1)
@@ -119,14 +121,14 @@ def confusions(judged: Judged) -> tuple[Confusion, ...]:
         first, second = (int(label) for label in distinct[number])
         inside = wrong[which == number]
         inside = inside[np.argsort(-system.similarities[inside, 0], kind="stable")]
-        is_first = judged.query_labels[inside] == first
+        is_first = retrievals.query_labels[inside] == first
         num_first = int(is_first.sum())
-        examples = tuple(_example(judged, int(position)) for position in inside[:NUM_EXAMPLES])
+        examples = tuple(_example(retrievals, int(position)) for position in inside[:NUM_EXAMPLES])
         if num_first < len(inside) - num_first:  # the class that is mistaken more often comes first
             first, second, num_first = second, first, len(inside) - num_first
         found.append(
             Confusion(
-                (judged.class_name(first), judged.class_name(second)),
+                (retrievals.class_name(first), retrievals.class_name(second)),
                 (num_first, len(inside) - num_first),
                 (int(num_queries[first]), int(num_queries[second])),
                 examples,
@@ -135,15 +137,15 @@ def confusions(judged: Judged) -> tuple[Confusion, ...]:
     return tuple(found)
 
 
-def worst_classes(judged: Judged) -> Classes:
+def worst_classes(retrievals: Retrievals) -> Classes:
     """Recall@1 of the classes, the worst first."""
-    labels, num_classes = judged.query_labels, judged.images.num_classes
+    labels, num_classes = retrievals.query_labels, retrievals.images.num_classes
     num_queries = np.bincount(labels, minlength=num_classes)
     recalls = {
-        name: np.bincount(labels, judged.is_found(name), num_classes) / np.maximum(num_queries, 1)
-        for name in judged.systems
+        name: np.bincount(labels, retrievals.is_found(name), num_classes) / np.maximum(num_queries, 1)
+        for name in retrievals.systems
     }
-    main, system = recalls[judged.main], judged.systems[judged.main]
+    main, system = recalls[retrievals.main], retrievals.systems[retrievals.main]
     there = np.flatnonzero(num_queries)
     order = there[np.lexsort((there, -num_queries[there], main[there]))]
     perfect = int((main[there] == 1).sum())
@@ -151,23 +153,23 @@ def worst_classes(judged: Judged) -> Classes:
     for label in order[:NUM_CLASSES]:
         if main[label] == 1:
             break
-        positions = np.flatnonzero((labels == label) & ~judged.is_found(judged.main))
-        others, counts = np.unique(judged.images.labels[system.neighbors[positions, 0]], return_counts=True)
-        instead = f"{judged.class_name(int(others[counts.argmax()]))} ({counts.max()})"
+        positions = np.flatnonzero((labels == label) & ~retrievals.is_found(retrievals.main))
+        others, counts = np.unique(retrievals.images.labels[system.neighbors[positions, 0]], return_counts=True)
+        instead = f"{retrievals.class_name(int(others[counts.argmax()]))} ({counts.max()})"
         rows.append(
             ClassRow(
-                judged.class_name(int(label)),
+                retrievals.class_name(int(label)),
                 int(num_queries[label]),
                 tuple(float(of[label]) for of in recalls.values()),
                 instead,
-                tuple(judged.tile(int(judged.queries[position])) for position in positions[:NUM_EXAMPLES]),
+                tuple(retrievals.tile(int(retrievals.queries[position])) for position in positions[:NUM_EXAMPLES]),
             )
         )
     note = (
-        f"{len(there):,} classes have queries. In {perfect:,} of them {the(judged.main)} finds every query. "
+        f"{len(there):,} classes have queries. In {perfect:,} of them {the(retrievals.main)} finds every query. "
         "A class of few queries can easily be the worst: look at the number of queries."
     )
-    return Classes(tuple(judged.systems), tuple(rows), note)
+    return Classes(tuple(retrievals.systems), tuple(rows), note)
 
 
 def the(system: str) -> str:
@@ -175,10 +177,10 @@ def the(system: str) -> str:
     return "the ensemble" if system == "ensemble" else system
 
 
-def _example(judged: Judged, position: int) -> tuple[Tile, Tile]:
-    system, query = judged.systems[judged.main], int(judged.queries[position])
-    label, nearest = int(judged.images.labels[query]), int(system.neighbors[position, 0])
-    return judged.tile(query), judged.tile(nearest, label, float(system.similarities[position, 0]))
+def _example(retrievals: Retrievals, position: int) -> tuple[Tile, Tile]:
+    system, query = retrievals.systems[retrievals.main], int(retrievals.queries[position])
+    label, nearest = int(retrievals.images.labels[query]), int(system.neighbors[position, 0])
+    return retrievals.tile(query), retrievals.tile(nearest, label, float(system.similarities[position, 0]))
 
 
 def _rank(system: Retrieval) -> np.ndarray:

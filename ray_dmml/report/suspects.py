@@ -9,7 +9,7 @@ import numpy as np
 
 from ray_dmml.evaluation.retrieval import retrieve
 from ray_dmml.report.data import Suspect
-from ray_dmml.report.gallery import Judged
+from ray_dmml.report.gallery import Retrievals
 
 NUM_VOTES, MIN_VOTES = 5, 3
 """Nearest images that vote, and votes for one other class that make an image a suspect."""
@@ -17,7 +17,7 @@ NUM_VOTES, MIN_VOTES = 5, 3
 NUM_SUSPECTS, MAX_CHECKED = 16, 2000
 
 
-def suspects(judged: Judged, embeddings: Mapping[str, np.ndarray]) -> tuple[int, list[Suspect]]:
+def suspects(retrievals: Retrievals, embeddings: Mapping[str, np.ndarray]) -> tuple[int, list[Suspect]]:
     """The number of suspects, and the most suspicious ones.
 
     An image is one if at least MIN_VOTES of its NUM_VOTES nearest images are of one other class, and are in the mean
@@ -27,18 +27,18 @@ def suspects(judged: Judged, embeddings: Mapping[str, np.ndarray]) -> tuple[int,
     Args:
         embeddings: (N, D) of the main system, unit length, and perhaps of others whose agreement is named.
     """
-    if judged.images.gallery is not None:
-        everything = replace(judged.images, query=None, gallery=None)
+    if retrievals.images.gallery is not None:
+        everything = replace(retrievals.images, query=None, gallery=None)
         systems = {
             name: retrieve(vectors, everything, recall_at=(1,), keep=NUM_VOTES, all_metrics=False)
             for name, vectors in embeddings.items()
         }
-        judged = replace(judged, images=everything, systems=systems)
-    images, system, points = judged.images, judged.systems[judged.main], embeddings[judged.main]
+        retrievals = replace(retrievals, images=everything, systems=systems)
+    images, system, points = retrievals.images, retrievals.systems[retrievals.main], embeddings[retrievals.main]
     near = system.neighbors[:, :NUM_VOTES]
     labels = np.where(near >= 0, images.labels[near], -1)
     votes = (labels[:, :, None] == labels[:, None, :]).sum(axis=2)
-    votes[(labels < 0) | (labels == judged.query_labels[:, None])] = 0
+    votes[(labels < 0) | (labels == retrievals.query_labels[:, None])] = 0
     best = votes.argmax(axis=1)
     rows = np.arange(len(labels))
     other, count = labels[rows, best], votes[rows, best]
@@ -48,7 +48,7 @@ def suspects(judged: Judged, embeddings: Mapping[str, np.ndarray]) -> tuple[int,
     candidates = candidates[np.argsort(-similarity[candidates], kind="stable")]
     ranked = []
     for position in candidates[:MAX_CHECKED].tolist():
-        query = int(judged.queries[position])
+        query = int(retrievals.queries[position])
         own = np.flatnonzero(images.labels == images.labels[query])
         own = own[own != query]
         if images.exclude is not None:
@@ -60,19 +60,23 @@ def suspects(judged: Judged, embeddings: Mapping[str, np.ndarray]) -> tuple[int,
     ranked.sort(key=lambda entry: -entry[0])
     found = []
     for _, position, own_image, own_similarity in ranked[:NUM_SUSPECTS]:
-        query, label = int(judged.queries[position]), int(other[position])
+        query, label = int(retrievals.queries[position]), int(other[position])
         own_label = int(images.labels[query])
-        agreeing = [name for name in judged.systems if name != judged.main and _agrees(judged, name, position, label)]
+        agreeing = [
+            name
+            for name in retrievals.systems
+            if name != retrievals.main and _agrees(retrievals, name, position, label)
+        ]
         evidence = f"{count[position]} of its {near.shape[1]} nearest images are of this class"
         if agreeing:
             evidence += f", also by {' and '.join(agreeing)} alone"
         pairs = zip(near[position].tolist(), system.similarities[position].tolist(), strict=False)
-        tiles = tuple(judged.tile(image, own_label, value) for image, value in pairs if image >= 0)
-        own_tile = judged.tile(own_image, own_label, own_similarity)
-        found.append(Suspect(judged.tile(query), judged.class_name(label), evidence, tiles, own_tile))
+        tiles = tuple(retrievals.tile(image, own_label, value) for image, value in pairs if image >= 0)
+        own_tile = retrievals.tile(own_image, own_label, own_similarity)
+        found.append(Suspect(retrievals.tile(query), retrievals.class_name(label), evidence, tiles, own_tile))
     return len(ranked), found
 
 
-def _agrees(judged: Judged, system: str, position: int, label: int) -> bool:
-    near = judged.systems[system].neighbors[position, :NUM_VOTES]
-    return bool((judged.images.labels[near[near >= 0]] == label).sum() >= MIN_VOTES)
+def _agrees(retrievals: Retrievals, system: str, position: int, label: int) -> bool:
+    near = retrievals.systems[system].neighbors[position, :NUM_VOTES]
+    return bool((retrievals.images.labels[near[near >= 0]] == label).sum() >= MIN_VOTES)

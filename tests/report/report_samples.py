@@ -16,7 +16,7 @@ from torch import Tensor
 from ray_dmml import Config, train
 from ray_dmml.data.dataset import ImageSet
 from ray_dmml.evaluation.evaluation import ENSEMBLE, Evaluation
-from ray_dmml.report.gallery import Judged
+from ray_dmml.report.gallery import Retrievals
 
 HOSTILE = """</script><script>alert('1')</script>"x&amp;" {{ 7 * 7 }} <img src=x onerror=alert(2)>"""
 """The name of a class: nothing of it may become markup or run."""
@@ -51,8 +51,8 @@ def evaluation_of(labels: Sequence[int], *peers: np.ndarray, **changes: Any) -> 
     return Evaluation.of(vectors, images, recall_at=(1, 2))
 
 
-def judged_of(evaluation: Evaluation) -> Judged:
-    return Judged(evaluation.images, evaluation.systems, ENSEMBLE, num_tiles=8)
+def judged_of(evaluation: Evaluation) -> Retrievals:
+    return Retrievals(evaluation.images, evaluation.systems, ENSEMBLE, num_tiles=8)
 
 
 def random_evaluation(num_classes: int = 9, per_class: int = 6, noise: float = 1.0, seed: int = 0) -> Evaluation:

@@ -134,23 +134,23 @@ def test_no_suspects_among_small_classes() -> None:
     assert len(evaluation.systems) == 1
     from dataclasses import replace
 
-    judged = replace(judged_of(evaluation), main="peer0")
-    assert suspects(judged, evaluation.embeddings) == (0, [])
+    retrievals = replace(judged_of(evaluation), main="peer0")
+    assert suspects(retrievals, evaluation.embeddings) == (0, [])
 
 
 def test_query_and_gallery_are_apart() -> None:
-    """Only queries are judged, and only the gallery is found."""
+    """Only queries are retrievals, and only the gallery is found."""
     rng = np.random.default_rng(0)
     labels = np.tile(np.arange(5), 6)
     query, gallery = np.arange(10), np.arange(10, 30)
     evaluation = evaluation_of(
         labels.tolist(), rng.normal(size=(30, 6)), rng.normal(size=(30, 6)), query=query, gallery=gallery
     )
-    judged = judged_of(evaluation)
-    for card in worst_queries(judged).cards:
+    retrievals = judged_of(evaluation)
+    for card in worst_queries(retrievals).cards:
         assert card.query.image < 10
         assert all(tile.image >= 10 for found in card.found for tile in found.tiles)
-    drawn, on_map = embedding_map(judged, evaluation.embeddings["ensemble"], ["class 1"])
+    drawn, on_map = embedding_map(retrievals, evaluation.embeddings["ensemble"], ["class 1"])
     assert len(on_map) == 30 and drawn.data["state"].count(2) == 20
 
 
