@@ -184,7 +184,8 @@ def test_all_faults_of_a_folder_are_found_in_one_go(root: Path) -> None:
     ended = check(root, *options)
     assert ended.exit_code == 2
     for part in ("c8 has no images", "unreadable images: 4", "exact duplicates: 1", "fewer than 4 images: 1", "1 .arw"):
-        assert part in " ".join(ended.stdout.split()), part
+        # A long path is broken anywhere, also in the name at its end.
+        assert part.replace(" ", "") in "".join(ended.stdout.split()), part
 
 
 @pytest.mark.parametrize(
