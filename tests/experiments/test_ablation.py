@@ -113,8 +113,8 @@ def test_candidates_are_those_of_their_stage(ablations: Any, folder: Path) -> No
         (r.distance_weight, r.angle_weight, r.normalize, r.decay_until)
         for r in (config.loss.relational for config in weights.values())
     }
-    each = {(w, 2 * w, n, until) for w in (1, 2, 4, 8, 16) for n in (False, True) for until in (None, STEPS)}
-    assert forms == {*each, (0, 0, False, None)} and len(weights) == 22
+    each = {(w, 2 * w, n, until) for w in (0.5, 1, 2, 4, 8, 16) for n in (False, True) for until in (None, STEPS)}
+    assert forms == {*each, (0, 0, False, None)} and len(weights) == 26
     for name, arm in plan.stages["teachers"].items():
         config = plan.config(arm, 0)
         assert len(config.cohort.peers) == int(name.partition("M = ")[2] or 2)
