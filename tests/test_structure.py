@@ -13,7 +13,7 @@ import ray_dmml
 PACKAGE = Path(ray_dmml.__file__).parent
 
 FLOORS = (
-    {"errors", "config", "filesystem", "randomness", "cores", "interruption"},
+    {"errors", "atomic_files", "config", "filesystem", "randomness", "cores", "interruption"},
     {"data", "models", "losses", "checkpoint"},
     {"evaluation", "loggers", "peer", "pushed"},
     {"cohort", "report"},

@@ -20,8 +20,9 @@ from pathlib import Path
 import pyarrow
 from pyarrow import fs
 
+from ray_dmml.atomic_files import wait_for_disk
 from ray_dmml.checkpoint.manifest import DamagedError, dump_with_checksum, read_manifest
-from ray_dmml.checkpoint.store import STEP_FOLDER, CheckpointStore, free_name, sync
+from ray_dmml.checkpoint.store import STEP_FOLDER, CheckpointStore, free_name
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.filesystem import open_uri, reason, without_secrets
 
@@ -166,7 +167,7 @@ class RemoteRun:
         with self.files.open_output_stream(temporary) as target:
             target.write(content)
         if self._is_local:
-            sync(Path(self._base, temporary))
+            wait_for_disk(Path(self._base, temporary))
         if self._has_folders:
             self.files.move(temporary, name)
 

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_dmml.atomic_files import wait_for_disk
 from ray_dmml.checkpoint import manifest
 from ray_dmml.checkpoint.manifest import DamagedError, read_manifest
 from ray_dmml.errors import CheckpointError, UserError
@@ -205,15 +206,15 @@ class CheckpointStore:
                 (temporary / peer).mkdir()
                 for file, data in files.items():
                     _write_synced(temporary / peer / file, data)
-                sync(temporary / peer)
+                wait_for_disk(temporary / peer)
             _write_synced(temporary / "manifest.json", content)
-            sync(temporary)
+            wait_for_disk(temporary)
             os.rename(temporary, self.folder / name)
-            sync(self.folder)
+            wait_for_disk(self.folder)
             _write_synced(temporary_index, manifest.dump_with_checksum(index))
             os.replace(temporary_index, self._index_file)
             is_named = True
-            sync(self.folder)
+            wait_for_disk(self.folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             if not is_named:
@@ -248,15 +249,6 @@ def free_name(wanted: str, taken: Collection[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def sync(path: Path) -> None:
-    """Waits until a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _read_verified(path: Path, size: int, sha256: str) -> bytes:
     problem = f"checkpoint file {path} is damaged"
     if not stat.S_ISDIR(os.lstat(path.parent).st_mode) or not stat.S_ISREG(os.lstat(path).st_mode):
@@ -276,4 +268,4 @@ def _age(name: str) -> tuple[int, int]:
 
 def _write_synced(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    sync(path)
+    wait_for_disk(path)

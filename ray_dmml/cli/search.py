@@ -52,8 +52,8 @@ def search(
             raise UserError(f"--threshold must be from -1 to 1, not {threshold:g}")
         answers, root, num_rows = _answers(folder, images or [], paths or [], k, threshold, run, trust_code)
         if page is not None:
+            from ray_dmml.atomic_files import replace_file
             from ray_dmml.index.page import search_page
-            from ray_dmml.training.run_dir import replace_file
 
             replace_file(page, search_page(answers, root, num_rows))
     if as_json:

@@ -24,10 +24,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_dmml.checkpoint.store import sync
+from ray_dmml.atomic_files import replace_file, wait_for_disk
 from ray_dmml.data.decoding import printable
 from ray_dmml.errors import UserError
-from ray_dmml.training.run_dir import replace_file
 
 FACTS = "embed.json"
 MUST_AGREE = ("peer", "dtype", "batch_size", "root", "model")
@@ -188,7 +187,7 @@ class OutputFolder:
             if not num_images:
                 file.unlink()
                 return
-            sync(file)
+            wait_for_disk(file)
             os.replace(file, self.path / _list(index))
         except OSError as error:
             raise UserError(f"the list of images {file} cannot be written: {error}") from None

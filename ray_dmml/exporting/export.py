@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ray_dmml.checkpoint.store import sync
+from ray_dmml.atomic_files import wait_for_disk
 from ray_dmml.config.parts import load_trusted_parts
 from ray_dmml.data.center_view import CenterView
 from ray_dmml.errors import UserError
@@ -94,7 +94,7 @@ def export(
             embed = _write(peers, peer, cohort.decode_size, draft, facts, format, precision)
             parity = compare(reference, embed, compared_on)
             _require_near(parity, target, precision, split)
-            sync(draft)
+            wait_for_disk(draft)
             _new_file(target)
             os.replace(draft, target)
     except OSError as error:

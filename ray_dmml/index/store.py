@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ray_dmml.checkpoint.store import sync
+from ray_dmml.atomic_files import wait_for_disk
 from ray_dmml.errors import UserError, first_fault
 from ray_dmml.index.embeddings import ROWS
 from ray_dmml.training.run_dir import lock_folder
@@ -180,7 +180,7 @@ def write(folder: Path, info: IndexInfo, index: Any, rows: pa.Table) -> None:
         content = info.model_dump() | {"files": {**names, "vectors_bytes": size}}
         written[2].write_text(StoredInfo.model_validate(content).model_dump_json(indent=1))
         for file in (*written, folder):
-            sync(file)
+            wait_for_disk(file)
         os.replace(written[2], folder / "index.json")
     except (OSError, RuntimeError) as error:  # faiss raises RuntimeError where it cannot write
         for file in written:
@@ -188,7 +188,7 @@ def write(folder: Path, info: IndexInfo, index: Any, rows: pa.Table) -> None:
                 file.unlink()
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "is the disk full?"
         raise UserError(f"the index {folder} cannot be written: {reason}") from None
-    sync(folder)
+    wait_for_disk(folder)
     _remove_others(folder, set(names.values()))
 
 

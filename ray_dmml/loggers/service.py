@@ -16,6 +16,7 @@ from queue import Empty, Full, Queue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from ray_dmml.atomic_files import replace_file
 from ray_dmml.config.parts import describe
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
@@ -173,7 +174,8 @@ class ServiceLogger(Logger):
         for name, picture in pictures.items():
             self.send_picture(name, picture, step)
         self._sent[kind] = step
-        _write(self._file, self._id, self._sent)
+        self._file.parent.mkdir(exist_ok=True)
+        replace_file(self._file, json.dumps({"id": self._id, "sent": self._sent}))
 
 
 def require_service(service: str, setting: str) -> None:
@@ -191,10 +193,3 @@ def _read(file: Path) -> tuple[str | None, dict[str, int]]:
         return (content["id"], sent) if re.fullmatch(r"[\w.-]{1,128}", content["id"]) else (None, {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, {}
-
-
-def _write(file: Path, run_id: str, sent: Mapping[str, int]) -> None:
-    file.parent.mkdir(exist_ok=True)
-    aside = file.with_name(f"{file.name}.tmp")
-    aside.write_text(json.dumps({"id": run_id, "sent": sent}))
-    aside.replace(file)

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ray_dmml.atomic_files import replace_file
 from ray_dmml.data.dataset import FileImages, ImageSet, Splits
 from ray_dmml.data.decoding import printable
 from ray_dmml.errors import UserError
-from ray_dmml.training.run_dir import replace_file
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ray_dmml.atomic_files import replace_file
 from ray_dmml.config.parts import load_trusted_parts
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
@@ -16,7 +17,7 @@ from ray_dmml.report.build import RunRecord, build_report
 from ray_dmml.report.curves import read_metrics
 from ray_dmml.report.page import is_report, render
 from ray_dmml.training.evaluate import changed_config, embed_run
-from ray_dmml.training.run_dir import RunDir, replace_file
+from ray_dmml.training.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 

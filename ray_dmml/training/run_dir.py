@@ -25,12 +25,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ray_dmml.atomic_files import replace_file
 from ray_dmml.checkpoint.store import CheckpointStore
-from ray_dmml.checkpoint.store import sync as wait_for_disk
 from ray_dmml.config.loading import read_settings, refuse_old
 from ray_dmml.config.schema import Config
 from ray_dmml.cores import num_cores
-from ray_dmml.errors import CheckpointError, UserError
+from ray_dmml.errors import UserError
 from ray_dmml.training.provenance import commit, cpu
 
 _VERSIONS = ("ray-dmml", "torch", "torchvision", "timm", "pytorch-metric-learning", "ray", "numpy")
@@ -182,25 +182,3 @@ def lock_folder(path: Path, doing: str) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
-
-
-def replace_file(path: Path, content: str | bytes, *, sync: bool = False) -> None:
-    """Replaces a file in one move. Raises CheckpointError if that is not possible; the old one is then unchanged.
-
-    Args:
-        path: the file.
-        content: its new content.
-        sync: wait until it is on the disk. If the machine dies, the file has the old content or the new one.
-    """
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        if sync:
-            wait_for_disk(aside)
-        os.replace(aside, path)
-        if sync:
-            wait_for_disk(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
-        raise CheckpointError(f"{path} cannot be written: {error}") from None

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ray_dmml.atomic_files import replace_file
 from ray_dmml.config.parts import load_parts, load_trusted_parts
 from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.data.augmentations import View, view_name, views_of
@@ -22,7 +23,7 @@ from ray_dmml.errors import UserError
 from ray_dmml.loggers.pictures import Columns, draw_sheet
 from ray_dmml.models.embedding_net import input_of
 from ray_dmml.randomness import derive_seed, seeded
-from ray_dmml.training.run_dir import RunDir, replace_file
+from ray_dmml.training.run_dir import RunDir
 
 SMALLEST_CELL, LARGEST_CELL = 96, 224  # in pixels, of a picture in a sheet
 

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ray_dmml.training.run_dir import replace_file
+from ray_dmml.atomic_files import replace_file
 from ray_dmml.tune.results import (
     baseline_is_best,
     final_columns,

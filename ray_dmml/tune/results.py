@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from ray_dmml.atomic_files import replace_file
 from ray_dmml.config import yamlio
 from ray_dmml.config.loading import read_yaml, refuse_old
 from ray_dmml.config.messages import explain
 from ray_dmml.errors import UserError
-from ray_dmml.training.run_dir import RunDir, replace_file
+from ray_dmml.training.run_dir import RunDir
 from ray_dmml.tune.search_space import Search, SearchConfig
 from ray_dmml.tune.trial import COST, OBJECTIVE, STEP, Trial
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from ray_dmml.atomic_files import replace_file
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.training.run import train
-from ray_dmml.training.run_dir import RunDir, replace_file
+from ray_dmml.training.run_dir import RunDir
 from ray_dmml.tune.search_space import Params, Search
 
 STEP, OBJECTIVE, COST = "step", "objective", "cost"
