@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 from benchmarks.row import Row, Settings
-from provenance import commit, cpu
+from provenance import commit
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -65,6 +65,8 @@ PACKAGES = ("torch", "torchvision", "ray", "numpy", "faiss-cpu", "pytorch-metric
 
 def machine() -> dict[str, Any]:
     """What the figures depend on besides the code."""
+    from ray_dmml.training.provenance import cpu  # found by now, wherever this is started
+
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
     return {
         "cpu": cpu(),

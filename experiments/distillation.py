@@ -27,13 +27,14 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import typer
 from ablations.rows import Row, open_rows
-from provenance import commit, cpu
+from provenance import commit
 
 from ray_dmml import Config, UserError, train
 from ray_dmml.cli.output import user_errors
 from ray_dmml.cores import num_cores
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.training.distill import distillation_config
+from ray_dmml.training.provenance import cpu
 from ray_dmml.training.run_dir import RunDir
 
 HERE = Path(__file__).parent / "distillation"

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from provenance import cpu
 
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
-from ray_dmml.evaluation.evaluation import evaluate_embeddings
+from ray_dmml.evaluation.evaluation import evaluate_during_training
+from ray_dmml.training.provenance import cpu
 
 Split = Literal["validation", "test"]
 
@@ -31,7 +31,7 @@ def measure(config: Config, splits: Splits, split: Split) -> dict[str, Any]:
         cohort.run(0, config.train.steps, lambda finished: None)
         embeddings = cohort.embeddings(split)
         device = cohort.peers[0].device
-    figures = evaluate_embeddings(embeddings, getattr(splits, split), recall_at=[1])
+    figures, _ = evaluate_during_training(embeddings, getattr(splits, split), recall_at=[1])
     return {
         "seed": config.seed,
         "peers": [_rounded(peer) for peer in figures["peers"].values()],

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ray_dmml.cli.options import AsJson, RunWeights, TrustCode, path
+from ray_dmml.cli.options import AsJson, OtherImages, RunWeights, TrustCode, path
 from ray_dmml.cli.output import print_json, print_line, show_log, user_errors
 from ray_dmml.config.loading import shorten
 from ray_dmml.loggers.figures import heading
@@ -23,14 +23,7 @@ def compare(
         list[Path], typer.Argument(parser=path, metavar="RUN RUN...", help="Folders of runs, the baseline first.")
     ],
     weights: RunWeights = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            parser=path,
-            metavar="PLACE",
-            help="Other images: a folder with one folder a class, or a manifest (CSV). Default: the runs' own.",
-        ),
-    ] = None,
+    data: OtherImages = None,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ray_dmml.cli.options import AsJson, RunWeights, TrustCode, path
+from ray_dmml.cli.options import AsJson, OtherImages, RunWeights, TrustCode, path
 from ray_dmml.cli.output import print_json, print_line, show_log, user_errors
 from ray_dmml.cli.tables import details_tables, results_table, verification_table
 from ray_dmml.loggers.output import Console
@@ -22,14 +22,7 @@ def evaluate(
         ),
     ],
     weights: RunWeights = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            parser=path,
-            metavar="PLACE",
-            help="Other images: a folder with one folder a class, or a manifest (CSV). Default: the run's own.",
-        ),
-    ] = None,
+    data: OtherImages = None,
     per_class: Annotated[
         bool,
         typer.Option("--per-class", help="Also show each class, and each category of a manifest, the worst first."),

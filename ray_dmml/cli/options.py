@@ -55,6 +55,15 @@ RunWeights = Annotated[
     Weights | None,
     typer.Option(metavar="last|best|ema", help="Weights of the peers. Default: those of the run's own results."),
 ]
+OtherImages = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        parser=path,
+        metavar="PLACE",
+        help="Other images: a folder with one folder a class, or a manifest (CSV). Default: those of the run.",
+    ),
+]
 TrainLocally = Annotated[bool, typer.Option("--local", help="Train all peers in this process, without Ray.")]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the Python code that the run's config names.")]
 

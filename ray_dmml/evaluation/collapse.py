@@ -1,4 +1,4 @@
-"""Signs that figures say little: embeddings that have collapsed, or queries that all succeed."""
+"""Embeddings that have collapsed: they use few dimensions, or all images are alike."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def by_class(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 def by_category(evaluation: Evaluation) -> list[dict[str, Any]]:
     """The same for each category of the queries, with ``category`` instead of ``class``; empty if there are none."""
-    categories, queries = evaluation.images.categories, _queries(evaluation)
+    categories, queries = evaluation.images.categories, evaluation.queries
     if categories is None:
         return []
     names, numbers = np.unique([categories[image] or NO_CATEGORY for image in queries.tolist()], return_inverse=True)
@@ -82,10 +82,6 @@ def clustering(evaluation: Evaluation, seed: int = 0) -> dict[str, dict[str, flo
         name: _agreement(images.labels, _clusters(vectors, images.num_classes, seed))
         for name, vectors in evaluation.embeddings.items()
     }
-
-
-def _queries(evaluation: Evaluation) -> Ints:
-    return next(iter(evaluation.systems.values())).queries
 
 
 def _means_by_group(

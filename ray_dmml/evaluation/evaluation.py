@@ -15,7 +15,7 @@ from ray_dmml.errors import UserError
 from ray_dmml.evaluation.bootstrap import class_bootstrap
 from ray_dmml.evaluation.collapse import warn_of_collapse
 from ray_dmml.evaluation.ensemble import ensemble_embedding
-from ray_dmml.evaluation.neighbors import Floats
+from ray_dmml.evaluation.neighbors import Floats, Ints
 from ray_dmml.evaluation.retrieval import Retrieval, retrieve
 from ray_dmml.evaluation.verification import Pairs, verification
 
@@ -89,7 +89,12 @@ class Evaluation:
     @property
     def query_classes(self) -> np.ndarray:
         """(Q,) int64, the class of each query."""
-        return self.images.labels[next(iter(self.systems.values())).queries]
+        return self.images.labels[self.queries]
+
+    @property
+    def queries(self) -> Ints:
+        """(Q,) int64, the indices of the queries, which are the same for all systems."""
+        return next(iter(self.systems.values())).queries
 
     def summary(self) -> dict[str, Any]:
         """The figures as JSON data.
@@ -165,20 +170,16 @@ def warn_of_small_gallery(images: ImageSet, recall_at: Sequence[int]) -> Iterato
         )
 
 
-def evaluate_embeddings(embeddings: Mapping[str, Floats], images: ImageSet, recall_at: Sequence[int]) -> Figures:
-    """Recall@K, MAP@R and R-precision of each peer's (N, D) unit-length embeddings and of their concatenation; and, of
-    several peers, which of them find a query, see :func:`agreement`.
-
-    It is for evaluations during training, which do without the other metrics of :class:`Evaluation`.
-    """
-    return evaluate_during_training(embeddings, images, recall_at)[0]
-
-
 def evaluate_during_training(
     embeddings: Mapping[str, Floats], images: ImageSet, recall_at: Sequence[int], *, keep: int = 0
 ) -> tuple[Figures, Retrieval]:
-    """The figures of :func:`evaluate_embeddings`, and what the ensemble retrieves, with ``keep`` neighbours of each
-    query."""
+    """Recall@K, MAP@R and R-precision of each peer's (N, D) unit-length embeddings and of their concatenation; and, of
+    several peers, which of them find a query, see :func:`agreement`. It does without the other metrics of
+    :class:`Evaluation`.
+
+    Returns:
+        The figures, and what the ensemble retrieves, with ``keep`` neighbours of each query.
+    """
     of_all = dict(embeddings)
     if len(embeddings) > 1:
         of_all[ENSEMBLE] = ensemble_embedding(list(embeddings.values()))

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 PAPER, INK, PALE, LINE = (255, 255, 255), (28, 32, 36), (92, 101, 111), (205, 210, 216)
-RIGHT, WRONG = (0, 158, 115), (213, 94, 0)  # also told apart by people who see no difference between red and green
+RIGHT, WRONG = (0, 158, 115), (213, 94, 0)  # also distinct for people who cannot distinguish red from green
 
 MARGIN, GAP, BETWEEN_GROUPS, FRAME = 16, 4, 20, 3  # in pixels
 TEXT, LEADING = 13, 18

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from ray_dmml.evaluation.evaluation import KINDS
+from ray_dmml.evaluation.evaluation import KINDS, agreement
 from ray_dmml.evaluation.retrieval import Retrieval
 from ray_dmml.report.curves import NamedMetrics
 from ray_dmml.report.data import Cell, Chart, Line, Row, Table
@@ -17,11 +17,10 @@ NUM_COMPARED = 10
 
 def agreement_table(retrievals: Retrievals, peers: Sequence[str]) -> Table | None:
     """A row for each pair of peers; None: there is one peer."""
-    rows = []
+    rows, num_queries = [], len(retrievals.queries)
     for one, other in combinations(peers, 2):
-        first, second = retrievals.is_found(one), retrievals.is_found(other)
-        shares = [first & second, first & ~second, ~first & second, ~first & ~second]
-        cells = [Cell(f"{100 * share.mean():.1f} %", f"{share.sum():,}") for share in shares]
+        (shares,) = agreement({name: retrievals.systems[name] for name in (one, other)}).values()
+        cells = [Cell(f"{100 * shares[kind]:.1f} %", f"{round(shares[kind] * num_queries):,}") for kind in KINDS]
         overlap = overlap_of(retrievals.systems[one], retrievals.systems[other])
         rows.append(Row(f"{one}, {other}", (*cells, Cell(f"{100 * overlap:.1f} %"))))
     if not rows:

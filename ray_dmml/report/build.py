@@ -99,7 +99,7 @@ def build_report(records: Sequence[RunRecord], *, made: datetime) -> Report:
         agreement_charts=agreement_charts(curves),
         seconds=_seconds(names, records),
     )
-    retrievals = _judged(names, records)
+    retrievals = _retrievals(names, records)
     if retrievals is not None:
         return _with_pictures(report, retrievals, records)
     if all(record.evaluation is not None for record in records):
@@ -108,7 +108,7 @@ def build_report(records: Sequence[RunRecord], *, made: datetime) -> Report:
     return report
 
 
-def _judged(names: Sequence[str], records: Sequence[RunRecord]) -> Retrievals | None:
+def _retrievals(names: Sequence[str], records: Sequence[RunRecord]) -> Retrievals | None:
     """The systems to compare: the peers and the ensemble of a run, or the ensembles of several runs on equal images."""
     evaluations = [record.evaluation for record in records if record.evaluation is not None]
     if not evaluations or len(evaluations) < len(records):

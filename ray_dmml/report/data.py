@@ -125,7 +125,7 @@ class Found:
     """What one system finds for a query."""
 
     system: str
-    verdict: str
+    outcome: str
     is_found: bool
     tiles: tuple[Tile, ...]
 

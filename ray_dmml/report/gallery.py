@@ -67,10 +67,10 @@ class Retrievals:
             row = zip(system.neighbors[position, : self.num_tiles], system.similarities[position], strict=False)
             tiles = tuple(self.tile(int(image), label, float(similarity)) for image, similarity in row if image >= 0)
             rank = int(system.first_match[position])
-            verdict = (
+            outcome = (
                 "found" if rank == 1 else f"first right image at rank {rank:,}" if rank else "no right image found"
             )
-            found.append(Found(name, verdict, rank == 1, tiles))
+            found.append(Found(name, outcome, rank == 1, tiles))
         return Card(self.tile(query), int(self.systems[self.main].num_relevant[position]), tuple(found))
 
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ray_dmml.config.loading import dotted
+from ray_dmml.config.schema import Config
+from ray_dmml.data.dataset import ImageSet
 from ray_dmml.data.decoding import printable
 from ray_dmml.errors import UserError
 from ray_dmml.evaluation.bootstrap import NUM_RESAMPLES
 from ray_dmml.evaluation.compare import Values, compare_values
 from ray_dmml.evaluation.evaluation import Evaluation
 from ray_dmml.evaluation.neighbors import Ints
-from ray_dmml.training.evaluate import RunEmbeddings, embed_run
+from ray_dmml.training.evaluate import RunEmbeddings, embed_run, open_run
 from ray_dmml.training.image_list import ImageList
 from ray_dmml.training.run import WHERE_THINGS_ARE
+from ray_dmml.training.run_dir import RunDir
 
 SEEDS = ("seed", "data.validation_fold", "data.validation_seed")
 """Runs that differ only in these are seeds of one setting."""
@@ -44,10 +48,14 @@ class _Run:
     """An evaluated run."""
 
     path: Path
+    run_dir: RunDir
     seed: tuple[Any, ...]
     settings: Mapping[str, Any]
     """Dotted keys, without those that change no result."""
-    evaluated: RunEmbeddings
+    split: str
+    images: ImageSet
+    weights: str
+    step: int
     queries: Ints
     values: Mapping[str, Values]
     """By system, of each query."""
@@ -92,11 +100,16 @@ def compare(
         raise UserError("a comparison needs two or more runs")
     if twice := {str(path) for path in paths if [each.resolve() for each in paths].count(path.resolve()) > 1}:
         raise UserError(f"{', '.join(sorted(twice))}: a run is compared with others, and named once")
-    evaluated = [embed_run(path, weights, data=data, trust_code=trust_code) for path in paths]
-    _require_same_images(paths, evaluated)
-    recall_at = sorted({k for each in evaluated for k in each.config.evaluation.recall_at})
-    loaded = [_load(path, each, recall_at) for path, each in zip(paths, evaluated, strict=True)]
-    images, queries = evaluated[0].images, loaded[0].queries
+    # All are opened before the first is embedded, which may take minutes.
+    run_dirs = [open_run(path, trust_code)[0] for path in paths]
+    recall_at = sorted({k for run_dir in run_dirs for k in run_dir.config().evaluation.recall_at})
+    loaded: list[_Run] = []
+    for path, run_dir in zip(paths, run_dirs, strict=True):
+        check = partial(_require_same_images, path, run_dir, loaded[0], data is None) if loaded else None
+        # Only the figures of the queries are kept: embeddings of many runs do not fit into memory.
+        embedded = embed_run(path, weights, data=data, trust_code=trust_code, check=check)
+        loaded.append(_load(path, embedded, recall_at))
+    images, queries = loaded[0].images, loaded[0].queries
     groups = _group(loaded)
     if len(groups) == 1:
         groups = [[run] for run in loaded]
@@ -107,7 +120,7 @@ def compare(
         for number in range(1, len(groups))
     ]
     return {
-        "split": evaluated[0].split,
+        "split": loaded[0].split,
         "num_queries": len(queries),
         "num_classes": len(np.unique(classes)),
         "settings": [_describe(group) for group in groups],
@@ -116,19 +129,21 @@ def compare(
     }
 
 
-def _require_same_images(paths: Sequence[Path], evaluated: Sequence[RunEmbeddings]) -> None:
-    first = evaluated[0]
-    for path, other in zip(paths[1:], evaluated[1:], strict=True):
-        changes = ""
-        if first.place is None:  # else all have the same place
-            lists = [ImageList.read(each.run_dir.images_file) for each in (first, other)]
-            before, now = (each and each.only(of.split) for each, of in zip(lists, (first, other), strict=True))
-            changes = before.differences(now) if before and now else ""  # also of the sizes of the files
-        if changes or first.images.digest() != other.images.digest():
-            raise UserError(
-                f"{path} is not evaluated on the images of {paths[0]}: "
-                f"{changes or 'there are others, or other queries'}; give the images to evaluate all runs on (data)"
-            )
+def _require_same_images(
+    path: Path, run_dir: RunDir, first: _Run, are_own: bool, config: Config, images: ImageSet
+) -> None:
+    """Raises UserError if the images of a run are not those of the first one. Where they are the runs' own, their lists
+    of images are compared, too, which have the sizes of the files."""
+    changes = ""
+    if are_own:
+        lists = [ImageList.read(each.images_file) for each in (first.run_dir, run_dir)]
+        before, now = (each and each.only(first.split) for each in lists)
+        changes = before.differences(now) if before and now else ""
+    if changes or first.images.digest() != images.digest():
+        raise UserError(
+            f"{path} is not evaluated on the images of {first.path}: "
+            f"{changes or 'there are others, or other queries'}; give the images to evaluate all runs on (data)"
+        )
 
 
 def _load(path: Path, evaluated: RunEmbeddings, recall_at: Sequence[int]) -> _Run:
@@ -148,8 +163,10 @@ def _load(path: Path, evaluated: RunEmbeddings, recall_at: Sequence[int]) -> _Ru
         for key, value in settings.items()
         if not any(fnmatchcase(key, pattern) for pattern in CHANGES_NO_RESULT)
     }
-    queries = next(iter(of_run.systems.values())).queries
-    return _Run(path, seed, kept, evaluated, queries, values)
+    split, images = evaluated.split, evaluated.images
+    return _Run(
+        path, evaluated.run_dir, seed, kept, split, images, evaluated.weights, evaluated.step, of_run.queries, values
+    )
 
 
 def _group(runs: Sequence[_Run]) -> list[list[_Run]]:
@@ -197,8 +214,8 @@ def _describe(group: Sequence[_Run]) -> dict[str, Any]:
     return {
         "runs": [str(run.path) for run in group],
         "seeds": [run.seed[0] for run in group],
-        "weights": sorted({run.evaluated.weights for run in group}),
-        "steps": [run.evaluated.step for run in group],
+        "weights": sorted({run.weights for run in group}),
+        "steps": [run.step for run in group],
     }
 
 

@@ -105,7 +105,7 @@ def embed_run(
         UserError: there is no such run or checkpoint, it is damaged, its images are gone or have changed, all of them
             were trained on, or it has own parts and ``trust_code`` is False.
     """
-    run_dir, checkpoint_folder = _open(run, trust_code)
+    run_dir, checkpoint_folder = open_run(run, trust_code)
     is_unchanged = data is None and config is None
     config = config or run_dir.config()
     load_trusted_parts(config, run_dir.path, trust_code, "--trust-code, or trust_code=True in Python")
@@ -192,7 +192,7 @@ def changed_config(run: Path | str, overrides: Iterable[str]) -> Config:
         UserError: there is no such run, or an override changes more than where the images are and how they are
             evaluated.
     """
-    run_dir, _ = _open(run, trust_code=False)
+    run_dir, _ = open_run(run, trust_code=False)
     before, now = run_dir.config(), Config.load(run_dir.config_file, overrides)
     if changes := changed_settings(before.model_dump(mode="json"), now.model_dump(mode="json"), MAY_CHANGE):
         raise UserError(
@@ -295,7 +295,7 @@ class _Source:
     uses_ema: bool
 
 
-def _open(place: Path | str, trust_code: bool) -> tuple[RunDir, Path | None]:
+def open_run(place: Path | str, trust_code: bool) -> tuple[RunDir, Path | None]:
     """The run, or pushed cohort, and the folder of the checkpoint if ``place`` is one of a run."""
     path = Path(place).absolute()
     if STEP_FOLDER.fullmatch(path.name) and path.parent.name == "checkpoints":

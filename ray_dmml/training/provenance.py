@@ -10,12 +10,15 @@ import ray_dmml
 
 
 def cpu() -> str:
-    """The processor's model. Figures of two models differ in the last bit, and after training in more."""
+    """The processor's model, or ``CPU`` where the system does not name it.
+
+    Figures of two models differ in the last bit, and after training in more.
+    """
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    return platform.processor()
+    return platform.processor() or "CPU"
 
 
 def commit(folder: Path = Path(ray_dmml.__file__).parents[1]) -> str | None:

@@ -21,7 +21,7 @@ from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import build_sampler
 from ray_dmml.errors import Interrupted, PeerLostError
-from ray_dmml.evaluation.evaluation import Evaluation, Figures, evaluate_during_training, evaluate_embeddings
+from ray_dmml.evaluation.evaluation import Evaluation, Figures, evaluate_during_training
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.training.backbones import evaluate_backbones
 from ray_dmml.training.describe import describe_cohort, describe_early_stop, describe_waits
@@ -266,7 +266,7 @@ class Trainer:
             with self._stopwatch.measure("evaluation before training"):
                 backbones = evaluate_backbones(self.cohort, self.config, self.split, getattr(self.splits, self.split))
                 embeddings, images = self.cohort.embeddings(self.split), getattr(self.splits, self.split)
-                figures = evaluate_embeddings(embeddings, images, self.config.evaluation.recall_at)
+                figures, _ = evaluate_during_training(embeddings, images, self.config.evaluation.recall_at)
             self.state.untrained = {**figures, "split": self.split, "backbones": backbones}
             self._loggers.log({"untrained": self.state.untrained}, 0)
 

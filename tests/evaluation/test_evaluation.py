@@ -14,7 +14,7 @@ from ray_dmml.data.dataset import FileImages, ImageSet
 from ray_dmml.errors import UserError
 from ray_dmml.evaluation.bootstrap import class_bootstrap
 from ray_dmml.evaluation.ensemble import ensemble_embedding
-from ray_dmml.evaluation.evaluation import Evaluation, evaluate_embeddings
+from ray_dmml.evaluation.evaluation import Evaluation, evaluate_during_training
 from ray_dmml.evaluation.retrieval import retrieve
 
 
@@ -93,7 +93,8 @@ def test_one_peer_is_its_own_ensemble(images: ImageSet) -> None:
 def test_figures_during_training_are_those_of_the_whole_evaluation(images: ImageSet) -> None:
     """They are the first ones of it, to the bit."""
     peers = {"one": unit(40, 6), "two": unit(40, 5, seed=1)}
-    short, whole = evaluate_embeddings(peers, images, [1, 2]), Evaluation.of(peers, images, recall_at=[2]).summary()
+    short, _ = evaluate_during_training(peers, images, [1, 2])
+    whole = Evaluation.of(peers, images, recall_at=[2]).summary()
     assert list(short) == ["peers", "ensemble", "agreement"]
     found = [
         system.first_match == 1 for system in list(Evaluation.of(peers, images, recall_at=[2]).systems.values())[:2]

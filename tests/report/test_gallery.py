@@ -61,7 +61,7 @@ def test_a_card_shows_what_every_system_finds(evaluation: Evaluation) -> None:
         right = [bool(labels[tile.image] == labels[card.query.image]) for tile in found.tiles]
         assert [tile.is_right for tile in found.tiles] == right
         rank = first_rank(evaluation, found.system, card.query.image)
-        assert found.verdict == ("found" if rank == 1 else f"first right image at rank {rank}")
+        assert found.outcome == ("found" if rank == 1 else f"first right image at rank {rank}")
 
 
 def test_disagreements_are_all_counted(evaluation: Evaluation) -> None:
