@@ -42,9 +42,6 @@ class Cohort(Protocol):
         """How embeddings travel: ``in-process``, ``direct``, ``coordinator``, or ``none`` for one peer."""
         ...
 
-    waited: dict[str, float]
-    """Seconds that each peer has waited for embeddings of the others."""
-
     seconds: dict[str, dict[str, float]]
     """Seconds that each peer has spent in each phase of its steps, see :mod:`~ray_dmml.cohort.phases`."""
 

@@ -56,7 +56,6 @@ class LocalCohort:
         threads = config.cohort.threads_per_peer or max(1, num_cores() // num_peers)
         self._loader = BatchLoader(splits.train, build_sampler(config, splits), threads)
         self.threads = (threads,) * num_peers
-        self.waited = dict.fromkeys(self.names, 0.0)
         self._clocks = {name: PhaseClock() for name in self.names}
         self.seconds = {name: clock.seconds for name, clock in self._clocks.items()}
         self.devices, self.transport = (str(device),) * num_peers, "in-process"

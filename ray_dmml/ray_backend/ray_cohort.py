@@ -26,7 +26,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_dmml.cohort.cohort import StepRow
-from ray_dmml.cohort.phases import PHASES, WAITING
+from ray_dmml.cohort.phases import PHASES
 from ray_dmml.config.code import code_in_use
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import PeerLostError, UserError
@@ -69,7 +69,6 @@ class RayCohort:
         self.actors: dict[str, Any] = {}  # in peer order
         self.places: dict[str, PeerPlace] = {}
         self.coordinator: Any = None  # the actor of this generation
-        self.waited = dict.fromkeys(self.names, 0.0)
         self.seconds = {name: dict.fromkeys(PHASES, 0.0) for name in self.names}
         self._config, self._skipped, self._digests = config, splits.skipped, splits.digests()
         self._code = code_in_use()  # not read again, so that peers that start later get the same
@@ -110,7 +109,6 @@ class RayCohort:
         for name, (_, seconds) in results.items():
             for phase, of_phase in seconds.items():
                 self.seconds[name][phase] += of_phase
-            self.waited[name] += seconds[WAITING]
         rows = zip(*(rows for rows, _ in results.values()), strict=True)
         return [dict(zip(self.names, terms, strict=True)) for terms in rows]
 

@@ -7,13 +7,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ray_dmml.config.loading import dotted
+from ray_dmml.config.differences import CHANGES_NO_TRAINING, differing, settings_without
 from ray_dmml.config.schema import Config, MutualSection, PeerConfig
 from ray_dmml.filesystem import without_secrets
 from ray_dmml.report.data import Cell, Described, Row, Table
-
-SAYS_NOTHING = ("train.log_every", "train.tensorboard", "train.report", "failure.", "checkpoint.")
-"""Settings that are left out of the differences between runs: they change no number."""
 
 
 def describe(
@@ -39,13 +36,18 @@ def describe(
 
 
 def settings_that_differ(names: Sequence[str], configs: Sequence[Config]) -> Table:
-    """A row for each setting that is not the same in all runs."""
-    flat = [dotted(config.model_dump(mode="json")) for config in configs]
-    rows = []
-    for key in dict.fromkeys(key for settings in flat for key in settings):
-        values = [_short(settings[key]) if key in settings else "" for settings in flat]
-        if len(set(values)) > 1 and not key.startswith(SAYS_NOTHING):
-            rows.append(Row(key, tuple(Cell(without_secrets(value)) for value in values)))
+    """A row for each setting that is not the same in all runs, without those that change no number."""
+    flat = [settings_without(config.model_dump(mode="json"), CHANGES_NO_TRAINING) for config in configs]
+    rows = [
+        Row(
+            key,
+            tuple(
+                Cell(without_secrets(_short(value)) if key in of else "")
+                for of, value in zip(flat, values, strict=True)
+            ),
+        )
+        for key, values in differing(flat).items()
+    ]
     return Table(("setting", *names), tuple(rows))
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ray_dmml.config.loading import dotted
+from ray_dmml.config.differences import CHANGES_NO_TRAINING, differing, settings_without
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import ImageSet
 from ray_dmml.data.decoding import printable
@@ -22,22 +21,13 @@ from ray_dmml.evaluation.evaluation import Evaluation
 from ray_dmml.evaluation.neighbors import Ints
 from ray_dmml.training.evaluate import RunEmbeddings, embed_run, open_run
 from ray_dmml.training.image_list import ImageList
-from ray_dmml.training.run import WHERE_THINGS_ARE
 from ray_dmml.training.run_dir import RunDir
 
 SEEDS = ("seed", "data.validation_fold", "data.validation_seed")
 """Runs that differ only in these are seeds of one setting."""
 
-CHANGES_NO_RESULT = (
-    *WHERE_THINGS_ARE,
-    *("train.log_every", "train.tensorboard", "train.pictures", "train.report", "train.loggers*"),
-    *("checkpoint.*", "failure.*", "evaluation.*"),  # the comparison evaluates all runs alike
-    *("data.on_bad_image", "data.check_images"),
-    *("cohort.transport", "cohort.placement_strategy", "cohort.*_timeout_s", "cohort.threads_per_peer"),
-    *("cohort.peers.*.resources*", "cohort.peers.*.labels*", "cohort.peers.*.num_gpus", "cohort.peers.*.num_cpus"),
-    "cohort.peers.*.replicas",
-)
-"""Settings in which runs of one setting may differ."""
+CHANGES_NO_RESULT = (*CHANGES_NO_TRAINING, "evaluation.*")
+"""Settings in which runs of one setting may differ. The comparison evaluates all runs alike."""
 
 MEAN_PEER = "mean_peer"
 """The mean of the peers that learn, as a system beside them and the ensemble."""
@@ -156,16 +146,20 @@ def _load(path: Path, evaluated: RunEmbeddings, recall_at: Sequence[int]) -> _Ru
         values = {
             MEAN_PEER: {key: np.mean([values[name][key] for name in learners], axis=0) for key in metrics}
         } | values
-    settings = dotted(evaluated.config.model_dump(mode="json"))
+    settings = settings_without(evaluated.config.model_dump(mode="json"), CHANGES_NO_RESULT)
     seed = tuple(settings.pop(key, None) for key in SEEDS)
-    kept = {
-        key: value
-        for key, value in settings.items()
-        if not any(fnmatchcase(key, pattern) for pattern in CHANGES_NO_RESULT)
-    }
     split, images = evaluated.split, evaluated.images
     return _Run(
-        path, evaluated.run_dir, seed, kept, split, images, evaluated.weights, evaluated.step, of_run.queries, values
+        path,
+        evaluated.run_dir,
+        seed,
+        settings,
+        split,
+        images,
+        evaluated.weights,
+        evaluated.step,
+        of_run.queries,
+        values,
     )
 
 
@@ -225,9 +219,4 @@ def _differing(groups: Sequence[Sequence[_Run]]) -> dict[str, list[Any]]:
     if all(len(group) == 1 for group in groups):
         for each, group in zip(settings, groups, strict=True):
             each |= dict(zip(SEEDS, group[0].seed, strict=True))
-    keys = dict.fromkeys(key for each in settings for key in each)
-    return {
-        key: [each.get(key) for each in settings]
-        for key in keys
-        if any(each.get(key) != settings[0].get(key) for each in settings)
-    }
+    return differing(settings)

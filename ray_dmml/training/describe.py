@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ray_dmml.cohort.cohort import Cohort
+from ray_dmml.cohort.phases import WAITING
 from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.data.augmentations import view_name
 from ray_dmml.data.dataset import Splits
@@ -68,7 +69,7 @@ def describe_early_stop(state: TrainingState, config: Config) -> str:
 
 def describe_waits(cohort: Cohort, train_s: float) -> Iterator[str]:
     """Names a peer that is the slowest by far: the cores or GPUs of the others are idle meanwhile."""
-    waited = {name: cohort.waited[name] for name in cohort.names}
+    waited = {name: cohort.seconds[name][WAITING] for name in cohort.names}
     slowest = min(waited, key=lambda name: waited[name])
     if max(waited.values()) - waited[slowest] > LONG_WAIT * train_s:
         others = ", ".join(f"{n} {s:.0f} s" for n, s in waited.items() if n != slowest)

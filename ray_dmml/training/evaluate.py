@@ -14,6 +14,7 @@ import numpy as np
 
 from ray_dmml import pushed
 from ray_dmml.checkpoint.store import STEP_FOLDER, PeerFiles, read_checkpoint
+from ray_dmml.config.differences import WHERE_THINGS_ARE
 from ray_dmml.config.parts import load_trusted_parts
 from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data.dataset import ImageSet, Splits
@@ -26,7 +27,7 @@ from ray_dmml.evaluation.evaluation import Evaluation, Figures, warn_of_small_ga
 from ray_dmml.training.embeddings_file import require_columns, require_new, write_embeddings
 from ray_dmml.training.image_list import ImageList, Row, some_names
 from ray_dmml.training.results import OTHER_IMAGES, evaluate_all, evaluated_split, results_of
-from ray_dmml.training.run import WHERE_THINGS_ARE, changed_settings
+from ray_dmml.training.run import changed_settings
 from ray_dmml.training.run_dir import RunDir
 
 logger = logging.getLogger(__name__)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_dmml.checkpoint.store import Checkpoint, PeerFiles
 from ray_dmml.cohort.cohort import CohortFactory
-from ray_dmml.config.loading import dotted
+from ray_dmml.config.differences import WHERE_THINGS_ARE, differing, settings_without
 from ray_dmml.config.parts import load_parts
 from ray_dmml.config.schema import Config, PeerConfig
 from ray_dmml.data.dataset import Splits
@@ -34,9 +33,6 @@ logger = logging.getLogger(__name__)
 
 FEW_CLASSES, FEW_QUERIES = 10, 200
 """Below one of them, validation figures say little, and the run warns."""
-
-WHERE_THINGS_ARE = ("code*", "data.root", "data.source", "data.manifest", "data.cache_gib", "data.cache_dir")
-"""Settings that change no number of a run."""
 
 MAY_CHANGE_ON_RESUME = (
     *WHERE_THINGS_ARE,
@@ -264,12 +260,8 @@ def _initial_weights(config: Config) -> Mapping[str, PeerFiles] | None:
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
     """What differs between two configs, apart from settings that match the patterns ``may_change``."""
-    old, new = dotted(before), dotted(now)
-    return [
-        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(fnmatchcase(key, pattern) for pattern in may_change)
-    ]
+    changes = differing([settings_without(each, may_change) for each in (before, now)])
+    return [f"{key} was {old!r} and is {new!r}" for key, (old, new) in sorted(changes.items())]
 
 
 def _refuse_changes(config: Config, checkpoint: Checkpoint, run_dir: RunDir) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from ray_dmml.checkpoint.manifest import DamagedError
 from ray_dmml.checkpoint.store import Checkpoint, PeerFiles
 from ray_dmml.cohort.cohort import Cohort, CohortFactory, StepRow
+from ray_dmml.cohort.phases import WAITING
 from ray_dmml.config.code import code_in_use, digests
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
@@ -288,7 +289,7 @@ class Trainer:
         speed = {
             "images_per_second": self._batch_size * len(rows) / seconds,
             "step_s": seconds / len(rows),
-            "waited_s": {name: self.cohort.waited[name] for name in self.cohort.names},
+            "waited_s": {name: self.cohort.seconds[name][WAITING] for name in self.cohort.names},
         }
         self._loggers.log(speed, self.state.step)
         self._pictures.hand_over()

@@ -235,12 +235,8 @@ class Search:
         weights = "ema" if config.evaluation.weights == "ema" else "last"
         return changed(
             config.model_copy(update={"seed": config.seed + seed}),
-            train={
-                "tensorboard": False,
-                "report": False,
-                "pictures": 0,
-                "early_stopping": None,
-            },  # the scheduler ends trials
+            # The scheduler ends trials.
+            train={"tensorboard": False, "report": False, "pictures": 0, "early_stopping": None},
             data={"validation_fold": config.data.validation_fold + fold},
             evaluation={"split": "validation", "untrained": False, "weights": weights},
             checkpoint={"every_steps": every_steps, "storage_path": None},
