@@ -131,7 +131,7 @@ def test_candidates_are_those_of_their_stage(ablations: Any, folder: Path) -> No
     assert digests[:3] == digests[3:]
     shared = plan.stages["rate"]["independent, 2 x rate"], plan.stages["weights"]["independent"]
     assert plan.digest(shared[0]) == plan.digest(shared[1]) == plan.digest(plan.arms["independent"])
-    assert len({digest for stage in digests[:3] for digest in stage}) == 6 + 20 + 12  # and one row is shared twice
+    assert len({digest for stage in digests[:3] for digest in stage}) == 6 + 24 + 12  # two rows are of two stages each
 
 
 def test_an_arm_s_figures_are_those_of_a_run_of_its_config(ablations: Any, folder: Path, tmp_path: Path) -> None:
