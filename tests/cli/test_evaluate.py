@@ -48,9 +48,12 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "photos.csv"
 
 
-def test_everything_that_can_be_asked_for(small_run: Path, manifest: Path, tmp_path: Path) -> None:
+def test_everything_that_can_be_asked_for(
+    small_run: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tables of the figures with intervals, thresholds, categories, classes, subsets and clusters; the same as JSON;
     embeddings in a file. A note names the column that is not used."""
+    monkeypatch.setattr("ray_dmml.training.embeddings_file.ROWS_AT_A_TIME", 5)
     options = ("--data", manifest, "--per-class", "--clustering", "--subsets")
     ended = cli(small_run, *options, "--embeddings", tmp_path / "e.parquet")
     assert ended.exit_code == 0, ended.output

@@ -48,9 +48,12 @@ def names_of(images: ImageSet) -> list[str]:
 
 
 def test_subset_renumbers_everything():
-    """Classes, queries and gallery of a subset (of a subset) still name the same images."""
+    """Classes, queries and gallery of a subset (of a subset) still name the same images, which keep what they exclude
+    and their categories."""
     images = numbered([2, 3, 2], query=np.array([0, 2, 5]), gallery=np.array([1, 3, 4, 6]))
+    images = replace(images, exclude=np.array([9, 9, 8, 7, 8, 6, 5]), categories=tuple("aabbccc"))
     cut = images.subset([6, 5, 4, 2, 3])
+    assert cut.exclude.tolist() == [5, 6, 8, 8, 7] and cut.categories == ("c", "c", "c", "b", "b")
     assert names_of(cut) == ["image6", "image5", "image4", "image2", "image3"]
     assert cut.class_names == ("class1", "class2") and cut.labels.tolist() == [1, 1, 0, 0, 0]
     assert [cut.source.name(q) for q in cut.query] == ["image2", "image5"]

@@ -18,6 +18,10 @@ def test_effective_rank() -> None:
     assert effective_rank(plane) == pytest.approx(2, abs=0.01)
     assert effective_rank(unit(5000, 32)) == pytest.approx(32, rel=0.01)
     assert effective_rank(np.ones((5, 32), np.float32)) == 1
+    slopes = unit(5000, 8) * np.arange(1, 9)  # more than the rows that are read together
+    singular = np.linalg.svd(slopes - slopes.mean(axis=0), compute_uv=False)
+    shares = singular / singular.sum()
+    assert effective_rank(slopes) == pytest.approx(np.prod(shares**-shares))
 
 
 def test_mean_cosine_is_that_of_all_pairs() -> None:

@@ -35,6 +35,7 @@ def test_systems_are_the_peers_and_their_ensembles(images: ImageSet) -> None:
         "teachers_ensemble": ensemble_embedding([peers["one"], peers["three"]]),
         "ensemble": ensemble_embedding(list(peers.values())),
     }
+    assert "teachers_ensemble" not in Evaluation.of(peers, images, recall_at=[1], teachers=["one"]).systems
     summary = evaluation.summary()
     assert list(summary["peers"]) == list(peers)
     for name, vectors in wanted.items():

@@ -108,6 +108,16 @@ def test_intervals_equal_the_loops() -> None:
         assert (low, high) == pytest.approx(wanted[key], abs=0.01 if key == "roc_auc" else 1e-6)
 
 
+def test_intervals_with_ties_equal_the_loops() -> None:
+    """A pair of one class that is as similar as the threshold is no match."""
+    labels = np.arange(60) % 12
+    x = grid(60, 3) + grid(12, 3, seed=1)[labels]
+    images = image_set(labels)
+    found, wanted = verification(x, Pairs.of(images), num_resamples=40), naive_intervals(x, images, 40, 0)
+    for key in (f"{kind}@{fmr:g}" for kind in ("fnmr", "threshold") for fmr in FMRS):
+        assert found["intervals"][key] == pytest.approx(wanted[key].tolist(), abs=1e-6)
+
+
 def test_the_interval_of_the_auc_has_the_width_of_the_loops() -> None:
     """Also where it is the pairs of two classes that differ: 6 of the 30 classes are nearly the same."""
     labels, centres = np.arange(90) % 30, unit(30, 16, seed=1)
@@ -156,6 +166,7 @@ def test_drawn_pairs_give_nearly_the_same_figures() -> None:
             ours, theirs = part["intervals"][key], whole["intervals"][key]
             assert ours[1] - ours[0] == pytest.approx(theirs[1] - theirs[0], rel=0.6)
     assert part == verification(x, Pairs.of(images, max_positives=3000, max_negatives=40_000))
+    assert not Pairs.of(images, max_positives=3000).is_complete
 
 
 def test_pairs_of_one_kind_only_have_no_figures() -> None:

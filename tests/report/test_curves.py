@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ray_dmml import Config
+from ray_dmml.report.agreement import agreement_charts
 from ray_dmml.report.curves import (
     MAX_POINTS,
     NamedMetrics,
@@ -60,6 +61,9 @@ def test_the_best_evaluation(tmp_path: Path) -> None:
     assert describe_best(best).endswith("best at step 4: 90.0 %. The evaluation after it was not better.")
     best = best_validation(metrics, CONFIG.with_overrides({"train.monitor": "mean_peer"}))
     assert best is not None and (best.step, best.num_later) == (2, 2)
+    frozen = {"train": {"monitor": "mean_peer"}, "cohort": {"peers": [{}, {"frozen": True, "weights": "pretrained"}]}}
+    best = best_validation(metrics, Config.parse(frozen))  # of the peers that learn
+    assert best is not None and (best.step, best.value) == (4, 0.8)
     last = best_validation(read_metrics(write(tmp_path / "m", rows[:2])), CONFIG)
     assert last is not None and "That is the last evaluation" in describe_best(last)
     assert best_validation(read_metrics(tmp_path / "none"), CONFIG) is None
@@ -88,6 +92,21 @@ def test_curves_of_several_runs_stand_together(tmp_path: Path) -> None:
     ]
     assert len({line.style for line in chart.lines}) == 6
     assert [mark.text for mark in chart.marks] == ["a: best: step 4", "b: best: step 4"]
+
+
+def test_the_agreement_of_two_peers(tmp_path: Path) -> None:
+    """A curve for what both find, for what each finds alone, and for what neither finds."""
+    row = validation(2, 0.5, 0.9, 0.6)
+    row["validation"]["agreement"] = {
+        "peer0/peer1": {"both": 0.4, "only_first": 0.1, "only_second": 0.2, "neither": 0.3}
+    }
+    [chart] = agreement_charts([NamedMetrics("", read_metrics(write(tmp_path / "m", [row])), None)])
+    assert {line.name: line.points for line in chart.lines} == {
+        "both find": ((2, 40.0),),
+        "only peer0 finds": ((2, 10.0),),
+        "only peer1 finds": ((2, 20.0),),
+        "neither finds": ((2, 30.0),),
+    }
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (97.31, 99.2), (-3, 2000), (5, 5), (0, 0), (1e-7, 3e-7)])

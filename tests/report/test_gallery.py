@@ -45,6 +45,9 @@ def test_worst_queries_come_first(evaluation: Evaluation) -> None:
     group = worst_queries(judged_of(evaluation))
     ranks = [first_rank(evaluation, "ensemble", card.query.image) for card in group.cards]
     assert ranks == sorted(ranks, reverse=True) and ranks[-1] > 1
+    num_right = evaluation.systems["ensemble"].values["map@r"]
+    order = [(-rank, num_right[card.query.image]) for rank, card in zip(ranks, group.cards, strict=True)]
+    assert order == sorted(order) and len(set(ranks)) < len(ranks)
     everyone = {query: first_rank(evaluation, "ensemble", query) for query in range(len(evaluation.images))}
     assert ranks[0] == max(everyone.values())
     names = [card.query.class_name for card in group.cards]
@@ -74,6 +77,9 @@ def test_disagreements_are_all_counted(evaluation: Evaluation) -> None:
     for group, only in ((one, found["peer0"] - found["peer1"]), (other, found["peer1"] - found["peer0"])):
         assert {card.query.image for card in group.cards} <= only
         assert group.note.startswith(f"{len(only)} of {len(evaluation.images)} queries")
+        missed_by = "peer1" if group is one else "peer0"
+        ranks = [first_rank(evaluation, missed_by, card.query.image) for card in group.cards]
+        assert ranks == sorted(ranks, reverse=True) and len(set(ranks)) > 1
     assert one.title == "peer0 finds, peer1 does not"
 
 
@@ -88,10 +94,17 @@ def test_the_agreement_is_that_of_a_loop(evaluation: Evaluation) -> None:
         overlap += len(nearest[0] & nearest[1]) / 10
     [row] = table.rows
     assert row.cells[0].text == f"{100 * both / num:.1f} %" and row.cells[-1].text == f"{100 * overlap / num:.1f} %"
+    found = [np.array([first_rank(evaluation, name, q) == 1 for q in range(num)]) for name in ("peer0", "peer1")]
+    alone = [(found[0] & ~found[1]).sum(), (found[1] & ~found[0]).sum()]
+    assert alone[0] != alone[1] and [cell.note for cell in row.cells[1:3]] == [str(n) for n in alone]
 
 
-def test_classes_and_confusions(evaluation: Evaluation) -> None:
-    """Recall@1 of each class, the worst first, and how often two classes are taken for each other."""
+def test_classes_and_confusions() -> None:
+    """Recall@1 of each class, the worst first, and how often two classes of any size are taken for each other."""
+    rng = np.random.default_rng(0)
+    of_images = np.repeat(np.arange(9), np.arange(3, 12))
+    peers = [rng.normal(size=(9, 8))[of_images] + rng.normal(size=(len(of_images), 8)) for _ in range(2)]
+    evaluation = evaluation_of(of_images.tolist(), *peers)
     labels, num = evaluation.images.labels, len(evaluation.images)
     nearest = [int(labels[ranking(evaluation, "ensemble", query)[0]]) for query in range(num)]
     classes = worst_classes(judged_of(evaluation))
@@ -101,12 +114,20 @@ def test_classes_and_confusions(evaluation: Evaluation) -> None:
         queries = [q for q in range(num) if f"class {labels[q]}" == row.name]
         assert row.recalls[-1] == pytest.approx(np.mean([nearest[q] == labels[q] for q in queries]))
         assert row.num_queries == len(queries)
+        wrong = [nearest[q] for q in queries if nearest[q] != labels[q]]
+        most = max(wrong.count(label) for label in wrong)
+        assert row.instead in {f"class {label} ({most})" for label in wrong if wrong.count(label) == most}
     counts = {
         pair: sum({int(labels[q]), nearest[q]} == set(pair) for q in range(num)) for pair in combinations(range(9), 2)
     }
     found = confusions(judged_of(evaluation))
     assert [sum(pair.counts) for pair in found] == sorted(counts.values(), reverse=True)[: len(found)]
     assert all(pair.counts[0] >= pair.counts[1] for pair in found)
+    for pair in found:
+        of, taken_for = (int(name.removeprefix("class ")) for name in pair.classes)
+        for one, other, count, shown in zip((of, taken_for), (taken_for, of), pair.counts, pair.num_queries, strict=True):
+            assert count == sum(labels[q] == one and nearest[q] == other for q in range(num))
+            assert shown == (labels == one).sum()
 
 
 @pytest.mark.parametrize("is_split", [False, True])
@@ -125,6 +146,27 @@ def test_mislabelled_images_are_found(is_split: bool) -> None:
     assert {(each.query.image, each.suggested) for each in found} == {(3, "class 0"), (44, "class 4")}
     assert found[0].evidence == "5 of its 5 nearest images are of this class, also by peer0 and peer1 alone"
     assert all(each.own is not None and each.own.is_right for each in found)
+    margins = []
+    for each in found:
+        voters = [tile.similarity for tile in each.neighbors if tile.class_name == each.suggested]
+        margins.append(np.mean(voters) - each.own.similarity)
+    assert margins[0] > margins[1] > 0
+
+
+def test_a_mislabelled_burst_is_found() -> None:
+    """Its two images, both with the wrong label, do not vouch for each other: they exclude each other."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 10)
+    peers = [rng.normal(size=(4, 16))[labels] + 0.3 * rng.normal(size=(40, 16)) for _ in range(2)]
+    for peer in peers:
+        peer[4] = peer[3] + 0.01
+    labels[[3, 4]] = 2
+    exclude = np.arange(40)
+    exclude[4] = 3
+    for changes, wanted in (({}, set()), ({"exclude": exclude}, {3, 4})):
+        evaluation = evaluation_of(labels.tolist(), *peers, **changes)
+        _, found = suspects(judged_of(evaluation), evaluation.embeddings)
+        assert {each.query.image for each in found} == wanted
 
 
 def test_no_suspects_among_small_classes() -> None:
@@ -152,6 +194,24 @@ def test_query_and_gallery_are_apart() -> None:
         assert all(tile.image >= 10 for found in card.found for tile in found.tiles)
     drawn, on_map = embedding_map(retrievals, evaluation.embeddings["ensemble"], ["class 1"])
     assert len(on_map) == 30 and drawn.data["state"].count(2) == 20
+    is_found = retrievals.is_found("ensemble")
+    assert drawn.data["state"][:10] == is_found.astype(int).tolist() and drawn.missed.count("M") == (~is_found).sum()
+
+
+def test_a_map_of_some_images_names_and_places_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more images than fit, each that is on the map has its own place, class and name."""
+    monkeypatch.setattr("ray_dmml.report.embedding_map.MAX_DOTS", 20)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # principal components, also with UMAP
+    labels = np.repeat(np.arange(2), 30)
+    line = np.where(labels == 0, -1.0, 1.0)[:, None] * [[0.8, 0.6]] + np.linspace(0, 0.2, 60)[:, None]
+    evaluation = evaluation_of(labels.tolist(), line, line)
+    drawn, on_map = embedding_map(judged_of(evaluation), evaluation.embeddings["ensemble"], [])
+    assert len(on_map) == len(set(on_map.tolist())) == 20 and "20 of 60 images" in drawn.note
+    assert drawn.data["names"] == [f"square {image}" for image in on_map]
+    assert [drawn.data["classes"][n] for n in drawn.data["label"]] == [f"class {labels[image]}" for image in on_map]
+    x = np.array(drawn.data["x"])
+    left, right = (x[labels[on_map] == label] for label in np.argsort([x[labels[on_map] == n].mean() for n in (0, 1)]))
+    assert left.max() < right.min()
 
 
 @pytest.mark.parametrize("case", ["small gallery", "all found", "one peer", "two images of a class"])

@@ -85,6 +85,7 @@ def test_the_configuration(folder: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(file.read_text())
     deployed = ServeDeploySchema.model_validate(content)
     assert (content["http_options"]["host"], content["http_options"]["port"]) == ("0.0.0.0", 8080)
+    assert content["proxy_location"] == "EveryNode" and content["http_options"]["request_timeout_s"] > 0
     [application] = deployed.applications
     assert application.import_path == "ray_dmml.serve.deployment:build"
     settings = ServeSettings.model_validate(application.args)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from conftest import Refused, tiny
 from typer.testing import CliRunner
 
@@ -76,8 +77,9 @@ def test_two_seeds(runs: Path) -> None:
             assert only[which] == [names[i] for i in np.flatnonzero(expected)]
 
 
-def test_two_settings_of_two_seeds(runs: Path) -> None:
+def test_two_settings_of_two_seeds(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs with the same seed are pairs, in whatever order they are given."""
+    monkeypatch.setattr("ray_dmml.evaluation.compare.MIN_SEEDS", 2)
     order = ("independent0", "mutual1", "independent1", "mutual0")
     found = compare([runs / name for name in order], num_resamples=100)
     assert [[Path(run).name for run in setting["runs"]] for setting in found["settings"]] == [
@@ -91,7 +93,39 @@ def test_two_settings_of_two_seeds(runs: Path) -> None:
     row = comparison["systems"]["ensemble"]["recall@1"]
     assert row["first"] == pytest.approx((means["independent0"] + means["independent1"]) / 2)
     assert row["second"] == pytest.approx((means["mutual0"] + means["mutual1"]) / 2)
-    assert row["seeds_interval"] is None  # of two seeds
+    differences = [means[f"mutual{seed}"] - means[f"independent{seed}"] for seed in (0, 1)]
+    half = 12.706 * abs(differences[0] - differences[1]) / 2  # of Student's t with one degree of freedom
+    assert row["seeds_interval"] == pytest.approx((np.mean(differences) - half, np.mean(differences) + half), abs=1e-4)
+    is_found = [
+        (recalled(runs / f"{name}0")["peer0"] + recalled(runs / f"{name}1")["peer0"]) / 2 > 0.5
+        for name in ("independent", "mutual")
+    ]
+    names = [embedded_by(runs / "mutual0").images.source.name(i) for i in range(found["num_queries"])]
+    only = comparison["found_only_by"]["peer0"]
+    assert only["first"] == [names[i] for i in np.flatnonzero(is_found[0] & ~is_found[1])]
+    assert only["second"] == [names[i] for i in np.flatnonzero(is_found[1] & ~is_found[0])]
+
+
+def changed_copy(run: Path, to: Path, section: str, **changes: Any) -> Path:
+    """A copy of a run whose config says something else."""
+    shutil.copytree(run, to)
+    raw = yaml.safe_load((to / "config.yaml").read_text())
+    raw[section] |= changes
+    (to / "config.yaml").write_text(yaml.safe_dump(raw))
+    return to
+
+
+def test_other_held_out_classes_are_another_seed(runs: Path, tmp_path: Path) -> None:
+    """Runs that differ in no more are one setting, and those that hold out the same classes are a pair."""
+    given = [
+        changed_copy(runs / f"{name}0", tmp_path / f"{name}-{seed}", "data", validation_seed=seed)
+        for name in ("independent", "mutual")
+        for seed in (5, 6)
+    ]
+    found = compare(given, num_resamples=10)
+    assert [len(setting["runs"]) for setting in found["settings"]] == [2, 2]
+    assert found["comparisons"][0]["num_pairs"] == 2 and found["differing"].keys() == INDEPENDENT.keys()
+    assert compare(given[:2], num_resamples=10)["differing"] == {"data.validation_seed": [5, 6]}
 
 
 def weights_of(run: Path) -> Mapping[str, Any]:
@@ -121,6 +155,10 @@ def test_runs_that_are_left_out_are_reported(runs: Path) -> None:
         "independent0", "independent1", "mutual0"
     )
     assert "only runs" not in shown("independent0", "mutual0")
+    found = compare([runs / name for name in ("independent0", "independent1", "mutual1")], num_resamples=10)
+    first = found["comparisons"][0]["systems"]["ensemble"]["recall@1"]["first"]
+    means = [recalled(runs / f"independent{seed}")["ensemble"].mean() for seed in (0, 1)]
+    assert first == pytest.approx(means[1]) and means[0] != means[1]
 
 
 def test_what_cannot_be_compared(runs: Path, small_run: Path, tmp_path: Path, refused: Refused) -> None:
@@ -133,6 +171,10 @@ def test_what_cannot_be_compared(runs: Path, small_run: Path, tmp_path: Path, re
         command([first, runs / "mutual1", first])
     with refused(f"{small_run} is not evaluated on the images of {first}: \\d+ of another size"):
         command([first, small_run])
+    other = changed_copy(runs / "mutual1", tmp_path / "other", "data", train_fraction=0.75)
+    (other / "images.csv.gz").unlink()  # without it, what is embedded still differs
+    with refused("other is not evaluated on the images of .*: there are others, or other queries"):
+        command([first, other])
     with refused("gone is not the folder of a run"):
         command([first, runs / "gone"])
     shutil.copytree(runs / "mutual1", tmp_path / "damaged")

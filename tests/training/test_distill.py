@@ -12,7 +12,7 @@ import yaml
 from conftest import tiny, unlike_peers
 from test_runs import figures, metrics
 
-from ray_dmml import Config, UserError, distill, evaluate, load_cohort, train
+from ray_dmml import Config, UserError, compare, distill, evaluate, load_cohort, train
 from ray_dmml.checkpoint.store import CheckpointStore
 from ray_dmml.training.distill import distillation_config, require_images_of
 
@@ -66,6 +66,25 @@ def test_the_best_checkpoint_is_that_of_the_student(student: Path) -> None:
     best = max(peers["student"]["recall@1"] for peers in evaluations)
     assert best != evaluations[0]["peer0"]["recall@1"], "the mean of all peers could have the same maximum"
     assert CheckpointStore(student / "checkpoints").load("best").meta["best"] == best
+
+
+def test_the_mean_peer_of_a_comparison_is_of_those_that_learn(cohort: Path, student: Path) -> None:
+    """Teachers do not count; without any, it is the mean of all peers."""
+    [found] = compare([cohort, student], num_resamples=10)["comparisons"]
+    row = found["systems"]["mean_peer"]["recall@1"]
+    before, after = (json.loads((run / "results.json").read_text())["peers"] for run in (cohort, student))
+    assert row["first"] == pytest.approx(sum(peer["recall@1"] for peer in before.values()) / 3)
+    assert row["second"] == pytest.approx(after["student"]["recall@1"])
+
+
+def test_a_peer_that_was_dropped_is_not_evaluated(student: Path, tmp_path: Path) -> None:
+    """Nor are its weights of the best checkpoint, which is older."""
+    run = shutil.copytree(student, tmp_path / "run")
+    store = CheckpointStore(run / "checkpoints")
+    last = store.load("last")
+    store.save(last.step, last.peers, {**last.meta, "dropped": {"peer1": 2}}, best=False)
+    for weights in ("last", "best"):
+        assert list(evaluate(run, weights)["peers"]) == ["student", "peer0", "peer2"]
 
 
 def test_the_run_needs_the_other_no_more(cohort: Path, student: Path, tmp_path: Path) -> None:

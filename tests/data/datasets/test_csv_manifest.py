@@ -100,6 +100,16 @@ def test_categories_and_sequences(tmp_path):
         load_splits(config.model_copy(update={"exclude_same": "shot"}))
 
 
+def test_an_accent_is_one_however_it_is_written(tmp_path):
+    """In labels, categories and sequences: one character, or a letter and an accent."""
+    rows = [f"b/{n}.png,{cell},validation,{cell},{cell}\n" for n, cell in enumerate(("é", "e\u0301"))]
+    others = "b/2.png,é,validation,é,\nb/3.png,z,validation,,\n"
+    config = listed(tmp_path, "path,label,split,category,sequence\n" + TRAIN + "".join(rows) + others)
+    test = load_splits(config).test
+    assert test.class_names == ("z", "é") and test.categories[:2] == ("é", "é")
+    assert test.exclude[0] == test.exclude[1] != test.exclude[2]
+
+
 def test_a_sequence_that_holds_a_whole_class_leaves_nothing_to_find(tmp_path):
     """It is a fault if that is so for all classes."""
     rows = "".join(f"b/{c}{i}.png,{c},validation,{c}\n" for c in "xy" for i in range(2))
