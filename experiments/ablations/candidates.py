@@ -1,6 +1,7 @@
 """Candidates for the settings of the arms, in stages that run one after the other.
 
-A stage uses what the stages before it chose, as `arms.yaml` states it: `rate`, then weights and form in `mutual`.
+A stage uses what the stages before it chose, as `arms.yaml` states it: `rate`, then weights and form in `weights` (or in
+`mutual`, if there are none).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ STAGES = {
 RELATIONAL, SIMILARITY, RELAXED = "loss.relational.", "loss.similarity.", "loss.relaxed_contrastive."
 
 
-def candidates(mutual: Mapping[str, Any], steps: int) -> dict[str, Arms]:
+def candidates(weights: Mapping[str, Any], steps: int) -> dict[str, Arms]:
     """The candidates of each stage, by name."""
     alone = {"independent": Arm(), "independent + all": Arm(diverse=True)}
     rates = {
@@ -28,7 +29,7 @@ def candidates(mutual: Mapping[str, Any], steps: int) -> dict[str, Arms]:
         for (name, arm), factor in product(alone.items(), (0.5, 1, 2))
     }
     # Weights and form alone, so that the rows stay valid when more is chosen.
-    chosen = {key: value for key, value in mutual.items() if key.startswith(RELATIONAL)} | _relational(teacher="each")
+    chosen = {key: value for key, value in weights.items() if key.startswith(RELATIONAL)} | _relational(teacher="each")
     return {"rate": rates, "weights": {**alone, **_weights(steps)}, "teachers": {**alone, **_teachers(chosen)}}
 
 

@@ -7,6 +7,7 @@
     view: [...]
     temporal: [...]
     rate: 1.0            # factor on all learning rates of config.yaml; may be left out
+    weights: {...}       # what the stage `weights` chose, if `mutual` is a form of the stage after it
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Plan:
         try:
             _require_parts(self._parts)
             self.arms = final_arms(self._parts["mutual"])
-            self.stages = candidates(self._parts["mutual"], config.train.steps)
+            self.stages = candidates(self._parts.get("weights", self._parts["mutual"]), config.train.steps)
             for arms in (self.arms, *self.stages.values()):
                 for arm in arms.values():
                     self.config(arm, 0)
@@ -112,14 +113,16 @@ def _require_comparable(raw: dict[str, Any]) -> Config:
 def _require_parts(parts: dict[str, Any]) -> None:
     """Raises UserError where arms.yaml lacks a part, or a part has another form."""
     required = {"mutual", *DIVERSITIES}
-    if set(parts) - {"rate"} != required:
-        raise UserError(f"the file must have {', '.join(sorted(required))}, perhaps rate, and nothing else")
+    if set(parts) - {"rate", "weights"} != required:
+        raise UserError(f"the file must have {', '.join(sorted(required))}, perhaps rate and weights, and nothing else")
     for name in DIVERSITIES:
         part = parts[name]
         if not isinstance(part, list) or len(part) < MAX_PEERS or not all(isinstance(own, dict) for own in part):
             raise UserError(f"{name} must be a list of settings (key: value), one entry for each of {MAX_PEERS} peers")
-    mutual, rate = parts["mutual"], parts.get("rate", 1)
-    if not isinstance(mutual, dict) or not mutual or not all(str(key).startswith("loss.") for key in mutual):
-        raise UserError("mutual must be settings of the loss (loss.KEY: value): all others are in config.yaml")
+    rate = parts.get("rate", 1)
+    for name in ("mutual", "weights"):
+        part = parts.get(name, parts["mutual"])
+        if not isinstance(part, dict) or not part or not all(str(key).startswith("loss.") for key in part):
+            raise UserError(f"{name} must be settings of the loss (loss.KEY: value): all others are in config.yaml")
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
         raise UserError(f"rate must be a number above 0, not {rate!r}")

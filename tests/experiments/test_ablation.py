@@ -123,12 +123,14 @@ def test_candidates_are_those_of_their_stage(ablations: Any, folder: Path) -> No
         assert ("contrastive" in name) == (config.loss.relaxed_contrastive.weight > 0)
         assert config.loss.relational.distance_weight == (0 if "alone" in name or "independent" in name else 2)
 
-    digests = [
-        [plan.digest(arm) for arm in stage.values()]
-        for plan in (plan, made(ablations, folder, mutual=more, rate=2))
-        for stage in plan.stages.values()
-    ]
-    assert digests[:3] == digests[3:]
+    relaxed = {"loss.relaxed_contrastive.weight": 1}
+    plans = (
+        plan,
+        made(ablations, folder, mutual=more, rate=2),
+        made(ablations, folder, mutual=relaxed, weights=chosen, rate=2),
+    )
+    digests = [[plan.digest(arm) for arm in stage.values()] for plan in plans for stage in plan.stages.values()]
+    assert digests[:3] == digests[3:6] == digests[6:]
     shared = plan.stages["rate"]["independent, 2 x rate"], plan.stages["weights"]["independent"]
     assert plan.digest(shared[0]) == plan.digest(shared[1]) == plan.digest(plan.arms["independent"])
     assert len({digest for stage in digests[:3] for digest in stage}) == 6 + 24 + 12  # two rows are of two stages each
@@ -195,6 +197,7 @@ def test_a_wrong_plan_is_refused(ablations: Any, folder: Path) -> None:
         ({"independent": {}}, "must have .* nothing else"),
         ({"mutual": {"loss.relational.distanc": 1}}, "distance"),
         ({"mutual": {"train.steps": 16}}, "mutual must be settings of the loss"),
+        ({"weights": {"train.steps": 16}}, "weights must be settings of the loss"),
         ({"view": [{"view": "mild"}, {}, {}, {}]}, "view"),
         ({"model": [{}, {"init_seed": 1}]}, "one entry for each of 4 peers"),
         ({"rate": 0}, "rate must be a number above 0"),

@@ -125,7 +125,9 @@ def test_classes_and_confusions() -> None:
     assert all(pair.counts[0] >= pair.counts[1] for pair in found)
     for pair in found:
         of, taken_for = (int(name.removeprefix("class ")) for name in pair.classes)
-        for one, other, count, shown in zip((of, taken_for), (taken_for, of), pair.counts, pair.num_queries, strict=True):
+        for one, other, count, shown in zip(
+            (of, taken_for), (taken_for, of), pair.counts, pair.num_queries, strict=True
+        ):
             assert count == sum(labels[q] == one and nearest[q] == other for q in range(num))
             assert shown == (labels == one).sum()
 
