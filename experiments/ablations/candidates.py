@@ -1,7 +1,7 @@
 """Candidates for the settings of the arms, in stages that run one after the other.
 
-A stage uses what the stages before it chose, as `arms.yaml` states it: `rate`, then weights and form in `weights` (or in
-`mutual`, if there are none).
+A stage uses what the stages before it chose, as `arms.yaml` states it: `rate`, then weights and form in `weights`, or
+else in `mutual`.
 """
 
 from __future__ import annotations
