@@ -639,9 +639,9 @@ class RelationalConfig(MutualSection):
     angle_weight: NonNegative = 2.0
     """w_a: weight of the angle term."""
 
-    normalize: bool = True
-    """Scale embeddings to unit length before they are compared, as retrieval does. false: the output of the head is
-    compared, so the lengths count too. The metric loss always receives unit length."""
+    normalize: bool = False
+    """Scale embeddings to unit length before they are compared, as retrieval does. false: the outputs of the heads are
+    compared, so their lengths count too. The metric loss always receives unit length."""
 
 
 class SimilarityConfig(MutualSection):

@@ -54,7 +54,7 @@ def settings(**given: Any) -> PeerConfig:
 
 
 def build(config: PeerConfig | None = None, numbers: dict[str, Any] | None = None, **loss: Any) -> Peer:
-    loss_config = LossConfig.model_validate({"metric": MS_LOSS, **loss})
+    loss_config = LossConfig.model_validate({"metric": MS_LOSS, "relational": {"normalize": True}, **loss})
     return Peer(
         config or settings(**STILL),
         loss_config,
