@@ -29,7 +29,7 @@ from ray_dmml.report.embedding_map import embedding_map, with_sheets
 from ray_dmml.report.gallery import Retrievals, confusions, disagreements, the, worst_classes, worst_queries
 from ray_dmml.report.pictures import sheets, thumbnails
 from ray_dmml.report.results import results_tables
-from ray_dmml.report.suspects import suspects
+from ray_dmml.report.suspects import CLEAR, suspects
 
 MAX_PICTURE_BYTES = 12 * 2**20
 OF_TEACHERS = "ensemble of the teachers"
@@ -138,7 +138,7 @@ def _with_pictures(report: Report, retrievals: Retrievals, records: Sequence[Run
     embeddings = evaluation.embeddings[_main_of(evaluation)]
     compared = [name for name in retrievals.systems if len(records) > 1 or name not in (ENSEMBLE, OF_TEACHERS)]
     peers = {name: evaluation.embeddings[name] for name in compared} if len(records) == 1 else {}
-    num_suspects, suspicious = suspects(retrievals, {**peers, retrievals.main: embeddings})
+    num_suspects, num_clear, suspicious = suspects(retrievals, {**peers, retrievals.main: embeddings})
     classes, groups = worst_classes(retrievals), (worst_queries(retrievals), *disagreements(retrievals, compared))
     confused = confusions(retrievals)
     named = dict.fromkeys(name for pair in confused for name in pair.classes)
@@ -151,7 +151,7 @@ def _with_pictures(report: Report, retrievals: Retrievals, records: Sequence[Run
         agreement=agreement_table(retrievals, compared),
         agreement_note=f"All shares are of {len(retrievals.queries):,} queries.",
         suspects=tuple(suspicious),
-        suspects_note=_suspects_note(num_suspects, len(suspicious)),
+        suspects_note=_suspects_note(num_suspects, num_clear, len(suspicious)),
         map=dots,
         systems=tuple(retrievals.systems),
     )
@@ -228,15 +228,21 @@ def _picture_findings(report: Report, retrievals: Retrievals) -> Iterator[Findin
         if group.key != "worst":
             yield Finding(f"{group.title}: {group.note.partition(' queries')[0]} queries.", group.key)
     if report.suspects:
-        yield Finding(f"{report.suspects_note.partition('.')[0]}.", "suspects")
+        yield Finding(f"{report.suspects_note.partition(':')[0]}.", "suspects")
 
 
-def _suspects_note(number: int, shown: int) -> str:
+def _suspects_note(number: int, num_clear: int, shown: int) -> str:
     if not number:
         return ""
     few = f" The {shown} most suspicious are shown." if shown < number else ""
-    of = "1 image is" if number == 1 else f"{number:,} images are"
-    return f"{of} more similar to images of another class than to any of their own, and may be mislabelled.{few}"
+    clear = "1 image is" if num_clear == 1 else f"{num_clear:,} images are" if num_clear else "No image is"
+    rest = number - num_clear
+    further = "1 further one is" if rest == 1 else f"{rest:,} further ones are"
+    unsure = f" {further} nearer to another class than to their own, and mostly hard to tell." if rest else ""
+    return (
+        f"{clear} probably mislabelled: at least {CLEAR} times as near to another class as to any other image of "
+        f"its own, for every peer.{unsure}{few}"
+    )
 
 
 def _warnings(names: Sequence[str], records: Sequence[RunRecord]) -> Iterator[str]:

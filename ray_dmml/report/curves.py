@@ -16,7 +16,7 @@ from ray_dmml.evaluation.evaluation import ENSEMBLE
 from ray_dmml.loggers.figures import heading
 from ray_dmml.report.data import Chart, Line, Mark
 
-MAX_POINTS = 120
+MAX_POINTS = 60
 """Of a line. Where there are more steps, a point is the mean of several."""
 
 NOT_LOSSES = ("skipped_nonfinite",)

@@ -188,6 +188,9 @@ class Suspect:
     own: Tile | None
     """The most similar image of its own class."""
 
+    is_clear: bool
+    """The label is probably wrong. Otherwise it may be an image that is hard to tell."""
+
 
 @dataclass(frozen=True)
 class Classes:

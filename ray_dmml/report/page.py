@@ -89,7 +89,7 @@ def _sections(page: Report) -> Iterator[tuple[str, str]]:
         yield "gallery", "Queries"
         disagree = [group for group in page.groups if group.key != "worst"]
         who = "Peers" if len(page.runs) == 1 else "Runs"
-        yield from ((disagree[0].key, f"{who} disagree"),) if disagree else ()
+        yield from (("disagree", f"{who} disagree"),) if disagree else ()
     yield from (("suspects", "Perhaps mislabelled"),) if page.suspects else ()
     yield from (("map", "Map"),) if page.map else ()
     yield from (("agreement", "Agreement"),) if page.agreement or page.agreement_charts else ()

@@ -150,8 +150,9 @@ def test_hovering_shows_values_and_pictures(reports: dict[str, Path]) -> None:
         take(page, "hover-map")
         page.locator("#map-class").select_option(index=2)
         assert page.locator("#map-chosen").get_attribute("d")
-        page.locator("#map-pictures").uncheck()
         assert not page.locator(".placed image").first.is_visible()
+        page.locator("#map-pictures").check()
+        assert page.locator(".placed image").first.is_visible()
 
 
 def test_hovering_shows_the_whole_step(reports: dict[str, Path]) -> None:

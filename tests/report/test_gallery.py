@@ -143,14 +143,18 @@ def test_mislabelled_images_are_found(is_split: bool) -> None:
     peers = [rng.normal(size=(6, 16))[truth] + 0.3 * rng.normal(size=(60, 16)) for _ in range(2)]
     parts = {"query": np.arange(1, 60, 2), "gallery": np.arange(0, 60, 2)} if is_split else {}
     evaluation = evaluation_of(labels.tolist(), *peers, **parts)
-    number, found = suspects(judged_of(evaluation), evaluation.embeddings)
-    assert number == 2
+    number, num_clear, found = suspects(judged_of(evaluation), evaluation.embeddings)
+    assert (number, num_clear) == (2, 2) and all(each.is_clear for each in found)
     assert {(each.query.image, each.suggested) for each in found} == {(3, "class 0"), (44, "class 4")}
-    assert found[0].evidence == "5 of its 5 nearest images are of this class, also by peer0 and peer1 alone"
+    assert found[0].evidence.startswith("5 of its 5 nearest images are of this class, also by peer0 and peer1 alone. S")
     assert all(each.own is not None and each.own.is_right for each in found)
     margins = []
     for each in found:
         voters = [tile.similarity for tile in each.neighbors if tile.class_name == each.suggested]
+        similarities = (
+            f"Similarity to them {np.mean(voters):.2f}, to the nearest of its own class {each.own.similarity:.2f}"
+        )
+        assert each.evidence.endswith(similarities) and 4 * (1 - np.mean(voters)) <= 1 - each.own.similarity
         margins.append(np.mean(voters) - each.own.similarity)
     assert margins[0] > margins[1] > 0
 
@@ -167,7 +171,7 @@ def test_a_mislabelled_burst_is_found() -> None:
     exclude[4] = 3
     for changes, wanted in (({}, set()), ({"exclude": exclude}, {3, 4})):
         evaluation = evaluation_of(labels.tolist(), *peers, **changes)
-        _, found = suspects(judged_of(evaluation), evaluation.embeddings)
+        _, _, found = suspects(judged_of(evaluation), evaluation.embeddings)
         assert {each.query.image for each in found} == wanted
 
 
@@ -179,7 +183,20 @@ def test_no_suspects_among_small_classes() -> None:
     from dataclasses import replace
 
     retrievals = replace(judged_of(evaluation), main="peer0")
-    assert suspects(retrievals, evaluation.embeddings) == (0, [])
+    assert suspects(retrievals, evaluation.embeddings) == (0, 0, [])
+
+
+def test_an_image_between_two_classes_is_no_clear_case() -> None:
+    """It is nearer to the other class, and not much farther from its own."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 10)
+    centres = rng.normal(size=(4, 16))
+    peers = [centres[labels] + 0.3 * rng.normal(size=(40, 16)) for _ in range(2)]
+    for peer in peers:
+        peer[3] = 0.4 * centres[0] + 0.6 * centres[1]
+    evaluation = evaluation_of(labels.tolist(), *peers)
+    number, num_clear, found = suspects(judged_of(evaluation), evaluation.embeddings)
+    assert (number, num_clear) == (1, 0) and found[0].query.image == 3 and not found[0].is_clear
 
 
 def test_query_and_gallery_are_apart() -> None:

@@ -96,6 +96,7 @@
           total += 1;
         }
         part.hidden = !inGroup || (wanted !== "" && inside === 0);
+        for (const more of part.querySelectorAll("details.more")) more.open = more.open || wanted !== "" || group.value !== "";
         shown += part.hidden ? 0 : inside;
       }
       count.value = `${shown} of ${total} queries`;
