@@ -14,3 +14,16 @@ def num_cores() -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # there is no such container, or "max": no quota
         return cores
+
+
+def num_view_workers(configured: int | None, cpus: float, *, on_gpu: bool) -> int:
+    """Processes that make the views of a peer.
+
+    Args:
+        configured: ``num_workers`` of the peer.
+        cpus: the CPUs of the peer's process.
+        on_gpu: whether its net is on a GPU, so that its CPUs are free for the views.
+    """
+    if configured is not None:
+        return configured
+    return max(0, int(cpus) - 1) if on_gpu else 0

@@ -42,6 +42,10 @@ class ReplicaLostError(PeerLostError):
     """A process that shares the batches of a peer has died. The peer has to be restarted."""
 
 
+class WorkerLostError(PeerLostError):
+    """A process that makes the views of a peer has died. The peer has to be restarted."""
+
+
 class Interrupted(Exception):
     """The run was asked to stop and has stopped. Its last checkpoint is of the step at which it stopped."""
 

@@ -6,10 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from ray_dmml.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
 
     from ray_dmml.checkpoint.store import PeerFiles
+    from ray_dmml.config.schema import CohortConfig
     from ray_dmml.errors import PeerLostError
 
 StepRow = dict[str, dict[str, float]]
@@ -85,3 +88,11 @@ class Cohort(Protocol):
 CohortFactory = Callable[..., Cohort]
 """``factory(config, splits, initial_weights=True)`` builds a cohort; both cohort classes are one. False leaves the
 initial weights unread, because a state is loaded next."""
+
+
+def names_without(names: Collection[str], lost: Collection[str], config: CohortConfig) -> tuple[str, ...]:
+    """The peers that go on. Raises UserError if none of them learns."""
+    left = tuple(name for name in names if name not in lost)
+    if not set(left) & set(config.learners):
+        raise UserError(f"{', '.join(lost)}: lost, and no peer that learns is left to go on")
+    return left

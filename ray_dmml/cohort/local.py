@@ -13,16 +13,16 @@ import torch
 
 from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 from ray_dmml.checkpoint.store import PeerFiles
-from ray_dmml.cohort.cohort import StepRow
+from ray_dmml.cohort.cohort import StepRow, names_without
 from ray_dmml.cohort.phases import PHASES, PhaseClock
 from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.config.schema import Config
-from ray_dmml.cores import num_cores
+from ray_dmml.cores import num_cores, num_view_workers
 from ray_dmml.data.dataset import Splits
-from ray_dmml.data.loader import BatchLoader, build_sampler
+from ray_dmml.data.loader import DecodedBatches, build_sampler
 from ray_dmml.errors import PeerLostError
-from ray_dmml.peer.build import build_peer
-from ray_dmml.peer.kept_embeddings import keep_embeddings
+from ray_dmml.peer.build import build_peer, build_view_loader
+from ray_dmml.peer.kept_embeddings import keep_embeddings, keeps_embeddings
 from ray_dmml.peer.memory import explain_out_of_memory
 
 
@@ -47,14 +47,23 @@ class LocalCohort:
         if device is None:
             device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         num_peers = len(config.cohort.peers)
-        self._config, self._splits = config, splits
+        self._config = config
+        cores = max(1, num_cores() // num_peers)
+        threads = config.cohort.threads_per_peer or cores
+        self._decoded = DecodedBatches(splits.train, build_sampler(config, splits), threads)
+        self._loaders = [
+            build_view_loader(
+                *(config, position, splits, self._decoded, device),
+                num_workers=num_view_workers(peer.num_workers, cores, on_gpu=device.type == "cuda"),
+                threads=threads,
+            )
+            for position, peer in enumerate(config.cohort.peers)
+        ]
         self.peers = [
             build_peer(config, i, splits.train.num_classes, device, initial_weights) for i in range(num_peers)
         ]
         self.names = tuple(peer.name for peer in self.peers)
         self._teachers = Teachers.of(config)
-        threads = config.cohort.threads_per_peer or max(1, num_cores() // num_peers)
-        self._loader = BatchLoader(splits.train, build_sampler(config, splits), threads)
         self.threads = (threads,) * num_peers
         self._clocks = {name: PhaseClock() for name in self.names}
         self.seconds = {name: clock.seconds for name, clock in self._clocks.items()}
@@ -65,9 +74,11 @@ class LocalCohort:
 
     def run(self, start: int, stop: int, on_step: Callable[[int], None]) -> list[StepRow]:
         rows = []
-        for peer in self.peers:
-            with explain_out_of_memory(peer):
-                keep_embeddings(peer, self._splits.train, self._config.data)
+        batch_size = self._config.data.classes_per_batch * self._config.data.images_per_class
+        for peer, loader in zip(self.peers, self._loaders, strict=True):
+            if keeps_embeddings(peer):
+                with explain_out_of_memory(peer):
+                    keep_embeddings(peer, loader.chunks("train", batch_size))
         for step in range(start, stop):
             rows.append(self._step(step))
             on_step(step + 1)
@@ -75,16 +86,13 @@ class LocalCohort:
 
     def _step(self, step: int) -> StepRow:
         images, embedding, metric, _, update = PHASES
-        for clock in self._clocks.values():
-            clock.start()
-        batch = self._loader.batch(step)
-        for clock in self._clocks.values():  # all wait for the same batch
-            clock.stop(images)
         # Teachers are the embeddings before any update of this step: all peers embed, then all update.
         outputs = []
-        for peer in self.peers:
+        for peer, loader in zip(self.peers, self._loaders, strict=True):
             clock = self._clocks[peer.name]
             clock.start()
+            batch = loader.batch(step)
+            clock.stop(images)
             with explain_out_of_memory(peer, batch):
                 outputs.append(peer.forward(batch))
             clock.stop(embedding)
@@ -94,7 +102,7 @@ class LocalCohort:
         ):
             clock = self._clocks[peer.name]
             clock.start()
-            with explain_out_of_memory(peer, batch):
+            with explain_out_of_memory(peer, out.batch):
                 loss = peer.metric_loss(out)
                 clock.stop(metric)
                 published = [outputs[t].published for t in teachers]
@@ -111,12 +119,12 @@ class LocalCohort:
     def _embed(
         self, split: str, names: Collection[str], *, ema: bool = False, features: bool = False
     ) -> dict[str, np.ndarray]:
-        images, batch_size = getattr(self._splits, split), self._config.evaluation.batch_size
         embeddings = {}
-        for peer in self.peers:
+        for peer, loader in zip(self.peers, self._loaders, strict=True):
             if peer.name in names:
                 with explain_out_of_memory(peer):
-                    embeddings[peer.name] = peer.embed_images(images, batch_size, ema=ema, features=features)
+                    chunks = loader.chunks(split, self._config.evaluation.batch_size)
+                    embeddings[peer.name] = peer.embed_images(chunks, ema=ema, features=features)
         return embeddings
 
     def state(self) -> dict[str, PeerFiles]:
@@ -131,8 +139,26 @@ class LocalCohort:
             peer.load_weights(decode_peer(state[peer.name]))
 
     def recover(self, failure: PeerLostError, *, drop: bool = False) -> None:
-        raise RuntimeError("peers in one process are lost with it") from failure
+        lost = [peer.name for peer, loader in zip(self.peers, self._loaders, strict=True) if not loader.is_complete]
+        if not lost:
+            raise RuntimeError("peers in one process are lost with it") from failure
+        if drop:
+            self._drop(lost)
+        for loader in self._loaders:
+            loader.restart()
+
+    def _drop(self, lost: Collection[str]) -> None:
+        self.names = names_without(self.names, lost, self._config.cohort)
+        for peer, loader in zip(self.peers, self._loaders, strict=True):
+            if peer.name in lost:
+                loader.close()
+        kept = [(p, loader) for p, loader in zip(self.peers, self._loaders, strict=True) if p.name not in lost]
+        self.peers, self._loaders = [peer for peer, _ in kept], [loader for _, loader in kept]
+        self.threads, self.devices = self.threads[: len(kept)], self.devices[: len(kept)]
+        self._teachers = Teachers(len(kept), self._config.cohort.max_teachers, self._config.seed)
 
     def close(self) -> None:
-        self._loader.close()
+        for loader in self._loaders:
+            loader.close()
+        self._decoded.close()
         torch.set_num_threads(self._threads_before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 WAITING = "waiting for other peers"
-PHASES = ("waiting for images", "view and embedding", "metric loss", WAITING, "mutual loss and update")
+PHASES = ("images and view", "embedding", "metric loss", WAITING, "mutual loss and update")
 """A step, in order. A GPU works on while the next phase begins: its time counts where something waits for it, which is
 mostly the last phase."""
 

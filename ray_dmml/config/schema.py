@@ -406,6 +406,10 @@ class PeerConfig(Section):
     """Number of processes that share each batch of the peer and divide its GPUs and CPUs evenly. null: one for each
     GPU. With frozen batch_norm they learn what one process would learn from the whole batch."""
 
+    num_workers: Whole | None = None
+    """Number of processes that make the views of the peer ahead of its steps, and those of evaluation. They share the
+    CPUs of the peer. 0: the peer makes them itself. null: the peer's CPUs less one if it is on a GPU, else 0."""
+
     resources: dict[str, Positive] = Field(default_factory=dict)
     """Other resources that the peer's node must have, by name, such as `accelerator_type:A100: 0.001`."""
 
@@ -481,7 +485,7 @@ class CohortConfig(Section):
 
     threads_per_peer: Count | None = None
     """Number of torch threads of a peer. On a CPU, results depend on it in their last bits. null: it is the number of
-    the peer's CPUs, at least 1."""
+    the peer's CPUs, on a CPU without those of its `num_workers`, at least 1."""
 
     @property
     def learners(self) -> tuple[str, ...]:

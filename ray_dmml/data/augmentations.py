@@ -1,8 +1,8 @@
 """Views of images: the augmentation of a peer, or the resize and crop of evaluation.
 
-A view takes decoded uint8 images (3, S, S) and gives uint8 images (3, H, H). The net normalises them by the mean and
-standard deviation of its backbone. All random numbers come from torch's global generator, which the peer seeds for each
-batch.
+A view takes decoded uint8 images (3, S, S) and gives uint8 images (3, H, H), on the CPU. The net normalises them by the
+mean and standard deviation of its backbone. All random numbers come from the global generators, which are seeded for
+each batch.
 """
 
 from __future__ import annotations
@@ -23,16 +23,6 @@ from ray_dmml.errors import UserError
 
 RESIZE_BEFORE_CROP = 256 / 224
 """The usual ratio of the resized side to the crop (Wu et al. 2017 and most since)."""
-
-CPU = torch.device("cpu")
-
-_ON_ANY_DEVICE = {
-    *("CenterCrop", "ColorJitter", "GaussianBlur", "Pad", "RandomAffine", "RandomCrop", "RandomErasing"),
-    *("RandomGrayscale", "RandomHorizontalFlip", "RandomPerspective", "RandomResizedCrop", "RandomRotation"),
-    *("RandomVerticalFlip", "Resize"),
-}
-"""Transforms that take tensors and draw their parameters on the CPU, so that they draw the same on any device (except
-RandomErasing with random pixels). Others may need Pillow's images, or the CPU."""
 
 
 def _preset(name: str, size: int) -> list[Transform]:
@@ -64,7 +54,6 @@ class View:
         decode_size: S of its input.
         source: its name in an error.
         draws: it is random: it is applied to each image separately, with new random numbers.
-        device: the device that computes it.
         copies: it may change its input.
 
     Raises:
@@ -79,12 +68,11 @@ class View:
         source: str,
         *,
         draws: bool,
-        device: torch.device,
         copies: bool = False,
     ) -> None:
-        self.pipeline, self._draws, self._device, self._copies = pipeline, draws, device, copies
+        self.pipeline, self.size, self._draws, self._copies = pipeline, size, draws, copies
         generator_state = torch.get_rng_state()
-        black = torch.zeros(3, decode_size, decode_size, dtype=torch.uint8, device=device)
+        black = torch.zeros(3, decode_size, decode_size, dtype=torch.uint8)
         try:
             result = pipeline(black)
         except Exception as error:
@@ -102,17 +90,14 @@ class View:
             )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) on any device -> uint8 (B, 3, H, H) on the view's device."""
-        images = images.to(self._device, non_blocking=True)
+        """uint8 (B, 3, S, S) -> uint8 (B, 3, H, H)"""
         if not self._draws:
             return self.pipeline(images)
         # Peers in one process share the decoded images.
         return torch.stack([self.pipeline(image.clone() if self._copies else image) for image in images])
 
 
-def views_of(
-    peer: PeerConfig, size: int, own_crop: float, decode_size: int, device: torch.device = CPU
-) -> tuple[View, View]:
+def views_of(peer: PeerConfig, size: int, own_crop: float, decode_size: int) -> tuple[View, View]:
     """The views of a peer: that of training, and that of evaluation.
 
     Args:
@@ -124,8 +109,7 @@ def views_of(
         UserError: as :func:`training_view`.
     """
     crop = own_crop if peer.eval_crop is None else peer.eval_crop
-    view = training_view(peer.view, size, decode_size, str(peer.name), device)
-    return view, evaluation_view(size, crop, decode_size, device)
+    return training_view(peer.view, size, decode_size, str(peer.name)), evaluation_view(size, crop, decode_size)
 
 
 def view_name(view: str | Sequence[Transform]) -> str:
@@ -133,11 +117,8 @@ def view_name(view: str | Sequence[Transform]) -> str:
     return view if isinstance(view, str) else "+".join(transform.name for transform in view) or "as decoded"
 
 
-def training_view(
-    config: str | Sequence[Transform], size: int, decode_size: int, owner: str, device: torch.device = CPU
-) -> View:
-    """The augmentation named or listed in the config, computed on ``device`` if all of its transforms can be, else on
-    the CPU.
+def training_view(config: str | Sequence[Transform], size: int, decode_size: int, owner: str) -> View:
+    """The augmentation named or listed in the config.
 
     Raises:
         UserError: a transform is unknown (with the nearest known name) or refuses its arguments.
@@ -147,17 +128,15 @@ def training_view(
     transforms = config
     source = f"view of {owner}"
     built = [_build(transform, size, source) for transform in transforms]
-    everywhere = all(transform.name in _ON_ANY_DEVICE for transform in transforms)
     pipeline = v2.Compose(built) if built else v2.Identity()
     has_own = not all(type(part).__module__.startswith("torchvision.") for part in built)
-    where = device if everywhere else CPU
-    return View(pipeline, size, decode_size, source, draws=True, device=where, copies=has_own)
+    return View(pipeline, size, decode_size, source, draws=True, copies=has_own)
 
 
-def evaluation_view(size: int, crop: float, decode_size: int, device: torch.device = CPU) -> View:
+def evaluation_view(size: int, crop: float, decode_size: int) -> View:
     """A resize, and a centre crop that keeps the fraction ``crop`` of the side; nothing random."""
     pipeline = CenterView(size, round(size / crop), decode_size)
-    return View(pipeline, size, decode_size, "the evaluation view", draws=False, device=device)
+    return View(pipeline, size, decode_size, "the evaluation view", draws=False)
 
 
 def _build(transform: Transform, size: int, source: str) -> Callable[..., Any]:

@@ -84,6 +84,10 @@ class ImageCache:
         self._writable = True
         self._failing = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[ImageCache], tuple[Path, int, Mapping[str, int]]]:
+        """Another process opens the file, and locks it, itself."""
+        return ImageCache, (self._path, self._shape[-1], self.slots)
+
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             os.close(self._file)

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
-from ray_dmml.config.schema import DataConfig
-from ray_dmml.data.dataset import ImageSet
-from ray_dmml.data.loader import in_chunks
 from ray_dmml.peer.peer import Peer
 
 
-def keep_embeddings(
-    peer: Peer, images: ImageSet, data: DataConfig, after_chunk: Callable[[], None] = lambda: None
-) -> None:
-    """Embeds the evaluation view of all training images if the peer has ``teacher_view: evaluation``.
+def keeps_embeddings(peer: Peer) -> bool:
+    """Whether the peer publishes embeddings that it has kept (``teacher_view: evaluation``)."""
+    return peer.config.teacher_view == "evaluation"
+
+
+def keep_embeddings(peer: Peer, chunks: Iterable[Tensor], after_chunk: Callable[[], None] = lambda: None) -> None:
+    """Embeds all training images if the peer has ``teacher_view: evaluation``.
 
     The peer publishes these embeddings from now on. A second call does nothing.
 
     Args:
-        images: the training images, to whose order the indices of a batch refer.
-        data: sets the number of images that are embedded at a time, which may change the last bits.
-        after_chunk: called after every chunk of images.
+        chunks: the evaluation view of the training images, uint8 (n, 3, H, H) each, in the order to which the indices
+            of a batch refer. Their size may change the last bits.
+        after_chunk: called after every chunk.
     """
-    if peer.config.teacher_view != "evaluation" or peer.kept is not None:
+    if not keeps_embeddings(peer) or peer.kept is not None:
         return
-    chunks = []
-    for chunk in in_chunks(images, data.classes_per_batch * data.images_per_class):
-        chunks.append(peer.embed_to_publish(chunk))
+    embeddings = []
+    for chunk in chunks:
+        embeddings.append(peer.embed_to_publish(chunk))
         after_chunk()
-    peer.kept = torch.cat(chunks)
+    peer.kept = torch.cat(embeddings)

@@ -9,7 +9,7 @@ A training step consists of three calls, so that the caller can exchange embeddi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,9 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ray_dmml.config.schema import LossConfig, PeerConfig
-from ray_dmml.data.augmentations import View, views_of
-from ray_dmml.data.dataset import ImageSet
-from ray_dmml.data.loader import Batch, in_chunks
+from ray_dmml.data.loader import Batch
 from ray_dmml.errors import NonFiniteLossError, UserError
 from ray_dmml.losses.metric import MetricLoss
 from ray_dmml.losses.mutual import MutualLoss
@@ -60,7 +58,6 @@ class Peer:
         loss: settings of its losses.
         run_seed: seed of the run. Together with the peer's own seed it determines all random draws.
         num_classes: number of training classes, for losses with proxies.
-        decode_size: side S of the decoded images, in pixels.
         device: device of the net.
         on_nonfinite: ``fail`` or ``skip``, see :class:`~ray_dmml.config.schema.FailureConfig`.
         max_consecutive_nonfinite: with ``skip``, the number of batches in a row that may be left out.
@@ -77,7 +74,6 @@ class Peer:
         *,
         run_seed: int,
         num_classes: int,
-        decode_size: int,
         device: torch.device,
         on_nonfinite: str = "fail",
         max_consecutive_nonfinite: int = 10,
@@ -97,7 +93,6 @@ class Peer:
         self.net: EmbeddingNet = build_embedding_net(config, run_seed, initial_weights)
         add_adapters(self.net, config, run_seed)
         self.net.to(device).to(memory_format=layout)
-        self.view, self.eval_view = views_of(config, self.net.input_size, self.net.eval_crop, decode_size, device)
         with self._seeded("loss", "init"):
             self.metric = MetricLoss(loss.metric, num_classes, config.embedding_size).to(device)
             self.mutual = MutualLoss(loss, config.embedding_size, ignore_nonfinite=self._skips_nonfinite).to(device)
@@ -116,7 +111,7 @@ class Peer:
     # --- one step ---------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> PeerOutput:
-        """Embeds the peer's own view of a batch.
+        """Embeds a batch, whose images are the peer's own view of it: (B, 3, H, H) uint8 on the CPU.
 
         Raises:
             NonFiniteLossError: an embedding is NaN or infinite. With ``on_nonfinite: skip`` the output is
@@ -125,8 +120,7 @@ class Peer:
         if self.kept is not None:
             published = self.kept[batch.indices.to(self.device)]
             return PeerOutput(batch, published, None, None, self._check_finite("embedding", published, batch.step))
-        with self._seeded(batch.step, "view"):
-            images = self._augment(self.view, batch.images)
+        images = self._on_device(batch.images)
         raw = embedding = None
         if self._learns_from(batch.step):
             raw = self._forward_with_graph(images, batch.step)
@@ -198,35 +192,35 @@ class Peer:
     # --- evaluation -------------------------------------------------------------------------
 
     def embed_to_publish(self, images: Tensor) -> Tensor:
-        """What the peer publishes of the evaluation view of decoded images: (B, D) float32."""
-        return self._to_publish(self._infer(self.net, self._augment(self.eval_view, images)))
+        """What the peer publishes of images as its net takes them: (B, 3, H, H) uint8 -> (B, D) float32."""
+        return self._to_publish(self._infer(self.net, self._on_device(images)))
 
     def embed_images(
         self,
-        images: ImageSet,
-        batch_size: int,
+        chunks: Iterable[Tensor],
         *,
         ema: bool = False,
         features: bool = False,
         after_chunk: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
-        """Embeds the evaluation view of every image: (N, D) float32 at unit length, in the images' order.
+        """Embeds images: (N, D) float32 at unit length, in their order.
 
         Args:
+            chunks: the evaluation view of the images, uint8 (n, 3, H, H) each, N in all.
             ema: use the moving average of the weights if the peer keeps one.
             features: the pooled features of the backbone, (N, F), instead of what the head makes of them.
-            after_chunk: called after every ``batch_size`` images.
+            after_chunk: called after every chunk.
 
         Raises:
             NonFiniteLossError: an embedding is NaN or infinite.
         """
         net = self._ema_net if ema and self.ema is not None else self.net
-        chunks = []
-        for chunk in in_chunks(images, batch_size):
-            raw = self._infer(net, self._augment(self.eval_view, chunk), features=features)
-            chunks.append(F.normalize(raw).cpu())
+        embedded = []
+        for chunk in chunks:
+            raw = self._infer(net, self._on_device(chunk), features=features)
+            embedded.append(F.normalize(raw).cpu())
             after_chunk()
-        embeddings = torch.cat(chunks)
+        embeddings = torch.cat(embedded)
         if not torch.isfinite(embeddings).all():
             raise self._not_finite("embedding of an image", "in an evaluation")
         return embeddings.numpy()
@@ -364,11 +358,8 @@ class Peer:
                 return net.backbone_features(images) if features else net.forward_unnormalized(images)
             return self.replicas.infer(net, images, ema=net is not self.net, features=features)
 
-    def _augment(self, view: View, images: Tensor) -> Tensor:
-        """A view of decoded images, on the peer's device."""
-        if self.device.type == "cuda":
-            images = images.pin_memory()
-        return view(images).to(self.device, non_blocking=True)
+    def _on_device(self, images: Tensor) -> Tensor:
+        return images.to(self.device, non_blocking=True)
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.config.amp, self.device)

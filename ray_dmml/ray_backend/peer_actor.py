@@ -21,7 +21,7 @@ import ray
 from ray_dmml.cohort.phases import PHASES, PhaseClock
 from ray_dmml.config.code import Files
 from ray_dmml.config.schema import Config, DataConfig
-from ray_dmml.errors import ReplicaLostError, UserError
+from ray_dmml.errors import ReplicaLostError, UserError, WorkerLostError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +39,21 @@ class PeerPlace:
     node_id: str
     address: str
     pid: int
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a peer.
+
+    Attributes:
+        threads: torch threads of its actor and of each replica.
+        num_workers: number of its view workers.
+        options: Ray's options for the actors of its replicas.
+    """
+
+    threads: int
+    num_workers: int
+    options: Mapping[str, Any]
 
 
 class PeerActor:
@@ -60,9 +75,8 @@ class PeerActor:
         code: Files,
         skipped: Sequence[str],
         digests: Mapping[str, str],
-        threads: int,
+        processes: Processes,
         initial_weights: bool,
-        options: Mapping[str, Any],
     ) -> None:
         """Builds the peer at a position of ``cohort.peers``.
 
@@ -70,8 +84,8 @@ class PeerActor:
             code: the files of the setting `code`.
             skipped: names of images to leave out.
             digests: digests of the driver's images, by split.
+            processes: its threads, view workers and replicas.
             initial_weights: False leaves the initial weights unread, because a state is loaded next.
-            options: Ray's options for the actors of its replicas.
 
         Raises:
             UserError: the peer cannot be built, its node lacks an own part, it cannot have its device, or its images
@@ -79,23 +93,25 @@ class PeerActor:
             PeerLostError: one of its replicas died.
         """
         from ray_dmml.data.datasets import load_splits
-        from ray_dmml.data.loader import BatchLoader, build_sampler
-        from ray_dmml.peer.build import build_peer
+        from ray_dmml.data.loader import DecodedBatches, build_sampler
+        from ray_dmml.peer.build import build_peer, build_view_loader
         from ray_dmml.ray_backend.exchange import Exchange
         from ray_dmml.ray_backend.process import device_of, prepare_process, use_parts
         from ray_dmml.ray_backend.replica_actor import ReplicaActors
 
-        prepare_process(threads)
+        prepare_process(processes.threads)
         self._config = config
         use_parts(config, code)
         self._splits = load_splits(config.data, skip=frozenset(skipped), check=False)
         peer = config.cohort.peers[position]
         _require_same_images(self._splits, digests, config.data, str(peer.name))
-        self._peer = build_peer(config, position, self._splits.train.num_classes, device_of(peer), initial_weights)
-        self._replicas = ReplicaActors(self._peer, config, code, threads, options)
-        # A peer that publishes what it has kept needs no images.
-        sampler, decode = build_sampler(config, self._splits), peer.teacher_view == "own"
-        self._loader = BatchLoader(self._splits.train, sampler, threads, decode=decode)
+        device, threads = device_of(peer), processes.threads
+        decoded = DecodedBatches(self._splits.train, build_sampler(config, self._splits), threads)
+        self._loader = build_view_loader(
+            *(config, position, self._splits, decoded, device), num_workers=processes.num_workers, threads=threads
+        )
+        self._peer = build_peer(config, position, self._splits.train.num_classes, device, initial_weights)
+        self._replicas = ReplicaActors(self._peer, config, code, threads, processes.options)
         self.exchange = Exchange()
         self._num_sent = self._num_chunks = 0
         self._coordinator: Any = None
@@ -124,10 +140,10 @@ class PeerActor:
         from ray_dmml.peer.kept_embeddings import keep_embeddings
         from ray_dmml.peer.memory import explain_out_of_memory
 
+        batch_size = self._config.data.classes_per_batch * self._config.data.images_per_class
         with explain_out_of_memory(self._peer), self._replicas.explain_loss():
-            keep_embeddings(
-                self._peer, self._splits.train, self._config.data, after_chunk=lambda: self._report(num_chunks=1)
-            )
+            chunks = self._loader.chunks("train", batch_size)
+            keep_embeddings(self._peer, chunks, after_chunk=lambda: self._report(num_chunks=1))
 
     def run(self, start: int, stop: int) -> tuple[list[dict[str, float]], dict[str, float]]:
         """Trains steps ``start .. stop - 1``. Returns the terms of each step's loss, and the seconds spent in each
@@ -167,10 +183,10 @@ class PeerActor:
         """(N, D) float32 embeddings of a split; or the (N, F) ``features`` of the backbone."""
         from ray_dmml.peer.memory import explain_out_of_memory
 
-        images, batch_size = getattr(self._splits, split), self._config.evaluation.batch_size
         with explain_out_of_memory(self._peer), self._replicas.explain_loss():
+            chunks = self._loader.chunks(split, self._config.evaluation.batch_size)
             return self._peer.embed_images(
-                images, batch_size, ema=ema, features=features, after_chunk=lambda: self._report(num_chunks=1)
+                chunks, ema=ema, features=features, after_chunk=lambda: self._report(num_chunks=1)
             )
 
     def state(self) -> PeerFiles:
@@ -193,9 +209,11 @@ class PeerActor:
 
     def ping(self) -> bool:
         """Whether the peer is built. The answer comes once the actor has finished its last call. Raises
-        ReplicaLostError if one of its replicas is gone."""
+        ReplicaLostError if one of its replicas is gone, WorkerLostError if one of its view workers is."""
         if self._is_built and not self._replicas.is_complete:
             raise ReplicaLostError(f"{self._peer.name}: one of its replicas was lost")
+        if self._is_built and not self._loader.is_complete:
+            raise WorkerLostError(f"{self._peer.name}: one of its view workers was lost")
         return self._is_built
 
     def _report(self, num_chunks: int = 0) -> None:

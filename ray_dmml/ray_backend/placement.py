@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ray_dmml.config.schema import Config, PeerConfig
+from ray_dmml.cores import num_view_workers
 from ray_dmml.errors import UserError
 
 BOOTSTRAP_FILE = "ray_bootstrap_config.yaml"  # the cluster file, which `ray up` writes to the head's home folder
@@ -42,6 +43,17 @@ def with_labels(asked: Node, peer: PeerConfig) -> Node:
 def bundle(peer: PeerConfig, cpus: float, gpus: float) -> dict[str, float]:
     """The bundle of a peer for Ray, which rejects bundles with 0 GPUs."""
     return {"CPU": cpus, **({"GPU": gpus} if gpus else {}), **peer.resources}
+
+
+def num_workers_of(peer: PeerConfig, bundle: Node) -> int:
+    """Number of view workers of a peer."""
+    return num_view_workers(peer.num_workers, bundle["CPU"], on_gpu=bool(bundle.get("GPU")))
+
+
+def threads_of(peer: PeerConfig, bundle: Node) -> int:
+    """torch threads of a process of the peer: its CPUs. On a CPU, they leave those of the view workers alone."""
+    taken = 0 if bundle.get("GPU") else num_workers_of(peer, bundle)
+    return max(1, int((bundle["CPU"] - taken) / peer.num_replicas))
 
 
 def shown(nodes: Sequence[Node]) -> str:

@@ -25,15 +25,16 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_dmml.cohort.cohort import StepRow
+from ray_dmml.cohort.cohort import StepRow, names_without
 from ray_dmml.cohort.phases import PHASES
 from ray_dmml.config.code import code_in_use
 from ray_dmml.config.schema import Config
-from ray_dmml.errors import PeerLostError, UserError
+from ray_dmml.errors import PeerLostError
 from ray_dmml.ray_backend.coordinator import Coordinator, PeerStatus
 from ray_dmml.ray_backend.failure_detector import FailureDetector
 from ray_dmml.ray_backend.failures import cause_of, first_cause, is_death, is_user_mistake, reason_of
-from ray_dmml.ray_backend.peer_actor import PeerActor, PeerPlace
+from ray_dmml.ray_backend.peer_actor import PeerActor, PeerPlace, Processes
+from ray_dmml.ray_backend.placement import num_workers_of, threads_of
 from ray_dmml.ray_backend.reservation import Reservation
 from ray_dmml.ray_backend.session import only_at, ray_session
 
@@ -82,9 +83,11 @@ class RayCohort:
         try:
             self._reservation = Reservation(config)
             self._session.callback(self._reservation.release)
+            bundles = self._reservation.bundles
+            self._num_workers = tuple(map(num_workers_of, config.cohort.peers, bundles))
             self.threads = tuple(
-                config.cohort.threads_per_peer or max(1, int(bundle["CPU"] / peer.num_replicas))
-                for peer, bundle in zip(config.cohort.peers, self._reservation.bundles, strict=True)
+                config.cohort.threads_per_peer or threads_of(peer, bundle)
+                for peer, bundle in zip(config.cohort.peers, bundles, strict=True)
             )
             self._form_generation(initial_weights, is_first=True)
         except BaseException:
@@ -157,10 +160,7 @@ class RayCohort:
             if not is_usable:
                 self._end_peer(name)
         if drop:
-            left = tuple(name for name in self.names if name not in lost)
-            if not set(left) & set(self._config.cohort.learners):
-                raise UserError(f"{', '.join(lost)}: lost, and no peer that learns is left to go on")
-            self.names = left
+            self.names = names_without(self.names, lost, self._config.cohort)
         self._form_generation(initial_weights=False, is_first=False)
 
     def _form_generation(self, initial_weights: bool, *, is_first: bool) -> None:
@@ -182,9 +182,11 @@ class RayCohort:
         refs: dict[str, Any] = {}
         for name, actor in starting.items():
             position = self._positions[name]
-            threads, options = self.threads[position], self._reservation.options(position)
+            processes = Processes(
+                self.threads[position], self._num_workers[position], self._reservation.options(position)
+            )
             refs[name] = actor.build.remote(
-                config, position, self._code, self._skipped, self._digests, threads, initial_weights, options
+                config, position, self._code, self._skipped, self._digests, processes, initial_weights
             )
         self._gather(refs)
         refs = {name: actor.join.remote(self.coordinator, self.names) for name, actor in self.actors.items()}

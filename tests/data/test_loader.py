@@ -12,7 +12,7 @@ from conftest import tiny
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import BadImageError, ImageSet
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.loader import BatchLoader, in_chunks
+from ray_dmml.data.loader import DecodedBatches, in_chunks
 from ray_dmml.data.sampler import ClassBalancedSampler
 
 
@@ -25,7 +25,7 @@ def test_batches_are_a_function_of_the_step(images: ImageSet) -> None:
     """In any order, twice, after a jump or from a new loader, the batch of a step has the images
     and labels of the sampler's indices."""
     sampler = ClassBalancedSampler(images.labels, 4, 3, seed=5)
-    with closing(BatchLoader(images, sampler, threads=2)) as loader:
+    with closing(DecodedBatches(images, sampler, threads=2)) as loader:
         for step in (0, 1, 2, 9, 1, 1, 0, 7, 8):
             batch = loader.batch(step)
             indices = sampler.batch(step)
@@ -58,7 +58,7 @@ def test_an_unreadable_image_of_the_next_batch_waits_for_its_step(images: ImageS
             return images.source.read(index)
 
     fragile = ImageSet(Broken(), images.labels, images.class_names)
-    with closing(BatchLoader(fragile, sampler)) as loader:
+    with closing(DecodedBatches(fragile, sampler)) as loader:
         assert len(loader.batch(0).images) == 4
         with pytest.raises(BadImageError, match=images.source.name(broken)):
             loader.batch(1)

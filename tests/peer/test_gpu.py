@@ -16,7 +16,7 @@ from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.augmentations import training_view
 from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.loader import BatchLoader, build_sampler
+from ray_dmml.data.loader import DecodedBatches, build_sampler
 from ray_dmml.peer.build import build_peer
 from ray_dmml.peer.peer import Peer
 from ray_dmml.randomness import seeded
@@ -31,7 +31,7 @@ def train(peer: Peer, config: Config, start: int, stop: int) -> list[dict[str, f
     """Trains a single peer and returns the terms of its loss at each step."""
     splits = load_splits(config.data)
     rows = []
-    with closing(BatchLoader(splits.train, build_sampler(config, splits))) as loader:
+    with closing(DecodedBatches(splits.train, build_sampler(config, splits))) as loader:
         for step in range(start, stop):
             out = peer.forward(loader.batch(step))
             rows.append(peer.step(out, peer.metric_loss(out), []))

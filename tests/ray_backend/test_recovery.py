@@ -250,6 +250,39 @@ def test_a_lost_replica_is_replaced(image_folder: Path, tmp_path: Path, sentence
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def children_of(pid: int) -> list[int]:
+    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in listed.stdout.split()]
+
+
+@pytest.mark.parametrize("local", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_lost_view_worker_is_replaced(
+    image_folder: Path,
+    tmp_path: Path,
+    undisturbed: Path,
+    cohorts: list[Watched],
+    sentences: Callable[[], list[str]],
+    local: bool,
+) -> None:
+    """Its peer is started again, or in one process the worker alone. The end is that of a run without workers."""
+    raw = settings(image_folder).model_dump(mode="json")
+    raw["cohort"]["threads_per_peer"] = 1
+    raw["cohort"]["peers"][1]["num_workers"] = 2
+    config = Config.parse(raw)
+
+    def fault() -> None:
+        owner = os.getpid() if local else cohorts[-1].places["peer1"].pid
+        workers = [worker for child in children_of(owner) for worker in children_of(child)]
+        workers = [pid for pid in workers if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGKILL)
+
+    train(config, tmp_path / "run", local=local, loggers=[Faults(6, fault)], cohort_factory=None if local else Watched)
+    lost = r"peer1: view worker [12] of 2 \(process \d+\) was killed by SIGKILL; all peers go back .*restart 1 of 5"
+    assert any(re.match(lost, note) for note in sentences()), sentences()
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
 def losses(run: Path) -> list[float]:
     """Of the second peer, in the first 8 steps: roundings grow tenfold every few steps."""
     rows = [json.loads(line) for line in RunDir(run).metrics_file.read_text().splitlines()]
