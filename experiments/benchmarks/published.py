@@ -22,8 +22,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "as in cub200.yaml": {},
     "amp: off": {"amp": "off"},
     "channels_last: false": {"channels_last": False},
-    "view: weak": {"view": "weak"},
-    "view: strong": {"view": "strong"},
+    "compile: true": {"compile": True},
+    "compile: true, channels_last: false": {"compile": True, "channels_last": False},
 }
 STEPS = 4
 """Steps of each option in a round."""
@@ -32,8 +32,7 @@ STEPS = 4
 def published(settings: Settings) -> list[dict[str, Any]]:
     """One peer with one teacher and random pixels; the options take turns, round by round.
 
-    The exchange, reading images, evaluations and checkpoints are left out. The table has no lines
-    without a GPU.
+    Views, the exchange, reading images, evaluations and checkpoints are left out. The table has no lines without a GPU.
     """
     if not torch.cuda.is_available():
         print("published: skipped, because there is no GPU", file=sys.stderr)
@@ -41,9 +40,10 @@ def published(settings: Settings) -> list[dict[str, Any]]:
     device = torch.device("cuda", 0)
     raw = read_settings(CONFIG, ["data.root=."])
     raw["cohort"]["base"]["weights"] = "none"  # takes the same time
-    size, decode = raw["data"]["classes_per_batch"], raw["data"]["decode_size"]
+    size = raw["data"]["classes_per_batch"]
     labels = torch.arange(size).repeat_interleave(raw["data"]["images_per_class"])
-    images = torch.randint(0, 256, (len(labels), 3, decode, decode), dtype=torch.uint8)
+    size_px = raw["cohort"]["base"]["input_size"]
+    images = torch.randint(0, 256, (len(labels), 3, size_px, size_px), dtype=torch.uint8).pin_memory()
     teacher = torch.nn.functional.normalize(torch.randn(len(labels), 512, device=device), dim=1)
 
     def seconds(peer: Peer, number: int) -> float:
@@ -58,7 +58,6 @@ def published(settings: Settings) -> list[dict[str, Any]]:
     peers: dict[str, Peer] = {}
     peak: dict[str, int] = {}
     step: dict[str, list[float]] = {}
-    view: dict[str, list[float]] = {}
     for option, own in OPTIONS.items():
         changed = copy.deepcopy(raw)
         changed["cohort"]["peers"][0] |= own
@@ -70,27 +69,21 @@ def published(settings: Settings) -> list[dict[str, Any]]:
             config.loss,
             run_seed=0,
             num_classes=size,
-            decode_size=decode,
             device=device,
         )
         for number in range(STEPS):  # warm-up: cuDNN chooses kernels, the optimiser makes its state
             seconds(peers[option], number)
         peak[option] = torch.cuda.max_memory_allocated() - before
-        step[option], view[option] = [], []
+        step[option] = []
     for turn in range(settings.rounds):
         for option, peer in peers.items():
             for number in range(STEPS):
                 step[option].append(seconds(peer, STEPS * (1 + turn) + number))
-                began = time.perf_counter()
-                peer.view(images.to(device))  # the view alone, once more
-                torch.cuda.synchronize()
-                view[option].append(time.perf_counter() - began)
     return [
         {
             "option": option,
             "step_ms": 1e3 * float(np.median(step[option])),
             "quartiles": " - ".join(f"{1e3 * q:.0f}" for q in np.quantile(step[option], [0.25, 0.75])),
-            "its_view_alone_ms": 1e3 * float(np.median(view[option])),
             "images_a_s": len(labels) / float(np.median(step[option])),
             "peak_gib": peak[option] / 2**30,
             "device": torch.cuda.get_device_name(device),

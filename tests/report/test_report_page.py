@@ -115,7 +115,7 @@ def test_how_it_was_made_is_said(run: Path, page: Page) -> None:
     assert f"ray-dmml train --config {run}/config.yaml" in page.texts
     environment = json.loads((run / "run.json").read_text())
     assert f"torch {environment['versions']['torch']}" in page.text
-    assert "view and embedding" in page.texts and "validation" in page.texts  # of the table of seconds
+    assert "images and view" in page.texts and "validation" in page.texts  # of the table of seconds
 
 
 # --- the command ----------------------------------------------------------------------------

@@ -41,6 +41,6 @@ def test_times_are_added_up() -> None:
         watch.add("training", 1.5)
     with watch.measure("validation"):
         pass
-    results = watch.results({"peer0": {"metric loss": 0.0, "view and embedding": 2.0}})
+    results = watch.results({"peer0": {"metric loss": 0.0, "images and view": 2.0}})
     assert results["run"]["training"] == 3.0 and list(results["run"]) == ["training", "validation"]
-    assert results["peers"] == {"peer0": {"view and embedding": 2.0}}
+    assert results["peers"] == {"peer0": {"images and view": 2.0}}
