@@ -44,6 +44,7 @@ ROWS = {
     "relational-memory": ("relational", "relational_memory"),
     "ensemble-teacher": ("relational", "ensemble_teacher"),
     "recall": ("recall", "recall"),
+    "recall-million": ("recall", "recall_million"),
     "recall-pml": ("recall", "recall_pml"),
     "evaluate": ("evaluation", "evaluate"),
     "embed": ("embed", "embed_on_ray"),

@@ -1,7 +1,7 @@
 """Exact nearest neighbours by inner product, with ties in the order of their indices.
 
-faiss searches, but it guarantees no order among equal similarities, and at the end of its list it may
-omit any of them. Three steps make the order reliable:
+faiss searches, or torch where there is a GPU and the search is large. But they guarantee no order among equal
+similarities, and at the end of their list they may omit any of them. Three steps make the order reliable:
 
 1. Equal gallery rows are searched for once. Afterwards they are listed by index.
 2. Other ties within a result are sorted by index.
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ray_dmml.cores import num_cores
 from ray_dmml.errors import UserError
+from ray_dmml.evaluation.gpu_search import gallery_on_gpu, is_out_of_memory
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -67,9 +68,10 @@ def nearest(
     groups = _Groups(gallery, need)
     distinct = gallery if len(groups.first) == len(gallery) else gallery[groups.first]
     chunk = chunk or int(np.clip(_CHUNK_ENTRIES // (need + _SPARE), 16, 4096))
+    search = _Search(distinct, len(queries))
     for start in range(0, len(queries), chunk):
         rows = slice(start, min(start + chunk, len(queries)))
-        neighbors, similarities = groups.expand(*_search(queries[rows], distinct, need))
+        neighbors, similarities = groups.expand(*search.nearest(queries[rows], need))
         if exclude is not None and need > 0:
             allowed = exclude[1][neighbors] != exclude[0][rows, None]
             neighbors, similarities = _first(k, allowed, neighbors, similarities)
@@ -143,13 +145,36 @@ def _first(k: int, allowed: NDArray[np.bool_], neighbors: Ints, similarities: Fl
     return first, their_similarities
 
 
-def _search(queries: Floats, gallery: Floats, need: int) -> tuple[Floats, Ints]:
-    """Similarities and indices of the `need` most similar rows (or of all rows), ties by lower index."""
-    need = min(need, len(gallery))
-    searched = min(need + _SPARE, len(gallery))
-    # The last bit of faiss's similarities depends on the number of threads, which a training may have set.
-    with faiss_threads(num_cores()):
-        similarity, indices = faiss.knn(queries, gallery, searched, metric=faiss.METRIC_INNER_PRODUCT)
+class _Search:
+    """A search in different gallery rows, on a GPU or a CPU."""
+
+    def __init__(self, gallery: Floats, num_queries: int) -> None:
+        self._gallery = gallery
+        self._on_gpu = gallery_on_gpu(gallery, num_queries)
+
+    def nearest(self, queries: Floats, need: int) -> tuple[Floats, Ints]:
+        """Similarities and indices of the `need` most similar rows (or of all rows), ties by lower index."""
+        need = min(need, len(self._gallery))
+        similarity, indices = self._knn(queries, min(need + _SPARE, len(self._gallery)))
+        return _in_order(queries, self._gallery, need, similarity, indices)
+
+    def _knn(self, queries: Floats, k: int) -> tuple[Floats, Ints]:
+        if self._on_gpu is not None:
+            try:
+                return self._on_gpu.nearest(queries, k)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._on_gpu = None  # the peers may be on it, too
+        # The last bit of faiss's similarities depends on the number of threads, which a training may have set.
+        with faiss_threads(num_cores()):
+            similarity, indices = faiss.knn(queries, self._gallery, k, metric=faiss.METRIC_INNER_PRODUCT)
+        return similarity, indices
+
+
+def _in_order(queries: Floats, gallery: Floats, need: int, similarity: Floats, indices: Ints) -> tuple[Floats, Ints]:
+    """The first `need` of (q, n >= need) nearest rows, ties by lower index, also those beyond the n."""
+    searched = similarity.shape[1]
     tied = np.flatnonzero((similarity[:, 1:] == similarity[:, :-1]).any(axis=1))
     order = np.lexsort((indices[tied], -similarity[tied]), axis=1)
     indices[tied] = np.take_along_axis(indices[tied], order, axis=1)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from retrieval_samples import grid, naive_nearest, unit
 
 from ray_dmml.errors import UserError
+from ray_dmml.evaluation import gpu_search, neighbors
+from ray_dmml.evaluation.gpu_search import GpuGallery
 from ray_dmml.evaluation.neighbors import nearest
 
 
@@ -123,3 +126,17 @@ def test_bad_embeddings_are_named(bad: float) -> None:
 def test_shapes_that_do_not_fit_are_named(queries: tuple[int, ...], gallery: tuple[int, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         collect(np.ones(queries), np.ones(gallery), 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("k", [1, 9, 40])
+def test_the_search_of_a_gpu_finds_the_same(monkeypatch: pytest.MonkeyPatch, device: str, k: int) -> None:
+    """In several blocks of the gallery, with equal rows and ties between others."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU on this machine")
+    x = np.concatenate([unit(300, 8), unit(300, 8)[:20], grid(200, 8, 3)])
+    wanted = collect(x[::3], x, k)
+    monkeypatch.setattr(gpu_search, "BLOCK", 64)
+    monkeypatch.setattr(neighbors, "gallery_on_gpu", lambda gallery, num_queries: GpuGallery(gallery, device))
+    monkeypatch.setattr(neighbors.faiss, "knn", None)
+    assert collect(x[::3], x, k, chunk=50).tolist() == wanted.tolist()
