@@ -56,6 +56,7 @@ ROWS = {
     "input": ("images", "input_row"),
     "input-cached": ("images", "input_cached"),
     "start": ("start", "start"),
+    "trial-start": ("start", "trial_start"),
     "memory": ("steps", "memory"),
     "scaling": ("scaling", "scaling"),
     "published": ("published", "published"),

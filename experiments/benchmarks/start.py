@@ -1,4 +1,4 @@
-"""Row `start`: from the command to the first finished step of the default run."""
+"""Rows `start` and `trial-start`: how long a run, and a trial of a search, takes to its first step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.row import Goal, Row, Settings, in_turn
+from ray_dmml.config.loading import QUICKSTART, read_settings
+from ray_dmml.tune.results import SearchDir
+from ray_dmml.tune.search_space import Search, SearchConfig
+from ray_dmml.tune.tuner import run_search
 
 POLL_S, LIMIT_S = 0.01, 120.0
 IMPORTS_AND_RAY = """
@@ -56,3 +60,20 @@ def start(settings: Settings) -> list[Row]:
     a, b = in_turn(settings.rounds, first_step, imports_and_ray)
     what = "command to first finished step, default run / importing torch and ray, ray.init"
     return [Row("start", what, "s", a, b, Goal("A", "<=", 15))]
+
+
+def trial_start(settings: Settings) -> list[Row]:
+    """From the start of a trial to that of the next one, of trials that train one step and are not evaluated before: the
+    quickstart's peers, one trial at a time. The first trial also starts the processes."""
+    raw = read_settings(QUICKSTART, ["train.steps=1", "evaluation.untrained=false", "train.report=false"])
+    config = {
+        "space": {"loss.relational.angle_weight": {"uniform": [0, 4]}},
+        **{"num_samples": settings.rounds + 2, "sampler": "random", "scheduler": "none", "final_seeds": 0},
+    }
+    with TemporaryDirectory(prefix="benchmark-") as name:
+        run_search(Path(name) / "search", Search(raw, SearchConfig.model_validate(config)))
+        trials = sorted(SearchDir(Path(name) / "search").trials(), key=lambda trial: trial.start_time)
+    starts = [trial.start_time for trial in trials]
+    seconds = [later - earlier for earlier, later in zip(starts[1:], starts[2:], strict=False)]
+    what = "a trial with one step and its evaluation, after another one"
+    return [Row("trial-start", what, "s", seconds, [], Goal("A", "<=", 4))]

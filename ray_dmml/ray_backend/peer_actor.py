@@ -61,6 +61,8 @@ class PeerActor:
 
     def __init__(self) -> None:
         self._is_built = False
+        self._coordinator: Any = None
+        self._heartbeats: Thread | None = None
 
     def fetch(self, config: DataConfig) -> None:
         """Copies the images to this node if ``data.source`` is set and they are not there."""
@@ -106,17 +108,18 @@ class PeerActor:
         peer = config.cohort.peers[position]
         _require_same_images(self._splits, digests, config.data, str(peer.name))
         device, threads = device_of(peer), processes.threads
-        decoded = DecodedBatches(self._splits.train, build_sampler(config, self._splits), threads)
+        self._decoded = DecodedBatches(self._splits.train, build_sampler(config, self._splits), threads)
         self._loader = build_view_loader(
-            *(config, position, self._splits, decoded, device), num_workers=processes.num_workers, threads=threads
+            *(config, position, self._splits, self._decoded, device), num_workers=processes.num_workers, threads=threads
         )
         self._peer = build_peer(config, position, self._splits.train.num_classes, device, initial_weights)
         self._replicas = ReplicaActors(self._peer, config, code, threads, processes.options)
         self.exchange = Exchange()
         self._num_sent = self._num_chunks = 0
-        self._coordinator: Any = None
         self._is_built = True
-        Thread(target=self._send_heartbeats, daemon=True).start()
+        if self._heartbeats is None:
+            self._heartbeats = Thread(target=self._send_heartbeats, daemon=True)
+            self._heartbeats.start()
 
     def join(self, coordinator: Any, names: Sequence[str]) -> PeerPlace:
         """Leaves its generation and joins the next one: its coordinator and the names of its peers in peer order."""
@@ -206,6 +209,20 @@ class PeerActor:
         from ray_dmml.checkpoint.peer_state import decode_peer
 
         self._peer.load_weights(decode_peer(files))
+
+    def rest(self) -> bool:
+        """Forgets the run, and keeps the process for another :meth:`build`. False: it cannot, since it has replicas."""
+        from ray_dmml.ray_backend.process import free_memory
+
+        if not self._is_built or self._peer.config.num_replicas > 1:
+            return False
+        self._is_built, self._coordinator = False, None
+        self.exchange.close()
+        self._loader.close()
+        self._decoded.close()
+        del self._peer, self._replicas, self._loader, self._decoded, self._splits
+        free_memory()
+        return True
 
     def ping(self) -> bool:
         """Whether the peer is built. The answer comes once the actor has finished its last call. Raises

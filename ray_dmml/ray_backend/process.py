@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import socket
 
 import ray
@@ -44,6 +45,13 @@ def tune_malloc() -> None:
         return
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, 2**26)
+
+
+def free_memory() -> None:
+    """Gives the device back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def device_of(peer: PeerConfig) -> torch.device:

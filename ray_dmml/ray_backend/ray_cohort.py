@@ -30,6 +30,7 @@ from ray_dmml.cohort.phases import PHASES
 from ray_dmml.config.code import code_in_use
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import PeerLostError
+from ray_dmml.ray_backend import resting_peers
 from ray_dmml.ray_backend.coordinator import Coordinator, PeerStatus
 from ray_dmml.ray_backend.failure_detector import FailureDetector
 from ray_dmml.ray_backend.failures import cause_of, first_cause, is_death, is_user_mistake, reason_of
@@ -206,9 +207,12 @@ class RayCohort:
         return ray.remote(self.coordinator_class).options(**options).remote(self.names)
 
     def start_actor(self, name: str) -> Any:
-        """A new process for a peer, not built yet."""
-        options = self._reservation.options(self._positions[name])
-        return ray.remote(self.peer_class).options(**options).remote()
+        """A process for a peer, not built yet: a new one, or one that rests in its place."""
+        position = self._positions[name]
+        place = self._reservation.place(position)
+        if place is not None and (resting := resting_peers.take((*place, self.peer_class))) is not None:
+            return resting
+        return ray.remote(self.peer_class).options(**self._reservation.options(position)).remote()
 
     def _end_peer(self, name: str) -> None:
         actor = self.actors.pop(name, None)
@@ -224,10 +228,16 @@ class RayCohort:
         ray.kill(actor)
 
     def close(self) -> None:
+        places = {name: self._reservation.place(self._positions[name]) for name in self.places}
+        resting = {
+            (*at, self.peer_class): self.actors[name] for name, at in places.items() if at and name in self.actors
+        }
+        resting_peers.rest(resting)
+        kept = list(resting.values())
         for actor in [*self.actors.values(), self.coordinator]:
-            if actor is not None:
+            if actor is not None and actor not in kept:
                 ray.kill(actor)
-        self.actors, self.coordinator = {}, None
+        self.actors, self.places, self.coordinator = {}, {}, None
         self._session.close()
 
     def _gather(

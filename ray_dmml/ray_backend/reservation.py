@@ -42,12 +42,20 @@ class Reservation:
     def options(self, position: int) -> dict[str, Any]:
         """Ray's options for the actor of a peer, and for those of its replicas."""
         bundle, num_replicas = self.bundles[position], self._peers[position].num_replicas
-        index = len(self._group.bundle_specs) - len(self.bundles) + position
+        index = self._index(position)
         return {
             "num_cpus": bundle["CPU"] / num_replicas,
             "num_gpus": bundle.get("GPU", 0) / num_replicas,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
         }
+
+    def place(self, position: int) -> tuple[str, int] | None:
+        """The group and the bundle of a peer, if the next run of this process may have the same; None if the group ends
+        with this run."""
+        return None if self._is_own else (self._group.id.hex(), self._index(position))
+
+    def _index(self, position: int) -> int:
+        return len(self._group.bundle_specs) - len(self.bundles) + position
 
     def release(self) -> None:
         """Gives a group of its own back. A second call does nothing."""

@@ -124,7 +124,7 @@ def _run_trials(files: SearchDir, search: Search, gpus_per_trial: float | None, 
                 num_samples=search.config.num_samples,
                 search_alg=make_sampler(search),
                 scheduler=make_scheduler(search),
-                reuse_actors=False,
+                reuse_actors=True,  # with its peers, see ray_backend/resting_peers.py
             ),
             run_config=tune.RunConfig(
                 name=files.tune_state.name,
@@ -157,7 +157,9 @@ def _configure_tune() -> None:
 
 
 def _trainable(params: dict[str, Any], search: Search, folder: Path) -> None:
-    """One trial, in a process of its own. Its peers are actors beside it."""
+    """One trial, in a process that did earlier ones, perhaps. Its peers are actors beside it."""
+    # A stopped trial gets this long to end before Ray Tune gives its process up.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "30"
     name = tune.get_context().get_trial_id()
     run_trial(params, search, SearchDir(folder).trial_folder(name), tune.report)
 
