@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -63,8 +64,8 @@ def start(settings: Settings) -> list[Row]:
 
 
 def trial_start(settings: Settings) -> list[Row]:
-    """From the start of a trial to that of the next one, of trials that train one step and are not evaluated before: the
-    quickstart's peers, one trial at a time. The first trial also starts the processes."""
+    """From the start of a trial to that of the next one, where each trains one step: the quickstart's peers, one trial
+    at a time. The first trial is left out: it starts the processes."""
     raw = read_settings(QUICKSTART, ["train.steps=1", "evaluation.untrained=false", "train.report=false"])
     config = {
         "space": {"loss.relational.angle_weight": {"uniform": [0, 4]}},
@@ -74,6 +75,6 @@ def trial_start(settings: Settings) -> list[Row]:
         run_search(Path(name) / "search", Search(raw, SearchConfig.model_validate(config)))
         trials = sorted(SearchDir(Path(name) / "search").trials(), key=lambda trial: trial.start_time)
     starts = [trial.start_time for trial in trials]
-    seconds = [later - earlier for earlier, later in zip(starts[1:], starts[2:], strict=False)]
+    seconds = [later - earlier for earlier, later in pairwise(starts[1:])]
     what = "a trial with one step and its evaluation, after another one"
     return [Row("trial-start", what, "s", seconds, [], Goal("A", "<=", 4))]
