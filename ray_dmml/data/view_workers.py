@@ -130,6 +130,8 @@ class ViewWorkers:
             result = next(self._results)
         if isinstance(result, UserError):
             raise result
+        if result is None:
+            raise self._too_little_memory()
         return result
 
     @contextmanager
@@ -182,15 +184,17 @@ class _Tasks(Dataset[Any]):
         self._code, self._content = code, content
         self._views: PeerViews | None = None
 
-    def __getitem__(self, task: int | Chunk) -> Batch | Tensor | UserError:
-        """A mistake of the user's is returned, because torch would put a traceback into its message."""
+    def __getitem__(self, task: int | Chunk) -> Batch | Tensor | UserError | None:
+        """A mistake of the user's is returned, because torch would put a traceback into its message. None: the result
+        has no room in shared memory."""
         if self._views is None:
             use_code(self._code)
             self._views = pickle.loads(self._content)
         try:
-            return self._views.of_images(*task) if isinstance(task, Chunk) else self._views.of_step(task)
+            result = self._views.of_images(*task) if isinstance(task, Chunk) else self._views.of_step(task)
         except UserError as error:
             return error
+        return result if _share(result) else None
 
 
 class _Order(Sampler[Any]):
@@ -201,6 +205,18 @@ class _Order(Sampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.tasks)
+
+
+def _share(result: Batch | Tensor) -> bool:
+    """Moves the tensors to shared memory; False if they have no room. A thread would do it later, and fail unseen."""
+    try:
+        for tensor in (result,) if isinstance(result, Tensor) else (result.images, result.labels, result.indices):
+            tensor.share_memory_()
+        return True
+    except RuntimeError as error:
+        if "shared memory" in str(error):
+            return False
+        raise
 
 
 def _unchanged(result: Any) -> Any:
