@@ -183,6 +183,12 @@ def small_run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
+def with_workers(config: Config, *numbers: int) -> Config:
+    """The same peers with so many view workers each."""
+    peers = [peer.model_copy(update={"num_workers": n}) for peer, n in zip(config.cohort.peers, numbers, strict=True)]
+    return config.model_copy(update={"cohort": config.cohort.model_copy(update={"peers": tuple(peers)})})
+
+
 def unlike_peers(root: Path, **changes: Any) -> Config:
     """3 peers that differ in backbone, size, view, interval, mode, ema, optimiser."""
     raw = tiny(root, **changes)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, tiny, unlike_peers
+from conftest import assert_same, tiny, unlike_peers, with_workers
 
 from ray_dmml.checkpoint.peer_state import decode_peer
 from ray_dmml.cohort.cohort import Cohort
@@ -74,10 +74,10 @@ def test_ray_equals_in_process(
     ray_start_4_cpus: None, image_folder: Path, local_outcome: dict[str, Any], transport: str
 ) -> None:
     """3 unlike peers end with the same weights, optimiser state, losses and embeddings on Ray
-    actors as in one process, to the bit, whichever way the embeddings went."""
+    actors as in one process, to the bit, whichever way the embeddings went and whoever made the views."""
     from ray_dmml.ray_backend.ray_cohort import RayCohort
 
-    config = unlike_peers(image_folder)
+    config = with_workers(unlike_peers(image_folder), 0, 1, 2)
     cohort_config = config.cohort.model_copy(update={"transport": transport})
     config = config.model_copy(update={"cohort": cohort_config})
     with closing(RayCohort(config, load_splits(config.data))) as cohort:

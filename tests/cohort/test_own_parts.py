@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_same, tiny
+from conftest import assert_same, tiny, with_workers
 from test_equality import continued, outcome, stored_at
 
 from ray_dmml.cohort.local import LocalCohort
@@ -72,9 +72,10 @@ def test_interrupted_equals_uninterrupted(config: Config, local_outcome: dict[st
 
 
 def test_ray_equals_in_process(ray_start_4_cpus: None, config: Config, local_outcome: dict[str, Any]) -> None:
-    """The actors have the file only by `code`, as it was when the run started: it is gone."""
+    """The actors, and their view workers, have the file only by `code`, as it was when the run started: it is gone."""
     from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     config.code[0].unlink()
+    config = with_workers(config, 1, 1)
     with closing(RayCohort(config, load_splits(config.data))) as cohort:
         assert_same(outcome(cohort, stop=STEPS), local_outcome)
