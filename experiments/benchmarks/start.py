@@ -11,10 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.row import Goal, Row, Settings, in_turn
-from ray_dmml.config.loading import QUICKSTART, read_settings
-from ray_dmml.tune.results import SearchDir
-from ray_dmml.tune.search_space import Search, SearchConfig
-from ray_dmml.tune.tuner import run_search
 
 POLL_S, LIMIT_S = 0.01, 120.0
 IMPORTS_AND_RAY = """
@@ -66,6 +62,11 @@ def start(settings: Settings) -> list[Row]:
 def trial_start(settings: Settings) -> list[Row]:
     """From the start of a trial to that of the next one, where each trains one step: the quickstart's peers, one trial
     at a time. The first trial is left out: it starts the processes."""
+    from ray_dmml.config.loading import QUICKSTART, read_settings
+    from ray_dmml.tune.results import SearchDir
+    from ray_dmml.tune.search_space import Search, SearchConfig
+    from ray_dmml.tune.tuner import run_search
+
     raw = read_settings(QUICKSTART, ["train.steps=1", "evaluation.untrained=false", "train.report=false"])
     config = {
         "space": {"loss.relational.angle_weight": {"uniform": [0, 4]}},
