@@ -14,9 +14,9 @@ from PIL import Image
 from ray_dmml.cli.views import views
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
+from ray_dmml.data.loader import Batch
 from ray_dmml.errors import UserError
-from ray_dmml.peer.build import build_peer
-from ray_dmml.randomness import seeded
+from ray_dmml.peer.build import build_views
 from ray_dmml.training.views import draw_views, view_columns, write_views
 
 
@@ -36,22 +36,22 @@ def config(image_folder: Path) -> Config:
 def test_the_pictures_are_what_the_nets_of_a_training_get(config: Config) -> None:
     """To the byte what each peer computes of a batch, at its size; an evaluation view once for all peers that share
     it."""
-    images = load_splits(config.data).train
+    splits = load_splits(config.data)
+    images = splits.train
     batch = torch.stack([images.source.read(index) for index in (4, 0, 9)])
     decoded, strong, crop, taught, evaluation, small = view_columns(config, batch, num_draws=2, seed=3)
     assert torch.equal(decoded.pictures[0], batch) and decoded.note == "36\N{NO-BREAK SPACE}px"
-    peers = [build_peer(config, i, images.num_classes, torch.device("cpu"), False) for i in range(4)]
-    for peer, columns in zip(peers, (strong, crop, taught), strict=False):
+    views = [build_views(config, i, splits) for i in range(4)]
+    for peer, its, columns in zip(config.cohort.peers, views, (strong, crop, taught), strict=False):
         assert columns.title == peer.name and len(columns.pictures) == 2
         for step, picture in zip((6, 7), columns.pictures, strict=True):
-            with seeded(config.seed, peer.config.seed or 0, step, "view"):
-                assert torch.equal(picture, peer.view(batch))
+            assert torch.equal(picture, its.of_batch(Batch(step, batch, torch.zeros(3))).images)
     assert [columns.note.replace("\N{NO-BREAK SPACE}", " ") for columns in (strong, taught)] == [
         "view strong, 32 px",
         "frozen, view weak, 32 px",
     ]
-    assert torch.equal(evaluation.pictures[0], peers[3].eval_view(batch))
-    assert torch.equal(small.pictures[0], peers[1].eval_view(batch))
+    assert torch.equal(evaluation.pictures[0], views[3].eval_view(batch))
+    assert torch.equal(small.pictures[0], views[1].eval_view(batch))
     assert evaluation.note.startswith("peer0, peer2, peer3, 32") and small.note.startswith("peer1, 24")
 
 
