@@ -58,6 +58,7 @@ ROWS = {
     "start": ("start", "start"),
     "trial-start": ("start", "trial_start"),
     "memory": ("steps", "memory"),
+    "micro-batch": ("micro_batch", "micro_batch"),
     "scaling": ("scaling", "scaling"),
     "published": ("published", "published"),
     "export": ("exported", "export"),

@@ -20,6 +20,10 @@ class NonFiniteLossError(UserError):
     """A loss is NaN or infinite. The message names the peer, the step and the term."""
 
 
+class NonFiniteTeacherError(NonFiniteLossError):
+    """A loss is NaN or infinite because embeddings of another peer are. That peer raises a NonFiniteLossError."""
+
+
 class PeerLostError(UserError):
     """A peer, the coordinator or a node has died or hangs, or its data arrived damaged. The cohort can recover.
 

@@ -113,7 +113,7 @@ def ensemble_teacher(settings: Settings) -> list[Row]:
     losses = {}
     for teacher in ("ensemble", "each"):
         config = LossConfig.model_validate({"relational": {"teacher": teacher}})
-        losses[teacher] = MutualLoss(config, SIZE, ignore_nonfinite=False)
+        losses[teacher] = MutualLoss(config, SIZE)
     torch.manual_seed(0)
     raw, *teachers = torch.randn(8, 128, SIZE)
     raw.requires_grad_()

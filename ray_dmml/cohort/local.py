@@ -20,7 +20,7 @@ from ray_dmml.config.schema import Config
 from ray_dmml.cores import num_cores, num_view_workers
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import DecodedBatches, build_sampler
-from ray_dmml.errors import PeerLostError
+from ray_dmml.errors import NonFiniteTeacherError, PeerLostError
 from ray_dmml.peer.build import build_peer, build_view_loader
 from ray_dmml.peer.kept_embeddings import keep_embeddings, keeps_embeddings
 from ray_dmml.peer.memory import explain_out_of_memory
@@ -96,7 +96,8 @@ class LocalCohort:
             with explain_out_of_memory(peer, batch):
                 outputs.append(peer.forward(batch))
             clock.stop(embedding)
-        row = {}
+        row: dict[str, dict[str, float]] = {}
+        effect: NonFiniteTeacherError | None = None
         for position, (peer, out, teachers) in enumerate(
             zip(self.peers, outputs, self._teachers.at(step), strict=True)
         ):
@@ -106,8 +107,13 @@ class LocalCohort:
                 loss = peer.metric_loss(out)
                 clock.stop(metric)
                 published = [outputs[t].published for t in teachers]
-                row[peer.name] = peer.step(out, loss, published, self._teachers.place(step, position))
+                try:
+                    row[peer.name] = peer.step(out, loss, published, self._teachers.place(step, position))
+                except NonFiniteTeacherError as error:
+                    effect = error  # the peer that is its cause fails, too, and is named
             clock.stop(update)
+        if effect is not None:
+            raise effect
         return row
 
     def embeddings(self, split: str, *, ema: bool = False) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ CHANGES_NO_TRAINING = (
     *("checkpoint.*", "failure.*", "data.on_bad_image", "data.check_images"),
     *("cohort.transport", "cohort.placement_strategy", "cohort.*_timeout_s", "cohort.threads_per_peer"),
     *("cohort.peers.*.resources*", "cohort.peers.*.labels*", "cohort.peers.*.num_gpus", "cohort.peers.*.num_cpus"),
-    *("cohort.peers.*.replicas", "cohort.peers.*.num_workers"),
+    *("cohort.peers.*.replicas", "cohort.peers.*.num_workers", "cohort.peers.*.checkpoint_activations"),
 )
 """Settings after which the same weights are trained, up to the last bits of floating-point sums."""
 

@@ -153,6 +153,12 @@ class DataConfig(Section):
     images_per_class: Annotated[Seed, Field(ge=2)] = 4
     """K: number of images of each class in a batch. A smaller class contributes all its images."""
 
+    micro_batch: Count | None = None
+    """Number of images of a batch whose activations a device holds at a time. A peer embeds the batch in parts of at
+    most so many, computes the losses on the embeddings of the whole batch, and embeds the parts again for their
+    gradients. A step needs the memory of a part, and a third more time. With batch_norm train, each part is normalised
+    by itself. null: all images of the batch."""
+
     decode_size: Annotated[Seed, Field(ge=8)] = 256
     """Every image is decoded to a square with this side, in pixels, before it is augmented."""
 
@@ -387,6 +393,10 @@ class PeerConfig(Section):
 
     amp: Annotated[Literal["off", "bfloat16", "float16"], BeforeValidator(_off)] = "off"
     """Mixed precision of the network. The losses stay in float32. float16 needs a GPU."""
+
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass instead of keeping them, which needs less memory and takes a
+    third longer. It is the backbone's own method set_grad_checkpointing, which most of timm's have."""
 
     channels_last: bool = True
     """Use the channels-last memory layout, which makes convolutions faster on CPUs and newer GPUs."""

@@ -70,26 +70,43 @@ class DistanceWeightedNegativeMiner(miners.BaseMiner):
     def get_default_distance(self) -> distances.BaseDistance:
         return ExactEuclideanDistance()
 
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As every miner of the library. Labels may stay on the CPU: the pairs follow from them alone, and are then
+        counted without waiting for the GPU that has the embeddings."""
+        if ref_emb is not None:
+            return super().forward(embeddings, labels, ref_emb, ref_labels)
+        with torch.no_grad():
+            return self.mine(embeddings, labels, embeddings, labels)
+
     def mine(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices of anchors, positives and negatives, (T,) int64 each; T counts the positive pairs."""
+        """Indices of anchors, positives and negatives, (T,) int64 each, on the device of the embeddings; T counts the
+        positive pairs."""
         same = labels[:, None] == ref_labels[None, :]
-        weights = self.weights(self.distance(embeddings, ref_emb), ~same, embeddings.shape[1])
         positive = same.clone()
         if ref_emb is embeddings:
             positive.fill_diagonal_(False)
-        positive[same.all(dim=1)] = False
+        has_negatives = ~same.all(dim=1, keepdim=True)
+        positive &= has_negatives
         num_positives = positive.sum(dim=1)
         anchors, positives = torch.where(positive)
-        if len(anchors) == 0:
-            return anchors, positives, positives
         # Every row samples as many as the row with the most positives needs, and keeps its first ones.
-        weights[same.all(dim=1)] = 1
         most = int(num_positives.max())
+        places = torch.where(torch.arange(most, device=labels.device) < num_positives[:, None])[1]
+        same, has_negatives, anchors, positives, places = (
+            each.to(embeddings.device, non_blocking=True) for each in (same, has_negatives, anchors, positives, places)
+        )
+        if most == 0:
+            return anchors, positives, positives
+        weights = self.weights(self.distance(embeddings, ref_emb), ~same, embeddings.shape[1])
+        weights.masked_fill_(~has_negatives, 1)
+        if not embeddings.is_cpu:
+            most = max(most, 2)  # torch checks the weights of a single sample on the CPU
         samples = torch.multinomial(weights, most, replacement=True)
-        needed = torch.arange(most, device=samples.device) < num_positives[:, None]
-        return anchors, positives, samples[needed]
+        return anchors, positives, samples[anchors, places]
 
     def weights(self, distance: Tensor, negative: Tensor, embedding_size: int) -> Tensor:
         """(B, R) sampling weights up to 1; ``negative`` is True for the negatives of an anchor.

@@ -109,14 +109,18 @@ class MetricLoss(nn.Module):
         """(B, D) embeddings of any float dtype and (B,) int64 labels in [0, num_classes) -> a scalar.
 
         It is computed in float32 (float64 for float64 embeddings), also under autocast. A batch without a
-        pair or triplet gives zero with a gradient.
+        pair or triplet gives zero with a gradient. Labels on the CPU spare our miner
+        a wait for the GPU.
         """
+        on_device = labels.to(embeddings.device, non_blocking=True)
         with torch.autocast(embeddings.device.type, enabled=False):
             if embeddings.dtype != torch.float64:
                 embeddings = embeddings.float()
-            mined = self.miner(embeddings, labels) if self.miner is not None else None
-            # A loss of one's own need not know of miners.
-            return self.loss(embeddings, labels) if mined is None else self.loss(embeddings, labels, mined)
+            if self.miner is None:  # a loss of one's own need not know of miners
+                return self.loss(embeddings, on_device)
+            counts_on_cpu = isinstance(self.miner, DistanceWeightedNegativeMiner)
+            mined = self.miner(embeddings, labels if counts_on_cpu else on_device)
+            return self.loss(embeddings, on_device, mined)
 
 
 def _build(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -44,15 +43,14 @@ class MutualLoss(nn.Module):
     Args:
         config: the terms with their weights, and whether relational distillation compares embeddings at unit length.
         embedding_size: D.
-        ignore_nonfinite: leave out teachers whose embeddings are NaN or infinite.
 
     Raises:
         UserError: an own term cannot be found or built, or fails on a small batch.
     """
 
-    def __init__(self, config: LossConfig, embedding_size: int, *, ignore_nonfinite: bool) -> None:
+    def __init__(self, config: LossConfig, embedding_size: int) -> None:
         super().__init__()
-        self._ignore_nonfinite, self._normalize = ignore_nonfinite, config.relational.normalize
+        self._normalize = config.relational.normalize
         own = [make_part(f"loss.mutual.{n}.name", term.name, term.args) for n, term in enumerate(config.mutual)]
         self._with_state = nn.ModuleList(term for term in own if isinstance(term, nn.Module))
         for n, (settings, term) in enumerate(zip(config.mutual, own, strict=True)):
@@ -84,9 +82,6 @@ class MutualLoss(nn.Module):
         """
         members = [teacher.to(raw.device, non_blocking=True) for teacher in teachers]
         members.insert(place, (embedding if published is None else published).detach())
-        if self._ignore_nonfinite:
-            is_used = [n == place or bool(torch.isfinite(member).all()) for n, member in enumerate(members)]
-            members, place = list(compress(members, is_used)), sum(is_used[:place])
         if len(members) == 1:
             return None, {}
         others = members[:place] + members[place + 1 :]

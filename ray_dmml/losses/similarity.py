@@ -57,5 +57,6 @@ def _log_similarities(embeddings: Tensor, temperature: float) -> Tensor:
     """(N, N - 1) logarithms of each image's distribution over the others."""
     unit = F.normalize(embeddings)
     num = len(unit)
-    others = ~torch.eye(num, dtype=torch.bool, device=unit.device)
-    return F.log_softmax((unit @ unit.T)[others].view(num, num - 1) / temperature, dim=1)
+    # All but the diagonal, as a view: a mask would be counted, for which the CPU waits for a GPU.
+    others = (unit @ unit.T).flatten()[1:].view(num - 1, num + 1)[:, :-1].reshape(num, num - 1)
+    return F.log_softmax(others / temperature, dim=1)

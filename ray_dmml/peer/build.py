@@ -27,6 +27,7 @@ def build_peer(config: Config, position: int, num_classes: int, device: torch.de
         run_seed=config.seed,
         num_classes=num_classes,
         device=device,
+        micro_batch=config.data.micro_batch,
         on_nonfinite=config.failure.on_nonfinite,
         max_consecutive_nonfinite=config.failure.max_consecutive_nonfinite,
         initial_weights=initial_weights,

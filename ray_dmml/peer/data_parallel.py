@@ -9,14 +9,14 @@ receive the weights whenever these have changed, and have no state that could be
 
 With ``batch_norm: train`` each replica normalises with the statistics of its own part, and the peer keeps
 its own statistics. Dropout differs between replicas. Everything else equals the whole batch on one device
-up to rounding.
+up to rounding. With ``data.micro_batch`` each process embeds its part in micro batches.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -26,8 +26,10 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, ReduceOp, ReduceOpt
 
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import ReplicaLostError
-from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embedding_net, compiled
+from ray_dmml.models.checkpointing import checkpoint_activations
+from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embedding_net
 from ray_dmml.models.lora import add_adapters
+from ray_dmml.peer.training_pass import Backward, TrainingPass
 from ray_dmml.randomness import seeded
 
 _WEIGHTS, _EMBED, _INFER, _FEATURES, _BACKWARD = range(5)
@@ -147,39 +149,33 @@ class Replicas:
     def __init__(self, channel: ReplicaChannel) -> None:
         self._channel = channel
         self._sent_versions: dict[int, tuple[int, ...]] = {}
-        self._own: Tensor | None = None  # embeddings of the peer's own part, with their graph
-        self._all: Tensor | None = None  # embeddings of the whole batch, a leaf
 
-    def embed(self, forward: Any, net: EmbeddingNet, images: Tensor) -> Tensor:
-        """Embeds a training batch: (B, 3, H, W) uint8 -> (B, D) float32 before normalisation.
+    def embed(self, own_pass: TrainingPass, net: EmbeddingNet, images: Tensor) -> tuple[Tensor, Backward]:
+        """Embeds a training batch as :meth:`TrainingPass.embed` does. ``own_pass`` embeds the peer's own part of it."""
+        own_backward: list[Backward] = []
 
-        ``forward`` is the forward pass of the net, which may be compiled. The result is a leaf that requires a
-        gradient. :meth:`backward` continues from that gradient.
-        """
-        self._own, embeddings = self._share(_EMBED, 0, forward, net, images)
-        self._all = embeddings.requires_grad_()
-        return self._all
+        def embed_own(own_images: Tensor) -> Tensor:
+            embeddings, backward = own_pass.embed(own_images)
+            own_backward.append(backward)
+            return embeddings
+
+        embeddings = self._share(_EMBED, 0, embed_own, net, images)
+        return embeddings, lambda gradient: self._backward(net, own_backward[0], gradient)
 
     def infer(self, net: EmbeddingNet, images: Tensor, *, ema: bool, features: bool = False) -> Tensor:
         """Embeds images without gradients in evaluation mode; ``ema``: the net holds the averaged weights.
         ``features``: the result is (B, F), before the head."""
         if features:
-            return self._share(_FEATURES, int(ema), net.backbone_features, net, images)[1]
-        return self._share(_INFER, int(ema), net.forward_unnormalized, net, images)[1]
+            return self._share(_FEATURES, int(ema), net.backbone_features, net, images)
+        return self._share(_INFER, int(ema), net.forward_unnormalized, net, images)
 
-    def backward(self, net: nn.Module) -> None:
-        """Continues the backward pass from the gradient of the embeddings of :meth:`embed`.
-
-        It adds the sum of all processes' gradients to ``.grad`` of the net's parameters.
-        """
-        assert self._own is not None and self._all is not None and self._all.grad is not None
-        gradient, own = self._all.grad, self._own
-        self._all = self._own = None
+    def _backward(self, net: nn.Module, own_backward: Backward, gradient: Tensor) -> None:
+        """Adds the sum of all processes' gradients to ``.grad`` of the net's parameters."""
         self._channel.header(_BACKWARD)
         own_gradient, *others = gradient.tensor_split(self._channel.size)
         wait_sent = self._channel.send(enumerate(others, start=1))
         trainable = [p for p in net.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(own, trainable, own_gradient, allow_unused=True)
+        gradients = _gradients(own_backward, own_gradient, trainable)
         wait_sent()
         total = _flat(gradients, trainable)
         for rank in range(1, self._channel.size):
@@ -207,9 +203,9 @@ class Replicas:
         self._sent_versions[which] = versions
 
     def _share(
-        self, command: int, which: int, forward: Any, net: EmbeddingNet, images: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Embeds a batch on all devices: the peer's own part, with its graph, and all parts without."""
+        self, command: int, which: int, forward: Callable[[Tensor], Tensor], net: EmbeddingNet, images: Tensor
+    ) -> Tensor:
+        """Embeds a batch on all devices, the peer's own part by ``forward``."""
         self._send_weights(net, which)
         channel = self._channel
         seed = torch.initial_seed() & (2**63 - 1)  # an int64
@@ -217,30 +213,33 @@ class Replicas:
         own_images, *others = images.tensor_split(channel.size)
         wait_sent = channel.send(enumerate(others, start=1))
         own = forward(own_images)
-        parts = [own.detach()]
+        parts = [own]
         for rank, other in enumerate(others, start=1):
             if len(other):
                 channel.until_computed(rank)
             parts.append(channel.receive(own.new_empty(len(other), own.shape[1]), rank))
         wait_sent()
-        return own, torch.cat(parts)
+        return torch.cat(parts)
 
 
 class Replica:
     """A copy of a peer's net in another process, which executes the commands of the peer."""
 
-    def __init__(self, config: PeerConfig, run_seed: int, channel: ReplicaChannel) -> None:
+    def __init__(
+        self, config: PeerConfig, run_seed: int, channel: ReplicaChannel, micro_batch: int | None = None
+    ) -> None:
         self._config, self._channel = config, channel
         net = build_embedding_net(config, run_seed, initial_weights=False)
         add_adapters(net, config, run_seed)
+        checkpoint_activations(net.backbone, config)
         net.to(channel.device)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self._nets = {0: net.to(memory_format=layout)}
         if config.ema is not None:
             self._nets[1] = copy.deepcopy(net)
         name = f"{config.name}, replica {channel.rank}"
-        self._forward = compiled(net, name, channel.device) if config.compile else net.forward_unnormalized
-        self._embedding: Tensor | None = None  # of the last training batch, with its graph
+        self._pass = TrainingPass(config, self._nets[0], micro_batch, name)
+        self._embedded: tuple[Tensor, Backward] | None = None  # of the last training batch
 
     def serve(self) -> None:
         """Executes commands until the peer or another replica is gone, which raises ReplicaLostError."""
@@ -267,7 +266,7 @@ class Replica:
     def _embed(self, command: int, which: int, rows: int, height: int, width: int, seed: int) -> None:
         trains = command == _EMBED
         if trains:  # else the last training batch may still wait for its gradient
-            self._embedding = None
+            self._embedded = None
         # As tensor_split divides the batch.
         size = rows // self._channel.size + (self._channel.rank < rows % self._channel.size)
         if not size:
@@ -275,28 +274,39 @@ class Replica:
         images = torch.empty((size, 3, height, width), dtype=torch.uint8, device=self._channel.device)
         self._channel.receive(images, 0)
         net = self._nets[which].train(trains)
-        forward = {_EMBED: self._forward, _INFER: net.forward_unnormalized, _FEATURES: net.backbone_features}[command]
-        with (
-            seeded(seed, self._channel.rank),
-            autocast(self._config.amp, self._channel.device),
-            nullcontext() if trains else torch.no_grad(),
-        ):
-            embedding = forward(images)
-        if trains:
-            self._embedding = embedding
+        with seeded(seed, self._channel.rank):
+            if trains:
+                self._embedded = self._pass.embed(images)
+                embeddings = self._embedded[0]
+            else:
+                forward = net.backbone_features if command == _FEATURES else net.forward_unnormalized
+                with torch.no_grad(), autocast(self._config.amp, self._channel.device):
+                    embeddings = forward(images)
         self._channel.computed()
-        self._channel.send([(0, embedding.detach())])()
+        self._channel.send([(0, embeddings)])()
 
     def _backward(self) -> None:
         trainable = [p for p in self._nets[0].parameters() if p.requires_grad]
         gradients: Sequence[Tensor | None] = [None] * len(trainable)
-        if self._embedding is not None:
-            gradient = self._channel.receive(torch.empty_like(self._embedding), 0)
-            gradients = torch.autograd.grad(self._embedding, trainable, gradient, allow_unused=True)
-        self._embedding = None
+        if self._embedded is not None:
+            embeddings, backward = self._embedded
+            gradients = _gradients(backward, self._channel.receive(torch.empty_like(embeddings), 0), trainable)
+        self._embedded = None
         total = _flat(gradients, trainable)
         self._channel.computed()
         self._channel.sum_up(total)
+
+
+def _gradients(backward: Backward, gradient: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """What a backward pass adds to ``.grad`` of the parameters; None where the loss does not depend on one."""
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    backward(gradient)
+    found = [parameter.grad for parameter in parameters]
+    for parameter, old in zip(parameters, before, strict=True):
+        parameter.grad = old
+    return found
 
 
 def _flat_by_dtype(tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:

@@ -32,6 +32,6 @@ def explain_out_of_memory(peer: Peer, batch: Batch | None = None) -> Iterator[No
         raise UserError(
             f"{peer.name}: {peer.device} ran out of memory in {where}: {reason}. "
             f"{peer.config.backbone} at {peer.net.input_size} pixels, amp {peer.config.amp}: "
-            "lower data.classes_per_batch, input_size or evaluation.batch_size, set amp, or "
-            "give the peer a larger part of a device (num_gpus)"
+            "set data.micro_batch, checkpoint_activations or amp, lower data.classes_per_batch, input_size or "
+            "evaluation.batch_size, or give the peer a larger part of a device (num_gpus)"
         ) from None

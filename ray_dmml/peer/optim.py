@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ray_dmml.config.schema import EmaConfig, PeerConfig, ScheduleConfig
 from ray_dmml.models.blocks import layer_numbers
@@ -84,8 +85,27 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int) -> float:
     return factor
 
 
-def build_ema(config: EmaConfig | None, net: EmbeddingNet) -> AveragedModel | None:
-    """The exponential moving average of a net's weights, or None where the peer keeps none."""
-    if config is None:
-        return None
-    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.decay))
+class MovingAverage:
+    """The exponential moving average of a net's weights; the buffers are those of the net.
+
+    It starts from the weights after the first update. ``torch.optim.swa_utils.AveragedModel`` gives the same bits, and
+    copies its counter to the GPU at every update, which waits until the GPU has finished the step.
+    """
+
+    def __init__(self, config: EmaConfig, net: EmbeddingNet) -> None:
+        self.net = copy.deepcopy(net)
+        self.num_updates = 0
+        self._average = get_ema_multi_avg_fn(config.decay)
+
+    @torch.no_grad()
+    def update(self, net: EmbeddingNet) -> None:
+        """Includes the weights of the net in the average."""
+        own: list[Tensor] = list(self.net.parameters())
+        given = [parameter.detach() for parameter in net.parameters()]
+        if self.num_updates:
+            self._average(own, given, self.num_updates)
+        else:
+            torch._foreach_copy_(own, given)
+        for buffer, new in zip(self.net.buffers(), net.buffers(), strict=True):
+            buffer.copy_(new)
+        self.num_updates += 1

@@ -9,9 +9,10 @@ A training step consists of three calls, so that the caller can exchange embeddi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from itertools import compress
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,34 +21,20 @@ from torch.nn import functional as F
 
 from ray_dmml.config.schema import LossConfig, PeerConfig
 from ray_dmml.data.loader import Batch
-from ray_dmml.errors import NonFiniteLossError, UserError
+from ray_dmml.errors import NonFiniteLossError, NonFiniteTeacherError, UserError
 from ray_dmml.losses.metric import MetricLoss
 from ray_dmml.losses.mutual import MutualLoss
-from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embedding_net, compiled
+from ray_dmml.models.checkpointing import checkpoint_activations
+from ray_dmml.models.embedding_net import EmbeddingNet, autocast, build_embedding_net
 from ray_dmml.models.lora import adapter_state, add_adapters, load_adapter_state
 from ray_dmml.models.pretrained import load_net_weights
 from ray_dmml.peer.data_parallel import Replicas
-from ray_dmml.peer.optim import build_ema, build_optimizer, set_learning_rates
+from ray_dmml.peer.nonfinite import Undo, all_finite, largest, or_stand_in, read
+from ray_dmml.peer.optim import MovingAverage, build_optimizer
+from ray_dmml.peer.output import LearnedOutput, PeerOutput
+from ray_dmml.peer.training_pass import TrainingPass
+from ray_dmml.peer.updates import Updates
 from ray_dmml.randomness import seeded
-
-
-@dataclass(frozen=True, eq=False)
-class PeerOutput:
-    """A peer's embeddings of one batch: what :meth:`Peer.forward` hands on to the rest of the step."""
-
-    batch: Batch
-
-    published: Tensor
-    """(B, D) float32, detached: the embeddings for the other peers."""
-
-    raw: Tensor | None
-    """(B, D) float32 with a graph, before normalization; None if the peer does not learn from this batch."""
-
-    embedding: Tensor | None
-    """``raw`` at unit length."""
-
-    is_finite: bool
-    """False if ``published`` holds NaN or infinity; the peer then does not learn from this batch."""
 
 
 class Peer:
@@ -59,6 +46,7 @@ class Peer:
         run_seed: seed of the run. Together with the peer's own seed it determines all random draws.
         num_classes: number of training classes, for losses with proxies.
         device: device of the net.
+        micro_batch: number of images whose activations are in memory at a time; None: all images of a batch.
         on_nonfinite: ``fail`` or ``skip``, see :class:`~ray_dmml.config.schema.FailureConfig`.
         max_consecutive_nonfinite: with ``skip``, the number of batches in a row that may be left out.
         initial_weights: False leaves ``config.weights`` unread, because a state is loaded next.
@@ -75,6 +63,7 @@ class Peer:
         run_seed: int,
         num_classes: int,
         device: torch.device,
+        micro_batch: int | None = None,
         on_nonfinite: str = "fail",
         max_consecutive_nonfinite: int = 10,
         initial_weights: bool = True,
@@ -92,17 +81,20 @@ class Peer:
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.net: EmbeddingNet = build_embedding_net(config, run_seed, initial_weights)
         add_adapters(self.net, config, run_seed)
+        checkpoint_activations(self.net.backbone, config)
         self.net.to(device).to(memory_format=layout)
         with self._seeded("loss", "init"):
             self.metric = MetricLoss(loss.metric, num_classes, config.embedding_size).to(device)
-            self.mutual = MutualLoss(loss, config.embedding_size, ignore_nonfinite=self._skips_nonfinite).to(device)
+            self.mutual = MutualLoss(loss, config.embedding_size).to(device)
         self._losses = torch.nn.ModuleDict({"metric": self.metric, "mutual": self.mutual})
-        self.ema = build_ema(config.ema, self.net)
-        self._training_forward = (
-            compiled(self.net, self.name, device) if config.compile else self.net.forward_unnormalized
-        )
+        self.ema = None if config.ema is None else MovingAverage(config.ema, self.net)
         self.optimizer = build_optimizer(config, self.net, self._losses)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+        parameters = [parameter for _, parameter in self._named_parameters()]
+        self._updates = Updates(config, parameters, self.optimizer, self._scaler, self.ema)
+        self._pass = TrainingPass(config, self.net, micro_batch, self.name)
+        # Images that are embedded at a time where no graph is needed.
+        self._chunk_size = None if micro_batch is None else micro_batch * config.num_replicas
         self.kept: Tensor | None = None
         """(N, D) float32 to publish for each training image, if a frozen peer has computed them before training."""
         self.replicas: Replicas | None = None
@@ -113,33 +105,28 @@ class Peer:
     def forward(self, batch: Batch) -> PeerOutput:
         """Embeds a batch, whose images are the peer's own view of it: (B, 3, H, H) uint8 on the CPU.
 
-        Raises:
-            NonFiniteLossError: an embedding is NaN or infinite. With ``on_nonfinite: skip`` the output is
-                marked instead, and no peer learns from it.
+        It does not wait for a GPU: whether all is finite is read in :meth:`step`.
         """
         if self.kept is not None:
-            published = self.kept[batch.indices.to(self.device)]
-            return PeerOutput(batch, published, None, None, self._check_finite("embedding", published, batch.step))
+            published = self.kept[batch.indices.to(self.device, non_blocking=True)]
+            return PeerOutput(batch, published, largest(published), None)
         images = self._on_device(batch.images)
-        raw = embedding = None
-        if self._learns_from(batch.step):
-            raw = self._forward_with_graph(images, batch.step)
-            embedding = F.normalize(raw)
-            published = self._to_publish(raw.detach())
+        learned = self._embed_to_learn(images, batch.step) if self._updates.learns_from(batch.step) else None
+        if self.ema is not None and self.config.ema and self.config.ema.as_teacher:
+            raw = self._infer_batch(self.ema.net, images)
+        elif learned is not None:
+            raw = learned.leaf.detach()
         else:
             # Evaluation mode: a batch that is not learned from moves no BatchNorm statistics.
-            published = self._to_publish(self._infer(self.net, images))
-        if self.ema is not None and self.config.ema and self.config.ema.as_teacher:
-            published = self._to_publish(self._infer(self._ema_net, images))
-        is_finite = self._check_finite("embedding", published, batch.step)
-        return PeerOutput(batch, published, raw, embedding, is_finite)
+            raw = self._infer_batch(self.net, images)
+        return PeerOutput(batch, self._to_publish(raw), largest(raw), learned)
 
     def metric_loss(self, out: PeerOutput) -> Tensor | None:
         """The peer's own metric loss: a scalar; None if the peer does not learn from this batch."""
-        if out.embedding is None or not out.is_finite:
+        if out.learned is None:
             return None
         with self._seeded(out.batch.step, "miner"):
-            return self.metric(out.embedding, out.batch.labels.to(self.device, non_blocking=True))
+            return self.metric(out.learned.embedding, out.batch.labels)
 
     def step(
         self, out: PeerOutput, metric_loss: Tensor | None, teachers: Sequence[Tensor], place: int = 0
@@ -158,36 +145,62 @@ class Peer:
             ``{"skipped_nonfinite": 1}`` if the batch was left out because a value is not finite.
 
         Raises:
-            NonFiniteLossError: a term or gradient is NaN or infinite, or with ``skip`` too many
-                batches in a row were left out. The net is unchanged.
+            NonFiniteLossError: an embedding, term or gradient is NaN or infinite, or with ``skip`` too
+                many batches in a row were left out. The net is unchanged.
         """
-        if out.raw is None or out.embedding is None:
+        step, learned, updates = out.batch.step, out.learned, self._updates
+        if learned is None or metric_loss is None:
+            if not self._skips_nonfinite and not math.isfinite(float(out.largest)):
+                raise self._not_finite("embedding", step)
             return {}
-        step = out.batch.step
-        terms: dict[str, Tensor] = {}
-        is_finite = metric_loss is not None
-        if metric_loss is not None:
-            with self._seeded(step, "mutual"):
-                mutual, mutual_terms = self.mutual(
-                    out.raw, out.embedding, teachers, step, published=out.published, place=place
-                )
-            loss = metric_loss if mutual is None else metric_loss + mutual
-            terms = {"loss": loss, "metric": metric_loss, **mutual_terms}
-            for name in ("metric", *mutual_terms):
-                is_finite &= self._check_finite(f"{name} loss", terms[name].detach(), step)
-            if is_finite:
-                self._backward(loss)
-        is_finite &= self._update_if_due(step)
-        if is_finite:
-            self._num_consecutive_nonfinite = 0
-            return {name: float(value.detach()) for name, value in terms.items()}
-        self._num_consecutive_nonfinite += 1
-        if self._num_consecutive_nonfinite > self._max_consecutive_nonfinite:
-            raise NonFiniteLossError(
-                f"{self.name}: {self._num_consecutive_nonfinite} batches in a row had values that are not "
-                f"finite, the last at step {step + 1} (failure.max_consecutive_nonfinite)"
-            )
-        return {"skipped_nonfinite": 1.0}
+        others = [teacher.to(self.device, non_blocking=True) for teacher in teachers]
+        received = {f"teacher {n}": largest(other) for n, other in enumerate(others)}
+        if self._skips_nonfinite:
+            others = [or_stand_in(*pair) for pair in zip(others, received.values(), strict=True)]
+        with self._seeded(step, "mutual"):
+            own = or_stand_in(out.published, out.largest)
+            mutual, terms = self.mutual(learned.raw, learned.embedding, others, step, published=own, place=place)
+        loss = metric_loss if mutual is None else metric_loss + mutual
+        terms = {"metric": metric_loss, **terms}
+        checked = {"embedding": torch.maximum(learned.largest, out.largest)}
+        checked |= {f"{name} loss": term for name, term in terms.items()}
+
+        earlier = updates.set_aside() if self._skips_nonfinite else []
+        updates.scaled(loss).backward()
+        if learned.leaf.grad is not None:  # else the losses do not depend on the embeddings
+            learned.backward(learned.leaf.grad)
+        if earlier:
+            updates.add_back(earlier, all_finite([*checked.values(), *received.values()]))
+        if updates.is_due(step) and (norm := updates.gradient_norm()) is not None:
+            checked["gradient"] = norm
+
+        # The only time that a step waits for the GPU. By now it has computed all but the update.
+        numbers = read({"loss": loss, **checked, **received})
+        wrong = [name for name in checked if not math.isfinite(numbers[name])]
+        is_taught = [math.isfinite(numbers[name]) for name in received]
+        if self._skips_nonfinite and not all(is_taught) and "embedding" not in wrong:
+            learned.undo()
+            updates.leave_out(earlier)
+            again = self.forward(out.batch)  # now without the teachers that are not finite
+            left = list(compress(teachers, is_taught))
+            return self.step(again, self.metric_loss(again), left, sum(is_taught[:place]))
+        if wrong == ["gradient"] and self._scaler.is_enabled():
+            updates.scale_less()
+            wrong = []
+        elif wrong and not self._skips_nonfinite:
+            error = self._not_finite(wrong[0], step)
+            raise error if all(is_taught) else NonFiniteTeacherError(str(error))
+        elif wrong:
+            learned.undo()
+            updates.leave_out(earlier)
+            if "gradient" in wrong:
+                updates.zero_grad()
+        if updates.is_due(step):
+            updates.apply(self.net, step)
+        if wrong:
+            return self._left_out(step)
+        self._num_consecutive_nonfinite = 0
+        return {"loss": numbers["loss"], **{name: numbers[f"{name} loss"] for name in terms}}
 
     # --- evaluation -------------------------------------------------------------------------
 
@@ -214,7 +227,7 @@ class Peer:
         Raises:
             NonFiniteLossError: an embedding is NaN or infinite.
         """
-        net = self._ema_net if ema and self.ema is not None else self.net
+        net = self.ema.net if ema and self.ema is not None else self.net
         embedded = []
         for chunk in chunks:
             raw = self._infer(net, self._on_device(chunk), features=features)
@@ -222,7 +235,7 @@ class Peer:
             after_chunk()
         embeddings = torch.cat(embedded)
         if not torch.isfinite(embeddings).all():
-            raise self._not_finite("embedding of an image", "in an evaluation")
+            raise self._not_finite("embedding of an image")
         return embeddings.numpy()
 
     # --- state ------------------------------------------------------------------------------
@@ -244,9 +257,9 @@ class Peer:
             },
         }
         if self.ema is not None:
-            state["ema"] = self.ema.module.state_dict()
-            state["ema_adapters"] = adapter_state(self._ema_net)
-            state["num_ema_updates"] = self.ema.n_averaged
+            state["ema"] = self.ema.net.state_dict()
+            state["ema_adapters"] = adapter_state(self.ema.net)
+            state["num_ema_updates"] = self.ema.num_updates
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,7 +267,7 @@ class Peer:
         load_net_weights(self.net, state["net"], f"of {self.name}")
         if "optimizer" not in state:
             if self.ema is not None and "ema" in state:
-                self.ema.module.load_state_dict(state["ema"])
+                self.ema.net.load_state_dict(state["ema"])
             return
         load_adapter_state(self.net, state.get("adapters", {}))
         self.metric.load_state_dict(state["metric"])
@@ -264,9 +277,9 @@ class Peer:
         self._scaler.load_state_dict(state["scaler"])
         self._num_consecutive_nonfinite = state["num_consecutive_nonfinite"]
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-            load_adapter_state(self._ema_net, state["ema_adapters"])
-            self.ema.n_averaged.copy_(state["num_ema_updates"])
+            self.ema.net.load_state_dict(state["ema"])
+            load_adapter_state(self.ema.net, state["ema_adapters"])
+            self.ema.num_updates = state["num_ema_updates"]
         for name, parameter in self._named_parameters():
             gradient = state["gradients"].get(name)
             # A gradient has the memory layout of its parameter.
@@ -282,70 +295,37 @@ class Peer:
         load_net_weights(self.net, state["net"], f"for {self.name}")
         load_adapter_state(self.net, state.get("adapters", {}))
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["net"])
-            load_adapter_state(self._ema_net, state.get("adapters", {}))
+            self.ema.net.load_state_dict(state["net"])
+            load_adapter_state(self.ema.net, state.get("adapters", {}))
 
     # --- inside -----------------------------------------------------------------------------
 
-    def _learns_from(self, step: int) -> bool:
-        if self.config.frozen:
-            return False
-        return self.config.update_mode == "accumulate" or (step + 1) % self.config.update_interval == 0
-
-    def _forward_with_graph(self, images: Tensor, step: int) -> Tensor:
+    def _embed_to_learn(self, images: Tensor, step: int) -> LearnedOutput:
         self.net.train()
-        # BatchNorm statistics would keep a value that is not finite forever.
-        before = [buffer.clone() for buffer in self.net.buffers()] if self._skips_nonfinite else []
-        with self._seeded(step, "dropout"), self._autocast():
+        # BatchNorm and the memory of a loss would keep a value that is not finite.
+        undo = Undo(self.net, self._losses) if self._skips_nonfinite else Undo()
+        with self._seeded(step, "dropout"):
             if self.replicas is None:
-                raw = self._training_forward(images)
+                leaf, backward = self._pass.embed(images)
             else:
-                raw = self.replicas.embed(self._training_forward, self.net, images)
-        if before and not torch.isfinite(raw).all():
-            for buffer, old in zip(self.net.buffers(), before, strict=True):
-                buffer.copy_(old)
-        return raw
+                leaf, backward = self.replicas.embed(self._pass, self.net, images)
+        size = largest(leaf)
+        raw = or_stand_in(leaf.requires_grad_(), size)
+        return LearnedOutput(leaf, size, raw, F.normalize(raw), backward, undo)
 
-    def _backward(self, loss: Tensor) -> None:
-        accumulates = self.config.update_mode == "accumulate"
-        num_batches = self.config.update_interval if accumulates else 1
-        self._scaler.scale(loss / num_batches).backward()
-        if self.replicas is not None:
-            self.replicas.backward(self.net)
-
-    def _update_if_due(self, step: int) -> bool:
-        """The update at the end of an interval; False if the gradient is not finite."""
-        is_due = (step + 1) % self.config.update_interval == 0
-        if is_due and any(p.grad is not None for _, p in self._named_parameters()):
-            return self._optimizer_step(step)
-        return True
-
-    def _optimizer_step(self, step: int) -> bool:
-        set_learning_rates(self.optimizer, self.config.schedule, step)
-        if self.config.optimizer.clip_norm is not None:
-            self._scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.optimizer.clip_norm)
-        if not self._scaler.is_enabled():  # the scaler itself leaves out updates that overflow
-            gradients = [p.grad for _, p in self._named_parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            if not self._check_finite("gradient", norm, step):
-                self.optimizer.zero_grad(set_to_none=True)
-                return False
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update_parameters(self.net)
-        return True
+    def _left_out(self, step: int) -> dict[str, float]:
+        """Counts a batch that is left out because a value is not finite."""
+        self._num_consecutive_nonfinite += 1
+        if self._num_consecutive_nonfinite > self._max_consecutive_nonfinite:
+            raise NonFiniteLossError(
+                f"{self.name}: {self._num_consecutive_nonfinite} batches in a row had values that are not "
+                f"finite, the last at step {step + 1} (failure.max_consecutive_nonfinite)"
+            )
+        return {"skipped_nonfinite": 1.0}
 
     def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         own = [(f"net.{name}", p) for name, p in self.net.named_parameters()]
         return own + list(self._losses.named_parameters())
-
-    @property
-    def _ema_net(self) -> EmbeddingNet:
-        assert self.ema is not None
-        return cast(EmbeddingNet, self.ema.module)
 
     def _to_publish(self, raw: Tensor) -> Tensor:
         return F.normalize(raw) if self._publishes_unit_length else raw
@@ -358,6 +338,11 @@ class Peer:
                 return net.backbone_features(images) if features else net.forward_unnormalized(images)
             return self.replicas.infer(net, images, ema=net is not self.net, features=features)
 
+    def _infer_batch(self, net: EmbeddingNet, images: Tensor) -> Tensor:
+        """The same for a training batch, of which no more than a micro batch is computed at a time."""
+        chunks = images.split(self._chunk_size or len(images))
+        return torch.cat([self._infer(net, chunk) for chunk in chunks])
+
     def _on_device(self, images: Tensor) -> Tensor:
         return images.to(self.device, non_blocking=True)
 
@@ -368,15 +353,9 @@ class Peer:
         """Random draws of this peer follow its seed and the key, not its name or position."""
         return seeded(self._run_seed, self.config.seed or 0, *key)
 
-    def _check_finite(self, what: str, value: Tensor, step: int) -> bool:
-        """Whether all values are finite. Raises NonFiniteLossError unless such batches are skipped."""
-        is_finite = bool(torch.isfinite(value).all())
-        if not is_finite and not self._skips_nonfinite:
-            # Messages count steps from 1, as metrics.jsonl does.
-            raise self._not_finite(what, f"at step {step + 1}")
-        return is_finite
-
-    def _not_finite(self, what: str, when: str) -> NonFiniteLossError:
+    def _not_finite(self, what: str, step: int | None = None) -> NonFiniteLossError:
+        # Messages count steps from 1, as metrics.jsonl does.
+        when = "in an evaluation" if step is None else f"at step {step + 1}"
         return NonFiniteLossError(
             f"{self.name}: the {what} is not finite {when}; try a lower learning rate, "
             "optimizer.clip_norm, or a smaller weight of the mutual term"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from ray_dmml.errors import ExchangeLostError, PeerLostError, UserError
+from ray_dmml.errors import ExchangeLostError, NonFiniteTeacherError, PeerLostError, UserError
 
 
 def cause_of(error: Exception) -> Exception:
@@ -25,6 +25,11 @@ def is_user_mistake(error: Exception) -> bool:
     return isinstance(error, UserError) and not isinstance(error, PeerLostError)
 
 
+def is_own_cause(error: Exception) -> bool:
+    """Whether it is a user's mistake that no failure of another peer has caused."""
+    return is_user_mistake(error) and not isinstance(error, NonFiniteTeacherError)
+
+
 def first_cause(failures: Mapping[str, Exception], num_sent: Mapping[str, int]) -> Exception:
     """The failure that caused the others: a user's mistake, then a death, then a lost exchange.
 
@@ -33,7 +38,7 @@ def first_cause(failures: Mapping[str, Exception], num_sent: Mapping[str, int]) 
         num_sent: number of steps whose embeddings each peer has sent, by name.
     """
     causes = [cause_of(failure) for failure in failures.values()]
-    for cause in causes:
+    for cause in sorted(causes, key=is_own_cause, reverse=True):
         if is_user_mistake(cause):
             return cause
     deaths = {name: reason_of(failure) for name, failure in failures.items() if is_death(failure)}

@@ -21,7 +21,7 @@ import ray
 from ray_dmml.cohort.phases import PHASES, PhaseClock
 from ray_dmml.config.code import Files
 from ray_dmml.config.schema import Config, DataConfig
-from ray_dmml.errors import ReplicaLostError, UserError, WorkerLostError
+from ray_dmml.errors import NonFiniteTeacherError, ReplicaLostError, UserError, WorkerLostError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,6 +155,8 @@ class PeerActor:
         try:
             for step in range(start, stop):
                 rows.append(self._step(step, clock))
+        except NonFiniteTeacherError:
+            raise  # the peer that is the cause still needs the exchange to get to its own error
         except BaseException:
             # Peers that wait for this one in a group are woken when its sockets close.
             self.exchange.close()

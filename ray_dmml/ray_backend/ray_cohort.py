@@ -33,7 +33,7 @@ from ray_dmml.errors import PeerLostError
 from ray_dmml.ray_backend import resting_peers
 from ray_dmml.ray_backend.coordinator import Coordinator, PeerStatus
 from ray_dmml.ray_backend.failure_detector import FailureDetector
-from ray_dmml.ray_backend.failures import cause_of, first_cause, is_death, is_user_mistake, reason_of
+from ray_dmml.ray_backend.failures import cause_of, first_cause, is_death, is_own_cause, reason_of
 from ray_dmml.ray_backend.peer_actor import PeerActor, PeerPlace, Processes
 from ray_dmml.ray_backend.placement import num_workers_of, threads_of
 from ray_dmml.ray_backend.reservation import Reservation
@@ -278,7 +278,7 @@ class RayCohort:
 
     def _explain(self, error: Exception, refs: Mapping[str, Any]) -> Exception:
         """The failure that caused the others."""
-        if is_user_mistake(cause_of(error)):
+        if is_own_cause(cause_of(error)):
             return cause_of(error)
         # A death is its own cause. Everything else that a peer raises may follow from another peer's death.
         grace = POLL_S if is_death(error) else self.grace_s

@@ -25,17 +25,17 @@ from ray_dmml.ray_backend.rendezvous import store_at
 class ReplicaActor:
     """The process of one more replica of a peer."""
 
-    def build(self, config: PeerConfig, run_seed: int, code: Files, threads: int) -> None:
+    def build(self, config: PeerConfig, run_seed: int, micro_batch: int | None, code: Files, threads: int) -> None:
         prepare_process(threads)
         use_code(code)
-        self._config, self._run_seed = config, run_seed
+        self._config, self._run_seed, self._micro_batch = config, run_seed, micro_batch
         self._device = device_of(config)
 
     def serve(self, port: int, rank: int, patience: float) -> None:
         """Works until the peer is gone."""
         config, store = self._config, TCPStore(LOOPBACK, port, is_master=False)
         channel = ReplicaChannel(store, rank, config.num_replicas, self._device, str(config.name), patience)
-        Replica(config, self._run_seed, channel).serve()
+        Replica(config, self._run_seed, channel, self._micro_batch).serve()
 
 
 class ReplicaActors:
@@ -54,7 +54,8 @@ class ReplicaActors:
             return
         self._actors = [ray.remote(ReplicaActor).options(**options).remote() for _ in range(1, size)]
         try:
-            ray.get([actor.build.remote(peer.config, config.seed, code, threads) for actor in self._actors])
+            arguments = peer.config, config.seed, config.data.micro_batch, code, threads
+            ray.get([actor.build.remote(*arguments) for actor in self._actors])
         except RayActorError as error:
             raise ReplicaLostError(f"{peer.name}: a replica died at its start: {first_line(error)}") from error
         patience = config.cohort.start_timeout_s / 3

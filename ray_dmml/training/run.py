@@ -53,6 +53,7 @@ MAY_CHANGE_ON_RESUME = (
     "cohort.start_timeout_s",
     "cohort.peers.*.resources*",
     "cohort.peers.*.labels*",
+    "cohort.peers.*.checkpoint_activations",
 )
 
 

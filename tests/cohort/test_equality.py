@@ -88,7 +88,7 @@ def test_ray_equals_in_process(
 @pytest.mark.parametrize("transport", ["direct", pytest.param("coordinator", marks=pytest.mark.slow)])
 def test_ray_equals_in_process_with_few_teachers(ray_start_4_cpus: None, image_folder: Path, transport: str) -> None:
     """4 peers of unlike, also odd embedding sizes that learn from 2 others each, drawn again at every step, by terms
-    with each as a teacher and by terms with one ensemble; embeddings of several blocks."""
+    with each as a teacher and by terms with one ensemble; embeddings of several blocks; micro batches."""
     from ray_dmml.ray_backend.ray_cohort import RayCohort
 
     loss = {
@@ -96,7 +96,7 @@ def test_ray_equals_in_process_with_few_teachers(ray_start_4_cpus: None, image_f
         "similarity": {"weight": 0.1, "decay_until": 4},
         "relaxed_contrastive": {"weight": 0.2, "teacher": "ensemble"},
     }
-    raw = tiny(image_folder, data={"classes_per_batch": 5, "images_per_class": 5}, loss=loss)
+    raw = tiny(image_folder, data={"classes_per_batch": 5, "images_per_class": 5, "micro_batch": 8}, loss=loss)
     raw["cohort"] |= {"max_teachers": 2, "transport": transport}
     sizes = (2000, 15, 701, 3)
     raw["cohort"]["peers"] = [{"embedding_size": size} for size in sizes]

@@ -63,7 +63,7 @@ def own(tmp_path: Path) -> Iterator[None]:
 
 
 def build(**config: Any) -> MutualLoss:
-    return MutualLoss(LossConfig.model_validate(config), 8, ignore_nonfinite=False)
+    return MutualLoss(LossConfig.model_validate(config), 8)
 
 
 def batch() -> tuple[Tensor, list[Tensor]]:
@@ -204,18 +204,6 @@ def test_one_teacher_of_many_peers(place: int, teacher: str) -> None:
         for embedding in (None, unit.detach())
     )
     torch.testing.assert_close(published_now, published_before)
-
-
-@pytest.mark.parametrize("teacher", ["ensemble", "others"])
-def test_one_teacher_leaves_out_peers_that_are_not_finite(teacher: str) -> None:
-    """The order of the others stays. Without any other there is no teacher: a peer does not learn from itself."""
-    raw, teachers = batch()
-    config = LossConfig.model_validate({"relational": {"teacher": teacher}})
-    loss = MutualLoss(config, 8, ignore_nonfinite=True)
-    bad = torch.full((6, 3), float("nan"))
-    good = loss(raw, F.normalize(raw), teachers, 0, place=1)[0]
-    assert loss(raw, F.normalize(raw), [bad, *teachers], 0, place=2)[0].item() == good.item()
-    assert loss(raw, F.normalize(raw), [bad], 0, place=1) == (None, {})
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,6 @@ def connect(path: str, rank: int, size: int) -> ReplicaChannel:
     return ReplicaChannel(FileStore(path, size), rank, size, torch.device("cpu"), NAME, 60)
 
 
-def serve(path: str, rank: int, size: int, config: PeerConfig) -> None:
+def serve(path: str, rank: int, size: int, config: PeerConfig, micro_batch: int | None) -> None:
     torch.set_num_threads(1)
-    Replica(config, RUN_SEED, connect(path, rank, size)).serve()
+    Replica(config, RUN_SEED, connect(path, rank, size), micro_batch).serve()

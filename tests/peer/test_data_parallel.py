@@ -47,15 +47,18 @@ def share(processes: Any, tmp_path: Path) -> Share:
     """Builds a peer with replicas: ``with share(config, size, **loss) as (peer, replicas)``."""
 
     @contextmanager
-    def shared(config: PeerConfig, size: int, **loss: Any) -> Iterator[tuple[Peer, list[BaseProcess]]]:
+    def shared(
+        config: PeerConfig, size: int, micro_batch: int | None = None, **loss: Any
+    ) -> Iterator[tuple[Peer, list[BaseProcess]]]:
         path = str(tmp_path / "store")
         replicas = [
-            processes.Process(target=replica_process.serve, args=(path, rank, size, config)) for rank in range(1, size)
+            processes.Process(target=replica_process.serve, args=(path, rank, size, config, micro_batch))
+            for rank in range(1, size)
         ]
         for replica in replicas:
             replica.start()
         try:
-            peer = build(config, **loss)
+            peer = build(config, {"micro_batch": micro_batch}, **loss)
             peer.replicas = Replicas(replica_process.connect(path, 0, size))
             yield peer, replicas
         finally:
@@ -73,6 +76,7 @@ def publish(peer: Peer, step: int) -> Tensor:
 
 MUTUAL: dict[str, Any] = {"relational": {"distance_weight": 1.0, "angle_weight": 2.0}}
 RAW: dict[str, Any] = {"relational": {**MUTUAL["relational"], "normalize": False}}
+MICRO: dict[str, Any] = {**MUTUAL, "micro_batch": 4}
 MEMORY = {"name": "CrossBatchMemory", "args": {"memory_size": 30, "loss": {"name": "ContrastiveLoss"}}}
 CASES = [
     (2, {"batch_norm": "frozen"}, MUTUAL),
@@ -82,6 +86,7 @@ CASES = [
     (2, {"batch_norm": "frozen", "update_interval": 2}, MUTUAL),
     (2, {"batch_norm": "frozen"}, {**MUTUAL, "metric": MEMORY}),
     (2, {"batch_norm": "train", "freeze_blocks": "all"}, MUTUAL),
+    (2, {"batch_norm": "frozen", "ema": {"decay": 0.5, "as_teacher": True}, "update_interval": 2}, MICRO),
 ]
 
 
@@ -96,6 +101,7 @@ CASES = [
         "accumulating",
         "a loss with a memory",
         "frozen backbone",
+        "micro batches",
     ],
 )
 def test_replicas_learn_what_one_device_learns_from_the_whole_batch(
@@ -103,7 +109,7 @@ def test_replicas_learn_what_one_device_learns_from_the_whole_batch(
 ) -> None:
     """12 images on 2 processes, and on 5, which divides them unevenly: losses, weights, embeddings."""
     config = settings(**{**STILL, "optimizer": SLOW, **more})
-    alone = build(config, **loss)
+    alone = build(config, **{key: value for key, value in loss.items() if key != "micro_batch"})
     before = [p.detach().clone() for p in alone.net.parameters()]
     expected = train(alone, 0, 4, *SIZES)
     with share(config, size, **loss) as (peer, _):

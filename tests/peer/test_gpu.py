@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same, tiny
+from torch.overrides import TorchFunctionMode
 
 from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
 from ray_dmml.cohort.local import LocalCohort
@@ -74,6 +75,53 @@ def test_a_peer_trains_on_a_gpu(image_folder: Path, amp: str) -> None:
     assert embeddings.dtype == torch.float32
     assert torch.allclose(embeddings.norm(dim=1), torch.ones(len(embeddings)), atol=1e-5)
     assert bool(peer.state_dict()["scaler"]) is (amp == "float16")
+
+
+class OneRead(TorchFunctionMode):
+    """Waiting for the GPU is an error inside of this block, except in ``Tensor.tolist``, whose calls are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __enter__(self) -> OneRead:
+        torch.cuda.set_sync_debug_mode("error")
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.cuda.set_sync_debug_mode("default")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.Tensor.tolist:
+            return func(*args, **(kwargs or {}))
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.count += 1
+            torch.cuda.set_sync_debug_mode("error")
+
+
+@pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_a_step_waits_once_for_the_gpu(image_folder: Path, amp: str, micro_batch: int | None) -> None:
+    """The optimizer, the average and the scaler included, with the default loss and its miner."""
+    config = config_of(image_folder, amp=amp, ema={"decay": 0.5}, optimizer={"lr": 1e-3, "clip_norm": 1.0})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"micro_batch": micro_batch})})
+    splits = load_splits(config.data)
+    peer = build_peer(config, 0, splits.train.num_classes, torch.device("cuda"), True)
+    train(peer, config, 0, 3)
+    with closing(DecodedBatches(splits.train, build_sampler(config, splits))) as loader:
+        for step in (3, 4):
+            batch = loader.batch(step)
+            teacher = torch.nn.functional.normalize(torch.randn(len(batch.labels), 16, device="cuda"))
+            torch.cuda.synchronize()
+            with OneRead() as reads:
+                out = peer.forward(batch)
+                peer.step(out, peer.metric_loss(out), [teacher])
+            assert reads.count == 1
 
 
 def test_the_state_moves_between_devices(image_folder: Path) -> None:

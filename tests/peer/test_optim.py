@@ -103,7 +103,7 @@ def test_frozen_blocks_stay_the_same_and_the_rest_learns(blocks: int | str) -> N
     inside = ("conv1", "bn1", "layer1", "layer2") if blocks == 2 else ("",)
     frozen = tuple(f"backbone.{name}" for name in inside)
     assert peer.ema is not None
-    for net in (peer.net, peer.ema.module):
+    for net in (peer.net, peer.ema.net):
         for key, tensor in net.state_dict().items():
             assert torch.equal(tensor, before[key]) == key.startswith(frozen), key
     trained = {id(p) for group in peer.optimizer.param_groups for p in group["params"]}

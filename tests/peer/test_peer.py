@@ -257,7 +257,7 @@ def test_a_non_finite_term_stops_before_anything_is_learned(image_folder: Path) 
     with torch.no_grad():
         peer.net.head.weight.fill_(math.inf)
     with pytest.raises(NonFiniteLossError, match=r"peer0: the embedding is not finite at step 4"):
-        out = peer.forward(batch(3))
+        train(peer, 3, 4)
     with pytest.raises(NonFiniteLossError, match="peer0: the embedding of an image is not finite"):
         peer.embed_images([batch(0).images])
 
@@ -296,17 +296,43 @@ def test_nonfinite_values_of_its_own_are_skipped() -> None:
     assert peer.state_dict()["num_consecutive_nonfinite"] == 0
 
 
-def test_bad_numbers_of_another_do_not_reach_it() -> None:
-    """`skip`: a teacher whose embeddings are not finite is none at that step; the mean is over those
-    that are left."""
-    poisoned, spared = build(numbers=SKIP), build(numbers=SKIP)
-    right = teachers(0, 5, 6)
-    bad = right[0].clone()
-    bad[3, 2] = torch.nan
-    _, found = step_of(poisoned, 0, [bad, right[1]])
-    _, expected = step_of(spared, 0, [right[1]])
-    assert found == expected
+MEMORY = {"name": "CrossBatchMemory", "args": {"memory_size": 30, "loss": {"name": "ContrastiveLoss"}}}
+
+
+@pytest.mark.parametrize("teacher", ["each", "ensemble"])
+def test_bad_numbers_of_another_do_not_reach_it(teacher: str) -> None:
+    """`skip`: a peer whose embeddings are not finite is no teacher at that step; the rest is as if it had not been
+    there: the order of the others, the gradients of earlier batches, BatchNorm, the memory of the loss."""
+    config, loss = settings(**STILL, update_interval=3), {"metric": MEMORY, "relational": {"teacher": teacher}}
+    poisoned, spared = build(config, SKIP, **loss), build(config, SKIP, **loss)
+    for step in range(3):
+        right = teachers(step, 5, 6)
+        bad = right[0].clone()
+        bad[3, 2] = torch.nan
+        others = right if step == 0 else [bad, right[1]] if step == 1 else [bad]
+        left = [other for other in others if other is not bad]
+        out, expected = poisoned.forward(batch(step)), spared.forward(batch(step))
+        found = poisoned.step(out, poisoned.metric_loss(out), others, place=1)
+        assert found == spared.step(expected, spared.metric_loss(expected), left, place=int(step == 0))
+        assert ("distance" in found) == (step < 2)
     assert_same(weights_of(poisoned), weights_of(spared))
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_batch_that_is_left_out_leaves_no_trace(interval: int) -> None:
+    """`skip`: the peer goes on as if the batch had not been, with the gradients of those before and after it."""
+    config = settings(**STILL, update_interval=interval, ema={"decay": 0.5})
+    disturbed, spared = build(config, SKIP, metric=MEMORY), build(config, SKIP, metric=MEMORY)
+    for step in range(6):
+        if step == 4:
+            weight = next(disturbed.net.parameters()).data
+            good = weight.clone()
+            weight.fill_(torch.inf)
+            assert step_of(disturbed, step, teachers(step, 5))[1] == {"skipped_nonfinite": 1.0}
+            weight.copy_(good)
+        else:
+            assert step_of(disturbed, step, teachers(step, 5))[1] == step_of(spared, step, teachers(step, 5))[1]
+    assert_same(weights_of(disturbed), weights_of(spared))
 
 
 def test_nonfinite_gradients_are_skipped() -> None:
@@ -416,7 +442,7 @@ def test_averaging_is_an_exponential_moving_average(as_teacher: bool) -> None:
     naive: dict[str, Tensor] | None = None
     for step in range(8):
         if naive is not None:
-            net = copy.deepcopy(peer.ema.module if as_teacher else peer.net)
+            net = copy.deepcopy(peer.ema.net if as_teacher else peer.net)
             if as_teacher:
                 net.eval()
             else:
@@ -432,7 +458,7 @@ def test_averaging_is_an_exponential_moving_average(as_teacher: bool) -> None:
         if step % 2 == 1:
             naive = live if naive is None else {k: 0.8 * naive[k] + 0.2 * live[k] for k in live}
         if naive is not None:
-            for name, parameter in peer.ema.module.named_parameters():
+            for name, parameter in peer.ema.net.named_parameters():
                 assert torch.allclose(parameter, naive[name], atol=1e-6), name
     assert naive is not None and not torch.allclose(naive["head.weight"], live["head.weight"])
 
@@ -532,8 +558,8 @@ def test_load_weights_takes_the_net_only() -> None:
     train(donor, 0, 3)
     peer.load_weights(donor.state_dict())
     assert_same(weights(peer), weights(donor))
-    assert_same(peer.ema.module.state_dict(), donor.net.state_dict())
-    assert peer.optimizer.state_dict()["state"] == {} and int(peer.ema.n_averaged) == 0
+    assert_same(peer.ema.net.state_dict(), donor.net.state_dict())
+    assert peer.optimizer.state_dict()["state"] == {} and peer.ema.num_updates == 0
     misfit = build_embedding_net(settings(embedding_size=9), 0).state_dict()
     with pytest.raises(UserError, match=r"weights for peer0 do not fit: head\.weight"):
         peer.load_weights({"net": misfit, "adapters": {}})
