@@ -370,6 +370,18 @@ def test_too_many_bad_batches_in_a_row(image_folder: Path) -> None:
     assert all(math.isfinite(row["peer0"]["loss"]) for row in rows)
 
 
+def test_the_peer_that_is_the_cause_is_named(image_folder: Path) -> None:
+    """`fail`: the peer before it in peer order has a loss that is not finite, too, and only because of it."""
+    raw = tiny(image_folder)
+    raw["cohort"]["peers"] = [{}, {"optimizer": {"name": "sgd", "lr": 1e30}}]
+    config = Config.parse(raw)
+    with (
+        closing(LocalCohort(config, load_splits(config.data))) as cohort,
+        pytest.raises(NonFiniteLossError, match="peer1: the embedding is not finite at step 2"),
+    ):
+        cohort.run(0, 10, lambda finished: None)
+
+
 @pytest.mark.parametrize("interval", [1, 3])
 def test_accumulating_is_one_step_on_the_mean_gradient(interval: int) -> None:
     """After each k-th batch, and only then, the weights move by lr times the mean of k gradients."""
