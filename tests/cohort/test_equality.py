@@ -166,7 +166,7 @@ def test_a_mutual_cohort_agrees_on_one_geometry(image_folder: Path) -> None:
     """With a strong mutual term the peers end with the same relative distances; apart they do not."""
 
     def disagreement(weight: float) -> float:
-        loss = {"relational": {"distance_weight": weight, "angle_weight": weight}}
+        loss = {"relational": {"distance_weight": weight, "angle_weight": weight, "normalize": True}}
         config = Config.parse(tiny(image_folder, loss=loss))
         with closing(LocalCohort(config, load_splits(config.data))) as cohort:
             cohort.run(0, 40, lambda finished: None)
