@@ -59,6 +59,7 @@ ROWS = {
     "trial-start": ("start", "trial_start"),
     "memory": ("steps", "memory"),
     "micro-batch": ("micro_batch", "micro_batch"),
+    "checkpoint": ("checkpoints", "checkpoint"),
     "scaling": ("scaling", "scaling"),
     "published": ("published", "published"),
     "export": ("exported", "export"),

@@ -25,6 +25,7 @@ import torch
 import typer
 from PIL import Image
 
+from ray_dmml.cohort.cohort import Cohort
 from ray_dmml.config.schema import Config
 
 torch.set_num_threads(1)
@@ -214,6 +215,12 @@ def unlike_peers(root: Path, **changes: Any) -> Config:
         },
     ]
     return Config.parse(raw)
+
+
+def state_of(cohort: Cohort) -> dict[str, dict[str, bytes]]:
+    """The contents of the files that the peers of a cohort save."""
+    with tempfile.TemporaryDirectory(prefix="ray-dmml-tests-") as folder:
+        return {name: dict(files) for name, files in cohort.save(Path(folder)).items()}
 
 
 @pytest.fixture

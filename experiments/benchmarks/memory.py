@@ -21,13 +21,14 @@ def resident(pid: int) -> dict[str, float]:
 def peak_beyond(work: Callable[[], object]) -> float:
     """MiB by which this process's resident memory rises at most while ``work`` runs."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmHWM")
+    before = peak()
     work()
-    return _status("VmHWM") - before
+    return peak() - before
 
 
-def _status(name: str) -> float:
+def peak() -> float:
+    """MiB of resident memory that this process had at most."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
+        if line.startswith("VmHWM:"):
             return float(line.split()[1]) / MIB
-    raise RuntimeError(f"/proc/self/status has no {name}")
+    raise RuntimeError("/proc/self/status has no VmHWM")

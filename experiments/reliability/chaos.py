@@ -3,7 +3,8 @@
     python experiments/reliability/chaos.py --runs 60
 
 Each run trains peers that differ on Ray. Its seed determines which faults strike it and when: during a step,
-while a checkpoint is written, during an evaluation, or during the recovery from an earlier fault. A row records the
+while a checkpoint is written, during an evaluation, or during the recovery from an earlier fault. Seeds from 60 on
+begin with a fault between two files of a checkpoint. A row records the
 faults, and whether weights, optimizers and metrics equal those of the undisturbed run to the bit. If lost peers are
 dropped, the run must equal one in which they leave at that step.
 """
@@ -50,6 +51,16 @@ FAULTS = (
     "damage embedding",
     "pause driver",
 )
+
+FAULTS_IN_CHECKPOINTS = ("kill peer in checkpoint", "kill driver in checkpoint")
+"""A peer dies when it has written its files and they are not synced yet; the driver dies when one peer has written its
+files and another has not."""
+
+NUM_FIRST_SEEDS = 60
+"""Seeds from this on begin with one of these. What the seeds below draw must not change: runs are named by them."""
+
+DROPPING = ("kill peer", "stop peer", "kill peer in checkpoint")
+"""Faults of the variant `drop`, which says what a run ends with if nothing but peers is lost."""
 
 VARIANTS = ("three", "five", "two teachers", "odd", "drop")
 """Three peers; five; five that learn from two others each; three whose batch and embeddings have odd
@@ -168,6 +179,10 @@ class Striker:
             self._cut_the_last_checkpoint(fault)
         elif what == "full disk":
             self._fill_the_disk()
+        elif what == "kill peer in checkpoint":
+            (self._folder / f"dies-{peer}").touch()
+        elif what == "kill driver in checkpoint":
+            (self._folder / f"kills-driver-{peer}").touch()
         elif what == "damage embedding":
             (self._folder / "damage").touch()
         elif what == "pause driver":
@@ -273,8 +288,25 @@ def drive(folder: Path) -> None:
                 parts[0].view("u1").reshape(-1)[5] ^= 4
             return await Coordinator.exchange(self, step, rank, teachers, expected, *parts)
 
-    class DamagingPeer(PeerActor):
-        """The same if embeddings go from peer to peer: it changes what is sent, after the checksum was taken."""
+    driver = os.getpid()
+
+    class FaultyPeer(PeerActor):
+        """Changes what it sends to another peer after the checksum was taken, and kills in checkpoints."""
+
+        def save(self, draft: Path) -> Any:
+            dies, kills = (folder / f"{what}-{draft.name}" for what in ("dies", "kills-driver"))
+            if dies.exists():
+                dies.unlink()
+                name, kill = "fsync", lambda _: os.kill(os.getpid(), signal.SIGKILL)
+                setattr(os, name, kill)
+            if kills.exists():
+                kills.unlink()
+                others = [other for other in draft.parent.iterdir() if other != draft]
+                while not any(list(other.glob("training.pt")) for other in others):
+                    time.sleep(0.005)
+                os.kill(driver, signal.SIGKILL)
+                time.sleep(HANGS_S)
+            return super().save(draft)
 
         def join(self, *arguments: Any) -> Any:
             place = super().join(*arguments)
@@ -292,7 +324,7 @@ def drive(folder: Path) -> None:
             return place
 
     class FaultyCohort(RayCohort):
-        peer_class = DamagingPeer
+        peer_class = FaultyPeer
         coordinator_class = DamagingCoordinator
 
         def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -331,18 +363,22 @@ def drive(folder: Path) -> None:
 def draw(seed: int) -> tuple[str, str, int, list[dict[str, Any]]]:
     """Variant, transport, nodes and faults of a run."""
     chance = random.Random(seed)
-    # Every fault comes first in one run of ten, so that few runs have them all.
-    first, block = seed % len(FAULTS), seed // len(FAULTS)
+    # Every fault comes first in one of as many runs as there are faults, so that few runs have them all.
+    is_old = seed < NUM_FIRST_SEEDS
+    leading, number = (FAULTS, seed) if is_old else (FAULTS_IN_CHECKPOINTS, seed - NUM_FIRST_SEEDS)
+    first, block = number % len(leading), number // len(leading)
     variant = VARIANTS[(first + block) % len(VARIANTS)]
     transport = ("direct", "coordinator")[block % 2]
-    others = ("kill peer", "stop peer") if variant == "drop" else FAULTS
-    chosen = [others[first % len(others)], *chance.choices(others, k=chance.randint(0, 2))]
+    others = FAULTS
+    if variant == "drop":
+        leading, others = (tuple(fault for fault in of if fault in DROPPING) for of in (leading, others))
+    chosen = [leading[first % len(leading)], *chance.choices(others, k=chance.randint(0, 2))]
     nodes = 3 if "kill node" in chosen else 1
     faults = []
     for number, what in enumerate(chosen):
         later = ["step", "step", "save", "evaluation", "recovery", "recovery"]
         moment = chance.choice(later) if number else "step"
-        if what == "cut checkpoint":
+        if what == "cut checkpoint" or what in FAULTS_IN_CHECKPOINTS:
             moment = "step"
         faults.append(
             {
@@ -365,8 +401,8 @@ def outcome(run: Path) -> tuple[Any, str]:
     return (last.step, last.peers), folder.metrics_file.read_text()
 
 
-def after_drops(config: Any, dropped: dict[str, int]) -> dict[str, Any]:
-    """What peers end with where some leave at a step each, trained in this process."""
+def after_drops(config: Any, dropped: dict[str, int], folder: Path) -> dict[str, Any]:
+    """What peers end with where some leave at a step each, trained in this process. Their files are in ``folder``."""
     from ray_dmml.cohort.local import LocalCohort
     from ray_dmml.data.datasets import load_splits
 
@@ -380,7 +416,8 @@ def after_drops(config: Any, dropped: dict[str, int]) -> dict[str, Any]:
                 cohort.load(state)
             if stop > at:
                 cohort.run(at, stop, lambda finished: None)
-            state |= cohort.state()
+            (folder / str(stop)).mkdir(parents=True)
+            state |= cohort.save(folder / str(stop))
         at = stop
     return state
 
@@ -402,7 +439,8 @@ class Undisturbed:
             last = RunDir.open(run).checkpoints.load("last")
             struck = {f"peer{fault['peer']}" for fault in faults}
             dropped = last.meta["dropped"]
-            return dropped.keys() <= struck and last.peers == after_drops(config, dropped)
+            with tempfile.TemporaryDirectory(dir=self._work) as folder:
+                return dropped.keys() <= struck and last.peers == after_drops(config, dropped, Path(folder))
         if variant not in self._found:
             alone = self._work / f"undisturbed-{variant}"
             train(config, alone, local=True, progress=False)

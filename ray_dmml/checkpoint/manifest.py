@@ -10,9 +10,12 @@ import stat
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_dmml.errors import UserError
+
+if TYPE_CHECKING:
+    from ray_dmml.checkpoint.peer_files import PeerFiles
 
 FORMAT = 2
 """Version of the format of checkpoints. A reader refuses the formats before and after its own."""
@@ -54,12 +57,10 @@ def load_with_checksum(path: Path) -> dict[str, Any]:
     return content
 
 
-def dump_manifest(step: int, peers: Mapping[str, Mapping[str, bytes]], meta: Mapping[str, Any], *, best: bool) -> bytes:
+def dump_manifest(step: int, peers: Mapping[str, PeerFiles], meta: Mapping[str, Any], *, best: bool) -> bytes:
     """Encodes the manifest of a checkpoint; for the arguments see ``CheckpointStore.save``."""
     files = {
-        f"{peer}/{name}": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for peer, contents in peers.items()
-        for name, content in contents.items()
+        f"{peer}/{name}": entry._asdict() for peer, files in peers.items() for name, entry in files.entries.items()
     }
     fields = {"format": FORMAT, "version": _own_version(), "step": step, "best": best, "files": files, "meta": meta}
     return dump_with_checksum(fields)
@@ -94,7 +95,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         for name, entry in manifest["files"].items():
             if not _PEER_FILE.fullmatch(name):
                 raise ValueError(f"{name!r:.100} is not the name of a peer's file")
-            if not isinstance(entry, dict) or not entry.keys() >= {"size", "sha256"}:
+            if not isinstance(entry, dict) or (type(entry.get("size")), type(entry.get("sha256"))) != (int, str):
                 raise ValueError(f"{name!r:.100} has no size or no checksum")
         return manifest
     except (ValueError, KeyError, RecursionError) as error:

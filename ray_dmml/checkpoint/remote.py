@@ -10,18 +10,21 @@ interruption at any point the index names a complete checkpoint, and the copy is
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow
 from pyarrow import fs
 
 from ray_dmml.atomic_files import wait_for_disk
 from ray_dmml.checkpoint.manifest import DamagedError, dump_with_checksum, read_manifest
+from ray_dmml.checkpoint.peer_files import CHUNK
 from ray_dmml.checkpoint.store import STEP_FOLDER, CheckpointStore, free_name
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.filesystem import open_uri, reason, without_secrets
@@ -87,16 +90,16 @@ class RemoteRun:
                 if copy is None:
                     copy = free_name(name, manifests)
                     for file in read_manifest(store.folder / name)["files"]:
-                        self._put((store.folder / name / file).read_bytes(), f"checkpoints/{copy}/{file}")
-                    self._put(manifest, f"checkpoints/{copy}/manifest.json")
+                        self._put_file(store.folder / name / file, f"checkpoints/{copy}/{file}")
+                    self._put(io.BytesIO(manifest), f"checkpoints/{copy}/manifest.json")
                     manifests[copy] = manifest
                 names[name] = copy
             for name in RUN_FILES:
                 if (folder / name).is_file():
-                    self._put((folder / name).read_bytes(), name)
+                    self._put_file(folder / name, name)
             if names:
                 index = {which: names[name] for which, name in store.index().items()}
-                self._put(dump_with_checksum(index), "checkpoints/index.json")
+                self._put(io.BytesIO(dump_with_checksum(index)), "checkpoints/index.json")
                 for name in set(self._checkpoints()) - set(names.values()):
                     self.files.delete_dir(f"checkpoints/{name}")
 
@@ -129,10 +132,10 @@ class RemoteRun:
 
     def _fetch(self, into: Path) -> None:
         def get(name: str) -> None:
-            content = self._read(name)
-            if content is not None:
+            if self._has(name):
                 (into / name).parent.mkdir(parents=True, exist_ok=True)
-                (into / name).write_bytes(content)
+                with self.files.open_input_stream(name) as source, (into / name).open("wb") as target:
+                    shutil.copyfileobj(source, target, CHUNK)
 
         for name in (*RUN_FILES, "checkpoints/index.json"):
             get(name)
@@ -153,19 +156,26 @@ class RemoteRun:
         return [name for name in folders if STEP_FOLDER.fullmatch(name)]
 
     def _read(self, name: str) -> bytes | None:
-        """The content of a file in the storage, None if it does not exist."""
-        if self.files.get_file_info(name).type != fs.FileType.File:
+        """The content of a small file in the storage, None if it does not exist."""
+        if not self._has(name):
             return None
         with self.files.open_input_stream(name) as stream:
             return stream.read()
 
-    def _put(self, content: bytes, name: str) -> None:
+    def _has(self, name: str) -> bool:
+        return bool(self.files.get_file_info(name).type == fs.FileType.File)
+
+    def _put_file(self, path: Path, name: str) -> None:
+        with path.open("rb") as source:
+            self._put(source, name)
+
+    def _put(self, source: BinaryIO, name: str) -> None:
         """Replaces a file in one step: an object appears with its last part, a file by a rename."""
         temporary = f"{name}.tmp" if self._has_folders else name
         if self._has_folders and "/" in name:
             self.files.create_dir(os.path.dirname(name), recursive=True)
         with self.files.open_output_stream(temporary) as target:
-            target.write(content)
+            shutil.copyfileobj(source, target, CHUNK)
         if self._is_local:
             wait_for_disk(Path(self._base, temporary))
         if self._has_folders:

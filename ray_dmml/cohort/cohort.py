@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 from ray_dmml.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
-    from ray_dmml.checkpoint.store import PeerFiles
+    from ray_dmml.checkpoint.peer_files import PeerFiles
     from ray_dmml.config.schema import CohortConfig
     from ray_dmml.errors import PeerLostError
 
@@ -63,16 +65,25 @@ class Cohort(Protocol):
         """(N, F) float32 pooled features of a split by the backbones of these peers, at unit length."""
         ...
 
-    def state(self) -> dict[str, PeerFiles]:
-        """The state of every peer, as a checkpoint stores it."""
+    def save(self, folder: Path) -> dict[str, PeerFiles]:
+        """Every peer writes its state into a new folder of its name in ``folder``, and waits until it is on the disk.
+
+        Raises:
+            OSError: a file cannot be written.
+            PeerLostError: as :meth:`run`.
+        """
         ...
 
     def load(self, state: Mapping[str, PeerFiles]) -> None:
-        """Restores what :meth:`state` returned."""
+        """Restores what :meth:`save` wrote: every peer reads its own files, and those of others are left alone.
+
+        Raises:
+            DamagedError: a file differs from what was written. The peers must be given a state next.
+        """
         ...
 
     def load_weights(self, state: Mapping[str, PeerFiles]) -> None:
-        """Loads the weights of the nets only; optimizers and counters stay as they were built."""
+        """Does the same with the weights of the nets only; optimizers and counters stay as they were built."""
         ...
 
     def recover(self, failure: PeerLostError, *, drop: bool = False) -> None:

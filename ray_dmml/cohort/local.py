@@ -7,12 +7,13 @@ mutual loss -> backward -> step every k-th batch``
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
-from ray_dmml.checkpoint.store import PeerFiles
+from ray_dmml.checkpoint.peer_files import PeerFiles
+from ray_dmml.checkpoint.peer_state import decode_peer, write_peer
 from ray_dmml.cohort.cohort import StepRow, names_without
 from ray_dmml.cohort.phases import PHASES, PhaseClock
 from ray_dmml.cohort.teachers import Teachers
@@ -133,14 +134,18 @@ class LocalCohort:
                     embeddings[peer.name] = peer.embed_images(chunks, ema=ema, features=features)
         return embeddings
 
-    def state(self) -> dict[str, PeerFiles]:
-        return {peer.name: encode_peer(peer.state_dict()) for peer in self.peers}
+    def save(self, folder: Path) -> dict[str, PeerFiles]:
+        saved = {}
+        for peer in self.peers:
+            (folder / peer.name).mkdir()
+            saved[peer.name] = write_peer(peer.state_dict(), folder / peer.name)
+        return saved
 
-    def load(self, state: Mapping[str, PeerFiles]) -> None:
+    def load(self, state: Mapping[str, Mapping[str, bytes]]) -> None:
         for peer in self.peers:
             peer.load_state_dict(decode_peer(state[peer.name]))
 
-    def load_weights(self, state: Mapping[str, PeerFiles]) -> None:
+    def load_weights(self, state: Mapping[str, Mapping[str, bytes]]) -> None:
         for peer in self.peers:
             peer.load_weights(decode_peer(state[peer.name]))
 

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,12 @@ import ray
 from ray_dmml.cohort.phases import PHASES, PhaseClock
 from ray_dmml.config.code import Files
 from ray_dmml.config.schema import Config, DataConfig
-from ray_dmml.errors import NonFiniteTeacherError, ReplicaLostError, UserError, WorkerLostError
+from ray_dmml.errors import NonFiniteTeacherError, PeerLostError, ReplicaLostError, UserError, WorkerLostError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ray_dmml.checkpoint.store import PeerFiles
+    from ray_dmml.checkpoint.peer_files import FileEntry, PeerFiles
     from ray_dmml.data.dataset import Splits
 
 
@@ -63,6 +64,8 @@ class PeerActor:
         self._is_built = False
         self._coordinator: Any = None
         self._heartbeats: Thread | None = None
+        self._encoded: dict[str, bytes] = {}
+        self._chunks: dict[str, list[bytes]] = {}
 
     def fetch(self, config: DataConfig) -> None:
         """Copies the images to this node if ``data.source`` is set and they are not there."""
@@ -194,23 +197,70 @@ class PeerActor:
                 chunks, ema=ema, features=features, after_chunk=lambda: self._report(num_chunks=1)
             )
 
-    def state(self) -> PeerFiles:
-        """The peer's state, as a checkpoint stores it."""
+    # --- the files of a checkpoint: read and written by this process, or in chunks (file_transfer) ---
+
+    def reaches(self, folder: Path, mode: int) -> bool:
+        """Whether this process can use a folder as ``mode`` says, ``os.R_OK`` or ``os.W_OK``."""
+        return os.access(folder, mode | os.X_OK)
+
+    def save(self, folder: Path) -> PeerFiles | None:
+        """Writes the peer's state into an empty folder of a new checkpoint. None: this process does not reach it; the
+        random name keeps it from taking another folder for it. Raises OSError."""
+        from ray_dmml.checkpoint.peer_state import write_peer
+
+        return write_peer(self._peer.state_dict(), folder) if self.reaches(folder, os.W_OK) else None
+
+    def load(self, files: PeerFiles, weights_only: bool) -> bool:
+        """Restores what :meth:`save` wrote. False: this process does not reach these files."""
+        from ray_dmml.checkpoint.manifest import DamagedError
+        from ray_dmml.checkpoint.peer_state import decode_peer
+
+        if not self.reaches(files.folder, os.R_OK):
+            return False
+        try:
+            state = decode_peer(files)
+        except DamagedError:  # or those of another run, which this node has in the same place
+            return False
+        self._restore(state, weights_only)
+        return True
+
+    def encode(self) -> dict[str, FileEntry]:
+        """Encodes the peer's state as files in memory, for :meth:`read_chunk`."""
+        from ray_dmml.checkpoint.peer_files import FileEntry
         from ray_dmml.checkpoint.peer_state import encode_peer
 
-        return encode_peer(self._peer.state_dict())
+        self._encoded = encode_peer(self._peer.state_dict())
+        return {name: FileEntry.of(content) for name, content in self._encoded.items()}
 
-    def load(self, files: PeerFiles) -> None:
-        """Restores what :meth:`state` returned."""
+    def read_chunk(self, name: str, start: int, size: int) -> bytes:
+        """A part of an encoded file."""
+        return self._encoded[name][start : start + size]
+
+    def write_chunk(self, name: str, chunk: bytes) -> None:
+        """Takes the next part of a file, for :meth:`load_chunks`."""
+        self._chunks.setdefault(name, []).append(chunk)
+
+    def load_chunks(self, entries: Mapping[str, FileEntry], weights_only: bool) -> None:
+        """Does the same as :meth:`load` with files that have arrived. Raises PeerLostError if one was damaged on its
+        way."""
+        from ray_dmml.checkpoint.peer_files import FileEntry
         from ray_dmml.checkpoint.peer_state import decode_peer
 
-        self._peer.load_state_dict(decode_peer(files))
+        files = {name: b"".join(self._chunks.pop(name, [])) for name in entries}
+        if {name: FileEntry.of(content) for name, content in files.items()} != entries:
+            raise PeerLostError(f"{self._peer.name}: its files of a checkpoint were damaged on their way")
+        self._restore(decode_peer(files), weights_only)
 
-    def load_weights(self, files: PeerFiles) -> None:
-        """Loads the weights of the net only."""
-        from ray_dmml.checkpoint.peer_state import decode_peer
+    def forget(self) -> None:
+        """Frees what was encoded or has arrived."""
+        self._encoded.clear()
+        self._chunks.clear()
 
-        self._peer.load_weights(decode_peer(files))
+    def _restore(self, state: dict[str, Any], weights_only: bool) -> None:
+        if weights_only:
+            self._peer.load_weights(state)
+        else:
+            self._peer.load_state_dict(state)
 
     def rest(self) -> bool:
         """Forgets the run, and keeps the process for another :meth:`build`. False: it cannot, since it has replicas."""

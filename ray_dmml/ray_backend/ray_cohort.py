@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from statistics import median_high
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from ray_dmml.cohort.phases import PHASES
 from ray_dmml.config.code import code_in_use
 from ray_dmml.config.schema import Config
 from ray_dmml.errors import PeerLostError
-from ray_dmml.ray_backend import resting_peers
+from ray_dmml.ray_backend import file_transfer, resting_peers
 from ray_dmml.ray_backend.coordinator import Coordinator, PeerStatus
 from ray_dmml.ray_backend.failure_detector import FailureDetector
 from ray_dmml.ray_backend.failures import cause_of, first_cause, is_death, is_own_cause, reason_of
@@ -42,7 +43,7 @@ from ray_dmml.ray_backend.session import only_at, ray_session
 if TYPE_CHECKING:  # these import torch
     import numpy as np
 
-    from ray_dmml.checkpoint.store import PeerFiles
+    from ray_dmml.checkpoint.peer_files import PeerFiles
     from ray_dmml.data.dataset import Splits
 
 POLL_S = 0.25  # between two checks of the peers
@@ -127,14 +128,30 @@ class RayCohort:
         peers = self._config.cohort.peers
         return [name for name in self.names if peers[self._positions[name]].teacher_view == "evaluation"]
 
-    def state(self) -> dict[str, PeerFiles]:
-        return self._gather({name: actor.state.remote() for name, actor in self.actors.items()})
+    def save(self, folder: Path) -> dict[str, PeerFiles]:
+        folder = folder.absolute()  # a peer's process has another current folder
+        for name in self.names:  # so that the driver may remove what another user's process has written
+            (folder / name).mkdir()
+        saved = self._gather({name: actor.save.remote(folder / name) for name, actor in self.actors.items()})
+        for name in [name for name, files in saved.items() if files is None]:
+            saved[name] = file_transfer.fetch(self.actors[name], partial(self._ask, name), folder / name)
+        return saved
 
     def load(self, state: Mapping[str, PeerFiles]) -> None:
-        self._gather({name: actor.load.remote(state[name]) for name, actor in self.actors.items()})
+        self._load(state, weights_only=False)
 
     def load_weights(self, state: Mapping[str, PeerFiles]) -> None:
-        self._gather({name: actor.load_weights.remote(state[name]) for name, actor in self.actors.items()})
+        self._load(state, weights_only=True)
+
+    def _load(self, state: Mapping[str, PeerFiles], *, weights_only: bool) -> None:
+        refs = {name: actor.load.remote(state[name].absolute(), weights_only) for name, actor in self.actors.items()}
+        loaded = self._gather(refs)
+        for name in [name for name, is_loaded in loaded.items() if not is_loaded]:
+            file_transfer.send(self.actors[name], partial(self._ask, name), state[name], weights_only)
+
+    def _ask(self, name: str, ref: Any) -> Any:
+        """The result of a call on one peer."""
+        return self._gather({name: ref})[name]
 
     def recover(self, failure: PeerLostError, *, drop: bool = False) -> None:
         """Forms the next generation. Peers that were lost, or do not answer soon, are started again.

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_dmml.checkpoint.store import PeerFiles
+from ray_dmml.checkpoint.store import WritePeers
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
 from ray_dmml.errors import CheckpointError
@@ -69,7 +69,7 @@ class RunWriter:
     def save(
         self,
         step: int,
-        peers: Mapping[str, PeerFiles],
+        write_peers: WritePeers,
         meta: Mapping[str, Any],
         *,
         best: bool,
@@ -83,7 +83,7 @@ class RunWriter:
 
         def write() -> None:
             self._metrics_file.write(sync=True)  # no checkpoint is ahead of the metrics
-            self._run_dir.checkpoints.save(step, peers, meta, best=best)
+            self._run_dir.checkpoints.save(step, write_peers, meta, best=best)
 
         if step == 0:
             write()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ray_dmml.checkpoint.manifest import DamagedError
-from ray_dmml.checkpoint.store import Checkpoint, PeerFiles
+from ray_dmml.checkpoint.peer_files import PeerFiles
+from ray_dmml.checkpoint.store import Checkpoint
 from ray_dmml.cohort.cohort import Cohort, CohortFactory, StepRow
 from ray_dmml.cohort.phases import WAITING
 from ray_dmml.config.code import code_in_use, digests
@@ -26,6 +28,7 @@ from ray_dmml.evaluation.evaluation import Evaluation, Figures, evaluate_during_
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.training.backbones import evaluate_backbones
 from ray_dmml.training.describe import describe_cohort, describe_early_stop, describe_waits
+from ray_dmml.training.peer_states import load_peers, write_peers
 from ray_dmml.training.pictures import NUM_NEIGHBORS, Pictures
 from ray_dmml.training.recovery import Decision, RecoveryPolicy
 from ray_dmml.training.results import NOT_EVALUATED, evaluate_all, evaluated_split, results_of
@@ -74,7 +77,6 @@ class Trainer:
         self._cohort: Cohort | None = None
         self._saved_step = 0  # of the last checkpoint
         self._reached = 0  # the last step that every peer is known to have finished
-        self._dropped_peers: dict[str, PeerFiles] = {}
         self._step_s = CALL_S  # seconds of a step; before the first one, a step is a call
         self._is_saturated = False  # the user knows that validation cannot improve any more
         self._nonfinite: dict[str, set[int]] = {}  # name of a peer to the steps that it left out
@@ -112,7 +114,7 @@ class Trainer:
             return
         self._loggers.log({"lost": str(failure)}, self._reached)
         has_checkpoint = bool(self.run_dir.checkpoints.index())
-        checkpoint = self.run_dir.checkpoints.load("last") if has_checkpoint else None
+        checkpoint = self.run_dir.checkpoints.load("last", verify=False) if has_checkpoint else None
         starts_again = self._cohort is None or checkpoint is None
         decision = self.policy.decide(failure, checkpoint.step if checkpoint else None, can_drop=not starts_again)
         if starts_again or checkpoint is None:
@@ -179,7 +181,7 @@ class Trainer:
             self._cohort = self._cohort_factory(self.config, self.splits, initial_weights=not has_weights)
             try:
                 if checkpoint is not None:
-                    self.cohort.load(checkpoint.peers)
+                    checkpoint = load_peers(self.cohort, self.run_dir.checkpoints, checkpoint)
                 elif self._initial_weights is not None:
                     self.cohort.load_weights(self._initial_weights)
             except PeerLostError:
@@ -188,7 +190,7 @@ class Trainer:
         self.state = TrainingState.of(checkpoint)
         for name, since in self.state.dropped.items():
             logger.info("%s, dropped at step %d, takes part again", name, since)
-        self.state.dropped, self._dropped_peers = {}, {}
+        self.state.dropped = {}
         self._reached = self.state.step
         self._writer.open()  # nothing of a new run is on the disk before its peers are built
         self._loggers.rewind(self.state.step)
@@ -213,18 +215,13 @@ class Trainer:
 
         Every number of a run is a function of the step, so the same steps give the same weights again.
         """
-        logger.warning(
-            "%s; all peers go back from step %d to %d (%s)",
-            failure,
-            self._reached,
-            checkpoint.step,
-            self.policy.describe(decision),
-        )
+        how = self.policy.describe(decision)
+        logger.warning("%s; all peers go back from step %d to %d (%s)", failure, self._reached, checkpoint.step, how)
         logger.debug("recovering lost peers")
         began = time.monotonic()
         with self._stopwatch.measure("recovery"):
             self.cohort.recover(failure, drop=decision is Decision.DROP)
-            self.cohort.load(checkpoint.peers)
+            checkpoint = load_peers(self.cohort, self.run_dir.checkpoints, checkpoint)
         before, untrained = self.state.dropped, self.state.untrained
         state = self.state = TrainingState.of(checkpoint)
         state.untrained = state.untrained or untrained
@@ -234,7 +231,6 @@ class Trainer:
             for name in checkpoint.peers
             if name not in self.cohort.names
         }
-        self._dropped_peers = {name: checkpoint.peers[name] for name in state.dropped}
         if new := [name for name in state.dropped if name not in before]:
             logger.warning("without %s from step %d on", ", ".join(new), state.step)
         self._reached = state.step
@@ -245,7 +241,7 @@ class Trainer:
         """Ends a run that was asked to stop, with a checkpoint. Raises Interrupted."""
         message = f"stopped at step {self.state.step} of {self.config.train.steps}"
         if self.state.step not in (0, self._saved_step) and not self.save(best=False):
-            kept = self.run_dir.checkpoints.load("last").step
+            kept = self.run_dir.checkpoints.load("last", verify=False).step
             raise Interrupted(f"{message}; the last checkpoint is of step {kept}")
         raise Interrupted(message)
 
@@ -325,8 +321,8 @@ class Trainer:
         logger.debug("saving a checkpoint")
         is_last = state.is_over(self.config)
         with self._stopwatch.measure("checkpoints"):
-            peers = {**self.cohort.state(), **self._dropped_peers}
-            if not self._writer.save(state.step, peers, state.meta(self.config), best=best, is_last=is_last):
+            write = partial(write_peers, self.cohort, self.run_dir.checkpoints, state.dropped)
+            if not self._writer.save(state.step, write, state.meta(self.config), best=best, is_last=is_last):
                 return False
         self._saved_step = state.step
         self._loggers.log({"checkpoint": "best" if best else "last", "is_last": is_last}, state.step)

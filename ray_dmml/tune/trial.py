@@ -152,7 +152,7 @@ class _Attempt(Logger):
         config = self._search.trial_config(self._params, fold, seed)
         self._run = run = RunDir(self._folder / f"fold{fold}-seed{seed}")
         if not run.results_file.exists():
-            self.trial.starts.append(run.checkpoints.load("last").step if run.checkpoints.index() else 0)
+            self.trial.starts.append(run.checkpoints.load("last", verify=False).step if run.checkpoints.index() else 0)
             self.write()
             if run.config_file.exists():
                 train(config, resume=run.path, loggers=[self], local=local, progress=False)

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ray_dmml.checkpoint.manifest import dump_with_checksum
-from ray_dmml.checkpoint.store import Checkpoint, CheckpointStore
+from ray_dmml.checkpoint.peer_files import PeerFiles
+from ray_dmml.checkpoint.store import Checkpoint, CheckpointStore, WritePeers
 
 FILES = {
     "a": {"weights.safetensors": b"0123456789", "training.pt": bytes(range(256))},
     "b": {"weights.safetensors": b"x" * 1000},
 }
 META = {"best": 0.5, "config": {"seed": 0}}
+
+
+def writing(peers: Mapping[str, Mapping[str, bytes]]) -> WritePeers:
+    """What peers with these files do in a new checkpoint."""
+
+    def write(folder: Path) -> dict[str, PeerFiles]:
+        written = {}
+        for peer, files in peers.items():
+            (folder / peer).mkdir()
+            for name, content in files.items():
+                (folder / peer / name).write_bytes(content)
+            written[peer] = PeerFiles.written(folder / peer, files)
+        return written
+
+    return write
 
 
 class Malicious:

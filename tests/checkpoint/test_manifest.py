@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_samples import FILES, META, rewrite_manifest
+from checkpoint_samples import FILES, META, rewrite_manifest, writing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +34,7 @@ JSON = st.recursive(
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """The folder of a checkpoint of step 3."""
-    return CheckpointStore(tmp_path).save(3, FILES, META, best=False)
+    return CheckpointStore(tmp_path).save(3, writing(FILES), META, best=False)
 
 
 # --- JSON with a checksum -------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_json_without_a_checksum_is_refused(tmp_path: Path) -> None:
 
 def test_a_manifest_lists_every_file(tmp_path: Path) -> None:
     """Sizes, checksums and all fields come back."""
-    (tmp_path / "manifest.json").write_bytes(dump_manifest(7, FILES, META, best=True))
+    (tmp_path / "manifest.json").write_bytes(dump_manifest(7, writing(FILES)(tmp_path), META, best=True))
     manifest = read_manifest(tmp_path)
     assert (manifest["format"], manifest["step"], manifest["best"]) == (FORMAT, 7, True)
     assert manifest["meta"] == META
@@ -85,8 +85,8 @@ def test_a_manifest_lists_every_file(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     """The error says so. The checkpoint is not damaged, so no older one replaces it."""
     store = CheckpointStore(tmp_path)
-    store.save(2, FILES, META, best=False)
-    path = store.save(3, FILES, META, best=False)
+    store.save(2, writing(FILES), META, best=False)
+    path = store.save(3, writing(FILES), META, best=False)
     rewrite_manifest(path, format=FORMAT + 1, version="9.8.7", files="somewhere else by then")
     expected = rf"written by ray-dmml 9\.8\.7 in format {FORMAT + 1}.*reads format {FORMAT}: update"
     for read in (lambda: read_checkpoint(path), lambda: store.load("last")):
@@ -98,8 +98,8 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 def test_an_older_format_is_refused(tmp_path: Path) -> None:
     """No older one replaces it either."""
     store = CheckpointStore(tmp_path)
-    store.save(2, FILES, META, best=False)
-    path = store.save(3, FILES, META, best=True)
+    store.save(2, writing(FILES), META, best=False)
+    path = store.save(3, writing(FILES), META, best=True)
     rewrite_manifest(path, format=1)
     expected = rf"checkpoint {path} was written by ray-dmml .* in format 1; .*reads format {FORMAT}: train it again"
     for read in (lambda: read_checkpoint(path), lambda: store.load("last")):
@@ -166,7 +166,7 @@ def test_strange_manifests_are_user_errors(changes: dict[str, Any], has_checksum
     """Any JSON in any field, with a right checksum or not, is read or refused with a UserError."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "manifest.json")
-        path.write_bytes(dump_manifest(3, FILES, META, best=False))
+        path.write_bytes(dump_manifest(3, writing(FILES)(path.parent), META, best=False))
         if has_checksum:
             changes.pop("checksum", None)
             rewrite_manifest(Path(folder), **changes)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 from checkpoint_samples import Malicious, peer_state
 from conftest import assert_same
 
-from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer
+from ray_dmml.checkpoint.manifest import DamagedError
+from ray_dmml.checkpoint.peer_state import decode_peer, encode_peer, write_peer
 from ray_dmml.errors import UserError
 
 
@@ -24,6 +27,37 @@ def test_encoded_states_are_decoded(ema: bool) -> None:
     files = encode_peer(state)
     assert ("ema.safetensors" in files) is ema
     assert_same(decode_peer(files), state)
+
+
+def test_written_files_are_the_encoded_ones(tmp_path: Path) -> None:
+    """Byte for byte, and readable for those who may read other new files. A second reading notices damage."""
+    folder, state = tmp_path / "peer", peer_state()
+    folder.mkdir()
+    files = write_peer(state, folder)
+    assert files == encode_peer(state)
+    assert_same(decode_peer(files), state)
+    (tmp_path / "other").touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "other").stat().st_mode}
+    with (folder / "ema.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    with pytest.raises(DamagedError, match=r"ema\.safetensors is damaged: its content"):
+        decode_peer(files)
+
+
+@pytest.mark.parametrize("limit", [100, 1000])
+def test_a_full_disk_is_an_os_error(tmp_path: Path, limit: int) -> None:
+    """Of the libraries that write the files, none has it as an OSError. A limit on the size of files stands for the
+    disk; training.pt is the larger file."""
+    state = peer_state()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_peer(state, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "training.pt").exists() is (limit == 1000)
 
 
 def test_a_pickle_runs_no_code(tmp_path: Path) -> None:

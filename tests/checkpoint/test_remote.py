@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_samples import writing
 from conftest import S3Server, tiny
 from typer.testing import CliRunner
 
@@ -44,7 +45,7 @@ def make_run(path: Path, *steps: int, best: int | None = None) -> CheckpointStor
     """The folder of a run with checkpoints."""
     store = CheckpointStore(path / "checkpoints")
     for step in steps:
-        store.save(step, content(step), META, best=step == best)
+        store.save(step, writing(content(step)), META, best=step == best)
     (path / "config.yaml").write_text("seed: 0\n")
     (path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
     (path / "run.json").write_text("{}")
@@ -102,7 +103,7 @@ def test_a_pushed_run_is_fetched(uri: str, tmp_path: Path, caplog: pytest.LogCap
     an upload."""
     run = tmp_path / "run"
     store = make_run(run, 2, 4, 6, best=2)
-    store.save(8, content(8, 12_000_000), META, best=False)
+    store.save(8, writing(content(8, 12_000_000)), META, best=False)
     (run / "results.json").write_text("{}")
     remote = RemoteRun(uri)
     remote.ensure_empty()
@@ -129,7 +130,7 @@ def test_only_what_is_new_is_copied(uri: str, tmp_path: Path) -> None:
     remote.push(run)
     remote.files = files = FailingFiles(remote.files)
     for step in (6, 8):
-        store.save(step, content(step), META, best=False)
+        store.save(step, writing(content(step)), META, best=False)
         files.written.clear()
         remote.push(run)
         steps = {name.split("/")[1] for name in files.written if "step-" in name}
@@ -146,7 +147,7 @@ def test_all_kept_checkpoints_are_copied(tmp_path: Path) -> None:
     store = make_run(run, 2, 4, best=2)
     store.num_to_keep = 4
     for step in (6, 8, 10):
-        store.save(step, content(step), META, best=False)
+        store.save(step, writing(content(step)), META, best=False)
     remote.push(run)
     assert len(CheckpointStore(tmp_path / "copy" / "checkpoints").names()) == 5
     assert stored(remote) == files_of(run)
@@ -161,7 +162,7 @@ def test_an_interrupted_push_leaves_a_complete_run(uri: str, tmp_path: Path, cap
     remote.files = files = FailingFiles(remote.files)
     step = 4
     for limit in (0, 3, 7) if uri.startswith("s3") else range(8):  # S3 takes long
-        store.save(step, content(step), META, best=True)
+        store.save(step, writing(content(step)), META, best=True)
         before = files_of(run)
         files.written.clear()
         files.limit = limit
@@ -190,7 +191,7 @@ def test_a_step_saved_again_overwrites_no_checkpoint(
     remote.push(run)
     shutil.rmtree(run)
     store = make_run(run, 2)
-    store.save(4, content(99), META, best=True)
+    store.save(4, writing(content(99)), META, best=True)
     remote.files = files = FailingFiles(remote.files)
     files.limit = 5
     with pytest.raises(CheckpointError):
@@ -363,7 +364,7 @@ def test_a_server_that_dies_costs_only_the_copy(tmp_path: Path) -> None:
         remote.files.base_fs.create_dir("bucket")
         remote.push(run)
         server.stop()
-        store.save(4, content(4), META, best=False)
+        store.save(4, writing(content(4)), META, best=False)
         before = files_of(run)
         began = time.monotonic()
         with pytest.raises(CheckpointError, match=r"s3://bucket/run cannot be written: .*connect"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, tiny, unlike_peers, with_workers
+from conftest import assert_same, state_of, tiny, unlike_peers, with_workers
 
 from ray_dmml.checkpoint.peer_state import decode_peer
 from ray_dmml.cohort.cohort import Cohort
@@ -27,7 +27,7 @@ def outcome(cohort: Cohort, start: int = 0, stop: int = STEPS) -> dict[str, Any]
     rows = cohort.run(start, stop, lambda finished: None)
     return {
         "rows": rows,
-        "state": {name: decode_peer(files) for name, files in cohort.state().items()},
+        "state": {name: decode_peer(files) for name, files in state_of(cohort).items()},
         "test": cohort.embeddings("test"),
         "ema": cohort.embeddings("validation", ema=True),
         "features": cohort.features("validation", cohort.names[1:]),
@@ -45,7 +45,7 @@ def stored_at(config: Config, steps: Sequence[int]) -> dict[int, Stored]:
     with closing(LocalCohort(config, load_splits(config.data))) as cohort:
         for start, stop in pairwise((0, *steps)):
             rows += cohort.run(start, stop, lambda finished: None)
-            found[stop] = (list(rows), cohort.state())
+            found[stop] = (list(rows), state_of(cohort))
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import as_in_training, assert_same, tiny
+from conftest import as_in_training, assert_same, state_of, tiny
 from test_equality import outcome
 
 from ray_dmml import Config, evaluate, load_cohort, train
@@ -56,7 +56,7 @@ def test_ray_equals_in_process(ray_start_4_cpus: None, settings: dict[str, Any])
 
 
 @pytest.mark.slow
-def test_ray_goes_on_without_the_files(ray_start_4_cpus: None, settings: dict[str, Any]) -> None:
+def test_ray_goes_on_without_the_files(ray_start_4_cpus: None, settings: dict[str, Any], tmp_path: Path) -> None:
     """A fresh cohort that has a stored state and not the files of the weights: the same bits, over the coordinator."""
     from ray_dmml.ray_backend.ray_cohort import RayCohort
 
@@ -67,7 +67,7 @@ def test_ray_goes_on_without_the_files(ray_start_4_cpus: None, settings: dict[st
     with closing(RayCohort(config, splits)) as first:
         assert first.transport == "coordinator"
         rows = first.run(0, 2, lambda finished: None)
-        stored = first.state()
+        stored = first.save(tmp_path)
     for peer in config.cohort.peers[1:]:
         Path(peer.weights).unlink()
     with closing(RayCohort(config, splits, initial_weights=False)) as second:
@@ -81,7 +81,7 @@ def test_what_they_publish_and_that_they_never_change(settings: dict[str, Any]) 
     config = Config.parse(settings)
     splits = load_splits(config.data)
     with closing(LocalCohort(config, splits)) as cohort:
-        before = cohort.state()
+        before = state_of(cohort)
         cohort.run(0, 3, lambda finished: None)
         _, vit, convnext = cohort.peers
         assert (vit.net.embedding_size, convnext.net.embedding_size) == (64, 64)
@@ -91,7 +91,7 @@ def test_what_they_publish_and_that_they_never_change(settings: dict[str, Any]) 
         published = convnext.forward(batch).published
         expected = cohort.embeddings("train")["convnext"][batch.indices]
         np.testing.assert_allclose(published.numpy(), expected, atol=1e-5)
-        after = cohort.state()
+        after = state_of(cohort)
     assert before["vit"] == after["vit"] and before["convnext"] == after["convnext"]
     assert before["student"] != after["student"]
     assert not any(key.startswith("head") for key in vit.net.state_dict())
@@ -138,7 +138,7 @@ def test_a_peer_of_another_run_teaches_with_its_head(settings: dict[str, Any], t
     first = Config.parse(settings)
     splits = load_splits(first.data)
     with closing(LocalCohort(first, splits)) as cohort:
-        for name, files in cohort.state().items():
+        for name, files in state_of(cohort).items():
             (tmp_path / f"{name}.safetensors").write_bytes(files["weights.safetensors"])
     raw = {**settings, "cohort": {**settings["cohort"]}}
     base = {"frozen": True, "embedding_size": 99}

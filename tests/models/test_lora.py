@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import as_in_training, assert_same, tiny
+from conftest import as_in_training, assert_same, state_of, tiny
 from torch import Tensor, nn
 
 from ray_dmml import Config, UserError, evaluate, load_cohort, train
@@ -152,12 +152,12 @@ def test_interrupted_equals_uninterrupted(image_folder: Path) -> None:
     splits = load_splits(config.data)
 
     def outcome(cohort: LocalCohort) -> Any:
-        return [{name: decode_peer(files) for name, files in cohort.state().items()}, cohort.embeddings("test")]
+        return [{name: decode_peer(files) for name, files in state_of(cohort).items()}, cohort.embeddings("test")]
 
     with closing(LocalCohort(config, splits)) as cohort:
         backbone = {key: p.clone() for key, p in cohort.peers[0].net.named_parameters() if not p.requires_grad}
         cohort.run(0, 3, lambda finished: None)
-        stored = cohort.state()
+        stored = state_of(cohort)
         cohort.run(3, 6, lambda finished: None)
         expected = outcome(cohort)
         after = dict(cohort.peers[0].net.named_parameters())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import assert_same, tiny
+from conftest import assert_same, state_of, tiny
 from pytorch_metric_learning import losses, reducers
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -117,7 +117,7 @@ def test_a_cohort_of_one_is_plain_metric_learning(image_folder: Path) -> None:
     splits = load_splits(config.data)
     with closing(LocalCohort(config, splits)) as cohort:
         rows = cohort.run(0, 20, lambda finished: None)
-        found = decode_peer(cohort.state()["peer0"])
+        found = decode_peer(state_of(cohort)["peer0"])
 
     net = build_embedding_net(config.cohort.peers[0], 5).to(memory_format=torch.channels_last)
     decaying = [p for p in net.parameters() if p.ndim > 1]

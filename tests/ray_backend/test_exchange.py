@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import unlike_peers
+from conftest import state_of, unlike_peers
 from torch.distributed import TCPStore
 
 from ray_dmml.cohort.local import LocalCohort
@@ -50,7 +50,9 @@ def test_a_store_listens_at_its_own_address_only() -> None:
 
 
 @pytest.mark.ray
-def test_without_a_group_all_peers_use_the_coordinator(ray_start_4_cpus: None, image_folder: Path) -> None:
+def test_without_a_group_all_peers_use_the_coordinator(
+    ray_start_4_cpus: None, image_folder: Path, tmp_path: Path
+) -> None:
     """The first peer cannot open a store, or another one cannot join. One is enough. The bits are those of one
     process."""
 
@@ -81,14 +83,14 @@ def test_without_a_group_all_peers_use_the_coordinator(ray_start_4_cpus: None, i
     config = unlike_peers(image_folder)
     splits = load_splits(config.data)
     with closing(LocalCohort(config, splits)) as local:
-        expected = local.run(0, 4, lambda finished: None), local.state()
+        expected = local.run(0, 4, lambda finished: None), state_of(local)
     with closing(RefusedCohort(config, splits)) as cohort:
-        start = cohort.state()
+        start = cohort.save(tmp_path)
         for reasons in (["no free port", "could open no store"], ["timeout", "no free port"]):
             for place, reason in zip(cohort.places.values(), reasons, strict=False):
                 assert place.transport.startswith("coordinator, because no direct group could be formed")
                 assert reason in place.transport
-            assert (cohort.run(0, 4, lambda finished: None), cohort.state()) == expected
+            assert (cohort.run(0, 4, lambda finished: None), state_of(cohort)) == expected
             if reasons[0] == "no free port":
                 cohort.recover(PeerLostError(""))
                 cohort.load(start)

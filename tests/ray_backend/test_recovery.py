@@ -18,8 +18,9 @@ import pytest
 import ray
 import safetensors.torch
 import timm
-from conftest import tiny
+from conftest import state_of, tiny
 
+from ray_dmml.checkpoint.peer_files import PeerFiles
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
@@ -103,7 +104,7 @@ def pids(cohort: RayCohort) -> dict[str, int]:
     return {name: place.pid for name, place in cohort.places.items()}
 
 
-def weights(run: Path) -> dict[str, dict[str, bytes]]:
+def weights(run: Path) -> dict[str, PeerFiles]:
     return RunDir.open(run).checkpoints.load("last").peers
 
 
@@ -348,13 +349,13 @@ def test_going_on_without_a_peer(
     two = config.cohort.model_copy(update={"peers": (config.cohort.peers[0], config.cohort.peers[2])})
     with closing(LocalCohort(config, load_splits(config.data))) as three:
         three.run(0, 4, lambda finished: None)
-        at_4 = three.state()
+        at_4 = state_of(three)
     assert last.peers["peer1"] == at_4["peer1"]
     pair = config.model_copy(update={"cohort": two})
     with closing(LocalCohort(pair, load_splits(config.data), initial_weights=False)) as local:
         local.load(at_4)
         local.run(4, STEPS, lambda finished: None)
-        assert local.state() == {name: last.peers[name] for name in ("peer0", "peer2")}
+        assert state_of(local) == {name: last.peers[name] for name in ("peer0", "peer2")}
 
     longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": STEPS + 4})})
     results = train(longer, resume=out, local=True)
@@ -409,7 +410,7 @@ def test_none_is_dropped_on_suspicion(image_folder: Path) -> None:
         assert cohort.names == ("peer0", "peer2")
 
 
-def test_the_generations_of_a_cohort(image_folder: Path) -> None:
+def test_the_generations_of_a_cohort(image_folder: Path, tmp_path: Path) -> None:
     """A late message of an old one reaches nobody: its coordinator has ended, and the new one was never given to its
     sender. All that were waiting for the dead peer, or for one that did, are woken and live on. One that was never
     built, as where another was lost while it waited to be built, is started again and not dropped. If all are dead, the
@@ -417,7 +418,7 @@ def test_the_generations_of_a_cohort(image_folder: Path) -> None:
     config = settings(image_folder, cohort={**tiny(image_folder)["cohort"], "peers": [{}] * 3})
     with closing(RayCohort(config, load_splits(config.data))) as cohort:
         old = cohort.coordinator
-        state = cohort.state()
+        state = cohort.save(tmp_path)
         os.kill(cohort.places["peer0"].pid, signal.SIGKILL)
         before = pids(cohort)
         with pytest.raises(PeerLostError) as failure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ def test_the_next_run_has_the_same_processes(ray_start_4_cpus: None, image_folde
 
     def outcome(cohort: Any) -> dict[str, Any]:
         rows = cohort.run(0, 3, lambda finished: None)
-        return {"rows": rows, "state": {name: decode_peer(files) for name, files in cohort.state().items()}}
+        with TemporaryDirectory(prefix="ray-dmml-tests-") as folder:
+            state = {name: decode_peer(files) for name, files in cohort.save(Path(folder)).items()}
+        return {"rows": rows, "state": state}
 
     class TrialProcess:
         """What Ray Tune keeps for several trials. (Ray sends a local class as it is.)"""

@@ -13,6 +13,7 @@ from conftest import tiny, unlike_peers
 from test_runs import figures, metrics
 
 from ray_dmml import Config, UserError, compare, distill, evaluate, load_cohort, train
+from ray_dmml.checkpoint.peer_files import PeerFiles
 from ray_dmml.checkpoint.store import CheckpointStore
 from ray_dmml.training.distill import distillation_config, require_images_of
 
@@ -77,12 +78,21 @@ def test_the_mean_peer_of_a_comparison_is_of_those_that_learn(cohort: Path, stud
     assert row["second"] == pytest.approx(after["student"]["recall@1"])
 
 
+def drop_peer1(store: CheckpointStore) -> None:
+    """As if the run had gone on without it: another checkpoint of its last step says so."""
+    last = store.load("last")
+
+    def copy(folder: Path) -> dict[str, PeerFiles]:
+        return {name: files.copy_to(folder / name) for name, files in last.peers.items()}
+
+    store.save(last.step, copy, {**last.meta, "dropped": {"peer1": 2}}, best=False)
+
+
 def test_a_peer_that_was_dropped_is_not_evaluated(student: Path, tmp_path: Path) -> None:
     """Nor are its weights of the best checkpoint, which is older."""
     run = shutil.copytree(student, tmp_path / "run")
     store = CheckpointStore(run / "checkpoints")
-    last = store.load("last")
-    store.save(last.step, last.peers, {**last.meta, "dropped": {"peer1": 2}}, best=False)
+    drop_peer1(store)
     for weights in ("last", "best"):
         assert list(evaluate(run, weights)["peers"]) == ["student", "peer0", "peer2"]
 
@@ -169,8 +179,7 @@ def test_teachers_have_the_weights_of_the_results(copied: Path) -> None:
     assert made.evaluation.weights == "ema"
     set_config(copied, evaluation={"weights": "last"})
     store = CheckpointStore(copied / "checkpoints")
-    last = store.load("last")
-    store.save(last.step, last.peers, {**last.meta, "dropped": {"peer1": 2}}, best=False)
+    drop_peer1(store)
     teachers = distillation_config(copied, "test_resnet").cohort.peers[1:]
     assert [peer.name for peer in teachers] == ["peer0", "peer2"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from conftest import as_in_training, assert_same, tiny
 
 from ray_dmml import Config, UserError, evaluate, train
 from ray_dmml.checkpoint.peer_state import decode_peer
-from ray_dmml.checkpoint.store import CheckpointStore, PeerFiles
+from ray_dmml.checkpoint.store import CheckpointStore
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import Interrupted, PeerLostError
@@ -338,6 +339,22 @@ def test_a_run_can_be_asked_to_stop(run: Path, settings: dict[str, Any], tmp_pat
     assert (out / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
 
 
+def test_a_changed_byte_costs_the_steps_since_the_checkpoint_before(
+    run: Path, settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The peer that reads its file finds out, and all peers go back further, to the same end."""
+    out = tmp_path / "run"
+    train(changed(settings, train={"steps": 4}), out, local=True)
+    file = CheckpointStore(out / "checkpoints").path("last") / "peer1" / "training.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with caplog.at_level("WARNING", "ray_dmml"):
+        train(changed(settings, train={"steps": 6}), resume=out, local=True)
+    assert re.search(f"{file} is damaged: .*step-00000002 of step 2 is used instead", caplog.text)
+    assert_same_run(out, run)
+
+
 def test_a_finished_run_can_be_resumed(run: Path, tmp_path: Path) -> None:
     """Nothing is trained; the same results are written again."""
     shutil.copytree(run, tmp_path / "run")
@@ -545,7 +562,7 @@ def test_a_peer_lost_while_a_resumed_run_starts(image_folder: Path, tmp_path: Pa
             told.extend([metrics["lost"]] if "lost" in metrics else [])
 
     class LosesOne(LocalCohort):
-        def load(self, state: Mapping[str, PeerFiles]) -> None:
+        def load(self, state: Mapping[str, Mapping[str, bytes]]) -> None:
             if not lost:
                 lost.append("peer1")
                 raise PeerLostError("peer1 died")
