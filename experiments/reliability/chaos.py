@@ -52,14 +52,14 @@ FAULTS = (
     "pause driver",
 )
 
-FAULTS_IN_CHECKPOINTS = ("kill peer in checkpoint", "kill driver in checkpoint")
+LATER_FAULTS = ("kill peer in checkpoint", "kill driver in checkpoint", "kill view worker")
 """A peer dies when it has written its files and they are not synced yet; the driver dies when one peer has written its
-files and another has not."""
+files and another has not; a process that makes a peer's views dies."""
 
 NUM_FIRST_SEEDS = 60
 """Seeds from this on begin with one of these. What the seeds below draw must not change: runs are named by them."""
 
-DROPPING = ("kill peer", "stop peer", "kill peer in checkpoint")
+DROPPING = ("kill peer", "stop peer", "kill peer in checkpoint", "kill view worker")
 """Faults of the variant `drop`, which says what a run ends with if nothing but peers is lost."""
 
 VARIANTS = ("three", "five", "two teachers", "odd", "drop")
@@ -78,7 +78,7 @@ LONGEST_DELAY_S = {"save": 1.5, "evaluation": 1.5, "recovery": 6.0}
 """Seconds from the beginning of a moment to its fault."""
 
 
-def settings(root: Path, transport: str, variant: str) -> dict[str, Any]:
+def settings(root: Path, transport: str, variant: str, num_workers: int = 0) -> dict[str, Any]:
     found: dict[str, Any] = {
         "data": {
             "name": "imagefolder",
@@ -92,7 +92,10 @@ def settings(root: Path, transport: str, variant: str) -> dict[str, Any]:
             "threads_per_peer": 1,
             "transport": transport,
             "start_timeout_s": 120,
-            "base": {"input_size": 32, "embedding_size": 16, "batch_norm": "train", "num_cpus": 1},
+            "base": {
+                **{"input_size": 32, "embedding_size": 16, "batch_norm": "train", "num_cpus": 1},
+                "num_workers": num_workers,
+            },
             "peers": [
                 {"backbone": "test_resnet", "ema": {"decay": 0.9}},
                 {"backbone": "test_efficientnet", "embedding_size": 24, "update_interval": 2},
@@ -183,6 +186,9 @@ class Striker:
             (self._folder / f"dies-{peer}").touch()
         elif what == "kill driver in checkpoint":
             (self._folder / f"kills-driver-{peer}").touch()
+        elif what == "kill view worker":
+            for pid in _view_workers(self._pid(peer)):
+                self._signal(pid, what)
         elif what == "damage embedding":
             (self._folder / "damage").touch()
         elif what == "pause driver":
@@ -223,6 +229,16 @@ class Striker:
         except OSError:
             pass
         threading.Timer(3.0, lambda: ballast.unlink(missing_ok=True)).start()
+
+
+def _view_workers(peer: int | None) -> list[int]:
+    """The children of the peer's server of forks."""
+    listed = [] if peer is None else _children(peer)
+    return [worker for child in listed for worker in _children(child)]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout.split()]
 
 
 def _coordinator_pid() -> int | None:
@@ -365,7 +381,7 @@ def draw(seed: int) -> tuple[str, str, int, list[dict[str, Any]]]:
     chance = random.Random(seed)
     # Every fault comes first in one of as many runs as there are faults, so that few runs have them all.
     is_old = seed < NUM_FIRST_SEEDS
-    leading, number = (FAULTS, seed) if is_old else (FAULTS_IN_CHECKPOINTS, seed - NUM_FIRST_SEEDS)
+    leading, number = (FAULTS, seed) if is_old else (LATER_FAULTS, seed - NUM_FIRST_SEEDS)
     first, block = number % len(leading), number // len(leading)
     variant = VARIANTS[(first + block) % len(VARIANTS)]
     transport = ("direct", "coordinator")[block % 2]
@@ -378,7 +394,7 @@ def draw(seed: int) -> tuple[str, str, int, list[dict[str, Any]]]:
     for number, what in enumerate(chosen):
         later = ["step", "step", "save", "evaluation", "recovery", "recovery"]
         moment = chance.choice(later) if number else "step"
-        if what == "cut checkpoint" or what in FAULTS_IN_CHECKPOINTS:
+        if what == "cut checkpoint" or what in LATER_FAULTS:
             moment = "step"
         faults.append(
             {
@@ -466,7 +482,9 @@ def one_run(seed: int, undisturbed: Undisturbed, work: Path) -> dict[str, Any]:
         if subprocess.run(mount, capture_output=True).returncode:
             return {**row, "equal": None, "why": "a small disk needs root"}
     plan = {
-        "settings": settings(work / "images", transport, variant),
+        "settings": settings(
+            work / "images", transport, variant, int(any(f["what"] == "kill view worker" for f in faults))
+        ),
         "faults": faults,
         "nodes": nodes,
     }

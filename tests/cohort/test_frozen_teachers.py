@@ -85,7 +85,7 @@ def test_what_they_publish_and_that_they_never_change(settings: dict[str, Any]) 
         cohort.run(0, 3, lambda finished: None)
         _, vit, convnext = cohort.peers
         assert (vit.net.embedding_size, convnext.net.embedding_size) == (64, 64)
-        batch = cohort._loaders[2].batch(3)
+        batch = cohort._decoded.batch(3)
         [images] = in_chunks(splits.train, 1000)
         assert torch.equal(images[batch.indices], batch.images)
         published = convnext.forward(batch).published
