@@ -252,8 +252,8 @@ def test_a_lost_replica_is_replaced(image_folder: Path, tmp_path: Path, sentence
 
 
 def children_of(pid: int) -> list[int]:
-    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return [int(child) for child in listed.stdout.split()]
+    processes = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [child for child in processes if parent_of(child) == pid]
 
 
 @pytest.mark.parametrize("local", [True, pytest.param(False, marks=pytest.mark.slow)])
