@@ -2,7 +2,7 @@
 
     python experiments/gpu.py --out FOLDER [--tiny]
 
-Each part is written to the folder as soon as it is there. `--tiny` tries the script on a CPU with a small net; its
+Each part is written to the folder when it is finished. `--tiny` tries the script on a CPU with a small net; its
 figures mean nothing.
 """
 

@@ -27,3 +27,8 @@ def num_view_workers(configured: int | None, cpus: float, *, on_gpu: bool) -> in
     if configured is not None:
         return configured
     return max(0, int(cpus) - 1) if on_gpu else 0
+
+
+def num_threads(cpus: float, num_workers: float, *, on_gpu: bool) -> int:
+    """torch threads of a peer's process: its CPUs. On a CPU, they leave those of the view workers alone."""
+    return max(1, int(cpus if on_gpu else cpus - num_workers))

@@ -7,6 +7,7 @@ mutual loss -> backward -> step every k-th batch``
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from ray_dmml.cohort.cohort import StepRow, names_without
 from ray_dmml.cohort.phases import PHASES, PhaseClock
 from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.config.schema import Config
-from ray_dmml.cores import num_cores, num_view_workers
+from ray_dmml.cores import num_cores, num_threads, num_view_workers
 from ray_dmml.data.dataset import Splits
 from ray_dmml.data.loader import DecodedBatches, build_sampler
+from ray_dmml.data.view_loader import ViewLoader
 from ray_dmml.errors import NonFiniteTeacherError, PeerLostError
 from ray_dmml.peer.build import build_peer, build_view_loader
 from ray_dmml.peer.kept_embeddings import keep_embeddings, keeps_embeddings
@@ -49,20 +51,22 @@ class LocalCohort:
             device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         num_peers = len(config.cohort.peers)
         self._config = config
-        cores = max(1, num_cores() // num_peers)
-        threads = config.cohort.threads_per_peer or cores
-        self._decoded = DecodedBatches(splits.train, build_sampler(config, splits), threads)
-        self._loaders = [
-            build_view_loader(
-                *(config, position, splits, self._decoded, device),
-                num_workers=num_view_workers(peer.num_workers, cores, on_gpu=device.type == "cuda"),
-                threads=threads,
+        cores, on_gpu = max(1, num_cores() // num_peers), device.type == "cuda"
+        num_workers = [num_view_workers(peer.num_workers, cores, on_gpu=on_gpu) for peer in config.cohort.peers]
+        threads = config.cohort.threads_per_peer or num_threads(cores, max(num_workers), on_gpu=on_gpu)
+        with ExitStack() as opened:  # workers end if a peer cannot be built
+            self._decoded = opened.enter_context(
+                closing(DecodedBatches(splits.train, build_sampler(config, splits), threads))
             )
-            for position, peer in enumerate(config.cohort.peers)
-        ]
-        self.peers = [
-            build_peer(config, i, splits.train.num_classes, device, initial_weights) for i in range(num_peers)
-        ]
+            self._loaders: list[ViewLoader] = []
+            for position, number in enumerate(num_workers):
+                parts = config, position, splits, self._decoded, device
+                loader = build_view_loader(*parts, num_workers=number, threads=threads)
+                self._loaders.append(opened.enter_context(closing(loader)))
+            self.peers = [
+                build_peer(config, i, splits.train.num_classes, device, initial_weights) for i in range(num_peers)
+            ]
+            opened.pop_all()
         self.names = tuple(peer.name for peer in self.peers)
         self._teachers = Teachers.of(config)
         self.threads = (threads,) * num_peers

@@ -31,6 +31,9 @@ from ray_dmml.data.loader import Batch
 from ray_dmml.data.peer_views import PeerViews
 from ray_dmml.errors import UserError, WorkerLostError
 
+SIGBUS: int = getattr(signal, "SIGBUS", -1)
+"""Ends a process whose shared memory is full; Windows has no such signal."""
+
 BATCHES_AHEAD = 2
 """Of each worker (``prefetch_factor``)."""
 
@@ -96,7 +99,7 @@ class ViewWorkers:
         self._next_step: int | None = None
 
     def batch(self, step: int) -> Batch:
-        """The view of the batch of a step. Any step but the next one makes the workers begin anew there."""
+        """The view of the batch of a step. Any other step than the next one restarts the workers' queue there."""
         if step != self._next_step:
             self._begin(count(step))
         batch: Batch = self._next()
@@ -147,7 +150,7 @@ class ViewWorkers:
                 if process.is_alive():
                     continue
                 self.is_complete = False
-                if process.exitcode == -signal.SIGBUS:
+                if process.exitcode == -SIGBUS:
                     raise self._too_little_memory() from error
                 ended = f"ended with code {process.exitcode}"
                 if process.exitcode is not None and process.exitcode < 0:
@@ -259,6 +262,9 @@ def _without_main() -> Iterator[None]:
 def _same_handler_of_children() -> Iterator[None]:
     """Undoes torch's handler of SIGCHLD. It raises the death of a worker wherever this process just computes;
     torch also finds it, within five seconds, where a batch is awaited."""
+    if not hasattr(signal, "SIGCHLD"):  # Windows, where torch sets none
+        yield
+        return
     handler = signal.getsignal(signal.SIGCHLD)
     yield
     if threading.current_thread() is threading.main_thread() and handler is not None:

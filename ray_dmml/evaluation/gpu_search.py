@@ -36,13 +36,22 @@ class GpuGallery:
 
         self._rows = torch.from_numpy(gallery).to(device)
 
-    def nearest(self, queries: Floats, k: int) -> tuple[Floats, Ints]:
-        """(q, k) largest inner products of each query, in falling order, and their rows; ties in any order.
+    def nearest(self, queries: Floats, k: int) -> tuple[Floats, Ints] | None:
+        """(q, k) largest inner products of each query, in falling order, and their rows; ties in any order. None: the
+        device has no room.
 
         Args:
             queries: (q, D) float32.
             k: at most G.
         """
+        import torch
+
+        try:
+            return self._nearest(queries, k)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _nearest(self, queries: Floats, k: int) -> tuple[Floats, Ints]:
         import torch
 
         points = torch.from_numpy(queries).to(self._rows.device)
@@ -71,13 +80,6 @@ def gallery_on_gpu(gallery: Floats, num_queries: int) -> GpuGallery | None:
     except torch.OutOfMemoryError:
         logger.info("the GPU has no room for a gallery of %d embeddings: it is searched on the CPU", len(gallery))
         return None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device has no room. (torch is imported already where this is asked.)"""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError)
 
 
 def _exact_product(points: torch.Tensor, rows: torch.Tensor) -> Any:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ray_dmml.cores import num_cores
 from ray_dmml.errors import UserError
-from ray_dmml.evaluation.gpu_search import gallery_on_gpu, is_out_of_memory
+from ray_dmml.evaluation.gpu_search import gallery_on_gpu
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -160,12 +160,9 @@ class _Search:
 
     def _knn(self, queries: Floats, k: int) -> tuple[Floats, Ints]:
         if self._on_gpu is not None:
-            try:
-                return self._on_gpu.nearest(queries, k)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._on_gpu = None  # the peers may be on it, too
+            if (found := self._on_gpu.nearest(queries, k)) is not None:
+                return found
+            self._on_gpu = None  # the peers may be on it, too
         # The last bit of faiss's similarities depends on the number of threads, which a training may have set.
         with faiss_threads(num_cores()):
             similarity, indices = faiss.knn(queries, self._gallery, k, metric=faiss.METRIC_INNER_PRODUCT)

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ray_dmml.config.schema import Config, PeerConfig
-from ray_dmml.cores import num_view_workers
+from ray_dmml.cores import num_threads, num_view_workers
 from ray_dmml.errors import UserError
 
 BOOTSTRAP_FILE = "ray_bootstrap_config.yaml"  # the cluster file, which `ray up` writes to the head's home folder
@@ -51,9 +51,9 @@ def num_workers_of(peer: PeerConfig, bundle: Node) -> int:
 
 
 def threads_of(peer: PeerConfig, bundle: Node) -> int:
-    """torch threads of a process of the peer: its CPUs. On a CPU, they leave those of the view workers alone."""
-    taken = 0 if bundle.get("GPU") else num_workers_of(peer, bundle)
-    return max(1, int((bundle["CPU"] - taken) / peer.num_replicas))
+    """torch threads of each process of the peer. Its replicas share its CPUs, and the workers of the first one."""
+    num_workers = num_workers_of(peer, bundle) / peer.num_replicas
+    return num_threads(bundle["CPU"] / peer.num_replicas, num_workers, on_gpu=bool(bundle.get("GPU")))
 
 
 def shown(nodes: Sequence[Node]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
+from fragile_images import with_unreadable
 
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import BadImageError, ImageSet
@@ -42,22 +43,7 @@ def test_an_unreadable_image_of_the_next_batch_waits_for_its_step(images: ImageS
     sampler = ClassBalancedSampler(images.labels, 2, 2, seed=0)
     later = set(sampler.batch(1).tolist()) - set(sampler.batch(0).tolist())
     broken = sorted(later)[0]
-
-    class Broken:
-        """The images, of which one has become unreadable."""
-
-        def __len__(self) -> int:
-            return len(images)
-
-        def name(self, index: int) -> str:
-            return images.source.name(index)
-
-        def read(self, index: int) -> torch.Tensor:
-            if index == broken:
-                raise BadImageError(f"image {self.name(index)} cannot be read: gone")
-            return images.source.read(index)
-
-    fragile = ImageSet(Broken(), images.labels, images.class_names)
+    fragile = with_unreadable(images, broken)
     with closing(DecodedBatches(fragile, sampler)) as loader:
         assert len(loader.batch(0).images) == 4
         with pytest.raises(BadImageError, match=images.source.name(broken)):

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny
+from fragile_images import FragileImages, with_unreadable
 from torch import Tensor
 
 from ray_dmml.config.code import use_code
 from ray_dmml.config.parts import load_parts
 from ray_dmml.config.schema import Config
 from ray_dmml.data import view_workers
-from ray_dmml.data.dataset import BadImageError, ImageSet, Splits
+from ray_dmml.data.dataset import BadImageError, Splits
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.loader import Batch, DecodedBatches, build_sampler
 from ray_dmml.data.view_loader import ViewLoader
@@ -113,27 +114,6 @@ def test_workers_make_the_same(image_folder: Path, num_workers: int) -> None:
         assert_equal(everything(loader), expected)
 
 
-class Fragile:
-    """Images of which one cannot be read."""
-
-    def __init__(self, images: ImageSet, broken: int) -> None:
-        self.images, self.broken = images, broken
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        return self.images.source.name(index)
-
-    def read(self, index: int) -> Tensor:
-        if index == self.broken:
-            raise BadImageError(f"image {self.name(index)} cannot be read: gone")
-        return self.images.source.read(index)
-
-    def subset(self, indices: Sequence[int]) -> Fragile:
-        raise NotImplementedError
-
-
 @pytest.mark.ray
 def test_an_unreadable_image_is_a_fault_of_its_step(image_folder: Path) -> None:
     """The workers meet it earlier, and go on after it. The message has no traceback of theirs."""
@@ -142,7 +122,7 @@ def test_an_unreadable_image_is_a_fault_of_its_step(image_folder: Path) -> None:
     sampler = build_sampler(config, splits)
     broken = sorted(set(sampler.batch(2).tolist()) - set(sampler.batch(0).tolist()) - set(sampler.batch(1).tolist()))[0]
     step = next(n for n in range(3, 99) if broken not in sampler.batch(n))
-    fragile = replace(splits, train=replace(splits.train, source=Fragile(splits.train, broken)))
+    fragile = replace(splits, train=with_unreadable(splits.train, broken))
     with loading(config, num_workers=2, splits=fragile) as loader:
         assert [loader.batch(n).step for n in (0, 1)] == [0, 1]
         with pytest.raises(BadImageError) as caught:
@@ -176,7 +156,7 @@ def test_views_and_images_of_ones_own(image_folder: Path, tmp_path: Path) -> Non
 def test_what_cannot_be_sent_to_workers(image_folder: Path) -> None:
     config = config_of(image_folder)
     splits = load_splits(config.data)
-    source = Fragile(splits.train, 0)
+    source = FragileImages(splits.train, 0)
     source.name = lambda index: "local"  # type: ignore[method-assign]
     unusual = replace(splits, train=replace(splits.train, source=source))
     with (

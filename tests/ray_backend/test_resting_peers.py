@@ -32,7 +32,7 @@ def test_the_next_run_has_the_same_processes(ray_start_4_cpus: None, image_folde
         return {"rows": rows, "state": state}
 
     class TrialProcess:
-        """What Ray Tune keeps for several trials. (Ray sends a local class as it is.)"""
+        """What Ray Tune keeps for several trials. It is a local class because Ray sends those by value."""
 
         def run(self, config: Config, killed: bool = False) -> tuple[dict[str, int], dict[str, Any]]:
             with closing(RayCohort(config, load_splits(config.data))) as cohort:
