@@ -31,7 +31,7 @@ from ray_dmml.data.loader import Batch
 from ray_dmml.data.peer_views import PeerViews
 from ray_dmml.errors import UserError, WorkerLostError
 
-SIGBUS: int = getattr(signal, "SIGBUS", -1)
+SIGBUS: int | None = getattr(signal, "SIGBUS", None)
 """Ends a process whose shared memory is full; Windows has no such signal."""
 
 BATCHES_AHEAD = 2
@@ -150,7 +150,7 @@ class ViewWorkers:
                 if process.is_alive():
                     continue
                 self.is_complete = False
-                if process.exitcode == -SIGBUS:
+                if SIGBUS is not None and process.exitcode == -SIGBUS:
                     raise self._too_little_memory() from error
                 ended = f"ended with code {process.exitcode}"
                 if process.exitcode is not None and process.exitcode < 0:
