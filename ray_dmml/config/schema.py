@@ -731,7 +731,7 @@ class LossConfig(Section):
     """The relaxed contrastive loss. It is off by default."""
 
     mutual: tuple[MutualTermConfig, ...] = ()
-    """Further mutual terms, of your own (docs/own-parts.md)."""
+    """Further mutual terms, of your own (docs/how-to/own-parts.md)."""
 
     @model_validator(mode="after")
     def _labels_differ(self) -> LossConfig:

@@ -45,8 +45,7 @@ def embed(
     trust_code: bool = False,
     on_progress: OnProgress = lambda done, total, unreadable: None,
 ) -> dict[str, Any]:
-    """Embeds images into Parquet files, see docs/embedding.md. A call that was interrupted is continued by the same
-    call.
+    """Embeds images into Parquet files (docs/how-to/embedding.md). The same call continues one that was interrupted.
 
     Args:
         run: the folder of a run.

@@ -394,7 +394,7 @@ ASK_DASHBOARD = "curl --silent --max-time 2 http://localhost:8265"
 
 def lines_of_the_docs() -> list[str]:
     """The commands of the section, without their comments."""
-    section = (ROOT / "docs/cluster.md").read_text().split("\n## Step by step\n")[1]
+    section = (ROOT / "docs/how-to/cluster.md").read_text().split("\n## Step by step\n")[1]
     block = section.split("```bash\n")[1].split("```")[0]
     return [line.partition("  #")[0].strip() for line in block.splitlines()]
 
@@ -402,7 +402,7 @@ def lines_of_the_docs() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_each_line_of_the_docs(hosts: Hosts, image_folder: Path, tmp_path: Path) -> None:
-    """*Step by step* in docs/cluster.md, on a machine beside the hosts. The fixture calls `ray up` and `ray
+    """*Step by step* in docs/how-to/cluster.md, on a machine beside the hosts. The fixture calls `ray up` and `ray
     down`. The images and the job's checkpoints are in a bucket."""
     pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 server to test")
     hosts.start_bucket(image_folder)

@@ -106,7 +106,7 @@ def test_on_demand_nodes_replace_unavailable_spot_nodes(cluster: dict[str, Any])
 
 @pytest.fixture
 def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A local AWS server with the instance profile of docs/cluster.md, and a home folder."""
+    """A local AWS server with the instance profile of docs/how-to/cluster.md, and a home folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

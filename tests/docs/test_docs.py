@@ -37,7 +37,7 @@ from ray_dmml.config.code import use_code
 from ray_dmml.tune.search_space import Search, load_search
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REASON = re.compile(r"<!-- not run here: (\S.*) -->")
 TEST_COMMAND = "<!-- test command -->"
 
@@ -139,9 +139,9 @@ def test_block(block: Block, folder: Path) -> None:
 
 
 def test_the_own_parts_of_the_page(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/own-parts.md: its Python blocks as one file, and its settings together in one run."""
+    """docs/how-to/own-parts.md: its Python blocks as one file, and its settings together in one run."""
     monkeypatch.chdir(tmp_path)
-    blocks = list(blocks_of(ROOT / "docs/own-parts.md"))
+    blocks = list(blocks_of(ROOT / "docs/how-to/own-parts.md"))
     (tmp_path / "parts.py").write_text("\n\n".join(block.text for block in blocks if block.language == "python"))
     (tmp_path / "flat").mkdir()
     for image in image_folder.glob("*/*.png"):
@@ -381,7 +381,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_picture_is_what_its_script_draws() -> None:
-    script = runpy.run_path(str(ROOT / "docs/step.py"))
+    script = runpy.run_path(str(ROOT / "docs/pictures/step.py"))
     for scheme, colors in script["COLORS"].items():
-        drawn = (ROOT / f"docs/step-{scheme}.svg").read_text()
+        drawn = (ROOT / f"docs/pictures/step-{scheme}.svg").read_text()
         assert drawn == script["picture"](colors)

@@ -1,5 +1,5 @@
-"""Exported files and docs/export.md: what is in a file, that it computes what PyTorch computes, and what becomes of one
-that does not."""
+"""Exported files and docs/how-to/export.md: what is in a file, that it computes what PyTorch computes, and what becomes
+of one that does not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ray_dmml.cli.main import app
 from ray_dmml.config.code import use_code
 from ray_dmml.models.embedding_net import standardize
 
-PAGE = Path(__file__).parents[2] / "docs/export.md"
+PAGE = Path(__file__).parents[2] / "docs/how-to/export.md"
 EXPORT, ONNX, CROP, TIMM = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
 
 TRAINING_CLASSES = 6
@@ -128,7 +128,7 @@ def test_a_torch_file(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_page_without_pytorch(here: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lines of docs/export.md give the embedding of ``embed_files``, with both kinds of resize."""
+    """The lines of docs/how-to/export.md give the embedding of ``embed_files``, with both kinds of resize."""
     monkeypatch.chdir(here)
     peer = load_cohort(run).peers["peer0"]
     names: dict[str, Any] = {}
@@ -143,7 +143,7 @@ def test_the_page_without_pytorch(here: Path, run: Path, monkeypatch: pytest.Mon
 
 
 def test_the_page_in_plain_pytorch(here: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lines of docs/export.md give the embeddings of the peer."""
+    """The lines of docs/how-to/export.md give the embeddings of the peer."""
     monkeypatch.chdir(here)
     peer = load_cohort(run).peers["peer0"]
     decoded = noise(3)

@@ -1,6 +1,6 @@
-"""Draws the README's picture of one training step: docs/step-light.svg and docs/step-dark.svg.
+"""Draws the README's picture of one training step: docs/pictures/step-light.svg and docs/pictures/step-dark.svg.
 
-python docs/step.py
+python docs/pictures/step.py
 """
 
 from __future__ import annotations
