@@ -41,10 +41,8 @@ def main():
     for name, batches in {"ClassBalancedSampler": ours, "MPerClassSampler": theirs}.items():
         seen = len(torch.cat([places for _, _, places in batches]).unique())
         smallest = min(len(places.unique()) for _, _, places in batches)
-        print(
-            f"{name}: {len(batches)} batches of {P * K} with {seen} of {len(data)} images; "
-            f"a batch has at least {smallest} different ones"
-        )
+        print(f"{name}: {len(batches)} batches of {P * K} have {seen} of {len(data)} images")
+        print(f"    fewest different images in a batch: {smallest}")
 
     middle = len(epoch) // 2
     resumed = DataLoader(data, batch_sampler=[sampler.batch(step) for step in epoch[middle:]])
