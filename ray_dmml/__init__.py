@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray_dmml.config.schema import Config
     from ray_dmml.data.dataset import FileImages, ImageSet
+    from ray_dmml.data.datasets import load_splits
     from ray_dmml.data.image_files import list_images
     from ray_dmml.data.sampler import ClassBalancedSampler
     from ray_dmml.embedding.embed import embed
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
     from ray_dmml.index.image_index import ImageIndex, load_index
     from ray_dmml.inference import TrainedCohort, load_cohort
     from ray_dmml.loggers.logger import Logger
+    from ray_dmml.losses.distance_weighted import DistanceWeightedNegativeMiner
     from ray_dmml.losses.relational import relational_losses
     from ray_dmml.losses.relaxed_contrastive import relaxed_contrastive_loss
     from ray_dmml.losses.similarity import similarity_loss
+    from ray_dmml.randomness import seeded
     from ray_dmml.training.compare import compare
     from ray_dmml.training.distill import distill
     from ray_dmml.training.evaluate import evaluate
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ClassBalancedSampler",
     "Config",
+    "DistanceWeightedNegativeMiner",
     "FileImages",
     "ImageIndex",
     "ImageSet",
@@ -53,10 +57,12 @@ __all__ = [
     "list_images",
     "load_cohort",
     "load_index",
+    "load_splits",
     "push",
     "relational_losses",
     "relaxed_contrastive_loss",
     "remove_rows",
+    "seeded",
     "similarity_loss",
     "train",
     "update_index",
@@ -66,6 +72,7 @@ __all__ = [
 _HOMES = {
     "ClassBalancedSampler": "ray_dmml.data.sampler",
     "Config": "ray_dmml.config.schema",
+    "DistanceWeightedNegativeMiner": "ray_dmml.losses.distance_weighted",
     "FileImages": "ray_dmml.data.dataset",
     "ImageIndex": "ray_dmml.index.image_index",
     "ImageSet": "ray_dmml.data.dataset",
@@ -81,10 +88,12 @@ _HOMES = {
     "list_images": "ray_dmml.data.image_files",
     "load_cohort": "ray_dmml.inference",
     "load_index": "ray_dmml.index.image_index",
+    "load_splits": "ray_dmml.data.datasets",
     "push": "ray_dmml.hub.push",
     "relational_losses": "ray_dmml.losses.relational",
     "relaxed_contrastive_loss": "ray_dmml.losses.relaxed_contrastive",
     "remove_rows": "ray_dmml.index.build",
+    "seeded": "ray_dmml.randomness",
     "similarity_loss": "ray_dmml.losses.similarity",
     "train": "ray_dmml.training.run",
     "update_index": "ray_dmml.index.build",

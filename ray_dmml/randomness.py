@@ -28,6 +28,18 @@ def seeded(*key: int | str) -> Iterator[None]:
     """Seeds the global generators of torch, numpy and Python with ``key`` for the length of the block.
 
     On a GPU this includes the generator of the current device, if CUDA has been initialised.
+
+    The keys of a run are (its seed, the peer's seed, step, ``"view"``, ``"dropout"``, ``"miner"`` or ``"mutual"``) and
+    (its seed, the peer's ``init_seed``, ``"init"`` or ``"head"``). The first step is 0.
+
+    Example:
+        >>> import torch
+        >>> from ray_dmml import seeded
+        >>> with seeded(0, 1, 7, "view"):
+        ...     first = torch.rand(2)
+        >>> with seeded(0, 1, 7, "view"):
+        ...     print(torch.equal(torch.rand(2), first))
+        True
     """
     seed = derive_seed(*key)
     numpy_state, python_state = np.random.get_state(), random.getstate()
