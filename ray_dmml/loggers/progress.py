@@ -28,8 +28,5 @@ def show_progress(config: Config) -> Iterator[LinesLogger]:
     else:
         display = LinesLogger(Console(stderr=True), config)
     has_logging = logging.getLogger("ray_dmml").hasHandlers()
-    try:
-        with nullcontext() if has_logging else show_sentences(display.print, show_activity):
-            yield display
-    finally:
-        display.close()
+    with nullcontext() if has_logging else show_sentences(display.print, show_activity):
+        yield display

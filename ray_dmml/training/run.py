@@ -123,7 +123,7 @@ def train(
             sinks.append(display)
         call = f"train(resume={str(run_dir.path)!r}{', local=True' if local else ''})"
         interrupt = stack.enter_context(StopOnInterrupt(run_dir, call, announce, is_new=resume is None))
-        sinks.append(interrupt)
+        sinks.insert(0, interrupt)  # another logger may take its time
         if config.train.tensorboard:
             from ray_dmml.loggers.tensorboard import TensorBoardLogger
 
