@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ray_dmml.training.compare import compare
     from ray_dmml.training.distill import distill
     from ray_dmml.training.evaluate import evaluate
+    from ray_dmml.training.neighbors import draw_neighbors
     from ray_dmml.training.report import write_report
     from ray_dmml.training.run import train
 
@@ -51,6 +52,7 @@ __all__ = [
     "build_index",
     "compare",
     "distill",
+    "draw_neighbors",
     "embed",
     "evaluate",
     "export",
@@ -82,6 +84,7 @@ _HOMES = {
     "build_index": "ray_dmml.index.build",
     "compare": "ray_dmml.training.compare",
     "distill": "ray_dmml.training.distill",
+    "draw_neighbors": "ray_dmml.training.neighbors",
     "embed": "ray_dmml.embedding.embed",
     "evaluate": "ray_dmml.training.evaluate",
     "export": "ray_dmml.exporting.export",

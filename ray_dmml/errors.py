@@ -54,6 +54,14 @@ class Interrupted(Exception):
     """The run was asked to stop and has stopped. Its last checkpoint is of the step at which it stopped."""
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, or the stop button of a notebook, has stopped a run. The message is how to continue it."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows. Where the run was when it stopped says nothing to its user."""
+        return [f"KeyboardInterrupt: {self}"]
+
+
 class CheckpointError(UserError):
     """A checkpoint cannot be written or copied to the storage. Earlier checkpoints are intact."""
 

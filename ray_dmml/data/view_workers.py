@@ -227,7 +227,9 @@ def _unchanged(result: Any) -> Any:
 
 
 def _end_with_parent(worker: int) -> None:
-    """torch's own watch sees the server of forks, which lives as long as its workers."""
+    """torch's own watch sees the server of forks, which lives as long as its workers. Ctrl-C reaches them, too, while
+    their parent still needs batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

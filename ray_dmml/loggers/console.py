@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ray_dmml.config.schema import Config
 from ray_dmml.loggers.logger import Logger, learned_terms
+from ray_dmml.loggers.notebook import CellDisplay
 from ray_dmml.loggers.sentences import show_sentences
 from ray_dmml.loggers.tables import fitting
 
@@ -79,21 +80,29 @@ class LinesLogger(Logger):
 
 
 class LiveLogger(LinesLogger):
-    """A terminal: a row of loss terms for each peer with its latest validation, and a bar for the run. Each evaluation
-    is also a line above them, which stays."""
+    """A row of loss terms for each peer with its latest validation, and a bar for the run. Each evaluation is also a
+    line, which stays.
 
-    def __init__(self, console: Console, config: Config) -> None:
+    Args:
+        console: for lines.
+        config: the experiment.
+        live: shows the table and the bar; None: rich does, on the terminal, below the lines.
+    """
+
+    def __init__(self, console: Console, config: Config, live: CellDisplay | None = None) -> None:
         super().__init__(console, config)
         self._names = [str(peer.name) for peer in config.cohort.peers]
         self._recall: dict[str, float] = {}
         self._evaluated = "Recall@1 (validation)" if config.data.validation_fraction else ""
-        spinner = SpinnerColumn("line" if console.options.ascii_only else "dots")
-        columns = [spinner, TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
+        self._is_animated = live is None
+        spinner = [SpinnerColumn("line" if console.options.ascii_only else "dots")] if self._is_animated else []
+        columns = [*spinner, TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
         columns += [TextColumn("{task.fields[rate]}"), TimeRemainingColumn(compact=True)]
         self._bar = Progress(*columns, console=console, expand=True)
         self._task = self._bar.add_task("", total=None, rate="")
         self._has_started = False  # before that there is no table
-        self._live = Live(self._render(), console=console, refresh_per_second=8)
+        self._live = live or Live(console=console, refresh_per_second=8)
+        self._live.update(self._render())
         self._live.start()
 
     def show_activity(self, text: str) -> None:
@@ -121,6 +130,8 @@ class LiveLogger(LinesLogger):
         self._bar.update(self._task, total=self._num_steps, completed=step)
 
     def close(self) -> None:
+        if not self._is_animated:  # what stays in a saved notebook looks like the end
+            self.show_activity("")
         self._live.transient = not self._has_started  # there is nothing worth keeping on the screen
         self._live.stop()
 

@@ -6,12 +6,13 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import ray
 import ray._private.ray_constants
 import ray._private.utils
+from ray._private.utils import DeferSigint
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
@@ -33,9 +34,9 @@ def ray_session() -> Iterator[None]:
     cannot be joined."""
     with ExitStack() as stack:
         if not ray.is_initialized():
-            with _own_sigterm_handler():
+            with _own_sigterm_handler(), _without_sigint():
                 _start_ray(stack)
-            stack.callback(ray.shutdown)
+                stack.callback(ray.shutdown)
         yield
 
 
@@ -51,6 +52,12 @@ def _own_sigterm_handler() -> Iterator[None]:
         yield
     finally:
         utils.set_sigterm_handler, constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = before
+
+
+def _without_sigint() -> AbstractContextManager[Any]:
+    """Ctrl-C in a program or a notebook waits for the end of the block, because half a start of Ray leaves processes. A
+    command ends at once, with all its processes."""
+    return nullcontext() if interruption.is_watching() else DeferSigint.create_if_main_thread()
 
 
 def _start_ray(stack: ExitStack) -> None:

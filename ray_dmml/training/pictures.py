@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
 from ray_dmml.config.parts import describe
@@ -94,13 +95,21 @@ def draw_worst(retrieval: Retrieval, images: ImageSet, number: int) -> dict[str,
     Returns:
         ``worst_queries``: uint8 (H, W, 3). Nothing if every query finds a right image first.
     """
+    worst = [row for row in worst_first(retrieval)[:number] if retrieval.first_match[row] != 1]
+    return {"worst_queries": np.asarray(draw_queries(retrieval, images, worst))} if worst else {}
+
+
+def worst_first(retrieval: Retrieval) -> list[int]:
+    """The rows of a retrieval, those whose first right image comes last before the others. Of equals, the one whose
+    wrong image is most similar comes first."""
     rank = np.where(retrieval.first_match == 0, np.iinfo(np.int64).max, retrieval.first_match)
-    # Of equals, the one whose wrong image is most similar.
-    order = np.lexsort((-retrieval.similarities[:, 0], -rank))
-    worst = [row for row in order[:number].tolist() if rank[row] > 1]
-    if not worst:
-        return {}
-    queries, neighbors = retrieval.queries[worst], retrieval.neighbors[worst]
+    order: list[int] = np.lexsort((-retrieval.similarities[:, 0], -rank)).tolist()
+    return order
+
+
+def draw_queries(retrieval: Retrieval, images: ImageSet, rows: Sequence[int]) -> Image.Image:
+    """Draws these rows of a retrieval, each with the neighbours that it kept. ``images`` are the N images."""
+    queries, neighbors = retrieval.queries[rows], retrieval.neighbors[rows]
     blank = torch.full_like(images.source.read(int(queries[0])), 255)
     columns = [
         torch.stack([images.source.read(int(index)) if index >= 0 else blank for index in column])
@@ -109,14 +118,13 @@ def draw_worst(retrieval: Retrieval, images: ImageSet, number: int) -> dict[str,
     is_right = (images.labels[neighbors] == images.labels[queries][:, None]).astype(object)
     is_right[neighbors < 0] = None
     captions = tuple(str(rank) for rank in range(1, neighbors.shape[1] + 1))
+    note = "green: right, orange: wrong"
     groups = [
         Columns("query", "", ("",), (columns[0],)),
-        Columns(
-            "nearest images", "green: right, orange: wrong", captions, tuple(columns[1:]), tuple(is_right.T.tolist())
-        ),
+        Columns("nearest images", note, captions, tuple(columns[1:]), tuple(is_right.T.tolist())),
     ]
     names = [(images.class_names[images.labels[query]], printable(images.source.name(int(query)))) for query in queries]
-    return {"worst_queries": np.asarray(draw_sheet(names, groups, CELL))}
+    return draw_sheet(names, groups, CELL)
 
 
 def sample_embeddings(embeddings: Mapping[str, np.ndarray], images: ImageSet) -> EmbeddingSample:

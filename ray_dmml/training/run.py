@@ -25,6 +25,7 @@ from ray_dmml.loggers.logger import Logger, Loggers
 from ray_dmml.training.image_list import require_same_images
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.run_writer import RunWriter
+from ray_dmml.training.stop_on_interrupt import StopOnInterrupt
 from ray_dmml.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def train(
         UserError: a setting, a file or the cluster does not allow it; peers were lost more often
             than ``failure.max_failures`` allows; a loss is not finite.
         Interrupted: ``should_stop`` returned True.
+        KeyboardInterrupt: Ctrl-C, or the stop button of a notebook. The run stops after its step, with a checkpoint,
+            and the message is the call that continues it. A second interrupt does not wait for the step.
     """
     checkpoint: Checkpoint | None = None
     with ExitStack() as stack:
@@ -111,10 +114,16 @@ def train(
         remote = _open_remote(config, run_dir, is_new=resume is None)
         metrics_file = JsonlLogger(run_dir.metrics_file)
         sinks: list[Logger] = [metrics_file, *loggers, *build_loggers(config, run_dir.path)]
+        announce: Callable[[str], object] = logger.info
         if progress:
             from ray_dmml.loggers.progress import show_progress
 
-            sinks.append(stack.enter_context(show_progress(config)))
+            display = stack.enter_context(show_progress(config))
+            announce = display.print
+            sinks.append(display)
+        call = f"train(resume={str(run_dir.path)!r}{', local=True' if local else ''})"
+        interrupt = stack.enter_context(StopOnInterrupt(run_dir, call, announce, is_new=resume is None))
+        sinks.insert(0, interrupt)  # another logger may take its time
         if config.train.tensorboard:
             from ray_dmml.loggers.tensorboard import TensorBoardLogger
 
@@ -137,7 +146,7 @@ def train(
             checkpoint=checkpoint,
             writer=RunWriter(run_dir, metrics_file, remote, is_new=resume is None),
             loggers=all_loggers,
-            should_stop=should_stop,
+            should_stop=lambda: interrupt.should_stop() or should_stop(),
         )
         return trainer.fit()
 

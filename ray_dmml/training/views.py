@@ -98,7 +98,7 @@ def draw_views(
     Raises:
         UserError: an image cannot be read, or a view cannot be built or fails.
     """
-    chosen = _choose(images.labels, num_images, seed)
+    chosen = choose_images(images.labels, num_images, seed)
     decoded = torch.stack([images.source.read(index) for index in chosen])
     groups = view_columns(config, decoded, num_draws, seed)
     largest = max(picture.shape[-1] for group in groups for picture in group.pictures)
@@ -127,7 +127,7 @@ def view_columns(config: Config, decoded: Tensor, num_draws: int, seed: int) -> 
     return groups
 
 
-def _choose(labels: np.ndarray, number: int, seed: int) -> list[int]:
+def choose_images(labels: np.ndarray, number: int, seed: int) -> list[int]:
     """Random images of different classes, as far as there are so many."""
     order = np.random.Generator(np.random.PCG64(derive_seed("views", seed))).permutation(len(labels))
     rounds, seen = [], Counter[int]()
