@@ -57,6 +57,7 @@ ROWS = {
     "input-cached": ("images", "input_cached"),
     "start": ("start", "start"),
     "trial-start": ("start", "trial_start"),
+    "import-time": ("start", "import_time"),
     "memory": ("steps", "memory"),
     "micro-batch": ("micro_batch", "micro_batch"),
     "checkpoint": ("checkpoints", "checkpoint"),

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import ray_dmml
+from ray_dmml.cli.main import app
 
 pytestmark = pytest.mark.ray
 
@@ -24,6 +25,24 @@ for name in sys.argv[1:]:
     found[name] = [heavy for heavy in ("ray", "torch", "numpy") if heavy in sys.modules]
 print(json.dumps(found))
 """
+
+HELP = """
+import contextlib, io, json, sys
+from ray_dmml.cli.main import app
+
+for command in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        app([*command, "--help"])
+    assert "Usage" in shown.getvalue(), command
+print(json.dumps(sorted(sys.modules)))
+"""
+
+HEAVY = {
+    *("torch", "torchvision", "ray", "numpy", "scipy", "sklearn", "pandas", "faiss", "pyarrow", "timm", "PIL"),
+    *("huggingface_hub", "pytorch_metric_learning", "safetensors", "matplotlib", "jinja2", "tensorboardX", "yaml"),
+    *("filelock", "threadpoolctl", "optuna", "onnx", "onnxruntime", "peft", "fastapi", "wandb", "mlflow"),
+}
+"""Everything that the package needs, but what reads a command line: typer, and pydantic with its newer versions."""
 
 
 def loaded_by(*modules: str) -> dict[str, list[str]]:
@@ -47,6 +66,19 @@ def test_no_module_below_the_ray_floor_loads_ray() -> None:
 def test_light_modules_load_no_torch(module: str) -> None:
     """The coordinator's process and `ray-dmml --help` wait for neither torch nor ray."""
     assert set(loaded_by(module)[module]) <= ({"numpy"} if "coordinator" in module else set())
+
+
+def test_no_help_waits_for_what_a_command_computes_with() -> None:
+    """`--help` of every command, and so the completion of a shell, loads no library but those of the command line, and
+    does not build the models of the config."""
+    commands = [[], *([command.name or command.callback.__name__] for command in app.registered_commands)]
+    commands += [["data", "check"], ["data", "fetch"]]
+    ended = subprocess.run(
+        [sys.executable, "-c", HELP, json.dumps(commands)], capture_output=True, text=True, check=True
+    )
+    loaded = set(json.loads(ended.stdout))
+    assert not HEAVY & loaded
+    assert "ray_dmml.config.schema" not in loaded
 
 
 def test_the_package_hands_its_names_on_lazily() -> None:

@@ -20,7 +20,7 @@ FLOORS = (
     {"ray_backend"},
     {"training"},
     {"inference", "tune"},
-    {"embedding", "exporting", "hub", "index"},
+    {"doctor", "embedding", "exporting", "hub", "index"},
     {"serve"},
     {"cli"},
 )

@@ -1,4 +1,4 @@
-"""Rows `start` and `trial-start`: how long a run, and a trial of a search, takes to its first step."""
+"""Rows `start`, `trial-start` and `import-time`: how long a run, a trial of a search and a command take to start."""
 
 from __future__ import annotations
 
@@ -85,3 +85,28 @@ def trial_start(settings: Settings) -> list[Row]:
     seconds = [later - earlier - of for (earlier, later), of in zip(pairwise(ends), work[1:], strict=True)]
     what = "what a trial takes beside its step, evaluations and checkpoints, after another one"
     return [Row("trial-start", what, "s", seconds, [], Goal("A", "<=", 4))]
+
+
+def seconds_of(*arguments: str) -> float:
+    """Seconds of a process of Python, from its start to its end."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - began
+
+
+def import_time(settings: Settings) -> list[Row]:
+    """What a user waits for before anything happens. B is a program that imports the libraries of the command line."""
+    rows = []
+    for what, arguments, limit in (
+        ("import ray_dmml", ("-c", "import ray_dmml"), 0.3),
+        ("ray-dmml --help", ("-m", "ray_dmml.cli", "--help"), 0.6),
+        ("ray-dmml train --help", ("-m", "ray_dmml.cli", "train", "--help"), 0.6),
+    ):
+        seconds_of(*arguments)  # the files are read from the disk once
+        a, b = in_turn(
+            settings.rounds,
+            lambda arguments=arguments: seconds_of(*arguments),
+            lambda: seconds_of("-c", "import typer, rich"),
+        )
+        rows.append(Row("import-time", f"{what} / importing typer and rich", "s", a, b, Goal("A", "<=", limit)))
+    return rows

@@ -6,9 +6,6 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from ray_dmml.config.messages import hint
-from ray_dmml.config.schema import Config
-
 
 class _PlainHelp:
     """Shows no type for an option that takes no value; typer writes `<bool>`."""
@@ -35,6 +32,9 @@ class Command(_PlainHelp, TyperCommand):
             message = str(getattr(error, "message", ""))
             takes_settings = any(param.name == "overrides" for param in self.params)
             if takes_settings and type(error).__name__ == "NoSuchOption":
+                from ray_dmml.config.messages import hint
+                from ray_dmml.config.schema import Config  # building the models takes a third of `ray-dmml --help`
+
                 name = str(getattr(error, "option_name", "")).strip("-").replace("-", "_")
                 found = hint(name, Config)
                 error.message = f"{message}. Settings are given as --set KEY=VALUE{f'; {found}' if found else ''}"  # type: ignore[attr-defined]

@@ -9,7 +9,6 @@ from rich.table import Table
 
 from ray_dmml.cli.options import AsJson, OtherImages, RunWeights, TrustCode, path
 from ray_dmml.cli.output import print_json, print_line, show_log, user_errors
-from ray_dmml.config.loading import shorten
 from ray_dmml.loggers.figures import heading
 from ray_dmml.loggers.output import Console
 from ray_dmml.loggers.tables import print_table
@@ -57,6 +56,8 @@ def _print_settings(names: Sequence[str], differing: Mapping[str, Sequence[Any]]
     if not differing:
         print_line(console, "no setting differs")
         return
+    from ray_dmml.config.loading import shorten  # it loads yaml, for which --help should not wait
+
     table = Table(header_style="bold")
     for title in ("setting", *names):
         table.add_column(title)

@@ -9,9 +9,6 @@ import typer
 from ray_dmml.cli.command import Command, Group
 from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, use_address
 from ray_dmml.cli.output import print_json, print_line, show_log, user_errors
-from ray_dmml.config.loading import QUICKSTART
-from ray_dmml.config.parts import load_parts
-from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.output import Console
 
@@ -27,11 +24,15 @@ def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJso
     """
     console = Console(stderr=True)
     with user_errors(), show_log(console):
+        from rich.progress import Progress
+
+        from ray_dmml.config.loading import QUICKSTART
+        from ray_dmml.config.parts import load_parts
+        from ray_dmml.config.schema import Config
+
         whole = Config.load(config or QUICKSTART, overrides or ())
         load_parts(whole)
         settings = whole.data
-        from rich.progress import Progress
-
         from ray_dmml.data.audit import audit, print_report
 
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -55,6 +56,10 @@ def fetch(config: ConfigFile = None, overrides: Overrides = None, address: Addre
     console = Console()
     use_address(address)
     with user_errors(), show_log(console):
+        from ray_dmml.config.loading import QUICKSTART
+        from ray_dmml.config.parts import load_parts
+        from ray_dmml.config.schema import Config
+
         whole = Config.load(config or QUICKSTART, overrides or ())
         code, settings = load_parts(whole), whole.data
         if "RAY_ADDRESS" not in os.environ:

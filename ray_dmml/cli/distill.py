@@ -24,10 +24,7 @@ from ray_dmml.cli.options import (
 )
 from ray_dmml.cli.output import show_log, user_errors
 from ray_dmml.cli.train import default_folder, train_and_show
-from ray_dmml.config.schema import Config
 from ray_dmml.loggers.output import Console
-from ray_dmml.training.quick_check import check_quickly
-from ray_dmml.training.run_dir import RunDir
 
 TeacherView = StrEnum("TeacherView", ["own", "evaluation"])
 
@@ -89,7 +86,10 @@ def distill(
     console, began = Console(stderr=as_json), time.monotonic()
     use_address(address)
     with user_errors(), Interruptible(console) as signals, show_log(console):
+        from ray_dmml.config.schema import Config
         from ray_dmml.training.distill import distillation_config, require_images_of
+        from ray_dmml.training.quick_check import check_quickly
+        from ray_dmml.training.run_dir import RunDir
 
         settings = distillation_config(
             run,

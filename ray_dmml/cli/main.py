@@ -16,6 +16,7 @@ from ray_dmml.cli.compare import compare
 from ray_dmml.cli.config import config
 from ray_dmml.cli.data import data_app
 from ray_dmml.cli.distill import distill
+from ray_dmml.cli.doctor import doctor
 from ray_dmml.cli.embed import embed
 from ray_dmml.cli.evaluate import evaluate
 from ray_dmml.cli.export import export
@@ -33,12 +34,11 @@ app = typer.Typer(
     cls=Group,
     help="Diversified mutual learning for image retrieval: peers that learn from each other, on Ray.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for _command in (
     *(train, evaluate, report, compare, embed, index, search, serve, export, push, tune, distill, views),
-    config,
+    *(config, doctor),
 ):
     app.command(cls=Command)(_command)
 app.add_typer(data_app, name="data")

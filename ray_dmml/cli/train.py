@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,12 +26,11 @@ from ray_dmml.cli.options import (
 )
 from ray_dmml.cli.output import elapsed, print_json, print_line, show_log, user_errors
 from ray_dmml.cli.tables import results_table
-from ray_dmml.config.loading import QUICKSTART, read_settings, refuse_old
-from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.output import Console
-from ray_dmml.training.quick_check import check_quickly
-from ray_dmml.training.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from ray_dmml.config.schema import Config
 
 
 def train(
@@ -61,6 +60,9 @@ def train(
     console, began = Console(stderr=as_json), time.monotonic()
     use_address(address)
     with user_errors(), Interruptible(console) as signals, show_log(console):
+        from ray_dmml.training.quick_check import check_quickly
+        from ray_dmml.training.run_dir import RunDir
+
         if resume is None:
             settings = _new_config(config, overrides, init_from)
             run = out or default_folder(settings)
@@ -89,6 +91,8 @@ def train_and_show(
 ) -> None:
     """Trains in the folder ``run`` with a display on the console, and prints the results. ``began`` is the
     ``time.monotonic()`` at which the command began."""
+    from ray_dmml.training.run_dir import RunDir
+
     discard = None if resume else RunDir(run).discard
     signals.resume_with(f"ray-dmml train --resume {quote(str(run))}", run / "checkpoints" / "index.json", discard)
     with nullcontext() if local else ray_and_torch(), signals.end_early():
@@ -120,6 +124,9 @@ def default_folder(settings: Config) -> Path:
 
 
 def _new_config(config: Path | None, overrides: list[str] | None, init_from: Path | None) -> Config:
+    from ray_dmml.config.loading import QUICKSTART
+    from ray_dmml.config.schema import Config
+
     settings = Config.load(config or QUICKSTART, overrides or ())
     return settings if init_from is None else settings.with_overrides({"train.init_from": init_from})
 
@@ -140,6 +147,10 @@ def _resumed_run(resume: str, out: Path | None, init_from: Path | None) -> Path:
 
 
 def _resumed_config(run: Path, config: Path | None, overrides: list[str] | None) -> Config:
+    from ray_dmml.config.loading import read_settings, refuse_old
+    from ray_dmml.config.schema import Config
+    from ray_dmml.training.run_dir import RunDir
+
     path = config or RunDir.open(run).config_file
     refuse_old(read_settings(path), path)
     return Config.load(path, overrides or ())

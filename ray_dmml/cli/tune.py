@@ -15,16 +15,13 @@ import typer
 from ray_dmml.cli.lifecycle import Interruptible, ray_and_torch
 from ray_dmml.cli.options import Address, AsJson, ConfigFile, Overrides, path, use_address
 from ray_dmml.cli.output import elapsed, print_json, print_line, show_log, user_errors
-from ray_dmml.config.loading import QUICKSTART, read_settings
-from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.output import Console
-from ray_dmml.training.quick_check import check_quickly
-from ray_dmml.training.run_dir import RunDir
-from ray_dmml.tune.search_space import Search, load_search
 
 if TYPE_CHECKING:
+    from ray_dmml.config.schema import Config
     from ray_dmml.loggers.logger import Logger
+    from ray_dmml.tune.search_space import Search
 
 
 def tune(
@@ -73,6 +70,9 @@ def tune(
     folder = resume or out or Path("runs") / f"tune-{datetime.now():%Y%m%d-%H%M%S}"
     changes = dict(num_samples=num_samples, sampler=sampler, scheduler=scheduler, seeds=seeds, final_seeds=final_seeds)
     with user_errors(), Interruptible(console) as signals, show_log(console):
+        from ray_dmml.training.quick_check import check_quickly
+        from ray_dmml.training.run_dir import RunDir
+
         if resume is None:
             RunDir(folder).ensure_empty()  # before anything takes time
             search = _new_search(config, overrides, space, changes)
@@ -110,6 +110,9 @@ def _new_search(
 ) -> Search:
     if config is not None and space is None:
         raise UserError("a search of your own config needs its --space, such as experiments/searches/grocery.yaml")
+    from ray_dmml.config.loading import QUICKSTART, read_settings
+    from ray_dmml.tune.search_space import Search, load_search
+
     return Search(read_settings(config or QUICKSTART, overrides or ()), load_search(space, **changes))
 
 

@@ -7,8 +7,6 @@ import typer
 
 from ray_dmml.cli.options import Overrides, TrustCode, path
 from ray_dmml.cli.output import print_line, show_log, user_errors
-from ray_dmml.config.loading import QUICKSTART
-from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.output import Console
 
@@ -57,6 +55,8 @@ def views(
     with user_errors(), show_log(Console(stderr=True)):
         if run is not None and config is not None:
             raise UserError("the views of a run are those of its own config: give RUN or --config, not both")
+        from ray_dmml.config.loading import QUICKSTART
+        from ray_dmml.config.schema import Config
         from ray_dmml.training.run_dir import RunDir
         from ray_dmml.training.views import write_views
 

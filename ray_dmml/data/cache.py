@@ -32,6 +32,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from ray_dmml.data.cache_folder import default_folder
 from ray_dmml.data.dataset import FileImages, ImageSet, Stamp
 from ray_dmml.data.formats import decoder_versions
 
@@ -44,21 +45,6 @@ _MAGIC = b"ray-dmml images\n"
 _RECORD = struct.Struct("<Iqq")  # checksum of the pixels, and the two numbers of the stamp
 
 logger = logging.getLogger(__name__)
-
-
-def default_folder() -> Path:
-    """``ray-dmml`` in ``$XDG_CACHE_HOME``, or else in ``~/.cache``.
-
-    Raises:
-        OSError: there is no home folder.
-    """
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if base.is_absolute():
-        return base / "ray-dmml"
-    try:
-        return Path.home() / ".cache" / "ray-dmml"
-    except RuntimeError:
-        raise OSError(errno.ENOENT, "there is no home folder", "~/.cache") from None
 
 
 class ImageCache:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from ray_dmml.config.schema import DataConfig
-from ray_dmml.data.cache import default_folder
+from ray_dmml.data.cache_folder import default_folder
 from ray_dmml.errors import UserError
 
 DIGESTS = "SHA256SUMS"

@@ -19,7 +19,8 @@ from ray.exceptions import AuthenticationError
 from ray_dmml import interruption
 from ray_dmml.cores import num_cores
 from ray_dmml.errors import UserError
-from ray_dmml.ray_backend.private_ray import SafeJobConfig, own_token, session_folder
+from ray_dmml.ray_backend.private_ray import SafeJobConfig, own_token
+from ray_dmml.ray_backend.session_folder import session_folder
 
 _TOKEN_HINT = (
     "set RAY_AUTH_MODE=token and give the cluster's token in RAY_AUTH_TOKEN, in a file named by "

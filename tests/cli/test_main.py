@@ -26,6 +26,23 @@ def test_the_version() -> None:
     assert ended.stdout == f"ray-dmml {metadata.version('ray-dmml')}\n"
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("ray-dmml tr", {"train"}),
+        ("ray-dmml data ", {"check", "fetch"}),
+        ("ray-dmml train --re", {"--resume"}),
+        ("ray-dmml evaluate --weights ", {"last", "best", "ema"}),
+    ],
+)
+def test_a_shell_completes_commands_and_options(line: str, words: set[str]) -> None:
+    """As bash asks for it: the words so far, and the number of the one to complete."""
+    variables = {"_RAY_DMML_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    ended = CliRunner(env=variables).invoke(app, prog_name="ray-dmml")
+    assert ended.exit_code == 0 and not ended.stderr
+    assert set(ended.stdout.split()) == words
+
+
 @pytest.mark.ray
 def test_the_package_is_the_command() -> None:
     """`python -m ray_dmml.cli` lists the commands."""
@@ -46,6 +63,7 @@ def test_the_package_is_the_command() -> None:
         "data",
         "compare",
         "views",
+        "doctor",
     )
     for name in commands:
         assert f" {name} " in shown
@@ -55,7 +73,7 @@ def test_the_package_is_the_command() -> None:
     "command",
     [
         *("train", "evaluate", "report", "compare", "embed", "index", "search", "export", "push", "tune", "distill"),
-        "views",
+        *("views", "doctor", "config"),
         *("data check", "data fetch"),
     ],
 )

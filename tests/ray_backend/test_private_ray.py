@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_dmml.errors import UserError
 from ray_dmml.ray_backend import private_ray
-from ray_dmml.ray_backend.private_ray import session_folder
 
 SCRIPT = """
 import json, os
@@ -51,23 +49,3 @@ def test_odd_folders(tmp_path: Path) -> None:
     answer = json.loads(ended.stdout)
     assert answer["found"] == ["wanted", "beside"] and not answer["has_token"]
     assert not answer["folder"].startswith(str(long)) and len(answer["folder"] + "/sockets/plasma_store") <= 107
-
-
-def test_the_folder_of_a_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TMPDIR where it can be used, another one where not. RAY_TMPDIR is refused if it cannot be used."""
-    monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    monkeypatch.setattr(private_ray, "SOCKET", "/s")  # so that the names of tests are short enough
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert session_folder() == f"{tmp_path}/ray"
-    for bad in (str(tmp_path / ("x" * 100)), "/proc/no/folder"):
-        monkeypatch.setenv("TMPDIR", bad)
-        assert not session_folder().startswith(bad) and os.access(session_folder(), os.W_OK)
-        monkeypatch.setenv("RAY_TMPDIR", bad)
-        with pytest.raises(
-            UserError, match=rf"RAY_TMPDIR cannot be used \({bad}/ray: .*\): set RAY_TMPDIR to a folder"
-        ):
-            session_folder()
-        monkeypatch.delenv("RAY_TMPDIR")
-    monkeypatch.setattr(private_ray, "MIN_FREE_BYTES", 2**70)
-    with pytest.raises(UserError, match=r"there is no folder for Ray's sockets and logs .*the disk is full"):
-        session_folder()
