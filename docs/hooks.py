@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -26,15 +28,17 @@ PAGES = {
 
 PICTURES = {f"experiments/ablations/{name}/differences.png": f"ablations/{name}.png" for name in ABLATIONS}
 
+NO_LINKS = re.compile(r"(<a\b.*?</a>|<h\d\b.*?</h\d>|<pre\b.*?</pre>)", re.S)
+"""What a page's HTML has that gets no further links."""
+
+SETTING = re.compile(r"<code>((?:[a-z_]+\.)(?:[\w.*]+))</code>")
+
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the settings and the pages from outside of docs/."""
-    sys.path.insert(0, str(DOCS))
-    from settings_reference import settings_page
-
-    files.append(File.generated(config, "settings.md", content=settings_page()))
+    files.append(File.generated(config, "settings.md", content=_settings()))
     for source, page in PAGES.items():
         if (ROOT / source).exists():
             files.append(File.generated(config, page, content=(ROOT / source).read_text()))
@@ -53,6 +57,42 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         part if part.lstrip().startswith("```") else LINK.sub(lambda link: _moved(link, here, uri, config), part)
         for part in parts
     )
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Settings that a page names in code become links to their reference."""
+    if page.file.src_uri == "settings.md":
+        _shorten(page.toc)
+    parts = NO_LINKS.split(html)
+    return "".join(
+        part if number % 2 else SETTING.sub(lambda code: _linked(code, page.url), part)
+        for number, part in enumerate(parts)
+    )
+
+
+def _linked(code: re.Match[str], url: str) -> str:
+    key = re.sub(r"\.(\*|N|\d+)(?=\.|$)", "", code[1]).replace("cohort.base", "cohort.peers")
+    if f"{{ #{key} }}" not in _settings():
+        key += "-section"
+    if f"{{ #{key} }}" not in _settings():
+        return code[0]
+    return f'<a class="to-setting" href="{get_relative_url("settings/", url)}#{key}">{code[0]}</a>'
+
+
+@cache
+def _settings() -> str:
+    sys.path.insert(0, str(DOCS))
+    from settings_reference import settings_page
+
+    return settings_page()
+
+
+def _shorten(toc: Any) -> None:
+    """In the table of contents, a setting stands without the name of its section above it."""
+    for title in toc:
+        for section in title.children:
+            for setting in section.children:
+                setting.title = setting.title.removeprefix(f"{section.title}.")
 
 
 def _moved(link: re.Match[str], here: Path, uri: str, config: Any) -> str:

@@ -8,14 +8,24 @@ from typing import Any
 
 from ray_dmml import Config
 
-INTRODUCTION = """# Settings
+INTRODUCTION = """---
+search:
+  boost: 2
+---
+
+# Settings
 
 A config file states only what differs from these defaults. `ray-dmml config --config FILE` prints all settings with
 their values, and `--set KEY=VALUE` changes one on the command line. `cohort.peers.*` is an entry of the list of peers.
-A setting under `cohort.base` applies to every peer.
+A setting under `cohort.base` applies to every peer. The search of this site finds a setting by its name, or by a part
+of it.
+
+| section | what it sets |
+|---|---|
 """
 
-BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+BOUNDS = {"minimum": "≥", "ge": "≥", "exclusiveMinimum": ">", "gt": ">"}
+BOUNDS |= {"maximum": "≤", "le": "≤", "exclusiveMaximum": "<", "lt": "<"}
 TYPES = {"boolean": "true or false", "string": "text", "object": "mapping", "array": "list", "number": "number"}
 TYPES |= {"integer": "integer", "null": "null"}
 
@@ -26,21 +36,43 @@ def settings_page() -> str:
     sections, top = list(_sections(schema, schema, "")), []
     for key, setting in _settings(schema, schema, ""):
         top += _entry(key, setting, schema)
-    lines = [INTRODUCTION, "## Top level", "", *top]
+    overview = [f"| [`{key}`](#{anchor(key)}-section) | {first_sentence(section)} |" for key, section in sections]
+    lines = [INTRODUCTION + "\n".join(overview), "", "## Top level", "", *top]
     for prefix, section in sections:
-        lines += [f"## {prefix}", "", section.get("description", ""), ""]
+        lines += [f"## `{prefix}` {{ #{anchor(prefix)}-section }}", "", section.get("description", ""), ""]
         for key, setting in _settings(section, schema, f"{prefix}."):
             lines += _entry(key, setting, schema)
     return "\n".join(lines) + "\n"
 
 
+def anchor(key: str) -> str:
+    """The anchor of a setting or section on the page."""
+    return key.replace(".*", "")
+
+
+def first_sentence(section: dict[str, Any]) -> str:
+    return str(section.get("description", "")).replace("\n", " ").partition(". ")[0].removesuffix(".") + "."
+
+
 def _entry(key: str, setting: dict[str, Any], schema: dict[str, Any]) -> list[str]:
-    values = values_of(setting, schema)
+    values = values_of(setting, schema, key)
     if "default" in setting:
-        values += f" · default `{json.dumps(setting['default'])}`"
-    elif "default" not in setting and values not in ("mapping", "list"):
+        default = setting["default"]
+        if not (isinstance(default, list) and default and isinstance(default[0], dict)):  # the peers: too long
+            values += f" · default `{default if isinstance(default, str) else json.dumps(default)}`"
+    elif values not in ("mapping", "list"):
         values += " · required"
-    return [f"### `{key}`", "", f"{values}", "{ .setting }", "", setting.get("description", ""), ""]
+    words = key.rpartition(".")[2].replace("_", " ")
+    hidden = f"<span hidden>{words}</span>" if " " in words else ""  # so that the search knows the parts of a name
+    return [
+        f"### `{key}` {{ #{anchor(key)} }}",
+        "",
+        f"{values}{hidden}",
+        "{ .setting }",
+        "",
+        setting.get("description", ""),
+        "",
+    ]
 
 
 def _resolve(part: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -48,9 +80,13 @@ def _resolve(part: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     return schema["$defs"][part["$ref"].rpartition("/")[2]] if "$ref" in part else part
 
 
+def _choices(setting: dict[str, Any]) -> list[dict[str, Any]]:
+    return setting.get("anyOf", setting.get("oneOf", []))
+
+
 def _section_of(setting: dict[str, Any], schema: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """The section that a setting consists of, perhaps in a list or beside null; the first part is `.*` for a list."""
-    for choice in [setting, *setting.get("anyOf", [])]:
+    for choice in [setting, *_choices(setting)]:
         if "properties" in (found := _resolve(choice, schema)):
             return "", found
         if choice.get("type") == "array" and "properties" in (found := _resolve(choice.get("items", {}), schema)):
@@ -73,12 +109,12 @@ def _settings(section: dict[str, Any], schema: dict[str, Any], prefix: str) -> I
             yield f"{prefix}{name}", setting
 
 
-def values_of(setting: dict[str, Any], schema: dict[str, Any]) -> str:
-    """The values that a setting may have, in words."""
-    if "properties" in (found := _resolve(setting, schema)):
-        return "section" if "$ref" in setting else str(found.get("title", "section"))
-    if choices := setting.get("anyOf", setting.get("oneOf")):
-        return ", or ".join(values_of(choice, schema) for choice in choices)
+def values_of(setting: dict[str, Any], schema: dict[str, Any], key: str) -> str:
+    """The values that the setting with this key may have, in words."""
+    if "properties" in _resolve(setting, schema):
+        return f"[section](#{anchor(key)}-section)"
+    if choices := _choices(setting):
+        return ", or ".join(values_of(choice, schema, key) for choice in choices)
     if "enum" in setting:
         return ", ".join(f"`{value}`" for value in setting["enum"])
     if "const" in setting:
@@ -87,6 +123,8 @@ def values_of(setting: dict[str, Any], schema: dict[str, Any]) -> str:
     if setting.get("format") == "path":
         words = "path"
     if setting.get("type") == "array" and "items" in setting:
-        words = f"list of {values_of(setting['items'], schema)}"
-    bounds = " and ".join(f"{sign} {setting[name]:g}" for name, sign in BOUNDS.items() if name in setting)
+        words = f"list of {values_of(setting['items'], schema, key).replace('section]', 'sections]')}"
+    bounds = " and ".join(
+        f"{sign} {setting[name]:g}" for name, sign in BOUNDS.items() if setting.get(name, 1e30) < 1e30
+    )
     return f"{words} {bounds}".strip()

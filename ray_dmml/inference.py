@@ -81,7 +81,8 @@ class TrainedPeer:
     def embed_files(self, files: Files, batch_size: int = 64) -> np.ndarray:
         """Embeds image files, ``batch_size`` at a time: (N, D) float32, rows of length 1, in the files' order.
 
-        Raises UserError with the name of a file that cannot be read, and if a folder has no images.
+        Raises:
+            UserError: a file cannot be read, which the message names, or a folder has no images.
         """
         batches = [self.embed(batch).cpu().numpy() for batch in _decoded(files, self, batch_size)]
         return np.concatenate([np.empty((0, self.size), np.float32), *batches])
@@ -93,6 +94,7 @@ class TrainedCohort:
     Images are decoded to squares of side S = ``decode_size``, in the way of ``resize``.
 
     Attributes:
+        peers: the trained peers by name, see :class:`TrainedPeer`.
         size: the number of dimensions of an embedding, the sum of the peers' D.
     """
 
@@ -115,7 +117,8 @@ class TrainedCohort:
     def embed_files(self, files: Files, batch_size: int = 64) -> np.ndarray:
         """Embeds image files, ``batch_size`` at a time: (N, sum of D) float32, rows of length 1, in the files' order.
 
-        Raises UserError with the name of a file that cannot be read, and if a folder has no images.
+        Raises:
+            UserError: a file cannot be read, which the message names, or a folder has no images.
         """
         batches = [self.embed(batch) for batch in _decoded(files, self, batch_size)]
         return np.concatenate([np.empty((0, self.size), np.float32), *batches])

@@ -32,7 +32,7 @@ def seeded(*key: int | str) -> Iterator[None]:
     The keys of a run are (its seed, the peer's seed, step, ``"view"``, ``"dropout"``, ``"miner"`` or ``"mutual"``) and
     (its seed, the peer's ``init_seed``, ``"init"`` or ``"head"``). The first step is 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ray_dmml import seeded
         >>> with seeded(0, 1, 7, "view"):

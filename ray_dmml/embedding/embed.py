@@ -45,7 +45,7 @@ def embed(
     trust_code: bool = False,
     on_progress: OnProgress = lambda done, total, unreadable: None,
 ) -> dict[str, Any]:
-    """Embeds images into Parquet files (docs/how-to/embedding.md). The same call continues one that was interrupted.
+    """Embeds images into Parquet files. The same call continues one that was interrupted.
 
     Args:
         run: the folder of a run.

@@ -27,8 +27,8 @@ class Logger:
                 - ``{"peers": {name: {"loss": ..., "metric": ...}}}``: the loss terms of one step.
                 - ``{"images_per_second": ..., "step_s": ..., "waited_s": {name: ...}}``: the speed of the latest steps,
                   the seconds of one, and those that each peer has waited for others since this process began.
-                - ``{"validation": figures}`` or ``{"untrained": figures}``: an evaluation, see
-                  :data:`~ray_dmml.evaluation.evaluation.Figures`.
+                - ``{"validation": figures}`` or ``{"untrained": figures}``: an evaluation. ``figures`` are
+                  ``{"peers": {name: {"recall@1": ...}}, "ensemble": {"recall@1": ...}}``, as fractions.
                 - ``{"checkpoint": "last", "is_last": False}``: a checkpoint was written. ``best`` instead of ``last``:
                   its weights are the best so far. ``is_last``: no step follows.
                 - ``{"lost": sentence}``: peers were lost. The run recovers, and :meth:`rewind` says where it goes on.

@@ -48,8 +48,8 @@ def relational_losses(
         with_angle: the same for the angle term.
 
     Returns:
-        Two scalars, float64 for a float64 student and float32 otherwise. They are zero without a teacher,
-        and for fewer than two distinct points.
+        Two scalars, ``distance`` and ``angle``, float64 for a float64 student and float32 otherwise. They are zero
+        without a teacher, and for fewer than two distinct points.
 
     Raises:
         ValueError: an argument is not (N, D), or a teacher has another N.
@@ -58,9 +58,9 @@ def relational_losses(
         Park, Kim, Lu, Cho, *Relational Knowledge Distillation*, CVPR 2019, https://arxiv.org/abs/1904.05068.
         In *Diversified Mutual Learning* (https://arxiv.org/abs/2009.04170) the teachers are the other peers.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from ray_dmml.losses.relational import relational_losses
+        >>> from ray_dmml import relational_losses
         >>> student = torch.randn(8, 16, requires_grad=True)
         >>> teacher = torch.randn(8, 32)
         >>> terms = relational_losses(student, [teacher])

@@ -42,9 +42,9 @@ def relaxed_contrastive_loss(
         Kim, Kim, Cho, Kwak, *Embedding Transfer with Label Relaxation for Improved Metric Learning*, CVPR 2021,
         https://arxiv.org/abs/2103.14908.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from ray_dmml.losses.relaxed_contrastive import relaxed_contrastive_loss
+        >>> from ray_dmml import relaxed_contrastive_loss
         >>> student = torch.randn(8, 16, requires_grad=True)
         >>> loss = relaxed_contrastive_loss(student, [torch.randn(8, 32)])
         >>> loss.backward()

@@ -33,9 +33,9 @@ def similarity_loss(student: Tensor, teachers: Sequence[Tensor], *, temperature:
         The distillation term of Roth, Milbich, Ommer, Cohen, Ghassemi, *Simultaneous Similarity-based
         Self-Distillation for Deep Metric Learning* (S2SD), ICML 2021, https://arxiv.org/abs/2009.08348.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from ray_dmml.losses.similarity import similarity_loss
+        >>> from ray_dmml import similarity_loss
         >>> student = torch.randn(8, 16, requires_grad=True)
         >>> similarity_loss(student, [torch.randn(8, 32)], temperature=0.1).backward()
         >>> round(similarity_loss(student, [2 * student]).item(), 6)

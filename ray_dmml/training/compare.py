@@ -66,18 +66,20 @@ def compare(
 
     Args:
         runs: their folders, the baseline first.
-        weights, data, trust_code: as in :func:`~ray_dmml.training.evaluate.evaluate`, for all runs.
-        num_resamples: of the bootstrap over classes.
+        weights: as in :func:`~ray_dmml.training.evaluate.evaluate`, for all runs.
+        data: the same.
+        trust_code: the same.
+        num_resamples: of the bootstrap over classes; 1,000 by default.
 
     Returns:
-        A dict for JSON:
+        A dict that JSON can hold, with these entries.
 
         - ``split``, ``num_queries``, ``num_classes``: what the runs are evaluated on.
         - ``settings``: for each, its ``runs``, ``seeds``, ``weights`` and ``steps``.
         - ``differing``: the settings that differ: key to a list, a value for each of ``settings``.
         - ``comparisons``: for each, ``first`` and ``second`` (numbers of ``settings``), ``num_pairs`` of runs with the
           same seed, ``systems``, ``macro`` and ``found_only_by``. ``systems`` has a dict for each system and metric,
-          see :class:`~ray_dmml.evaluation.compare.Difference`; ``macro`` has the same for means over classes.
+          see ``ray_dmml.evaluation.compare.Difference``; ``macro`` has the same for means over classes.
           ``found_only_by`` has for each system the names of the queries that ``first`` or ``second`` finds at rank 1
           in more than half of its runs, and the other one does not.
 

@@ -55,15 +55,18 @@ def distill(
         run: folder of the run whose peers teach; None: another ``teacher`` does.
         student: backbone of the student, as `cohort.peers.*.backbone`.
         out: folder of the new run.
-        local, progress, loggers: as in :func:`~ray_dmml.training.run.train`.
-        settings: the others of :func:`distillation_config`.
+        local: as in :func:`~ray_dmml.training.run.train`.
+        progress: as in :func:`~ray_dmml.training.run.train`.
+        loggers: as in :func:`~ray_dmml.training.run.train`.
+        settings: the other arguments of :func:`distillation_config`, such as ``teacher`` and ``overrides``.
 
     Returns:
         The same as :func:`~ray_dmml.training.run.train`. ``peers`` has the student first and then its teachers;
         ``teachers_ensemble`` is the ensemble of several teachers, ``ensemble`` that of all with the student.
 
     Raises:
-        UserError: as :func:`distillation_config`, :func:`require_images_of` and :func:`~ray_dmml.training.run.train`.
+        UserError: as :func:`distillation_config` and :func:`~ray_dmml.training.run.train`; or the images, or their
+            splits, are not those that the teachers were trained with.
     """
     config = distillation_config(run, student, **settings)
     if run is not None:

@@ -143,23 +143,32 @@ def evaluate(
     """Evaluates a run's checkpoint again, in this process. It writes nothing but ``embeddings``.
 
     Args:
-        run, weights, data, config, trust_code: see :func:`embed_run`.
+        run: its folder, the folder of one of its checkpoints, or a pushed cohort (with ``data`` only): a folder that
+            ``ray-dmml push`` wrote, or ``hf-hub:OWNER/NAME``.
+        weights: ``last``, ``best`` (on validation classes) or ``ema`` (averaged weights of the last checkpoint). None:
+            those of the run's own results. A checkpoint has ``last`` (the default) and ``ema``.
+        data: other images: a folder with one folder a class, or a CSV file (a manifest, whose paths are relative to its
+            folder). All classes of the folder, and all rows of the manifest or those of split ``validation`` if there
+            are any, are evaluated. None: the run's own images.
+        config: the run's config with another place of its images, or other settings of ``evaluation``; None: unchanged.
+        trust_code: run the own parts that the run's config names.
         per_class: also give the figures of each class, and of each category of a manifest, the worst first.
         clustering: also give NMI and AMI of k-means clusters.
         subsets: also give the figures of the ensemble of every subset of the peers.
-        embeddings: a new Parquet file for the embeddings, see
-            :func:`~ray_dmml.training.embeddings_file.write_embeddings`.
+        embeddings: a new Parquet file for the embeddings: a row for each image, with its name, class and the
+            embedding of each peer.
 
     Returns:
         The same as :func:`~ray_dmml.training.run.train`. With ``data``, ``split`` is ``other``. With ``data``, or if
         ``data.exclude_same`` has changed, figures of the untrained peers are left out. With ``data`` or ``config``
-        there is also ``data``, where the images are. What was asked for is ``classes`` and ``categories``,
-        ``clustering``, and ``subsets``, see :mod:`~ray_dmml.evaluation.details`.
+        there is also ``data``, where the images are. ``per_class`` adds ``classes`` and ``categories``, and
+        ``clustering`` and ``subsets`` add entries of their names.
 
     Raises:
-        UserError: see :func:`embed_run`; or a K of ``evaluation.recall_at`` is not below the number of images that a
-            query is compared with, ``embeddings`` exists or cannot be written, or the peers are too many for
-            ``subsets``.
+        UserError: there is no such run or checkpoint, it is damaged, its images are gone or have changed, all of them
+            were trained on, or it has own parts and ``trust_code`` is False; a K of ``evaluation.recall_at`` is not
+            below the number of images that a query is compared with; ``embeddings`` exists or cannot be written; or the
+            peers are too many for ``subsets``.
     """
     if embeddings is not None:
         require_new(Path(embeddings))

@@ -31,13 +31,19 @@ def draw_neighbors(
     The images are embedded again, in this process.
 
     Args:
-        run, weights, data, trust_code: as in :func:`~ray_dmml.training.evaluate.evaluate`.
+        run: as in :func:`~ray_dmml.training.evaluate.evaluate`.
+        weights: the same.
+        data: the same.
         system: name of a peer, or ``ensemble``. None: the ensemble, or the only peer.
         num_queries: number of rows.
         num_neighbors: number of images in a row beside the query.
         worst: the queries whose first image of their class comes last. Otherwise they are random ones of different
             classes.
         seed: another seed gives other random queries.
+        trust_code: as in :func:`~ray_dmml.training.evaluate.evaluate`.
+
+    Returns:
+        A picture with a row for each query.
 
     Raises:
         UserError: there is no such system, or a number is below 1; and as in

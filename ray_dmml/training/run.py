@@ -74,7 +74,7 @@ def train(
 
     Args:
         config: the experiment; with ``resume``, None means the run's own.
-        out: folder of the new run. Not with ``resume``.
+        out: folder of the new run, which must not exist or be empty. Not with ``resume``.
         resume: folder of a run that goes on from its last checkpoint, or is extended by more ``train.steps``.
         local: all peers in this process, without Ray: the same numbers, more slowly.
         progress: print lines about the run to standard error, in a notebook to the cell. Messages go only through
@@ -84,8 +84,8 @@ def train(
         cohort_factory: builds the cohort; None: the one on Ray, or with ``local`` the one in this process.
 
     Returns:
-        What ``results.json`` holds: ``untrained`` and ``peers`` (name to figures), ``ensemble``,
-        figures such as ``recall@1`` as fractions, and which weights of which step they belong to.
+        The content of ``results.json``. ``untrained``, ``peers`` and ``ensemble`` have figures such as ``recall@1``, as
+        fractions; ``weights`` and ``step`` say which weights they are of.
 
     Raises:
         UserError: a setting, a file or the cluster does not allow it; peers were lost more often
