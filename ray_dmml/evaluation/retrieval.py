@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ Values = dict[str, NDArray[np.float64]]
 
 _MIN_DEPTH = 100  # of a search, so that the first relevant image is seldom beyond it
 _BLOCK_ENTRIES = 2**22  # similarities at a time, where it is
+_MIN_BLOCK = 64  # queries; with fewer, reading the gallery takes longer than computing with it
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,17 +249,25 @@ def _first_ranks(points: Floats, others: Floats, labels: tuple[Ints, Ints], ids:
         ids: (q,) and (G,); equal ones are not matched.
     """
     ranks = np.empty(len(points), np.int64)
-    block = max(1, _BLOCK_ENTRIES // len(others))
+    of_label, of_id = _members(labels[1]), _members(ids[1])
+    block = max(_MIN_BLOCK, _BLOCK_ENTRIES // len(others))
     for start in range(0, len(points), block):
-        rows = slice(start, start + block)
-        similarities = points[rows] @ others.T
-        similarities[ids[0][rows, None] == ids[1]] = -np.inf
-        relevant = np.where(labels[0][rows, None] == labels[1], similarities, -np.inf)
-        first = relevant.argmax(axis=1)[:, None]
-        best = np.take_along_axis(similarities, first, axis=1)
-        is_before = (similarities > best) | ((similarities == best) & (np.arange(len(others)) < first))
-        ranks[rows] = is_before.sum(axis=1) + 1
+        for row, similarities in enumerate(points[start : start + block] @ others.T, start):
+            itself = of_id(ids[0][row])
+            similarities[itself] = -np.inf
+            relevant = of_label(labels[0][row])
+            first = relevant[similarities[relevant].argmax()]
+            best = similarities[first]
+            num_ties_before = np.count_nonzero(similarities[:first] == best)
+            ranks[row] = np.count_nonzero(similarities > best) + num_ties_before + 1
     return ranks
+
+
+def _members(numbers: Ints) -> Callable[[int], Ints]:
+    """The places of a number, in order."""
+    order = np.argsort(numbers, kind="stable")
+    ordered = numbers[order]
+    return lambda number: order[np.searchsorted(ordered, number) : np.searchsorted(ordered, number, side="right")]
 
 
 def _indices(given: NDArray[Any] | None, everything: Ints, name: str) -> Ints:
