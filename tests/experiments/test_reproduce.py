@@ -132,7 +132,7 @@ def test_the_table_has_intervals_beside_published_figures(reproduce: ModuleType)
     assert cells_of(page, "single net")[6] == "61.2 [1]"
     assert cells_of(page, "DM2: mean peer")[6] == cells_of(page, "DM2: ensemble")[6] == "69.9 [2]"
     assert cells_of(page, "frozen net, which teaches")[6] == "84.2 [3]"
-    assert "[2] DM2, a peer or the ensemble (not stated), not stated: Park" in page
+    assert "[2] DM2 (whether a peer or the ensemble is not stated), net not stated: Park" in page
     assert cells_of(page, "HIST")[2:] == ["71.4", "its tracker, issue 2"]
     assert "5.0 hours in total" in page and "do not compare" not in page and "Settings other" not in page
     other = reproduce.report("inshop", rows, metrics, ["train.steps=9"], "test_vit")
@@ -278,9 +278,7 @@ def test_killed_and_resumed(tmp_path: Path, teacher: str) -> None:
                 found[run] = int(json.loads(index.read_text())["last"].split("-")[1])
         return found
 
-    first = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until = time.monotonic() + 1200
     file = out / "rows.jsonl"
     while not (
