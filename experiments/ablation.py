@@ -12,37 +12,29 @@ RAY_ADDRESS names.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import ray
 import typer
 from ablations.arms import Arm
 from ablations.candidates import STAGES
 from ablations.measure import Split, measure
 from ablations.plan import Plan
 from ablations.report import Results, both, write_report
-from ablations.rows import Row, open_rows, read_rows
 from provenance import commit
-from rich.console import Console
+from runner.digests import read_images
+from runner.rows import Row, open_rows, read_rows, require_images, require_settings
+from runner.tasks import Task, console, run_tasks
 
 from ray_dmml.cli.output import user_errors
 from ray_dmml.config.schema import Config
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.errors import UserError
-from ray_dmml.ray_backend.process import tune_malloc
-from ray_dmml.ray_backend.session import ray_session
 
 EXPERIMENTS = Path(__file__).parent
 DATA = ("characters", "grocery", "objects")
-
-console = Console(soft_wrap=True, highlight=False)
 
 
 def run_missing(plan: Plan, stage: str | None, names: list[str], num_seeds: int, file: Path, workers: int) -> int:
@@ -52,61 +44,30 @@ def run_missing(plan: Plan, stage: str | None, names: list[str], num_seeds: int,
         UserError: the file has rows of other settings or images.
     """
     arms = plan.stages[stage] if stage else plan.arms
-    others = "undo the change, remove those rows, or use a copy of the folder without them"
     with open_rows(file) as (rows, add):
-        known = {plan.digest(arm) for table in (plan.stages.values() if stage else [arms]) for arm in table.values()}
-        if changed := sorted({row["arm"] for row in rows if row["settings"] not in known}):
-            raise UserError(
-                f"{file} has rows of other settings than config.yaml, arms.yaml and --set give now "
-                f"({'; '.join(changed)}): {others}"
-            )
+        tables = plan.stages.values() if stage else [arms]
+        require_settings(rows, {plan.digest(arm) for table in tables for arm in table.values()}, file)
         done = {(row["settings"], row["seed"]) for row in rows}
         wanted = [(name, plan.digest(arms[name]), seed) for seed in range(num_seeds) for name in names]
         missing = [(name, digest, seed) for name, digest, seed in wanted if (digest, seed) not in done]
         if not missing:
             return 0
-        # All images, before a fold is held out. They are decoded and checked here, once.
-        splits = load_splits(plan.config(Arm(), 0).data.model_copy(update={"validation_fraction": 0.0}))
-        images = hashlib.sha256(json.dumps(splits.digests()).encode()).hexdigest()[:12]
-        if any(row["images"] != images for row in rows):
-            raise UserError(f"{file} has rows of other images, classes or splits than data.* gives now: {others}")
-        made = {"images": images, "commit": commit()}
+        splits, images = read_images(plan.config(Arm(), 0).data)
+        require_images(rows, images, file)
+        split, made = "validation" if stage else "test", {"images": images, "commit": commit()}
         tasks = [
-            ({"arm": name, "settings": digest, **made}, plan.config(arms[name], seed)) for name, digest, seed in missing
+            Task(
+                f"{name}, seed {seed}",
+                {"arm": name, "settings": digest, **made},
+                (plan.config(arms[name], seed), splits.skipped, split),
+            )
+            for name, digest, seed in missing
         ]
-        return run(tasks, splits.skipped, "validation" if stage else "test", add, workers)
+        return run_tasks(run_arm, tasks, add, lambda row: f"{both(row):.1f}", workers=workers)
 
 
-@ray.remote(max_retries=0)
 def run_arm(config: Config, skipped: tuple[str, ...], split: Split) -> Row:
-    """Runs in a Ray worker process, which Ray uses again for the next arm."""
-    tune_malloc()
     return measure(config, load_splits(config.data, skip=frozenset(skipped), check=False), split)
-
-
-def run(
-    tasks: list[tuple[Row, Config]], skipped: tuple[str, ...], split: Split, add: Callable[[Row], None], workers: int
-) -> int:
-    """Runs the tasks, each the start of a row and a config, side by side; adds a row for each; counts failures."""
-    waiting, running, failed, began = list(tasks), dict[Any, tuple[Row, Config]](), 0, time.monotonic()
-    with ray_session():
-        while waiting or running:
-            while waiting and (not workers or len(running) < workers):
-                task = waiting.pop(0)
-                running[run_arm.remote(task[1], skipped, split)] = task
-            (finished, *_), _ = ray.wait(list(running))
-            known, config = running.pop(finished)
-            name, left = f"{known['arm']}, seed {config.seed}", len(waiting) + len(running)
-            try:
-                row = {**known, **ray.get(finished)}
-            except ray.exceptions.RayError as error:
-                failed += 1
-                console.print(f"[red]{name}: {str(error).strip().splitlines()[-1]}[/red]")
-                continue
-            add(row)
-            minutes = (time.monotonic() - began) / 60 / (len(tasks) - left) * left
-            console.print(f"{name}: {both(row):.1f}, {row['seconds']:.0f} s; {left} left, about {minutes:.0f} min")
-    return failed
 
 
 def main(

@@ -12,38 +12,26 @@ rows.jsonl beside config.yaml and is never run again, so the command can be stop
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import shutil
-import time
+import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
-from ablations.rows import Row, open_rows
 from provenance import commit
+from runner import tasks
+from runner.digests import NO_EFFECT, digest, read_images
+from runner.figures import rounded
+from runner.folders import device_name, run_folder
+from runner.rows import Row, open_rows, require_images, require_settings
 
-from ray_dmml import Config, UserError, train
+from ray_dmml import Config, UserError
 from ray_dmml.cli.output import user_errors
-from ray_dmml.cores import num_cores
-from ray_dmml.data.datasets import load_splits
 from ray_dmml.training.distill import distillation_config
-from ray_dmml.training.provenance import cpu
-from ray_dmml.training.run_dir import RunDir
 
 HERE = Path(__file__).parent / "distillation"
-
-NO_EFFECT: Any = {
-    "checkpoint": True,
-    "data": {"root", "source", "manifest", "cache_dir", "cache_gib", "check_images"},
-}
-"""Settings that no figure depends on. The images have a digest of their own."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +95,7 @@ class Plan:
         """Of everything that the figures of an arm depend on, except seed, split, images and code."""
         cohort = self.base.model_dump(mode="json", exclude_defaults=True, exclude=NO_EFFECT)
         content = [cohort] if arm == COHORT else [cohort, self.student, *vars(STUDENTS[arm]).values()]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        return digest(content)
 
     def folder(self, task: Task) -> Path:
         return self.work / f"{task.split}-{self.digest(task.arm)}-seed{task.seed}"
@@ -122,72 +110,53 @@ class Plan:
         return self.base.with_overrides({"seed": task.seed, "evaluation.split": task.split, **held_out})
 
 
-def run_one(config: Config, folder: Path) -> tuple[dict[str, Any], float]:
-    """The results of a run, which is read if it has finished and resumed if it was stopped; and its seconds."""
-    logging.getLogger("ray_dmml").setLevel(logging.ERROR)
-    run, began = RunDir(folder), time.perf_counter()
-    if run.results_file.exists():
-        return json.loads(run.results_file.read_text()), 0.0
-    if run.exists():
-        return train(resume=folder, local=True, progress=False), time.perf_counter() - began
-    shutil.rmtree(folder, ignore_errors=True)
-    return train(config, folder, local=True, progress=False), time.perf_counter() - began
-
-
-def run_all(plan: Plan, tasks: list[Task], workers: int) -> Iterator[tuple[Task, dict[str, Any], float]]:
-    """Runs the tasks, side by side if there are several workers."""
-    if workers == 1:
-        for task in tasks:
-            yield task, *run_one(plan.config(task), plan.folder(task))
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(run_one, plan.config(task), plan.folder(task)): task for task in tasks}
-        for future in as_completed(futures):
-            yield futures[future], *future.result()
+def run_one(plan: Plan, task: Task) -> Row:
+    """The rest of the row of a task."""
+    results, seconds = run_folder(plan.config(task), plan.folder(task))
+    return {"device": device_name(), **figures_of(results, task.arm), "seconds": round(seconds, 1)}
 
 
 def figures_of(results: Mapping[str, Any], arm: str) -> Row:
     """What a row keeps of results.json."""
-
-    def rounded(figures: Mapping[str, float]) -> dict[str, float]:
-        return {metric: round(figures[metric], 5) for metric in ("recall@1", "map@r")}
-
     peers = [rounded(figures) for figures in results["peers"].values()]
     if arm == COHORT:
         return {"peers": peers, "ensemble": rounded(results["ensemble"])}
     return {"student": peers[0], "ensemble": rounded(results["ensemble"])}
 
 
-def run_missing(plan: Plan, arms: list[str], split: str, num_seeds: int, file: Path, workers: int) -> None:
-    """Runs what has no row yet.
+def run_missing(plan: Plan, arms: list[str], split: str, num_seeds: int, file: Path, workers: int) -> int:
+    """Runs what has no row yet; returns how many runs failed.
 
     Raises:
         UserError: the file has rows of other settings or images.
     """
     with open_rows(file) as (rows, add):
-        others = "undo the change, remove those rows, or use a copy of the folder without them"
         known = {arm: plan.digest(arm) for arm in (COHORT, *STUDENTS)}
-        if changed := sorted({row["arm"] for row in rows if known.get(row["arm"]) != row["settings"]}):
-            raise UserError(f"{file} has rows of other settings ({'; '.join(changed)}): {others}")
+        require_settings(rows, known.values(), file)
         done = {Task(row["arm"], row["split"], row["seed"]) for row in rows}
         missing = [task for seed in range(num_seeds) for arm in arms if (task := Task(arm, split, seed)) not in done]
-        cohorts = [Task(COHORT, split, seed) for seed in sorted({task.seed for task in missing})]
         if not missing:
-            return
-        # All images, before a fold is held out. They are checked here, once.
-        splits = load_splits(plan.base.data.model_copy(update={"validation_fraction": 0.0}))
-        images = hashlib.sha256(json.dumps(splits.digests()).encode()).hexdigest()[:12]
-        if any(row["images"] != images for row in rows):
-            raise UserError(f"{file} has rows of other images, classes or splits: {others}")
-        made = {"images": images, "commit": commit(), "device": cpu()}
-        for tasks in (cohorts, [task for task in missing if task.arm != COHORT]):
-            for task, results, seconds in run_all(plan, tasks, workers):
-                if task in done:  # a cohort whose folder was gone, and whose student has no row
-                    continue
-                figures = figures_of(results, task.arm)
-                add({**task._asdict(), "settings": known[task.arm], **made, **figures, "seconds": round(seconds, 1)})
-                shown = figures["ensemble" if task.arm == COHORT else "student"]["recall@1"]
-                typer.echo(f"{task.arm}, seed {task.seed}, {split} classes: {100 * shown:.1f}, {seconds:.0f} s")
+            return 0
+        _, images = read_images(plan.base.data)
+        require_images(rows, images, file)
+        made = {"images": images, "commit": commit()}
+
+        def to_run(task: Task) -> tasks.Task:
+            row = {**task._asdict(), "settings": known[task.arm], **made}
+            needs = None if task.arm == COHORT else name_of(task._replace(arm=COHORT))
+            return tasks.Task(name_of(task), row, (plan, task), needs, has_row=task in done)
+
+        cohorts = [Task(COHORT, split, seed) for seed in sorted({task.seed for task in missing})]
+        students = [task for task in missing if task.arm != COHORT]
+        return tasks.run_tasks(run_one, [to_run(task) for task in (*cohorts, *students)], add, shown, workers=workers)
+
+
+def name_of(task: Task) -> str:
+    return f"{task.arm}, seed {task.seed}, {task.split} classes"
+
+
+def shown(row: Row) -> str:
+    return f"{100 * row['ensemble' if row['arm'] == COHORT else 'student']['recall@1']:.1f}"
 
 
 def mean_of(rows: list[Row], arm: str, split: str, who: str, metric: str = "recall@1") -> list[float]:
@@ -238,7 +207,7 @@ def main(
     report: Annotated[bool, typer.Option("--report", help="Run nothing; only print the tables.")] = False,
 ) -> None:
     """Measure how good one student is that learns from a finished cohort."""
-    file = folder / "rows.jsonl"
+    file, failed = folder / "rows.jsonl", 0
     with user_errors():
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{folder} has no config.yaml")
@@ -258,11 +227,13 @@ def main(
                 with open_rows(file) as (rows, _):
                     arms = [COHORT, ALONE, best_candidate(rows, seeds)]
             plan = Plan(base, student, work.absolute())
-            run_missing(plan, arms, "test" if test else "validation", seeds, file, workers or num_cores())
+            failed = run_missing(plan, arms, "test" if test else "validation", seeds, file, workers)
         with open_rows(file) as (rows, _):
             for split in ("validation", "test"):
                 if any(row["split"] == split for row in rows):
                     typer.echo("\n".join(["", *table(rows, split)]))
+    if failed:
+        sys.exit(f"{failed} runs failed; run the same command again to retry them")
 
 
 if __name__ == "__main__":

@@ -331,6 +331,18 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     server.stop()
 
 
+@pytest.fixture(scope="module")
+def private_ray() -> Iterator[None]:
+    """A Ray whose workers find the modules of experiments/."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(EXPERIMENTS), prepend=os.pathsep)
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
 @pytest.fixture
 def ablations(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The modules of the ablation; others of the experiments can be imported, too, also by a private Ray's
@@ -342,7 +354,6 @@ def ablations(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         import ablations.measure
         import ablations.plan
         import ablations.report
-        import ablations.rows
 
         yield ablations
     finally:

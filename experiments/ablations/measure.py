@@ -12,14 +12,14 @@ from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from runner.figures import rounded
+from runner.folders import device_name
 
 from ray_dmml.cohort.local import LocalCohort
 from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import Splits
 from ray_dmml.evaluation.evaluation import evaluate_during_training
-from ray_dmml.training.provenance import cpu
 
 Split = Literal["validation", "test"]
 
@@ -34,11 +34,10 @@ def measure(config: Config, splits: Splits, split: Split) -> dict[str, Any]:
     figures, _ = evaluate_during_training(embeddings, getattr(splits, split), recall_at=[1])
     return {
         "seed": config.seed,
-        "peers": [_rounded(peer) for peer in figures["peers"].values()],
-        "ensemble": _rounded(figures["ensemble"]),
+        "peers": [rounded(peer) for peer in figures["peers"].values()],
+        "ensemble": rounded(figures["ensemble"]),
         "agreement": round(agreement(list(embeddings.values())), 5),
-        # The model, because figures of two models differ by more than rounding.
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu(),
+        "device": device_name(device),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -60,7 +59,3 @@ def agreement(members: Sequence[NDArray[Any]]) -> float:
 
     pairs = combinations(range(len(members)), 2)
     return float(np.mean([covariance(a, b) / np.sqrt(covariance(a, a) * covariance(b, b)) for a, b in pairs]))
-
-
-def _rounded(figures: dict[str, float]) -> dict[str, float]:
-    return {metric: round(figures[metric], 5) for metric in ("recall@1", "map@r")}

@@ -13,10 +13,10 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
+
+from runner.digests import NO_EFFECT, digest
 
 from ray_dmml.config.loading import read_settings, read_yaml, set_setting
 from ray_dmml.config.schema import Config, PeerConfig
@@ -27,13 +27,6 @@ from .candidates import candidates
 
 DIVERSITIES = ("model", "view", "temporal")
 MAX_PEERS = 4
-
-NO_EFFECT: Any = {
-    "checkpoint": True,
-    "failure": True,
-    "data": {"root", "source", "manifest", "cache_dir", "cache_gib", "check_images"},
-}
-"""Settings that no figure depends on. The images have a digest of their own."""
 
 
 class Plan:
@@ -87,8 +80,7 @@ class Plan:
         Settings that nobody states are left out, so that rows stay valid when the package gains a setting. A default
         that changes is therefore not noticed.
         """
-        settings = self.config(arm, 0).model_dump(mode="json", exclude_unset=True, exclude=NO_EFFECT)
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        return digest(self.config(arm, 0).model_dump(mode="json", exclude_unset=True, exclude=NO_EFFECT))
 
 
 def _scaled(peer: PeerConfig, factor: float) -> PeerConfig:

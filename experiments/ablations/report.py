@@ -9,19 +9,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-
-from ray_dmml.evaluation.compare import t_interval
+from runner.figures import Seeds, Value, paired, points
 
 from .arms import Arm, Arms
 from .candidates import STAGES
 from .plan import Plan
 
 Row = Mapping[str, Any]
-Seeds = Mapping[int, Row]
-"""The rows of one arm, by seed."""
-
-Figures = Callable[[Row], float]
-"""A figure of a row, in percent."""
 
 
 def mean_peer(row: Row, metric: str = "recall@1") -> float:
@@ -37,7 +31,7 @@ def both(row: Row) -> float:
     return (mean_peer(row) + ensemble(row)) / 2
 
 
-COLUMNS: dict[str, Figures] = {
+COLUMNS: dict[str, Value] = {
     "mean peer R@1": mean_peer,
     "ensemble R@1": ensemble,
     "mean of both": both,
@@ -45,7 +39,7 @@ COLUMNS: dict[str, Figures] = {
     "ensemble MAP@R": lambda row: ensemble(row, "map@r"),
     "agreement": lambda row: 100 * float(row["agreement"]),
 }
-COMPARED: dict[str, Figures] = {"mean peer": mean_peer, "ensemble": ensemble}
+COMPARED: dict[str, Value] = {"mean peer": mean_peer, "ensemble": ensemble}
 BASELINES: dict[str, Callable[[Arm], Arm]] = {
     "independent": lambda arm: Arm(),
     "independent + all, same M": lambda arm: Arm(diverse=True, num_peers=arm.num_peers),
@@ -73,20 +67,9 @@ class Results:
         """A line with an arm's figures, and its differences from independent peers with all diversities."""
         found, other = self.of(arm), self.of(BASELINES["independent + all, same M"](arm))
         means = [f"{np.mean([who(row) for row in found.values()]):.1f}" for who in COMPARED.values()]
-        points = [_points(*paired(found, other, who)) for who in COMPARED.values()]
-        compared = "" if other is found or not other else f"; {' / '.join(points)} over independent + all"
+        differences = [points(*paired(found, other, who)) for who in COMPARED.values()]
+        compared = "" if other is found or not other else f"; {' / '.join(differences)} over independent + all"
         return f"{name}: {' / '.join(means)} (mean peer / ensemble, {len(found)} seeds){compared}"
-
-
-def paired(arm: Seeds, baseline: Seeds, who: Figures) -> tuple[float, float]:
-    """The mean of ``arm`` minus ``baseline`` over the seeds that both have, and half the width of the 95 % interval of
-    a paired t-test. The mean is NaN without such a seed, the interval below three seeds."""
-    return t_interval([who(row) - who(baseline[seed]) for seed, row in arm.items() if seed in baseline])
-
-
-def _points(mean: float, half: float) -> str:
-    interval = "" if np.isnan(half) else f" [{mean - half:+.1f}, {mean + half:+.1f}]"
-    return "-" if np.isnan(mean) else f"{mean:+.1f}{interval}"
 
 
 def table(arms: Arms, results: Results) -> str:
@@ -101,7 +84,7 @@ def table(arms: Arms, results: Results) -> str:
             cells.append(f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""))
         for baseline in BASELINES.values():
             other = results.of(baseline(arms[name]))
-            cells += ["" if other is found else _points(*paired(found, other, who)) for who in COMPARED.values()]
+            cells += ["" if other is found else points(*paired(found, other, who)) for who in COMPARED.values()]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,18 +49,6 @@ def ablation(ablations: Any) -> ModuleType:
     import ablation
 
     return ablation
-
-
-@pytest.fixture(scope="module")
-def private_ray() -> Iterator[None]:
-    """A Ray whose workers find the modules of experiments/."""
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(EXPERIMENTS), prepend=os.pathsep)
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        yield
-        ray.shutdown()
 
 
 def made(ablations: Any, folder: Path, *overrides: str, **parts: Any) -> Any:
@@ -256,19 +242,6 @@ def test_rows_are_kept_and_finished_ones_are_not_run_again(
     assert len(read(tested)) == 1
 
 
-def test_a_line_that_is_not_a_row_is_named(ablations: Any, tmp_path: Path) -> None:
-    file, open_rows = tmp_path / "rows.jsonl", ablations.rows.open_rows
-    file.write_text('{"seed": 0}\n<<<<\n{"seed": 1}\n')
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 2 is not a row: b'<<<<"), open_rows(file):
-        pass
-    file.write_text('{"seed": 0}\n{"se')
-    with open_rows(file) as (rows, add):
-        with pytest.raises(UserError, match="written by another run"), open_rows(file):
-            pass
-        add({"seed": 1})
-    assert rows == [{"seed": 0}] and read(file) == [{"seed": 0}, {"seed": 1}]
-
-
 def test_a_folder_without_arms_is_refused(ablation: ModuleType, folder: Path, tmp_path: Path, refused: Refused) -> None:
     """An unknown stage or arm, and a report without rows, are refused, too."""
     with refused(r"arms\.yaml"):
@@ -291,5 +264,5 @@ def test_the_arms_of_the_experiments_are_valid(ablations: Any, tmp_path: Path, n
     assert peers[0].view != peers[1].view and peers[0].update_interval != peers[1].update_interval
     stages = [arm for arms in plan.stages.values() for arm in arms.values()]
     for file, arms in (("rows.jsonl", plan.arms.values()), ("candidates.jsonl", stages)):
-        settings = {each["settings"] for each in ablations.rows.read_rows(folder / file)}
+        settings = {each["settings"] for each in read(folder / file)}
         assert settings <= {plan.digest(arm) for arm in arms}

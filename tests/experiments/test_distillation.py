@@ -64,10 +64,14 @@ def test_the_config_of_the_experiment(distillation: ModuleType) -> None:
     assert digests[0] == digests[1] and len({*digests[0], *digests[2]}) == 2 * len(digests[0])
 
 
-@pytest.mark.ray  # git
 @pytest.mark.slow
 def test_finished_runs_are_kept(
-    distillation: ModuleType, noisy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+    distillation: ModuleType,
+    private_ray: None,
+    noisy_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Refused,
 ) -> None:
     """A second command runs nothing; `--test` runs the chosen student and its twin again, on test classes."""
     names = ("alone", "(4, 8), evaluation", "(4, 8), student")

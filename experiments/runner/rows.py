@@ -1,11 +1,11 @@
-"""The files of finished rows."""
+"""The files of rows. A finished run becomes a row and is never run again."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from typing import Any
 from ray_dmml.errors import UserError
 
 Row = dict[str, Any]
+Add = Callable[[Row], None]
+
+_ADVICE = "undo the change, remove those rows, or use a copy of the folder without them"
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -32,7 +35,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 @contextmanager
-def open_rows(file: Path) -> Iterator[tuple[list[Row], Callable[[Row], None]]]:
+def open_rows(file: Path) -> Iterator[tuple[list[Row], Add]]:
     """The finished rows, and a function that adds one to the file. Only one process can hold the file at a time.
 
     Raises:
@@ -52,3 +55,15 @@ def open_rows(file: Path) -> Iterator[tuple[list[Row], Callable[[Row], None]]]:
             os.fsync(opened.fileno())
 
         yield rows, add
+
+
+def require_settings(rows: Sequence[Row], digests: Collection[str], file: Path) -> None:
+    """Raises UserError if a row is of settings that are not among those of today."""
+    if changed := sorted({row["arm"] for row in rows if row["settings"] not in digests}):
+        raise UserError(f"{file} has rows of other settings than those of now ({'; '.join(changed)}): {_ADVICE}")
+
+
+def require_images(rows: Sequence[Row], digest: str, file: Path) -> None:
+    """Raises UserError if a row is of other images than those with this digest."""
+    if any(row["images"] != digest for row in rows):
+        raise UserError(f"{file} has rows of other images, classes or splits than data.* gives now: {_ADVICE}")

@@ -1,0 +1,1 @@
+"""The runs that repeat published figures, how long they take, and their table."""

@@ -1,0 +1,1 @@
+"""What all experiments share: runs side by side, one row for each finished run, figures and intervals."""
