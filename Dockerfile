@@ -8,6 +8,9 @@
 #   docker run --rm --gpus all --shm-size=8g -v /data:/data -v /runs:/runs ray-dmml:cuda \
 #     ray-dmml train --config experiments/configs/cub200.yaml --set data.root=/data/cub200 --out /runs/cub200
 #
+#   docker run --rm -p 8000:8000 --shm-size=2g -v /runs:/runs -e RAY_DMML_TOKEN ray-dmml:cpu \
+#     ray-dmml serve /runs/gallery --host 0.0.0.0
+#
 # The host needs only the NVIDIA driver and container toolkit, since PyTorch's wheels contain CUDA.
 FROM python:3.12-slim
 
@@ -30,9 +33,9 @@ RUN useradd --create-home --uid 1000 ray
 WORKDIR /home/ray/ray-dmml
 COPY pyproject.toml README.md LICENSE ./
 COPY ray_dmml ray_dmml
-RUN pip install '.[search,aws]'
+RUN pip install '.[search,serve,aws]'
 COPY experiments experiments
 
-# A run needs no root.
-USER ray
+# A run needs no root. By number, so that Kubernetes can check it.
+USER 1000
 CMD ["ray-dmml", "--help"]

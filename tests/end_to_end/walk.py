@@ -46,7 +46,7 @@ def main(command: Path) -> None:
         def run(*arguments: str) -> str:
             started = time.monotonic()
             ended = subprocess.run(
-                [command, *arguments], cwd=folder, stdout=subprocess.PIPE, text=True, timeout=300, check=True
+                [command, *arguments], cwd=folder, stdout=subprocess.PIPE, text=True, timeout=900, check=True
             )
             print(f"{time.monotonic() - started:5.1f} s  ray-dmml {' '.join(arguments)}", flush=True)
             return ended.stdout
