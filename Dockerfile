@@ -1,5 +1,6 @@
 # ray-dmml and Ray, for one machine or for every node of a cluster.
-# Not built by us yet.
+# Built by us with buildah on a stand-in of the base image (Debian 12 and Python 3.12) and PyTorch of PyPI, not yet on the
+# base image itself.
 #
 #   docker build -t ray-dmml:cpu .
 #   docker build -t ray-dmml:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
@@ -29,11 +30,12 @@ RUN apt-get update \
 # A layer of its own, so that a change of the package does not download PyTorch again.
 RUN pip install --index-url "$TORCH_INDEX" torch torchvision
 
+COPY pyproject.toml README.md LICENSE /usr/src/ray-dmml/
+COPY ray_dmml /usr/src/ray-dmml/ray_dmml
+RUN pip install '/usr/src/ray-dmml[search,serve,aws]'
+
 RUN useradd --create-home --uid 1000 ray
-WORKDIR /home/ray/ray-dmml
-COPY pyproject.toml README.md LICENSE ./
-COPY ray_dmml ray_dmml
-RUN pip install '.[search,serve,aws]'
+WORKDIR /home/ray
 COPY experiments experiments
 
 # A run needs no root. By number, so that Kubernetes can check it.
