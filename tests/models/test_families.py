@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from test_embedding_net import peer
+from test_embedding_net import peer, require
 from torch import Tensor
 
 from ray_dmml.models.embedding_net import build_embedding_net
@@ -71,6 +71,7 @@ def published(name: str, path: Path) -> None:
 )
 def test_features_are_those_of_timm(tmp_path: Path, name: str, size: int) -> None:
     """timm loads the file into its own net of this input size; what it gives before its classifier is expected."""
+    require(name)
     path = tmp_path / "published.safetensors"
     published(name, path)
     net = build_embedding_net(peer(backbone=name, weights=str(path), input_size=size), 0).eval()
