@@ -80,6 +80,8 @@ def _parts(node: yaml.Node) -> list[yaml.Node]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
+                if key.tag.rsplit(":", 1)[-1] in ("int", "float", "bool", "null"):  # it would be saved as text
+                    raise _refused(f"the key {key.value[:80]}, which is no text: put it in quotes", key)
                 if (key.tag, key.value) in seen:
                     raise _refused(f"the key {key.value[:80]!r} a second time", key)
                 seen.add((key.tag, key.value))

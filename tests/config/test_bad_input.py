@@ -128,6 +128,7 @@ def test_an_alias_of_itself_is_refused(tmp_path: Path, text: str) -> None:
         ('data: {root: "a\\0b"}', "found the character"),
         ('data: {root: "\\ud800"}', "found the character"),
         ("seed: 1\nseed: 2", "found the key 'seed' a second time"),
+        ("loss: {metric: {args: {a: {1: 2}}}}", "found the key 1, which is no text: put it in quotes"),
         ("data: {root: ~nobody-of-this-name/x}", "a path in it cannot be resolved"),
         ("seed: " + "x" * 100_000, "(100002 characters)"),
     ],
