@@ -44,7 +44,7 @@ _shared_ray_runs = False
 
 
 def _refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
-    is_lookup = bool(arguments) and arguments[0] == "/sbin/ldconfig"  # of ctypes, for threadpoolctl
+    is_lookup = bool(arguments) and arguments[0] in ("/sbin/ldconfig", "lscpu")  # of ctypes, and of old PyTorch
     if not _allows_processes and event in _PROCESS_EVENTS and not is_lookup:
         raise RuntimeError(f"a test without the marker `ray` starts a process: {arguments!r:.200}")
 
