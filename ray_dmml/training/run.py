@@ -182,7 +182,8 @@ def _warn_of_few_queries(splits: Splits) -> None:
     num_classes, num_queries = splits.validation.num_classes, splits.validation.num_evaluated()
     if num_classes < FEW_CLASSES or num_queries < FEW_QUERIES:
         logger.warning(
-            "validation Recall@1 is coarse: it is of %d classes and %d queries, and one query is %.2g points",
+            "validation Recall@1 is coarse: it is of %d classes and %d queries, and one query is %.2g points. Small "
+            "differences mean nothing; more classes, or a higher data.validation_fraction, make it finer",
             num_classes,
             num_queries,
             100 / num_queries,
