@@ -66,7 +66,7 @@ def test_a_cluster_that_does_not_answer_is_a_problem() -> None:
 
 
 def test_variables_without_secrets(tmp_path: Path) -> None:
-    """Those that change a run are listed; a missing file of a token is a problem, as it is for a run."""
+    """Variables that change a run are listed. A token file that is missing is a problem, because a run fails, too."""
     variables = {"PATH": "/bin", "RAY_AUTH_TOKEN": "abc", "OMP_NUM_THREADS": "4", "HF_TOKEN": "hf_x", "TMPDIR": "/t"}
     check = environment(variables)
     assert check.state == "ok"
