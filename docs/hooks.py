@@ -20,6 +20,8 @@ PAGES = {
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "examples/README.md": "examples.md",
+    "examples/quickstart.md": "notebook.md",
     "experiments/README.md": "experiments.md",
     "experiments/configs/README.md": "experiments/configs.md",
     **{f"experiments/ablations/{name}/report.md": f"ablations/{name}.md" for name in ABLATIONS},
@@ -41,10 +43,17 @@ def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "settings.md", content=_settings()))
     for source, page in PAGES.items():
         if (ROOT / source).exists():
-            files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+            code = _scripts() if page == "examples.md" else ""
+            files.append(File.generated(config, page, content=(ROOT / source).read_text() + code))
     for source, picture in PICTURES.items():
         files.append(File.generated(config, picture, content=(ROOT / source).read_bytes()))
     return files
+
+
+def _scripts() -> str:
+    """The examples themselves, for readers who have no clone."""
+    scripts = sorted((ROOT / "examples").glob("*.py"))
+    return "".join(f"\n## {script.name}\n\n```python\n{script.read_text()}```\n" for script in scripts)
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
