@@ -15,7 +15,7 @@ FENCED = re.compile(r"(^```.*?^```$)", re.S | re.M)
 
 
 def absolute_links(readme: str, repository: str, ref: str) -> str:
-    """A text whose relative links lead to the repository at a branch or tag. Code stays as it is."""
+    """Makes the relative links of a text point to the repository at a branch or tag. Code does not change."""
 
     def absolute(link: re.Match[str]) -> str:
         is_picture = re.search(r"\.(svg|png|jpe?g)$", link["target"])
