@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ray_dmml import Config
+from ray_dmml.config.schema import CohortConfig
 
 INTRODUCTION = """---
 search:
@@ -40,6 +41,9 @@ def settings_page() -> str:
     lines = [INTRODUCTION + "\n".join(overview), "", "## Top level", "", *top]
     for prefix, section in sections:
         lines += [f"## `{prefix}` {{ #{anchor(prefix)}-section }}", "", section.get("description", ""), ""]
+        if prefix == "cohort":
+            for key, description in CohortConfig.extra_keys.items():
+                lines += _entry(f"{prefix}.{key}", {"type": "object", "description": description}, schema)
         for key, setting in _settings(section, schema, f"{prefix}."):
             lines += _entry(key, setting, schema)
     return "\n".join(lines) + "\n"

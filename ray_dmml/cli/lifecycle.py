@@ -21,12 +21,13 @@ from ray_dmml.loggers.output import Console
 
 
 @contextmanager
-def ray_and_torch() -> Iterator[None]:
+def ray_and_torch(console: Console) -> Iterator[None]:
     """A Ray session for the length of the block, with torch imported meanwhile. Each of them takes seconds.
 
     Raises:
         UserError: the cluster cannot be joined.
     """
+    print_line(console, "connecting to the Ray cluster ..." if "RAY_ADDRESS" in os.environ else "starting Ray ...")
     from ray_dmml.ray_backend.session import ray_session
 
     loading = Thread(target=import_module, args=("ray_dmml.training.run",))

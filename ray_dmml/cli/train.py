@@ -95,7 +95,7 @@ def train_and_show(
 
     discard = None if resume else RunDir(run).discard
     signals.resume_with(f"ray-dmml train --resume {quote(str(run))}", run / "checkpoints" / "index.json", discard)
-    with nullcontext() if local else ray_and_torch(), signals.end_early():
+    with nullcontext() if local else ray_and_torch(console), signals.end_early():
         from ray_dmml.loggers.console import show_run
         from ray_dmml.training.run import train as train_cohort
 

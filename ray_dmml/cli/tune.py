@@ -80,7 +80,7 @@ def tune(
             search = _resumed_search(folder, config=config, set=overrides, space=space, out=out, **changes)
         signals.resume_with(f"ray-dmml tune --resume {quote(str(folder))}", folder / "search.yaml")
         check_quickly(search.trial_config({}), on_this_machine="RAY_ADDRESS" not in os.environ)
-        with ray_and_torch():
+        with ray_and_torch(console):
             from ray_dmml.loggers.console import show_run
             from ray_dmml.tune.progress import TrialsTable, final_table
             from ray_dmml.tune.tuner import run_search

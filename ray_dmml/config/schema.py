@@ -36,7 +36,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    extra_keys: ClassVar[tuple[str, ...]] = ()  # a file may have these here too; a validator replaces them by fields
+    extra_keys: ClassVar[Mapping[str, str]] = {}  # a file may have these, too; a validator replaces them by fields
     main_setting: ClassVar[str] = ""  # the setting that a plain value in place of the section probably means
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -468,7 +468,11 @@ def _deep_merge(base: Any, over: Any) -> Any:
 class CohortConfig(Section):
     """The peers and how they exchange embeddings."""
 
-    extra_keys = ("base",)
+    extra_keys: ClassVar[Mapping[str, str]] = {
+        "base": "Settings of every peer: any that an entry of `cohort.peers` may have. An entry of `cohort.peers` then "
+        "states only what differs from them. Without `cohort.peers` there are two peers, which differ in their seeds. "
+        "`ray-dmml config` prints the peers that result, each with all its settings."
+    }
 
     peers: tuple[PeerConfig, ...] = (
         PeerConfig(name="peer0", seed=0, init_seed=0),

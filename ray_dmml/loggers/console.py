@@ -46,6 +46,7 @@ class LinesLogger(Logger):
         self._parts = "images" if config.data.split_by == "image" else "classes"  # of which a split has its own
         self._terms = ("loss", "metric", *config.loss.terms)
         self._latest: dict[str, Mapping[str, float]] = {}
+        self._activities: set[str] = set()
 
     def print(self, text: str) -> None:
         with suppress(OSError, ValueError):  # a full disk under a log, or a closed stream, ends no training
@@ -53,7 +54,10 @@ class LinesLogger(Logger):
             self._console.print(text, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
 
     def show_activity(self, text: str) -> None:
-        """Shows what takes the time right now, where that is possible."""
+        """Shows what takes the time right now: as a line, the first time."""
+        if text not in self._activities:
+            self._activities.add(text)
+            self.print(f"{text} ...")
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         if "peers" in metrics:
@@ -77,6 +81,9 @@ class LinesLogger(Logger):
                 split, before = metrics[key].get("split", key), ", untrained" if key == "untrained" else ""
                 recall = "  ".join(f"{name} {value:.3f}" for name, value in _recall(metrics[key]).items())
                 self.print(f"step {step}  Recall@1 on {split} {self._parts}{before}: {recall}")
+                if backbones := metrics[key].get("backbones"):
+                    recall = "  ".join(f"{name} {row['recall@1']:.3f}" for name, row in backbones.items())
+                    self.print(f"step {step}  Recall@1 on {split} {self._parts}, frozen backbone: {recall}")
 
 
 class LiveLogger(LinesLogger):

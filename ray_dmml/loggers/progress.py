@@ -21,12 +21,10 @@ def show_progress(config: Config) -> Iterator[LinesLogger]:
     and evaluations are lines below them. If the program has set up Python's logging, the sentences go only there.
     """
     display: LinesLogger
-    show_activity = None
     if Console().is_jupyter:
-        display = live = LiveLogger(Console(force_jupyter=False, force_terminal=False), config, CellDisplay())
-        show_activity = live.show_activity
+        display = LiveLogger(Console(force_jupyter=False, force_terminal=False), config, CellDisplay())
     else:
         display = LinesLogger(Console(stderr=True), config)
     has_logging = logging.getLogger("ray_dmml").hasHandlers()
-    with nullcontext() if has_logging else show_sentences(display.print, show_activity):
+    with nullcontext() if has_logging else show_sentences(display.print, display.show_activity):
         yield display

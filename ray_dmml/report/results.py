@@ -58,6 +58,8 @@ def _macro(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[_Row], metrics: Sequence[str]) -> Table:
+    """The rows that have any of the metrics: of untrained peers and frozen backbones, only some are computed."""
+    rows = [row for row in rows if any(metric in row.figures for metric in metrics)]
     body = tuple(Row(row.name, tuple(_cell(row, metric) for metric in metrics), row.is_main) for row in rows)
     return Table(("%", *map(heading, metrics)), body)
 

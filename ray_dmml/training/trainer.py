@@ -111,6 +111,8 @@ class Trainer:
         if failure is None:
             checkpoint, self._checkpoint = self._checkpoint, None
             self.start(checkpoint)
+            if checkpoint is not None:
+                logger.info("resumed at step %d of %d", checkpoint.step, self.config.train.steps)
             return
         self._loggers.log({"lost": str(failure)}, self._reached)
         has_checkpoint = bool(self.run_dir.checkpoints.index())

@@ -58,11 +58,12 @@ def test_a_resumed_run_is_extended(run: Path, tmp_path: Path) -> None:
     cli("train", *options, "--set", "train.steps=2")
     ended = cli("train", "--local", "--resume", tmp_path / "run", "--set", "train.steps=6")
     assert f"run: {tmp_path / 'run'}" in ended.stdout
+    assert "resumed at step 2 of 6" in ended.stdout.splitlines()
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
 
 
-def test_thedefault_folder_of_a_data_set_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_folder_of_a_data_set_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its name has a colon, with which scp and rsync would look for a host; its folder has none."""
     monkeypatch.chdir(tmp_path)
     config = tiny(tmp_path, data={"name": "photos:load"}, train={"steps": 2})

@@ -101,6 +101,7 @@ def test_every_setting_is_on_the_page_of_settings(site: Path, pages: dict[Path, 
     """Each has an anchor, to which other pages link."""
     anchors = pages[site / "settings/index.html"].anchors
     assert {"seed", "data.name", "cohort.peers.update_interval", "cohort.peers.optimizer.lr"} <= anchors
+    assert "cohort.base" in anchors  # which a file may have, and a config does not
     assert {"cohort.peers.view.name", "loss.mutual.name"} <= anchors  # of sections in a list
     assert {f"{section}-section" for section in Config.model_fields if section not in ("seed", "code")} <= anchors
     assert "../../settings/#train.steps" in pages[site / "how-to/training/index.html"].links

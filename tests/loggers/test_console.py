@@ -17,6 +17,7 @@ UNTRAINED = {
     "split": "test",
     "peers": {"peer0": {"recall@1": 0.125}, "peer1": {"recall@1": 0.987}},
     "ensemble": {"recall@1": 0.982},
+    "backbones": {"peer0": {"recall@1": 0.625}, "peer1": {"recall@1": 0.375}},
 }
 TERMS = {"loss": 1.5, "metric": 0.5, "distance": 0.25, "angle": 0.125}
 
@@ -29,6 +30,7 @@ def run(console: Console) -> None:
         log.debug("training")
         logger.rewind(0)
         logger.log({"untrained": UNTRAINED}, 0)
+        log.debug("training")
         logger.log({}, 10)
         logger.log({"peers": {"peer0": TERMS, "peer1": {}}}, 9)
         logger.log({"peers": {"peer0": {}, "peer1": {}}}, 10)
@@ -40,12 +42,14 @@ def run(console: Console) -> None:
 
 
 def test_lines_in_a_pipe() -> None:
-    """Each is one line, however narrow the console; activities are not shown."""
+    """Each is one line, however narrow the console; an activity is one only the first time."""
     text = io.StringIO()
     run(Console(file=text, width=20))
     assert text.getvalue().splitlines() == [
         "data      characters",
+        "training ...",
         "step 0  Recall@1 on test classes, untrained: peer0 0.125  peer1 0.987  ensemble 0.982",
+        "step 0  Recall@1 on test classes, frozen backbone: peer0 0.625  peer1 0.375",
         "step 10/10  peer0 loss 1.5000 metric 0.5000 distance 0.2500 angle 0.1250  64.2 images/s",
         "warning: the disk is full; training goes on",
         "step 10  Recall@1 on validation classes: peer0 0.250  peer1 0.500  ensemble 0.750",

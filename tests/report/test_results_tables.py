@@ -32,3 +32,18 @@ def test_means_over_queries_and_over_classes_have_their_own_intervals() -> None:
             assert cell.text == f"{100 * (figures['peers'] | figures)[name]['recall@1']:.1f}"
             assert cell.note == f"{100 * low:.1f} – {100 * high:.1f}"
     assert means.rows[-1].cells[0] != macro.rows[-1].cells[0]
+
+
+def test_a_table_has_no_rows_without_figures() -> None:
+    """Untrained peers and frozen backbones have Recall@1 and MAP@R only, and no place in a table of other metrics."""
+    labels = [0, 0, 1, 1, 2, 2]
+    trained = evaluation_of(labels, np.random.default_rng(0).normal(size=(6, 8))).summary()
+    before = {"recall@1": 0.25}
+    results = {
+        **{"untrained": {"peer0": before}, "untrained_ensemble": before, "frozen_backbones": {"peer0": before}},
+        **{"split": "test", "split_by": "class", "num_images": 6, "num_classes": 3, "num_queries": None},
+        **{"init_from": None, **trained},
+    }
+    means, [(title, further), *_], _ = results_tables(["run"], [results])
+    assert means is not None and len(means.rows) == 3
+    assert title == "Further metrics" and [row.name for row in further.rows] == ["peer0"]
