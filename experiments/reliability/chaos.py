@@ -69,7 +69,7 @@ sizes, with TensorBoard events; four where a lost peer is dropped."""
 
 MOMENTS = {
     "saving a checkpoint": "save",
-    "evaluating on validation classes": "evaluation",
+    "evaluating on the validation images": "evaluation",
     "recovering lost peers": "recovery",
 }
 """What the package's debug log says when a moment begins."""
@@ -465,86 +465,73 @@ class Undisturbed:
 
 
 def one_run(seed: int, undisturbed: Undisturbed, work: Path) -> dict[str, Any]:
+    """Trains with the faults of a seed, on a small disk if one of them fills it, and returns the row of the run."""
     variant, transport, nodes, faults = draw(seed)
     folder = work / f"run-{seed}"
-    (folder / "disk").mkdir(parents=True)
-    told_faults = [f"{f['what']}@{f['step'] or f['moment']}" for f in faults]
-    row: dict[str, Any] = {
-        "seed": seed,
-        "peers": variant,
-        "transport": transport,
-        "nodes": nodes,
-        "faults": told_faults,
-    }
-    is_small = any(fault["what"] == "full disk" for fault in faults)
-    if is_small:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(folder / "disk")]
+    disk = folder / "disk"
+    disk.mkdir(parents=True)
+    drawn = [f"{fault['what']}@{fault['step'] or fault['moment']}" for fault in faults]
+    row = {"seed": seed, "peers": variant, "transport": transport, "nodes": nodes, "faults": drawn}
+    kinds = {fault["what"] for fault in faults}
+    raw = settings(work / "images", transport, variant, num_workers=int("kill view worker" in kinds))
+    (folder / "plan.json").write_text(json.dumps({"settings": raw, "faults": faults, "nodes": nodes}))
+    if "full disk" in kinds:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(disk)]
         if subprocess.run(mount, capture_output=True).returncode:
             return {**row, "equal": None, "why": "a small disk needs root"}
-    plan = {
-        "settings": settings(
-            work / "images", transport, variant, int(any(f["what"] == "kill view worker" for f in faults))
-        ),
-        "faults": faults,
-        "nodes": nodes,
-    }
-    (folder / "plan.json").write_text(json.dumps(plan))
-    began, starts = time.monotonic(), 0
+    began = time.monotonic()
     try:
-        while True:
-            starts += 1
-            # Who made room three seconds later was the driver before.
-            (folder / "disk" / "ballast").unlink(missing_ok=True)
-            with (folder / "log.txt").open("a") as log:
-                driver = subprocess.Popen(
-                    [sys.executable, __file__, "--drive", str(folder)],
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-                try:
-                    code = driver.wait(timeout=HANGS_S)
-                except subprocess.TimeoutExpired:
-                    return {**row, "equal": False, "why": "it hangs"}
-                finally:
-                    _end_session(driver.pid)
-            if code == 0:
-                break
-            if code != -signal.SIGKILL or starts > len(faults) + 1:
-                return {**row, "equal": False, "why": f"exit code {code}: {folder / 'log.txt'}"}
-        told = [
-            json.loads(line)
-            for line in (folder / "notes.jsonl").read_text().splitlines()
-        ] if (folder / "notes.jsonl").exists() else []  # fmt: skip
-        notes = [note for _, note in told]
-        hits = sorted(float(path.read_text()) for path in folder.glob("hit-*"))
-        backs = [note for note in notes if "go back from step" in note]
-        # What a loss was told after: the latest fault before it.
-        detected = [
-            round(at - max([hit for hit in hits if hit <= at], default=at), 1)
-            for at, note in told
-            if "go back from step" in note
-        ]
-        row |= {
-            "struck": len(list(folder.glob("struck-*"))),
-            "starts": starts,
-            "recoveries": len(backs),
-            "detected_s": detected,
-            "steps_again": sum(_steps_again(note) for note in backs),
-            "recovered_s": [float(note.split()[2]) for note in notes if note.startswith("recovered in")],
-            "seconds": round(time.monotonic() - began),
-            "equal": undisturbed.is_equal(variant, folder / "disk" / "run", faults),
-        }
-        return row
+        starts, failure = _drive_to_the_end(folder, len(faults))
+        if failure:
+            return {**row, "equal": False, "why": failure}
+        seconds = round(time.monotonic() - began)
+        is_equal = undisturbed.is_equal(variant, disk / "run", faults)
+        return {**row, "starts": starts, **_what_happened(folder), "seconds": seconds, "equal": is_equal}
     finally:
-        if is_small:  # what was written is kept for a look at it
+        if "full disk" in kinds:  # what was written is kept for a look at it
             with suppress(OSError):
-                shutil.copytree(folder / "disk" / "run", folder / "run")
-            subprocess.run(["umount", "-l", str(folder / "disk")], capture_output=True)
+                shutil.copytree(disk / "run", folder / "run")
+            subprocess.run(["umount", "-l", str(disk)], capture_output=True)
 
 
-def _steps_again(note: str) -> int:
-    words = note.split("go back from step ")[1].split()
+def _drive_to_the_end(folder: Path, num_faults: int) -> tuple[int, str]:
+    """Starts the driver until the run ends. Returns how often, and why the run did not end (or nothing)."""
+    for starts in range(1, num_faults + 3):
+        (folder / "disk" / "ballast").unlink(missing_ok=True)  # the driver that made it would have removed it
+        with (folder / "log.txt").open("a") as log:
+            command = [sys.executable, __file__, "--drive", str(folder)]
+            driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            try:
+                code = driver.wait(timeout=HANGS_S)
+            except subprocess.TimeoutExpired:
+                return starts, "it hangs"
+            finally:
+                _end_session(driver.pid)
+        if code == 0:
+            return starts, ""
+        if code != -signal.SIGKILL:
+            return starts, f"exit code {code}: {folder / 'log.txt'}"
+    return starts, f"the driver was killed {starts} times, by {num_faults} faults: {folder / 'log.txt'}"
+
+
+def _what_happened(folder: Path) -> dict[str, Any]:
+    """How many faults struck, and the recoveries with their times, from the files that the driver wrote."""
+    file = folder / "notes.jsonl"
+    sentences = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    losses = [(at, text) for at, text in sentences if "go back from step" in text]
+    hits = sorted(float(path.read_text()) for path in folder.glob("hit-*"))
+    return {
+        "struck": len(list(folder.glob("struck-*"))),
+        "recoveries": len(losses),
+        # Seconds since the latest fault before it.
+        "detected_s": [round(at - max([hit for hit in hits if hit <= at], default=at), 1) for at, _ in losses],
+        "steps_again": sum(_steps_again(text) for _, text in losses),
+        "recovered_s": [float(text.split()[2]) for _, text in sentences if text.startswith("recovered in")],
+    }
+
+
+def _steps_again(text: str) -> int:
+    words = text.split("go back from step ")[1].split()
     return int(words[0]) - int(words[2])
 
 

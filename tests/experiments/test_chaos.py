@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+ROOT = Path(__file__).parents[2]
+CHAOS = ROOT / "experiments" / "reliability" / "chaos.py"
 
 
-CHAOS = Path(__file__).parents[2] / "experiments" / "reliability" / "chaos.py"
+def test_the_moments_are_what_the_trainer_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults that are drawn for an evaluation, a checkpoint or a recovery wait for these texts."""
+    monkeypatch.syspath_prepend(CHAOS.parent)
+    trainer = (ROOT / "ray_dmml" / "training" / "trainer.py").read_text()
+    moments = import_module("chaos").MOMENTS
+    assert len(moments) == 3
+    for text in moments:
+        assert f'logger.debug("{text}")' in trainer
 
 
 def rows_of(seeds: tuple[int, ...], rows: Path) -> list[dict[str, object]]:
@@ -30,17 +39,23 @@ def all_end_alike(seeds: tuple[int, ...], rows: Path) -> None:
     assert all(row["struck"] for row in found), found
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_run(tmp_path: Path) -> None:
     """A lost node, over the coordinator."""
     all_end_alike((14,), tmp_path / "rows.jsonl")
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_five_more_runs(tmp_path: Path) -> None:
     """From peer to peer: a stopped peer and a coordinator that is stopped in the recovery, a damaged embedding,
     a lost peer with a damaged checkpoint. Over the coordinator: its end, the driver's."""
     all_end_alike((41, 32, 55, 28, 46), tmp_path / "rows.jsonl")
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_odd_sizes_many_peers_and_drops(tmp_path: Path) -> None:
     """Five peers, two teachers each, odd sizes, and a peer that is dropped."""
     seeds = (42, 48, 53, 45)
