@@ -24,10 +24,10 @@ from PIL import Image
 from playwright import sync_api
 
 from ray_dmml import Config
-from ray_dmml.cli.tables import results_table
 from ray_dmml.data.datasets import characters
 from ray_dmml.loggers.console import LinesLogger
 from ray_dmml.loggers.output import Console
+from ray_dmml.loggers.results_tables import results_table
 
 HERE = Path(__file__).parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -7,8 +7,8 @@ import typer
 
 from ray_dmml.cli.options import AsJson, OtherImages, RunWeights, TrustCode, path
 from ray_dmml.cli.output import print_json, print_line, show_log, user_errors
-from ray_dmml.cli.tables import details_tables, results_table, verification_table
 from ray_dmml.loggers.output import Console
+from ray_dmml.loggers.results_tables import details_tables, results_table, verification_table
 
 
 def evaluate(

@@ -25,9 +25,9 @@ from ray_dmml.cli.options import (
     use_address,
 )
 from ray_dmml.cli.output import elapsed, print_json, print_line, show_log, user_errors
-from ray_dmml.cli.tables import results_table
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.output import Console
+from ray_dmml.loggers.results_tables import results_table
 
 if TYPE_CHECKING:
     from ray_dmml.config.schema import Config

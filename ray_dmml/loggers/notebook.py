@@ -1,9 +1,10 @@
-"""A live display in the cell of a notebook."""
+"""What a notebook shows in a cell: the live display of a run, and tables."""
 
 from __future__ import annotations
 
 import io
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
@@ -14,6 +15,22 @@ if TYPE_CHECKING:
 WIDTH = 100  # characters; a browser scrolls what has no room
 REFRESH_S = 0.25
 HTML = """<pre style="white-space: pre; overflow-x: auto; line-height: normal">{code}</pre>"""
+
+
+def cell_output(*parts: RenderableType | Callable[[Console], object]) -> dict[str, str]:
+    """What rich prints, by MIME type, as IPython wants it.
+
+    Args:
+        parts: what is printed, or functions that print to the console that they are given.
+    """
+    console = Console(file=io.StringIO(), record=True, width=WIDTH, force_terminal=True, force_jupyter=False)
+    for part in parts:
+        if callable(part):
+            part(console)
+        else:
+            console.print(part)
+    html = console.export_html(code_format=HTML, inline_styles=True, clear=False)
+    return {"text/html": html, "text/plain": console.export_text()}
 
 
 class CellDisplay:
@@ -35,7 +52,7 @@ class CellDisplay:
         """Shows what :meth:`update` was given."""
         from IPython.display import display  # which only a notebook needs
 
-        self._handle = display(self._rendered(), raw=True, display_id=True)
+        self._handle = display(cell_output(self._latest), raw=True, display_id=True)
 
     def update(self, renderable: RenderableType) -> None:
         """Shows something else, a few times a second at most."""
@@ -51,11 +68,5 @@ class CellDisplay:
 
     def _show(self) -> None:
         if self._handle is not None:
-            self._handle.update(self._rendered(), raw=True)
+            self._handle.update(cell_output(self._latest), raw=True)
             self._shown_at = time.monotonic()
-
-    def _rendered(self) -> dict[str, str]:
-        console = Console(file=io.StringIO(), record=True, width=WIDTH, force_terminal=True, force_jupyter=False)
-        console.print(self._latest)
-        html = console.export_html(code_format=HTML, inline_styles=True, clear=False)
-        return {"text/html": html, "text/plain": console.export_text()}

@@ -26,7 +26,7 @@ from ray_dmml.evaluation import details
 from ray_dmml.evaluation.evaluation import Evaluation, Figures, warn_of_small_gallery
 from ray_dmml.training.embeddings_file import require_columns, require_new, write_embeddings
 from ray_dmml.training.image_list import ImageList, Row, some_names
-from ray_dmml.training.results import OTHER_IMAGES, evaluate_all, evaluated_split, results_of
+from ray_dmml.training.results import OTHER_IMAGES, Results, evaluate_all, evaluated_split, results_of
 from ray_dmml.training.run import changed_settings
 from ray_dmml.training.run_dir import RunDir
 
@@ -69,14 +69,16 @@ class RunEmbeddings:
         """What each peer and the ensemble retrieve."""
         return evaluate_all(self.config, self.embeddings, self.images)
 
-    def results(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+    def results(self, figures: Mapping[str, Any]) -> Results:
         """``figures`` and what they are of, in the form of results.json."""
         results = results_of(
             self.config, self.split, self.images, dict(figures), self.untrained, self.weights, self.step
         )
         for line in results["warnings"]:
             logger.warning("%s", line)
-        return results if self.place is None else {**results, "data": self.place}
+        if self.place is not None:
+            results["data"] = self.place
+        return results
 
 
 def embed_run(

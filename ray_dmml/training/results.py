@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,17 @@ OTHER_IMAGES = "other"
 """The split in results that are not of the run's own images."""
 
 NOT_EVALUATED: Figures = {"peers": {}, "ensemble": {}}
+
+
+class Results(dict[str, Any]):
+    """What results.json holds. As the last value of a notebook's cell it is shown as a table, and what an evaluation
+    was asked for besides as further ones."""
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        from ray_dmml.loggers.notebook import cell_output
+        from ray_dmml.loggers.results_tables import details_tables, results_table
+
+        return cell_output(partial(results_table, self), partial(details_tables, self))
 
 
 def evaluated_split(config: Config, splits: Splits) -> str | None:
@@ -46,7 +58,7 @@ def results_of(
     untrained: Figures,
     weights: str,
     step: int,
-) -> dict[str, Any]:
+) -> Results:
     """What results.json holds: figures, and which weights, images and classes they belong to. ``images`` is None if the
     run is not evaluated. The figures of the untrained peers are left out if they are of another split. A warning is
     added for each peer that ended below its frozen backbone."""
@@ -68,4 +80,4 @@ def results_of(
         "num_gallery": None if gallery is None else len(gallery),
         "init_from": str(config.train.init_from) if config.train.init_from else None,
     }
-    return {**results, "warnings": [*warn_of_harm(config, results), *figures.get("warnings", ())]}
+    return Results(results, warnings=[*warn_of_harm(config, results), *figures.get("warnings", ())])

@@ -85,7 +85,7 @@ def train(
 
     Returns:
         The content of ``results.json``. ``untrained``, ``peers`` and ``ensemble`` have figures such as ``recall@1``, as
-        fractions; ``weights`` and ``step`` say which weights they are of.
+        fractions; ``weights`` and ``step`` say which weights they are of. A notebook shows it as a table.
 
     Raises:
         UserError: a setting, a file or the cluster does not allow it; peers were lost more often

@@ -147,7 +147,7 @@ def test_the_results_say_that_the_classes_were_known(root: Path, tmp_path: Path)
     """results.json and the table of a run that is split by image."""
     from rich.console import Console
 
-    from ray_dmml.cli.tables import results_table
+    from ray_dmml.loggers.results_tables import results_table
 
     results = train(config_of(root), tmp_path / "run", local=True)
     assert (results["split"], results["split_by"], results["num_images"]) == ("test", "image", 17)

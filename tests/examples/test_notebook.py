@@ -28,7 +28,7 @@ def test_both_files_are_the_same_notebook() -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_it_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It trains, shows a picture of neighbours, and ends with the intervals of a comparison."""
+    """It trains, shows the results and a picture of neighbours, and ends with the intervals of a comparison."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # for its runs
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     NotebookClient(notebook, timeout=900, kernel_name="python3").execute(cwd=str(tmp_path))
@@ -38,6 +38,8 @@ def test_it_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     trained = outputs['results = train(config, runs / "mutual", local=True)']
     [live] = [output for output in trained if output.output_type == "display_data"]
     assert "60/60" in live["data"]["text/plain"]
+    [table] = outputs["results"]
+    assert "ensemble" in table["data"]["text/plain"] and "┃" in table["data"]["text/html"]
     [compared] = outputs['comparison = compare([runs / "independent", runs / "mutual"])["comparisons"][0]']
     assert re.search(r"^ensemble +[+-][\d.]+ points, 95 % interval [+-][\d.]+ to [+-][\d.]+$", compared["text"], re.M)
     (temporary,) = tmp_path.glob("quickstart-*")

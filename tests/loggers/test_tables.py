@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from ray_dmml.cli.tables import results_table
+from ray_dmml.loggers.results_tables import results_table
 from ray_dmml.loggers.tables import fitting, print_table
 
 METRICS = ["recall@1", "recall@10", "recall@100", "recall@1000", "map@r", "r_precision"]

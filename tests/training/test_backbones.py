@@ -19,8 +19,8 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from ray_dmml import Config, evaluate, train
-from ray_dmml.cli.tables import results_table
 from ray_dmml.data.datasets import load_splits
+from ray_dmml.loggers.results_tables import results_table
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 from conftest import IMAGES_PER_CLASS, NUM_CLASSES, as_in_training, tiny
 
 from ray_dmml import Config, UserError, evaluate, load_cohort, train
-from ray_dmml.cli.tables import results_table
 from ray_dmml.data.datasets import load_splits
+from ray_dmml.loggers.results_tables import results_table
 
 SHORT = {"steps": 2, "evaluate_every": 1, "log_every": 1}
 
