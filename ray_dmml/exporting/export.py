@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ from ray_dmml.training.image_list import ImageList
 from ray_dmml.training.run_dir import RunDir, versions_of
 
 FORMATS, PRECISIONS = ("onnx", "torch"), ("fp32", "fp16", "int8")
+
+logger = logging.getLogger(__name__)
 
 ENSEMBLE = "ensemble"
 """In the place of a peer's name: all peers together."""
@@ -91,6 +94,7 @@ def export(
             draft = Path(folder) / target.name
             facts = _metadata(cohort, peer, peers, run_dir, precision, license)
             reference = _reference(cohort, peer)
+            logger.debug("writing %s as a file of format %s, %s", peer, format, precision)
             embed = _write(peers, peer, cohort.decode_size, draft, facts, format, precision)
             parity = compare(reference, embed, compared_on)
             _require_near(parity, target, precision, split)

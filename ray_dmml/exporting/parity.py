@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from ray_dmml.cores import num_cores
 from ray_dmml.data.dataset import ImageSet
 from ray_dmml.data.loader import in_chunks
 from ray_dmml.evaluation.evaluation import evaluate_vectors
+
+logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 2000
 """A larger set is cut to its first classes."""
@@ -44,6 +47,7 @@ class Parity:
 def compare(reference: Embed, exported: Embed, images: ImageSet) -> Parity:
     """Embeds the images with both, 32 at a time, and the first one also alone."""
     images = _some(images)
+    logger.debug("comparing the file with PyTorch on %s images", f"{len(images):,}")
     pair = (reference, exported)
     embeddings: tuple[list[Tensor], list[Tensor]] = ([], [])
     timed: list[Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from functools import partial
@@ -19,6 +20,8 @@ from ray_dmml.index import ivf, store
 from ray_dmml.index.embeddings import Embeddings, require_unique
 from ray_dmml.index.image_index import ImageIndex, load_index
 from ray_dmml.index.store import IndexInfo, Kind, Recall
+
+logger = logging.getLogger(__name__)
 
 MAX_FLAT = 200_000
 """Up to so many rows, every search is exact."""
@@ -75,6 +78,7 @@ def build_index(
             shards=shards,
             generation=store.next_generation(folder),
         )
+        logger.debug("building the index of %s embeddings", f"{len(rows):,}")
         _build(folder, info, rows, partial(source.batches, list(shards), 0))
     return load_index(folder)
 

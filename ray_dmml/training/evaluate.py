@@ -126,6 +126,7 @@ def embed_run(
         check(config, images)
     # The run has measured the untrained peers with other matches.
     untrained = source.untrained if config.data.exclude_same == run_dir.config().data.exclude_same else {}
+    logger.debug("embedding %s images with the peers of %s", f"{len(images):,}", run_dir.path)
     embeddings = _embed(config, splits, which, source)
     return RunEmbeddings(run_dir, config, split, images, embeddings, source.weights, source.step, untrained, place)
 

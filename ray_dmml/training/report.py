@@ -97,7 +97,6 @@ def _evaluate_again(run_dir: RunDir, config: Config, trust_code: bool) -> tuple[
     load_trusted_parts(config, run_dir.path, trust_code, "--trust-code, or trust_code=True in Python")
     # Raises if it is damaged: then the images are not to blame.
     run_dir.checkpoints.load("best" if config.weights_to_evaluate() == "best" else "last")
-    logger.debug("embedding the images of %s", run_dir.path)
     try:
         return embed_run(run_dir.path, config=config, trust_code=trust_code).evaluation(), []
     except UserError as error:

@@ -13,16 +13,13 @@ from ray_dmml.checkpoint.store import Checkpoint
 from ray_dmml.cohort.cohort import CohortFactory
 from ray_dmml.config.differences import WHERE_THINGS_ARE, differing, settings_without
 from ray_dmml.config.parts import load_parts
-from ray_dmml.config.schema import Config, PeerConfig
-from ray_dmml.data.dataset import Splits
-from ray_dmml.data.datasets import load_splits
-from ray_dmml.data.findings import Findings
-from ray_dmml.data.loader import build_sampler
+from ray_dmml.config.schema import Config
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.loggers.build import build_loggers
 from ray_dmml.loggers.jsonl import JsonlLogger
 from ray_dmml.loggers.logger import Logger, Loggers
 from ray_dmml.training.image_list import require_same_images
+from ray_dmml.training.images import read_images
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.training.run_writer import RunWriter
 from ray_dmml.training.stop_on_interrupt import StopOnInterrupt
@@ -32,9 +29,6 @@ if TYPE_CHECKING:
     from ray_dmml.checkpoint.remote import RemoteRun
 
 logger = logging.getLogger(__name__)
-
-FEW_CLASSES, FEW_QUERIES = 10, 200
-"""Below one of them, validation figures say little, and the run warns."""
 
 MAY_CHANGE_ON_RESUME = (
     *WHERE_THINGS_ARE,
@@ -149,83 +143,6 @@ def train(
             should_stop=lambda: interrupt.should_stop() or should_stop(),
         )
         return trainer.fit()
-
-
-def read_images(config: Config) -> Splits:
-    """The images of a run. What is wrong with them is known before a process starts.
-
-    Raises:
-        UserError: as :func:`~ray_dmml.data.datasets.load_splits`, or no batches of
-            data.classes_per_batch x data.images_per_class can be made of them.
-    """
-    logger.debug("reading the images")
-    findings = Findings()
-    splits = load_splits(config.data, findings=findings)
-    for note in findings.notes:
-        logger.warning("%s", note)
-    sampler = build_sampler(config, splits)
-    if sampler.small_classes:
-        logger.warning(
-            "%d training classes have fewer than %d images: they give all they have, and others fill the batch",
-            sampler.small_classes,
-            config.data.images_per_class,
-        )
-        _refuse_small_classes(config, splits.train.num_classes, sampler.small_classes)
-    _warn_of_few_queries(splits)
-    _warn_of_frozen_statistics(config)
-    return splits
-
-
-def _warn_of_few_queries(splits: Splits) -> None:
-    if splits.validation is None:
-        return
-    num_classes, num_queries = splits.validation.num_classes, splits.validation.num_evaluated()
-    if num_classes < FEW_CLASSES or num_queries < FEW_QUERIES:
-        logger.warning(
-            "validation Recall@1 is coarse: it is of %d classes and %d queries, and one query is %.2g points. Small "
-            "differences mean nothing; more classes, or a higher data.validation_fraction, make it finer",
-            num_classes,
-            num_queries,
-            100 / num_queries,
-        )
-
-
-def _warn_of_frozen_statistics(config: Config) -> None:
-    if config.train.init_from:
-        return
-    for peer in config.cohort.peers:
-        if peer.weights == "none" and peer.batch_norm == "frozen" and _has_batch_norm(peer):
-            logger.warning(
-                "%s starts from random weights with frozen BatchNorm statistics; batch_norm: train learns better "
-                "from scratch",
-                peer.name,
-            )
-
-
-def _has_batch_norm(peer: PeerConfig) -> bool:
-    from ray_dmml.models.backbone import has_batch_norm  # these import timm
-    from ray_dmml.models.own_backbone import is_own_backbone
-
-    # An own backbone may load its weights itself.
-    return not is_own_backbone(peer.backbone) and has_batch_norm(peer.backbone)
-
-
-def _refuse_small_classes(config: Config, num_classes: int, num_small: int) -> None:
-    """Raises UserError if the metric loss needs as many images of each class, and small classes have fewer."""
-    from ray_dmml.losses.metric import MetricLoss  # takes a second to import
-    from ray_dmml.losses.rehearsal import rehearse_small_classes
-
-    size = config.cohort.peers[0].embedding_size
-    loss = MetricLoss(config.loss.metric, num_classes, size)
-    try:
-        rehearse_small_classes(loss, num_classes, size)
-    except Exception as error:  # whatever the loss raises
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"loss.metric: {config.loss.metric.name} does not work with batches in which a class has fewer images than "
-            f"another, and {num_small} training classes have fewer than data.images_per_class, which is "
-            f"{config.data.images_per_class}: {reason}"
-        ) from None
 
 
 def _cohort_class(local: bool) -> CohortFactory:

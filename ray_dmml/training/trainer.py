@@ -27,7 +27,8 @@ from ray_dmml.errors import Interrupted, PeerLostError
 from ray_dmml.evaluation.evaluation import Evaluation, Figures, evaluate_during_training
 from ray_dmml.loggers.logger import Logger
 from ray_dmml.training.backbones import evaluate_backbones
-from ray_dmml.training.describe import describe_cohort, describe_early_stop, describe_waits
+from ray_dmml.training.describe import describe_cohort, describe_early_stop, describe_saturation, describe_waits
+from ray_dmml.training.images import warn_of_images
 from ray_dmml.training.peer_states import load_peers, write_peers
 from ray_dmml.training.pictures import NUM_NEIGHBORS, Pictures
 from ray_dmml.training.recovery import Decision, RecoveryPolicy
@@ -311,10 +312,9 @@ class Trainer:
             value = float(np.mean([row["recall@1"] for name, row in figures["peers"].items() if name in learners]))
         if state.take(value):
             return True
-        if state.best == 1 and not self._is_saturated:
+        if not self._is_saturated and (advice := describe_saturation(state)):
             self._is_saturated = True
-            advice = "hold out more classes, or evaluate the last weights"
-            logger.warning("validation Recall@1 is 100 %% since step %d: %s", state.best_step, advice)
+            logger.warning("%s", advice)
         return False
 
     def save(self, *, best: bool) -> bool:
@@ -379,6 +379,8 @@ class Trainer:
         results = results_of(self.config, self.split, images, figures, self.state.untrained, weights, step)
         if train_s := self._stopwatch.seconds.get("training", 0.0):
             results["images_per_second"] = round(self._batch_size * self._num_steps / train_s, 2)
+        said = [*warn_of_images(self.config, self.splits), describe_saturation(self.state)]
+        results["notes"] = [text for text in said if text]
         results["seconds"] = self._stopwatch.results({name: self.cohort.seconds[name] for name in self.cohort.names})
         if self.state.step < self.config.train.steps:
             results["stopped_early"] = self.state.step

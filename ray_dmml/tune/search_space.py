@@ -130,7 +130,7 @@ class SearchConfig(Section):
     """Number of trials. The first one is the baseline: the config without changes."""
 
     sampler: Literal["optuna", "random"] | None = None
-    """`optuna` (multivariate TPE, needs the extra `search`) or `random`; null: optuna if it is installed."""
+    """`optuna` (multivariate TPE, needs the extra `tune`) or `random`; null: optuna if it is installed."""
 
     scheduler: Literal["asha", "none"] = "asha"
     """`asha` stops the worse trials early; `none` trains every trial to its end."""
@@ -186,7 +186,7 @@ class Search:
         self._check_trial_settings()
         self._check_validation_classes()
         if config.sampler == "optuna" and importlib.util.find_spec("optuna") is None:
-            raise UserError("sampler: optuna needs the extra: pip install 'ray-dmml[search]'")
+            raise UserError("sampler: optuna needs the extra: pip install 'ray-dmml[tune]'")
         if config.metric not in self.metrics:
             raise UserError(f"metric {config.metric!r} is not available; choose one of {', '.join(self.metrics)}")
         self._check_space()

@@ -29,7 +29,7 @@ from ray_dmml.atomic_files import replace_file
 from ray_dmml.config.parts import load_parts
 from ray_dmml.errors import CheckpointError, UserError
 from ray_dmml.ray_backend.session import ray_session
-from ray_dmml.training.run import read_images
+from ray_dmml.training.images import read_images
 from ray_dmml.training.run_dir import RunDir
 from ray_dmml.tune.final_runs import LoggerFactory, final_runs, no_logger
 from ray_dmml.tune.report import write_report

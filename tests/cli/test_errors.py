@@ -82,7 +82,6 @@ BASE = ("cohort", "base")
         (set_to(0.9, "data", "validation_fraction"), "validation_fraction 0.9 holds out"),
         (set_to("test_resnett", *BASE, "backbone"), "unknown backbone 'test_resnett': it must be"),
         (set_to("/no/file.pth", *BASE, "weights"), "weights file /no/file.pth does not exist"),
-        (set_to("offline", *BASE, "weights"), "'offline' are those of tf_efficientnet_lite0, tf_"),
         (set_to([{"name": "RandomKrop"}], *BASE, "view"), "view of peer0: unknown transform 'Random"),
         (set_to([{"name": "ToImage"}], *BASE, "view"), "view of peer0 gives torch.uint8 (3, 36, 36)"),
         (set_to("float16", *BASE, "amp"), "peer0: amp float16 needs a GPU"),

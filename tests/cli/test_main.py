@@ -88,16 +88,18 @@ def test_every_option_has_a_help_text(command: str) -> None:
 
 
 def test_the_log_of_the_package_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    """Sentences worth knowing and warnings; no details, and nothing after the block."""
+    """Sentences worth knowing and warnings; what takes the time, once; and nothing after the block."""
     logger = logging.getLogger("ray_dmml.tune.tuner")
     with show_log(Console(width=20)):
+        logger.debug("reading the images")
         logger.debug("reading the images")
         logger.info("trials 0, 2 are equally [good]")
         logger.warning("%s failed", "a final run")
         with show_run(Console(width=20), Config()):
             logger.info("said once")
     logger.warning("later")
-    assert capsys.readouterr().out == ("trials 0, 2 are equally [good]\nwarning: a final run failed\nsaid once\n")
+    sentences = ["reading the images ...", "trials 0, 2 are equally [good]", "warning: a final run failed", "said once"]
+    assert capsys.readouterr().out.splitlines() == sentences
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,10 @@ from ray_dmml.errors import UserError
 
 FROZEN = {"frozen": True}
 MISTAKES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"cohort": {"base": {"backbone": "vit_tiny_patch16_224", "weights": "offline"}}},
+        r"cohort\.base: weights: offline are those of tf_.*_lite2; vit_tiny_patch16_224 needs pretrained or a file",
+    ),
     ({"cohort": {"base": {"freeze_blocks": -1}}}, r"base\.freeze_blocks: Input should be greater .* 0 \(got -1\)$"),
     ({"cohort": {"base": {"freeze_blocks": "most"}}}, r"base\.freeze_blocks: Input should be 'all' \(got 'most'\)$"),
     ({"trian": {}}, r"trian: unknown setting; did you mean 'train'"),

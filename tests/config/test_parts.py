@@ -213,6 +213,8 @@ def test_a_config_names_its_parts(write: Write, tmp_path: Path) -> None:
     assert list(load_parts(config)) == ["config_part.py"]
     with pytest.raises(UserError, match=r"^loss.mutual.0.name 'config_part:Terms': module config_part"):
         load_parts(Config.load(file, ["loss.mutual=[{name: config_part:Terms}]"]))
+    with pytest.raises(UserError, match=r"^loss.mutual.0.name: .*Term .* unexpected .* 'scale'; it takes none"):
+        load_parts(Config.load(file, ["loss.mutual=[{name: config_part:Term, args: {scale: 1}}]"]))
     with pytest.raises(UserError, match=r"^code: .*gone.py is neither"):
         load_parts(Config.load(file, ["code=[gone.py]"]))
 

@@ -15,7 +15,7 @@ from ray_dmml.cli.main import app
 from ray_dmml.config.schema import Config, DataConfig
 from ray_dmml.data.audit import AuditReport, Group, audit, histogram
 from ray_dmml.errors import UserError
-from ray_dmml.training.run import read_images
+from ray_dmml.training.images import read_images
 
 
 def scene(seed: int, side: int = 96) -> Image.Image:
@@ -106,7 +106,7 @@ def test_near_duplicates_within_a_class_are_no_fault(root: Path) -> None:
     """They are reported, and the exit code stays 0."""
     scene(3).save(root / "c0" / "copy.jpg")
     ended = check(root)
-    assert ended.exit_code == 0 and "near duplicates: 1 groups" in ended.stdout
+    assert ended.exit_code == 0 and "near duplicates: 1 group\n" in ended.stdout
 
 
 def test_many_copies_hide_nothing(root: Path) -> None:

@@ -332,6 +332,8 @@ def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     for form, message in zip(WRITERS, messages, strict=True):
+        if form == "WEBP" and message.endswith("could not create decoder object"):  # Pillow before 13
+            continue
         assert message.startswith(f"image {form} cannot be read: it claims ")
         assert message.endswith("at most 178956970 are decoded")
 

@@ -34,7 +34,8 @@ def run(console: Console) -> None:
         logger.log({}, 10)
         logger.log({"peers": {"peer0": TERMS, "peer1": {}}}, 9)
         logger.log({"peers": {"peer0": {}, "peer1": {}}}, 10)
-        logger.log({"images_per_second": 64.25}, 10)
+        logger.log({"images_per_second": 64.25, "step_s": 80.0}, 8)
+        logger.log({"images_per_second": 64.25, "step_s": 80.0}, 10)
         log.warning("the disk is full; training goes on")
         logger.log({"validation": FIGURES}, 10)
         logger.log({"checkpoint": "best"}, 10)
@@ -50,6 +51,7 @@ def test_lines_in_a_pipe() -> None:
         "training ...",
         "step 0  Recall@1 on test classes, untrained: peer0 0.125  peer1 0.987  ensemble 0.982",
         "step 0  Recall@1 on test classes, frozen backbone: peer0 0.625  peer1 0.375",
+        "step 8/10  peer0 loss 1.5000 metric 0.5000 distance 0.2500 angle 0.1250  64.2 images/s  3 min left",
         "step 10/10  peer0 loss 1.5000 metric 0.5000 distance 0.2500 angle 0.1250  64.2 images/s",
         "warning: the disk is full; training goes on",
         "step 10  Recall@1 on validation classes: peer0 0.250  peer1 0.500  ensemble 0.750",

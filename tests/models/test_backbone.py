@@ -17,7 +17,7 @@ from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.models.backbone import has_batch_norm
 from ray_dmml.models.embedding_net import build_embedding_net
-from ray_dmml.training.run import read_images
+from ray_dmml.training.images import read_images
 
 
 @pytest.fixture

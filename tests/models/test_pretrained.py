@@ -12,6 +12,7 @@ import timm
 import torch
 from test_embedding_net import peer, same
 
+from ray_dmml.config.schema import Config
 from ray_dmml.errors import UserError
 from ray_dmml.models.embedding_net import build_embedding_net
 from ray_dmml.models.pretrained import load_net_weights
@@ -86,8 +87,9 @@ def test_offline_weights_are_in_the_right_layers(size: int) -> None:
 
 
 def test_offline_weights_of_other_backbones_do_not_exist() -> None:
-    with pytest.raises(UserError, match=r"'offline' are those of tf_.*_lite2; backbone test_"):
-        build_embedding_net(peer(weights="offline"), 0)
+    raw = {"cohort": {"peers": [{"backbone": "resnet50", "weights": "offline"}]}}
+    with pytest.raises(UserError, match=r"weights: offline are those of tf_.*_lite2; resnet50 needs"):
+        Config.parse(raw)
 
 
 def test_weights_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

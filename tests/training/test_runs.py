@@ -34,8 +34,8 @@ EVERY_TWO = {"steps": 6, "evaluate_every": 2, "log_every": 3}
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run found out, without how fast it was."""
-    return {key: value for key, value in results.items() if key not in ("images_per_second", "seconds")}
+    """What a run found out, without how fast it was and what it said about its images."""
+    return {key: value for key, value in results.items() if key not in ("images_per_second", "seconds", "notes")}
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

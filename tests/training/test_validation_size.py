@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ray_dmml import Config
-from ray_dmml.training.run import read_images
+from ray_dmml.training.images import read_images
 
 
 @pytest.fixture(scope="module")

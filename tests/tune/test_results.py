@@ -114,7 +114,7 @@ def test_a_resumed_search_keeps_its_sampler(
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else find_spec(name))
         without.create(make_search(raw, sampler=None))
-        with pytest.raises(UserError, match=r"pip install 'ray-dmml\[search\]'"):
+        with pytest.raises(UserError, match=r"pip install 'ray-dmml\[tune\]'"):
             with_it.search()
     assert without.search().config.sampler_name == "random"
     assert with_it.search().config.sampler_name == "optuna"

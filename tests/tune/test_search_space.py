@@ -252,5 +252,5 @@ def test_a_search_keeps_its_sampler(raw: dict[str, Any], monkeypatch: pytest.Mon
     assert search(raw, space, sampler="random").config.sampler_name == "random"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else find_spec(name))
     assert search(raw, space).config.sampler_name == "random"
-    with pytest.raises(UserError, match=r"pip install 'ray-dmml\[search\]'"):
+    with pytest.raises(UserError, match=r"pip install 'ray-dmml\[tune\]'"):
         search(raw, space, sampler="optuna")

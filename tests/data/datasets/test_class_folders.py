@@ -18,7 +18,7 @@ from ray_dmml.data.datasets import load_splits
 from ray_dmml.data.findings import Findings
 from ray_dmml.data.formats import suffixes
 from ray_dmml.errors import UserError
-from ray_dmml.training.run import read_images
+from ray_dmml.training.images import read_images
 
 PILLOW_WRITES = {
     "jfif": "JPEG", "jpe": "JPEG", "jpg": "JPEG", "PNG": "PNG", "apng": "PNG", "jp2": "JPEG2000", "avif": "AVIF",

@@ -16,6 +16,7 @@ def test_a_notebook_shows_tables(image_folder: Path, tmp_path: Path) -> None:
     config = Config.parse(tiny(image_folder, train={"steps": 2}))
     trained = train(config, tmp_path / "run", local=True, progress=False)
     assert json.loads(json.dumps(trained)) == json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [note.partition(":")[0] for note in trained["notes"]] == ["validation Recall@1 is coarse"]
     again = evaluate(tmp_path / "run", subsets=True)
     for results, has_subsets in ((trained, False), (again, True)):
         shown = results._repr_mimebundle_()  # type: ignore[attr-defined]
