@@ -563,7 +563,7 @@ def main(
         for chosen in seed or range(first_seed, first_seed + runs):
             row = one_run(chosen, undisturbed, work)
             is_right &= row["equal"] is not False
-            console.print(json.dumps(row), highlight=False, markup=False)
+            console.print(json.dumps(row), highlight=False, markup=False, soft_wrap=True)
             if rows is not None:
                 with rows.open("a") as file:
                     file.write(json.dumps({**row, "commit": made_by}) + "\n")
