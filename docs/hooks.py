@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +23,8 @@ PAGES = {
     "examples/README.md": "examples.md",
     "examples/quickstart.md": "notebook.md",
     "experiments/README.md": "experiments.md",
+    "experiments/ablations/README.md": "experiments/ablations.md",
+    "experiments/benchmarks/README.md": "experiments/benchmarks.md",
     "experiments/configs/README.md": "experiments/configs.md",
     **{f"experiments/ablations/{name}/report.md": f"ablations/{name}.md" for name in ABLATIONS},
 }
@@ -37,6 +39,11 @@ SETTING = re.compile(r"<code>((?:[a-z_]+\.)(?:[\w.*]+))</code>")
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
+FENCED = re.compile(r"(^ *```.*?^ *```$)", re.S | re.M)
+
+FILES = "files"
+"""The folder of the site that has the linked files which are no pages, by their path in the repository."""
+
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the settings and the pages from outside of docs/."""
@@ -47,7 +54,21 @@ def on_files(files: Files, config: Any) -> Files:
             files.append(File.generated(config, page, content=(ROOT / source).read_text() + code))
     for source, picture in PICTURES.items():
         files.append(File.generated(config, picture, content=(ROOT / source).read_bytes()))
+    for source in [] if config.repo_url else _linked_files():
+        site = f"{FILES}/{source}"  # also a script, which mkdocs.yml leaves out of docs/
+        content = (ROOT / source).read_bytes()
+        files.append(File.generated(config, site, content=content, inclusion=InclusionLevel.INCLUDED))
     return files
+
+
+def _linked_files() -> list[str]:
+    """The files of the repository that a page links and that are no pages, by their path."""
+    found = set()
+    for page in [*DOCS.rglob("*.md"), *filter(Path.exists, map(ROOT.joinpath, PAGES))]:
+        for text in FENCED.split(page.read_text())[::2]:
+            paths = [_source(link[3].partition("#")[0], page) for link in LINK.finditer(text)]
+            found |= {path for path in paths if path and _site_path(path) is None and (ROOT / path).is_file()}
+    return sorted(found)
 
 
 def _scripts() -> str:
@@ -61,10 +82,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     uri = page.file.src_uri
     sources = {site: source for source, site in PAGES.items()}
     here = ROOT / sources[uri] if uri in sources else DOCS / uri
-    parts = re.split(r"(^ *```.*?^ *```$)", markdown, flags=re.S | re.M)
     return "".join(
-        part if part.lstrip().startswith("```") else LINK.sub(lambda link: _moved(link, here, uri, config), part)
-        for part in parts
+        part if number % 2 else LINK.sub(lambda link: _moved(link, here, uri, config), part)
+        for number, part in enumerate(FENCED.split(markdown))
     )
 
 
@@ -105,18 +125,30 @@ def _shorten(toc: Any) -> None:
 
 
 def _moved(link: re.Match[str], here: Path, uri: str, config: Any) -> str:
-    """A link of a page, for the site. A file that is no page is named and not linked if no repository is known."""
+    """A link of a page, for the site. A file that is no page is in the repository if that is known, else a copy is on
+    the site. A folder is then named and not linked."""
     mark, text, target = link.groups()
     name, hash_sign, anchor = target.partition("#")
-    if "://" in target or target.startswith("mailto:") or not name:
+    source = _source(name, here)
+    if source is None:
         return link[0]
-    path = Path(os.path.normpath(here.parent / name))
-    relative = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else name
-    if (site := {**PAGES, **PICTURES}.get(relative)) is None:
-        if path.is_relative_to(DOCS):
-            site = path.relative_to(DOCS).as_posix()
-        elif config.repo_url:
-            return f"{mark}[{text}]({config.repo_url.rstrip('/')}/blob/main/{relative})"
-        else:
-            return text
-    return f"{mark}[{text}]({os.path.relpath(site, Path(uri).parent)}{hash_sign}{anchor})"
+    site = _site_path(source)
+    if site is None and config.repo_url:
+        return f"{mark}[{text}]({config.repo_url.rstrip('/')}/blob/main/{source})"
+    if site is None and not (ROOT / source).is_file():
+        return text
+    return f"{mark}[{text}]({os.path.relpath(site or f'{FILES}/{source}', Path(uri).parent)}{hash_sign}{anchor})"
+
+
+def _source(name: str, page: Path) -> str | None:
+    """The path in the repository that a link of a page names. None: it names none."""
+    path = Path(os.path.normpath(page.parent / name))
+    if not name or "://" in name or name.startswith("mailto:") or not path.is_relative_to(ROOT):
+        return None
+    return path.relative_to(ROOT).as_posix()
+
+
+def _site_path(source: str) -> str | None:
+    """Where the site has a page or picture of the repository."""
+    inside = source.removeprefix("docs/") if source.startswith("docs/") else None
+    return {**PAGES, **PICTURES}.get(source, inside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
         cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name not in ("REPO_URL", "SITE_URL")},
         capture_output=True,
         text=True,
     )
@@ -82,6 +84,26 @@ def test_no_link_is_broken(site: Path, pages: dict[Path, Page]) -> None:
                 broken.append(f"{file.relative_to(site)}: {link} (anchor)")
     assert sum(len(page.links) for page in pages.values()) > 1000
     assert sorted(broken) == []
+
+
+@pytest.mark.ray
+@needs_extra
+@pytest.mark.parametrize(
+    ("page", "file"),
+    [
+        ("how-to/cluster", "cluster.yaml"),
+        ("how-to/cluster", "deploy/aws-policy.json"),
+        ("how-to/data", "experiments/prepare_grocery.py"),
+        ("how-to/monitoring", "deploy/grafana/ray-dmml.json"),
+        ("experiments/configs", "experiments/configs/cub200.yaml"),
+    ],
+)
+def test_files_that_a_wheel_lacks_are_on_the_site(site: Path, pages: dict[Path, Page], page: str, file: str) -> None:
+    """A page that names a file of the repository links a copy of it, if the address of the repository is not known."""
+    folder = site / page
+    linked = {(folder / link).resolve() for link in pages[folder / "index.html"].links if not urlsplit(link).scheme}
+    assert (site / "files" / file).resolve() in linked
+    assert (site / "files" / file).read_bytes() == (ROOT / file).read_bytes()
 
 
 @pytest.mark.ray
