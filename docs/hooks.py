@@ -41,8 +41,14 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 FENCED = re.compile(r"(^ *```.*?^ *```$)", re.S | re.M)
 
+COMMENT_BEHIND = re.compile(r"^(?!#)( *)(.*\S) +(# .*)$", re.M)
+WIDEST_CODE = 78  # characters, on a screen of 1280 pixels
+
 FILES = "files"
 """The folder of the site that has the linked files which are no pages, by their path in the repository."""
+
+BOOSTS = {"how-to/own-parts.md": 3, "how-to/": 1.5, "start.md": 1.5}
+"""In the search, pages that say how to do something come before those that only mention it. The first start counts."""
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -82,10 +88,21 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     uri = page.file.src_uri
     sources = {site: source for source, site in PAGES.items()}
     here = ROOT / sources[uri] if uri in sources else DOCS / uri
+    for start, boost in BOOSTS.items():
+        if uri.startswith(start):
+            page.meta.setdefault("search", {"boost": boost})
     return "".join(
-        part if number % 2 else LINK.sub(lambda link: _moved(link, here, uri, config), part)
+        _comments_above(part) if number % 2 else LINK.sub(lambda link: _moved(link, here, uri, config), part)
         for number, part in enumerate(FENCED.split(markdown))
     )
+
+
+def _comments_above(block: str) -> str:
+    """A fenced block of commands whose comments stand above them, if they would be beyond its right edge."""
+    is_wide = any(len(line) > WIDEST_CODE and COMMENT_BEHIND.match(line) for line in block.splitlines())
+    if not is_wide or not block.lstrip().startswith("```bash") or "\\\n" in block:
+        return block
+    return COMMENT_BEHIND.sub(r"\1\3\n\1\2", block)
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
