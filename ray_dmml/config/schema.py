@@ -107,7 +107,8 @@ class DataConfig(Section):
     your own images."""
 
     root: FilePath | None = None
-    """Folder of the images, or of the data set's unpacked archive. `characters` does not use it."""
+    """Folder of the images, or of the data set's unpacked archive. `characters` does not use it. A relative path is
+    relative to the folder of the config file, and with `--set` to the current folder."""
 
     source: Annotated[str, BeforeValidator(_not_empty)] | None = None
     """Folder or URI (as in `checkpoint.storage_path`) from which every node copies the images once and verifies them.
