@@ -32,7 +32,7 @@ RUN pip install --index-url "$TORCH_INDEX" torch torchvision
 
 COPY pyproject.toml README.md LICENSE /usr/src/ray-dmml/
 COPY ray_dmml /usr/src/ray-dmml/ray_dmml
-RUN pip install '/usr/src/ray-dmml[search,serve,aws]'
+RUN pip install '/usr/src/ray-dmml[tune,serve,aws]'
 
 RUN useradd --create-home --uid 1000 ray
 WORKDIR /home/ray
