@@ -47,7 +47,7 @@ WIDEST_CODE = 78  # characters, on a screen of 1280 pixels
 FILES = "files"
 """The folder of the site that has the linked files which are no pages, by their path in the repository."""
 
-BOOSTS = {"how-to/own-parts.md": 3, "how-to/": 1.5, "start.md": 1.5}
+BOOSTS = {"how-to/own-parts.md": 2.5, "how-to/": 1.3, "start.md": 1.3}
 """In the search, pages that say how to do something come before those that only mention it. The first start counts."""
 
 
