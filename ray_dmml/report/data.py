@@ -71,6 +71,8 @@ class Chart:
 
     lines: tuple[Line, ...]
     marks: tuple[Mark, ...] = ()
+    from_zero: bool = False
+    """Its axis begins at 0."""
 
 
 @dataclass(frozen=True)
