@@ -259,6 +259,8 @@ class Report:
     further_results: tuple[tuple[str, Table], ...] = ()
     """(title, table)"""
 
+    verification: Table | None = None
+    verification_note: str = ""
     differences: Table | None = None
     """Settings that differ between runs."""
 
