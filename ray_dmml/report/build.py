@@ -253,7 +253,7 @@ def _warnings(names: Sequence[str], records: Sequence[RunRecord]) -> Iterator[st
     for name, record in zip(names, records, strict=True):
         prefix = "" if len(records) == 1 else f"{name}: "
         results = record.results or {}
-        texts = [*record.warnings, *results.get("warnings", ())]
+        texts = [*record.warnings, *results.get("warnings", ()), *results.get("notes", ())]
         if record.results is None:
             texts.append(
                 f"The run has not ended: it has made {record.num_steps:,} steps of {record.config.train.steps:,}."
@@ -267,7 +267,7 @@ def _warnings(names: Sequence[str], records: Sequence[RunRecord]) -> Iterator[st
             texts.append(f"{peer} has left out {number} batches whose values were not finite.")
         for peer, step in results.get("dropped", {}).items():
             texts.append(f"{peer} was lost, and the others went on without it from step {step:,} on.")
-        yield from (prefix + text for text in texts)
+        yield from (f"{prefix}{text.removesuffix('.')}." for text in texts)
 
 
 def _losses_note(records: Sequence[RunRecord]) -> str:

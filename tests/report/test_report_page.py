@@ -187,13 +187,18 @@ def damage_checkpoint(run: Path) -> None:
 
 
 def test_a_run_without_test_classes(copy: Path) -> None:
-    """The page says why it has no results, and has all warnings of the run."""
+    """The page says why it has no results, and has all that the run has warned of."""
     results = json.loads((copy / "results.json").read_text())
-    warnings = ["Validation is coarse: a <b>class</b> more or less changes much.", f"Look at {'long/' * 50}."]
-    results |= {"split": None, "stopped_early": 4, "warnings": warnings}
+    warnings, notes = (
+        ["peer0 has <b>one</b> direction", f"look at {'long/' * 50}"],
+        ["validation is coarse", "it is late"],
+    )
+    results |= {"split": None, "stopped_early": 4, "warnings": warnings, "notes": notes}
     (copy / "results.json").write_text(json.dumps(results))
     page = read_page(write_report(copy))
-    assert {"Not evaluated: all classes were trained on.", *warnings} <= set(page.texts)
+    assert {"Not evaluated: all classes were trained on.", *(f"{text}." for text in warnings + notes)} <= set(
+        page.texts
+    )
     assert not {"results", "gallery"} & set(page.ids)
     assert " epochs, stopped early)" in page.text
 
