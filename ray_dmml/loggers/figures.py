@@ -25,6 +25,19 @@ def main_metrics(results: Mapping[str, Any]) -> list[str]:
     return [metric for metric in results["ensemble"] if metric.startswith(MAIN)]
 
 
+def verification_keys(figures: Mapping[str, Any]) -> list[str]:
+    """The figures of a system's verification that a table shows."""
+    return [key for key in figures if key.startswith(("roc_auc", "fnmr@", "threshold@"))]
+
+
+def verification_heading(key: str) -> str:
+    """The heading of such a figure's column."""
+    name, _, fmr = key.partition("@")
+    if name == "roc_auc":
+        return "ROC AUC"
+    return f"{'FNMR' if name == 'fnmr' else name} at FMR {100 * float(fmr):g} %"
+
+
 def rows_of(results: Mapping[str, Any]) -> Iterator[Row]:
     """The rows of a table: each frozen backbone, the peers and the ensemble before training, the peers, the ensemble of
     frozen teachers if there are several, the ensemble. Frozen peers do not change and have one row."""

@@ -13,9 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 PAPER, INK, PALE, LINE = (255, 255, 255), (28, 32, 36), (92, 101, 111), (205, 210, 216)
-RIGHT, WRONG = (0, 158, 115), (213, 94, 0)  # also distinct for people who cannot distinguish red from green
+RIGHT, WRONG = (26, 127, 66), (192, 43, 43)
+"""The colours of the report. Many people cannot distinguish red from green, so frames of wrong pictures are dashed, and
+a tick or a cross stands in the corner."""
 
 MARGIN, GAP, BETWEEN_GROUPS, FRAME = 16, 4, 20, 3  # in pixels
+DASH, BADGE = 8, 18
 TEXT, LEADING = 13, 18
 WIDEST_NAME = 200
 MOST_LINES = 3
@@ -34,7 +37,7 @@ class Columns:
     pictures: tuple[Tensor, ...]
     """Of each column: (N, 3, H, H) uint8, a picture a row."""
     is_right: tuple[Sequence[bool | None], ...] = ()
-    """Of each column: whether the picture of each row is right, which frames it. None: it has no frame."""
+    """Of each column: whether the picture of each row is right, which frames and marks it. None: it has neither."""
 
 
 def draw_sheet(names: Sequence[tuple[str, str]], groups: Sequence[Columns], cell: int) -> Image.Image:
@@ -95,8 +98,33 @@ def _draw_picture(
         image = image.resize((cell, cell), way)
     sheet.paste(image, corner)
     box = (*corner, corner[0] + cell - 1, corner[1] + cell - 1)
-    color = LINE if mark is None else RIGHT if mark else WRONG
-    draw.rectangle(box, outline=color, width=1 if mark is None else FRAME)
+    if mark is None:
+        draw.rectangle(box, outline=LINE)
+        return
+    draw.rectangle(box, outline=RIGHT if mark else WRONG, width=FRAME)
+    if not mark:
+        _cut_into_dashes(draw, box)
+    _draw_badge(draw, corner, mark)
+
+
+def _cut_into_dashes(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int]) -> None:
+    """Gaps in a frame. There is none at its corners."""
+    left, top, right, bottom = box
+    for start in range(DASH, right - left - DASH, 2 * DASH):
+        end = start + DASH // 2 - 1
+        for y in (top, bottom - FRAME + 1):
+            draw.rectangle((left + start, y, left + end, y + FRAME - 1), PAPER)
+        for x in (left, right - FRAME + 1):
+            draw.rectangle((x, top + start, x + FRAME - 1, top + end), PAPER)
+
+
+def _draw_badge(draw: ImageDraw.ImageDraw, corner: tuple[int, int], is_right: bool) -> None:
+    """A tick or a cross. They are lines, because not every typeface has these signs."""
+    left, top = corner
+    draw.rectangle((left, top, left + BADGE - 1, top + BADGE - 1), RIGHT if is_right else WRONG)
+    strokes = [((4, 9), (8, 13), (14, 5))] if is_right else [((5, 5), (13, 13)), ((5, 13), (13, 5))]
+    for stroke in strokes:
+        draw.line([(left + x, top + y) for x, y in stroke], PAPER, 2)
 
 
 def _wrapped(text: str, width: int, *, bold: bool = False) -> list[str]:

@@ -9,7 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ray_dmml.loggers.figures import describe_images, describe_unevaluated, heading, main_metrics, rows_of
+from ray_dmml.loggers.figures import (
+    describe_images,
+    describe_unevaluated,
+    heading,
+    main_metrics,
+    rows_of,
+    verification_heading,
+    verification_keys,
+)
 from ray_dmml.loggers.tables import print_table
 
 MAX_GROUPS = 20
@@ -53,9 +61,9 @@ def verification_table(results: Mapping[str, Any], console: Console) -> None:
     if not rows:
         return
     first = next(iter(rows.values()))
-    keys = [key for key in first if key.startswith(("roc_auc", "fnmr@", "threshold@"))]
+    keys = verification_keys(first)
     title = "verification: are two images of one class? AUC and FNMR in %"
-    table = _table(title, ["", *map(_verification_heading, keys)])
+    table = _table(title, ["", *map(verification_heading, keys)])
     table.caption = (
         f"a pair matches above the threshold; {first['num_positive_pairs']:,} pairs of one class and "
         f"{first['num_negative_pairs']:,} of two"
@@ -123,10 +131,3 @@ def _percent(value: float, interval: Interval | None) -> str:
 def _number(value: float, interval: Interval | None, digits: int) -> str:
     half = "" if interval is None else f" ±{(interval[1] - interval[0]) / 2:.{digits}f}"
     return f"{value:.{digits}f}{half}"
-
-
-def _verification_heading(key: str) -> str:
-    name, _, fmr = key.partition("@")
-    if name == "roc_auc":
-        return "ROC AUC"
-    return f"{'FNMR' if name == 'fnmr' else name} at FMR {100 * float(fmr):g} %"

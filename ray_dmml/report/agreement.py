@@ -48,7 +48,8 @@ def overlap_of(one: Retrieval, other: Retrieval) -> float:
 
 
 def agreement_charts(runs: Sequence[NamedMetrics]) -> tuple[Chart, ...]:
-    """The share of validation queries that both peers of a pair find, that one alone finds, and that neither finds."""
+    """The share of validation queries that only one peer of a pair finds, and that neither finds. Both find the rest,
+    mostly nearly all: a line of it would press the others onto the axis, so it is told in numbers."""
     charts: list[Chart] = []
     for run in runs:
         pairs = dict.fromkeys(pair for _, rows in run.metrics.agreement for pair in rows)
@@ -61,7 +62,10 @@ def agreement_charts(runs: Sequence[NamedMetrics]) -> tuple[Chart, ...]:
             for step, rows in run.metrics.agreement:
                 for kind, share in rows.get(pair, {}).items():
                     series.setdefault(names[kind], []).append((step, 100 * share))
+            both = series.pop(names["both"])
             lines = tuple(Line(kind, style, tuple(points)) for style, (kind, points) in enumerate(series.items()))
             title = f"{run.prefix}{pair.replace('/', ' and ')}"
-            charts.append(Chart(f"agreement-{len(charts)}", title, "", "%", lines))
+            ends = dict((both[0], both[-1]))
+            note = "both find " + ", ".join(f"{share:.1f} % at step {step:,}" for step, share in ends.items())
+            charts.append(Chart(f"agreement-{len(charts)}", title, note, "%", lines, from_zero=True))
     return tuple(charts)

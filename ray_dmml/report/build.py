@@ -28,7 +28,7 @@ from ray_dmml.report.described import describe, settings_that_differ
 from ray_dmml.report.embedding_map import embedding_map, with_sheets
 from ray_dmml.report.gallery import Retrievals, confusions, disagreements, the, worst_classes, worst_queries
 from ray_dmml.report.pictures import sheets, thumbnails
-from ray_dmml.report.results import results_tables
+from ray_dmml.report.results import results_tables, verification_table
 from ray_dmml.report.suspects import CLEAR, suspects
 
 MAX_PICTURE_BYTES = 12 * 2**20
@@ -78,7 +78,9 @@ def build_report(records: Sequence[RunRecord], *, made: datetime) -> Report:
     ]
     sentences = [describe_best(best, "" if is_one else name) for name, best in zip(names, bests, strict=True) if best]
     ended = [(name, record.results) for name, record in zip(names, records, strict=True) if record.results]
-    table, further, results_note = results_tables([name for name, _ in ended], [results for _, results in ended])
+    ended_names, ended_results = [name for name, _ in ended], [results for _, results in ended]
+    table, further, results_note = results_tables(ended_names, ended_results)
+    verification, verification_note = verification_table(ended_names, ended_results)
     report = Report(
         title=names[0] if is_one else f"{len(names)} runs: {', '.join(names)}",
         made=f"{made:%Y-%m-%d %H:%M}",
@@ -91,6 +93,8 @@ def build_report(records: Sequence[RunRecord], *, made: datetime) -> Report:
         results=table,
         results_note=results_note,
         further_results=further,
+        verification=verification,
+        verification_note=verification_note,
         differences=None if is_one else settings_that_differ(names, [record.config for record in records]),
         validation=validation_charts(curves),
         validation_note=" ".join(sentences) or "No classes were held out for validation, or none were evaluated yet.",
@@ -249,7 +253,7 @@ def _warnings(names: Sequence[str], records: Sequence[RunRecord]) -> Iterator[st
     for name, record in zip(names, records, strict=True):
         prefix = "" if len(records) == 1 else f"{name}: "
         results = record.results or {}
-        texts = [*record.warnings, *results.get("warnings", ())]
+        texts = [*record.warnings, *results.get("warnings", ()), *results.get("notes", ())]
         if record.results is None:
             texts.append(
                 f"The run has not ended: it has made {record.num_steps:,} steps of {record.config.train.steps:,}."
@@ -263,7 +267,7 @@ def _warnings(names: Sequence[str], records: Sequence[RunRecord]) -> Iterator[st
             texts.append(f"{peer} has left out {number} batches whose values were not finite.")
         for peer, step in results.get("dropped", {}).items():
             texts.append(f"{peer} was lost, and the others went on without it from step {step:,} on.")
-        yield from (prefix + text for text in texts)
+        yield from (f"{prefix}{text.removesuffix('.')}." for text in texts)
 
 
 def _losses_note(records: Sequence[RunRecord]) -> str:

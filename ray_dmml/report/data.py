@@ -71,6 +71,8 @@ class Chart:
 
     lines: tuple[Line, ...]
     marks: tuple[Mark, ...] = ()
+    from_zero: bool = False
+    """Its axis begins at 0."""
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,8 @@ class Report:
     further_results: tuple[tuple[str, Table], ...] = ()
     """(title, table)"""
 
+    verification: Table | None = None
+    verification_note: str = ""
     differences: Table | None = None
     """Settings that differ between runs."""
 

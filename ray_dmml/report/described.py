@@ -81,7 +81,7 @@ def _facts(
     yield "machine", ", ".join(filter(None, (cpu, cores and f"{cores} cores", environment.get("machine"))))
     yield "commit", str(environment.get("commit") or "")[:12]
     versions = {"python": environment.get("python"), **environment.get("versions", {})}
-    yield "versions", ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+    yield "versions", ", ".join(f"{package}\u00a0{version}" for package, version in versions.items() if version)
 
 
 def _mutual(config: Config) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from ray_dmml.report.data import Chart
 
 WIDTH, HEIGHT = 480, 270
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 14, 42
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 14, 42
 """Margins around the plot, in the units of the SVG."""
 
 Point = tuple[float, float]
@@ -48,7 +48,7 @@ def draw(chart: Chart) -> Drawing:
     steps = [step for line in chart.lines for step, _ in line.points]
     values = [value for line in chart.lines for _, value in line.points]
     x_ticks = ticks(min(steps), max(steps), 5, whole=True)
-    y_ticks = ticks(min(values), max(values), 5)
+    y_ticks = ticks(0, max(values) or 1, 5) if chart.from_zero else ticks(min(values), max(values), 5)
     first, last = min(steps), max(steps)
     if first == last:
         first, last = first - 1, last + 1

@@ -42,7 +42,7 @@ def render(page: Report) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters["breakable"] = _breakable
+    environment.filters |= {"breakable": _breakable, "words": _words}
     return environment.get_template("report.html").render(
         page=page,
         sections=list(_sections(page)),
@@ -64,8 +64,14 @@ def is_report(content: bytes) -> bool:
 
 
 def _breakable(name: str) -> Markup:
-    """A name that may go on in the next line after an underscore or a slash: few names have spaces."""
-    return Markup("<wbr>").join(re.split(r"(?<=[_/])(?![_/])", name))
+    """A name that may go on in the next line after an underscore, a slash, a bracket or an equals sign, and before the
+    capital of a WordInside: few names have spaces."""
+    return Markup("<wbr>").join(re.split(r"(?<=[_/(=])(?![_/(=])|(?<=[a-z0-9])(?=[A-Z][a-z])", name))
+
+
+def _words(text: str) -> Markup:
+    """A text whose words stay whole: only one that is wider than its column is broken, where a name may be."""
+    return Markup(" ").join(Markup('<span class="word">{}</span>').format(_breakable(word)) for word in text.split(" "))
 
 
 def _policy(css: str, js: str) -> str:

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_dmml.loggers.figures import Intervals, describe_images, heading, main_metrics, rows_of
+from ray_dmml.evaluation.evaluation import ENSEMBLE
+from ray_dmml.loggers.figures import (
+    Intervals,
+    describe_images,
+    heading,
+    main_metrics,
+    rows_of,
+    verification_heading,
+    verification_keys,
+)
 from ray_dmml.report.data import Cell, Row, Table
 
 
@@ -39,6 +48,44 @@ def results_tables(
     if any(row.intervals for row in means):
         note += ". The small numbers are 95 % intervals, by bootstrap over classes"
     return _table(means, first), tuple(tables), f"{note}."
+
+
+def verification_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> tuple[Table | None, str]:
+    """How well a threshold on the similarity separates classes, a row a system, with a note on how to read it; None: it
+    was not measured. The figures are those that `ray-dmml evaluate` prints."""
+    rows, pairs = [], dict[str, list[str]]()
+    keys: list[str] = []
+    for name, of in zip(names, results, strict=True):
+        for system, figures in of.get("verification", {}).items():
+            if figures:
+                keys = verification_keys(figures)
+                cells = tuple(_verification_cell(key, figures) for key in keys)
+                row_name = f"{name}: {system}" if len(results) > 1 else system
+                rows.append(Row(row_name, cells, is_main=system == ENSEMBLE))
+                pairs.setdefault(_count_pairs(figures), []).append(name)
+    if not rows:
+        return None, ""
+    counts = [f"{', '.join(dict.fromkeys(of))}: {count}" for count, of in pairs.items()]
+    note = (
+        "Are two images of one class? Two images match if their similarity is above a threshold. FMR is the share of "
+        "the pairs of two classes that match, and FNMR the share of the pairs of one class that do not match. "
+        f"{'; '.join(counts) if len(pairs) > 1 else f'There are {next(iter(pairs))}'}."
+    )
+    return Table(("system", *map(verification_heading, keys)), tuple(rows)), note
+
+
+def _count_pairs(figures: Mapping[str, Any]) -> str:
+    counts = (
+        f"{figures['num_positive_pairs']:,} pairs of one class and {figures['num_negative_pairs']:,} of two classes"
+    )
+    return counts if figures["all_pairs"] else f"{counts}, a random part of all pairs"
+
+
+def _verification_cell(key: str, figures: Mapping[str, Any]) -> Cell:
+    factor, digits, unit = (1, 3, "") if key.startswith("threshold") else (100, 1, " %")
+    low, high = figures["intervals"].get(key, (None, None))
+    around = "" if low is None else f"{factor * low:.{digits}f} – {factor * high:.{digits}f}"
+    return Cell(f"{factor * figures[key]:.{digits}f}{unit}", around)
 
 
 def _rows(prefix: str, results: Mapping[str, Any]) -> list[_Row]:

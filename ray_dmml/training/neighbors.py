@@ -25,8 +25,9 @@ def draw_neighbors(
     seed: int = 0,
     trust_code: bool = False,
 ) -> Image.Image:
-    """Draws queries of a run and the images that are nearest to them: green frames are of the query's class, orange
-    ones are not. A notebook shows the picture if it is the last value of a cell.
+    """Draws queries of a run and the images that are nearest to them. A solid green frame and ✓ mean the query's class,
+    a dashed red frame and ✗ mean another class, as in the report. A notebook shows the picture if it is the last value
+    of a cell.
 
     The images are embedded again, in this process.
 

@@ -118,7 +118,7 @@ def draw_queries(retrieval: Retrieval, images: ImageSet, rows: Sequence[int]) ->
     is_right = (images.labels[neighbors] == images.labels[queries][:, None]).astype(object)
     is_right[neighbors < 0] = None
     captions = tuple(str(rank) for rank in range(1, neighbors.shape[1] + 1))
-    note = "green: right, orange: wrong"
+    note = "tick: right, cross: wrong"
     groups = [
         Columns("query", "", ("",), (columns[0],)),
         Columns("nearest images", note, captions, tuple(columns[1:]), tuple(is_right.T.tolist())),

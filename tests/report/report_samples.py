@@ -145,5 +145,5 @@ class Page(HTMLParser):
 
 def read_page(path: Path) -> Page:
     page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
+    page.feed(path.read_text(encoding="utf-8").replace("<wbr>", ""))  # which nobody sees
     return page

@@ -32,6 +32,15 @@ pytestmark = [
 ]
 
 IMAGES_ARE_THERE = """() => [...document.images].every((image) => image.complete && image.naturalWidth > 0)"""
+BROKEN_WORDS = """() => {
+  const words = document.querySelectorAll("dd .word"), range = document.createRange(), broken = [];
+  for (const part of [...words].flatMap((word) => [...word.childNodes])) {
+    range.selectNodeContents(part);
+    if (range.getClientRects().length > 1 && !part.textContent.includes("-")) broken.push(part.textContent);
+  }
+  return broken;
+}"""
+"""Of what was run: those that do not end where a line may end."""
 VISIBLE_CARDS = """() => [...document.querySelectorAll('.card')].filter((card) => card.offsetParent).length"""
 
 
@@ -82,7 +91,11 @@ def test_it_is_whole_at_every_width(reports: dict[str, Path], kind: str, scheme:
     with page_of(reports[kind], width, color_scheme=scheme) as page:
         assert page.evaluate(IMAGES_ARE_THERE)
         assert page.evaluate("document.images.length") > (100 if kind != "unfinished" else -1)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for narrower in (width - 80, width):
+            page.set_viewport_size({"width": narrower, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth") <= narrower
+            assert page.evaluate("document.querySelector('nav').scrollWidth") <= narrower
+            assert page.evaluate(BROKEN_WORDS) == []
         assert page.evaluate("[...document.images].every((image) => image.alt)")
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
         assert dark == (scheme == "dark")
@@ -111,7 +124,7 @@ def test_the_filter(reports: dict[str, Path]) -> None:
         assert set(names) <= {"class 9"}
         page.locator("#filter-text").fill("no such class")
         assert page.evaluate(VISIBLE_CARDS) == 0
-        page.locator("nav a[href='#only-0']").click()
+        page.locator(".findings a[href='#only-0']").click()
         page.locator("#only-0").wait_for()
 
 
@@ -178,9 +191,12 @@ def test_without_javascript(reports: dict[str, Path]) -> None:
     """Everything can be read; only the controls that need it are not there."""
     with page_of(reports["one"], java_script_enabled=False) as page:
         assert page.get_by_text("peer0 finds, peer1 does not").first.is_visible()
+        for summary in page.locator("details.more > summary").all():
+            summary.click()
         assert page.locator(".card").count() == page.locator(".card:visible").count() > 0
         assert page.locator("svg.plot path.line:visible").count() > 0
         assert page.locator("#filter").is_hidden() and page.locator("#map-choice").is_hidden()
+        page.locator("#map-pictures").check()
         assert page.locator("#map-plot image").first.is_visible()
 
 

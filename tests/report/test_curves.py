@@ -95,18 +95,27 @@ def test_curves_of_several_runs_stand_together(tmp_path: Path) -> None:
 
 
 def test_the_agreement_of_two_peers(tmp_path: Path) -> None:
-    """A curve for what both find, for what each finds alone, and for what neither finds."""
-    row = validation(2, 0.5, 0.9, 0.6)
-    row["validation"]["agreement"] = {
-        "peer0/peer1": {"both": 0.4, "only_first": 0.1, "only_second": 0.2, "neither": 0.3}
-    }
-    [chart] = agreement_charts([NamedMetrics("", read_metrics(write(tmp_path / "m", [row])), None)])
+    """A curve for what each finds alone, and for what neither finds, on their own axis; what both find is said."""
+    rows = [validation(2, 0.5, 0.9, 0.6), validation(4, 0.5, 0.9, 0.6)]
+    shares = [(0.94, 0.01, 0.02, 0.03), (0.92, 0.03, 0.05, 0.0)]
+    for row, numbers in zip(rows, shares, strict=True):
+        kinds = dict(zip(("both", "only_first", "only_second", "neither"), numbers, strict=True))
+        row["validation"]["agreement"] = {"peer0/peer1": kinds}
+    [chart] = agreement_charts([NamedMetrics("", read_metrics(write(tmp_path / "m", rows)), None)])
     assert {line.name: line.points for line in chart.lines} == {
-        "both find": ((2, 40.0),),
-        "only peer0 finds": ((2, 10.0),),
-        "only peer1 finds": ((2, 20.0),),
-        "neither finds": ((2, 30.0),),
+        "only peer0 finds": ((2, 1.0), (4, 3.0)),
+        "only peer1 finds": ((2, 2.0), (4, 5.0)),
+        "neither finds": ((2, 3.0), (4, 0.0)),
     }
+    assert chart.note == "both find 94.0 % at step 2, 92.0 % at step 4"
+    labels = [text for _, text in draw(chart).y_ticks]
+    assert labels[0] == "0" and float(labels[-1]) < 10
+
+
+def test_an_axis_from_zero_where_all_is_zero() -> None:
+    drawn = draw(Chart("c", "Agreement", "", "%", (Line("a", 0, ((1, 0.0), (2, 0.0))),), from_zero=True))
+    assert drawn.y_ticks[0][1] == "0"
+    assert drawn.strokes[0].dots[0][1] == HEIGHT - BOTTOM
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (97.31, 99.2), (-3, 2000), (5, 5), (0, 0), (1e-7, 3e-7)])

@@ -92,6 +92,9 @@ def test_results_are_those_of_the_run(run: Path, page: Page) -> None:
         assert f"{100 * figures['recall@1']:.1f}" in page.texts
     low, high = results["intervals"]["ensemble"]["recall@1"]
     assert f"{100 * low:.1f} – {100 * high:.1f}" in page.texts
+    verification = results["verification"]["ensemble"]
+    assert "verification" in page.ids and f"{verification['threshold@0.001']:.3f}" in page.texts
+    assert f"{verification['num_positive_pairs']:,} pairs of one class" in page.text
     assert f"The ensemble has a Recall@1 of {100 * results['ensemble']['recall@1']:.1f} %" in page.text
 
 
@@ -112,7 +115,7 @@ def test_pictures_say_what_they_are(page: Page) -> None:
 
 
 def test_how_it_was_made_is_said(run: Path, page: Page) -> None:
-    assert f"ray-dmml train --config {run}/config.yaml" in page.texts
+    assert f"ray-dmml train --config {run}/config.yaml" in page.text
     environment = json.loads((run / "run.json").read_text())
     assert f"torch {environment['versions']['torch']}" in page.text
     assert "images and view" in page.texts and "validation" in page.texts  # of the table of seconds
@@ -172,7 +175,7 @@ def test_several_runs(run: Path, copy: Path, tmp_path: Path) -> None:
     write_report([run, copy], out)
     both = read_page(out)
     for name in ("photos", "copy"):
-        assert f"{name}: ensemble" in both.texts and f"{name}: peer0" in both.texts
+        assert both.texts.count(f"{name}: peer0") > both.texts.count(f"{name}: ensemble") >= 2  # also in Verification
     place = both.texts.index("Settings that differ")
     assert both.texts[place + 1 : place + 7] == ["setting", "photos", "copy", "seed", "0", "5"]
     assert {"gallery", "map", "agreement"} <= set(both.ids)
@@ -184,14 +187,20 @@ def damage_checkpoint(run: Path) -> None:
 
 
 def test_a_run_without_test_classes(copy: Path) -> None:
-    """The page says why it has no results."""
+    """The page says why it has no results, and has all that the run has warned of."""
     results = json.loads((copy / "results.json").read_text())
-    results |= {"split": None, "stopped_early": 4}
+    warnings, notes = (
+        ["peer0 has <b>one</b> direction", f"look at {'long/' * 50}"],
+        ["validation is coarse", "it is late"],
+    )
+    results |= {"split": None, "stopped_early": 4, "warnings": warnings, "notes": notes}
     (copy / "results.json").write_text(json.dumps(results))
     page = read_page(write_report(copy))
-    assert "Not evaluated: all classes were trained on." in page.texts
+    assert {"Not evaluated: all classes were trained on.", *(f"{text}." for text in warnings + notes)} <= set(
+        page.texts
+    )
     assert not {"results", "gallery"} & set(page.ids)
-    assert any(text.endswith(" epochs, stopped early)") for text in page.texts)
+    assert " epochs, stopped early)" in page.text
 
 
 @pytest.mark.parametrize("kind", ["no run", "other file", "no folder", "damaged checkpoint", "damaged results"])

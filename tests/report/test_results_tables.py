@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from report_samples import evaluation_of
 
-from ray_dmml.report.results import results_tables
+from ray_dmml.report.results import results_tables, verification_table
 
 
 def test_means_over_queries_and_over_classes_have_their_own_intervals() -> None:
@@ -47,3 +47,27 @@ def test_a_table_has_no_rows_without_figures() -> None:
     means, [(title, further), *_], _ = results_tables(["run"], [results])
     assert means is not None and len(means.rows) == 3
     assert title == "Further metrics" and [row.name for row in further.rows] == ["peer0"]
+
+
+def test_thresholds_of_every_run_and_system() -> None:
+    """With their intervals, and the numbers of pairs once, or for each run if they differ."""
+    rng = np.random.default_rng(0)
+    summaries = [
+        evaluation_of(labels, *(rng.normal(size=(len(labels), 8)) for _ in range(2))).summary()
+        for labels in ([0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1, 2, 2, 2])
+    ]
+    table, note = verification_table(["a", "b"], summaries)
+    assert table is not None
+    assert [row.name for row in table.rows] == [f"{run}: {of}" for run in "ab" for of in ("peer0", "peer1", "ensemble")]
+    assert "a: 6 pairs of one class and 24 of two classes; b: 18 pairs of one class and 54 of two classes." in note
+    figures = summaries[1]["verification"]["ensemble"]
+    row = dict(zip(table.head[1:], table.rows[-1].cells, strict=True))
+    low, high = figures["intervals"]["threshold@0.01"]
+    assert row["threshold at FMR 1 %"].text == f"{figures['threshold@0.01']:.3f}"
+    assert row["threshold at FMR 1 %"].note == f"{low:.3f} – {high:.3f}"
+    assert row["FNMR at FMR 0.1 %"].text == f"{100 * figures['fnmr@0.001']:.1f} %"
+
+    table, note = verification_table(["a"], summaries[:1])
+    assert table is not None and [row.name for row in table.rows] == ["peer0", "peer1", "ensemble"]
+    assert "There are 6 pairs of one class and 24 of two classes." in note
+    assert verification_table(["a"], [{**summaries[0], "verification": {"peer0": {}}}]) == (None, "")

@@ -17,9 +17,9 @@ from ray_dmml.config.schema import Config
 from ray_dmml.data.dataset import ImageSet
 from ray_dmml.data.datasets import load_splits
 from ray_dmml.evaluation.retrieval import Retrieval, retrieve
-from ray_dmml.loggers.pictures import RIGHT, WRONG
+from ray_dmml.loggers.pictures import BADGE, RIGHT, WRONG, Columns, draw_sheet
 from ray_dmml.training.evaluate import embed_run
-from ray_dmml.training.pictures import MOST_EMBEDDINGS, NUM_NEIGHBORS, draw_worst, sample_embeddings
+from ray_dmml.training.pictures import CELL, MOST_EMBEDDINGS, NUM_NEIGHBORS, draw_worst, sample_embeddings
 
 
 class Taker(Logger):
@@ -67,9 +67,10 @@ def test_a_small_gallery_has_no_frames_around_nothing(noisy_folder: Path) -> Non
     few = images.subset([*np.flatnonzero(first)[:2].tolist(), int(np.flatnonzero(~first)[0])])
     embeddings = np.array([[1, 0], [0, 1], [1, 0]], np.float32)  # the first is nearer to the last one, of another class
     sheet = draw_worst(retrieved(embeddings, few), few, 1)["worst_queries"]
-    colors, counts = np.unique(sheet.reshape(-1, 3), axis=0, return_counts=True)
-    framed = {tuple(color): int(count) for color, count in zip(colors.tolist(), counts, strict=True)}
-    assert framed[RIGHT] == framed[WRONG]  # one of each; three of the five places are empty
+    picture = torch.zeros(1, 3, CELL, CELL, dtype=torch.uint8)
+    one_of_each = draw_sheet([("", "")], [Columns("", "", ("", ""), (picture, picture), ([True], [False]))], CELL)
+    for color in (RIGHT, WRONG):  # three of the five places are empty
+        assert (sheet == color).all(axis=2).sum() == (np.asarray(one_of_each) == color).all(axis=2).sum()
 
 
 def test_the_worst_query_is_the_one_that_finds_its_class_last(noisy_folder: Path) -> None:
@@ -83,9 +84,9 @@ def test_the_worst_query_is_the_one_that_finds_its_class_last(noisy_folder: Path
 
     def place_of(index: int) -> list[int]:
         """Columns of a picture, which is drawn at twice its size."""
-        inner = images.source.read(index).permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1)[4:92, 4:92]
+        inner = images.source.read(index).permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1)[BADGE:92, BADGE:92]
         corners = zip(*np.nonzero((sheet == inner[0, 0]).all(axis=2)), strict=True)
-        return [int(c) for r, c in corners if np.array_equal(sheet[r : r + 88, c : c + 88], inner)]
+        return [int(c) for r, c in corners if np.array_equal(sheet[r : r + len(inner), c : c + len(inner)], inner)]
 
     assert len(place_of(7)) == 1
     of_its_look = [place for index in np.flatnonzero(images.labels == images.labels[0]) for place in place_of(index)]
