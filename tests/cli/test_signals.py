@@ -131,12 +131,14 @@ def test_once_stops_after_the_step(start: Start, tmp_path: Path, number: signal.
 def test_before_the_first_step_it_ends_at_once(
     start: Start, tmp_path: Path, number: signal.Signals, seconds: float, options: list[str]
 ) -> None:
-    """Amid imports, while Ray starts, while peers start: the exit code, at most one line, no process, no run."""
+    """Amid imports, while Ray starts, while peers start: the exit code, one line at most besides what takes the time,
+    no process, no run."""
     process = start(*options)
     time.sleep(seconds)
     os.killpg(process.pid, number)  # a terminal sends it to all
     output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 128 + number and output in ("", "interrupted\n"), output
+    said = [line for line in output.splitlines() if not line.endswith(" ...")]
+    assert process.returncode == 128 + number and said in ([], ["interrupted"]), output
     assert not (tmp_path / "my run").exists()
     assert_nothing_left(process.pid)
 
