@@ -18,6 +18,7 @@ from benchmarks.worker import ask_all, distributed
 from ray_dmml.cohort.teachers import Teachers
 from ray_dmml.ray_backend.coordinator import Coordinator
 from ray_dmml.ray_backend.exchange import Member
+from ray_dmml.ray_backend.process import prepare_process
 from ray_dmml.ray_backend.rendezvous import connect
 
 ROWS, SIZE = 128, 512
@@ -47,7 +48,7 @@ class Exchanger:
     """An actor that exchanges the same embedding again and again."""
 
     def connect(self, transport: str, coordinator: Any, position: int, threads: int = 1) -> str:
-        torch.set_num_threads(threads)
+        prepare_process(threads)  # as a peer does
         self._step = 0
         names, device = ("peer0", "peer1"), torch.device("cpu")
         member = Member(position, device, names, Teachers(2), coordinator)

@@ -101,7 +101,8 @@ def _rows(name: str, raw: dict[str, Any], num_workers: int, device: torch.device
         raw["cohort"]["peers"] = [{"view": view}]
         with timed_peer(Config.parse(raw), num_workers, device) as timed:
             a, b = in_turn(rounds, timed.step_ms, timed.ready_ms)
-        what = f"step of a peer with {num_workers} view workers, view {view} / the same with a ready batch"
+        workers = "one view worker" if num_workers == 1 else f"{num_workers} view workers"
+        what = f"step of a peer with {workers}, view {view} / the same with a ready batch"
         rows.append(Row(name, what, "ms", a, b, Goal("A/B", "<=", 1.1)))
     return rows
 
