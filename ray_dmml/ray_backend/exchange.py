@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import ray
@@ -30,9 +31,19 @@ _NEVER = timedelta(days=7)  # the driver ends peers that keep others waiting
 
 def checksum(rows: Tensor) -> Tensor:
     """int64 scalar of (N, D) float32 rows, on their device. Any changed or moved bit changes it."""
-    bits = rows.contiguous().view(torch.int32).flatten().to(torch.int64)
-    weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # odd weights hide no bit
-    return (bits * weights).sum()  # wraps around in the same way everywhere
+    bits = rows.contiguous().flatten()
+    if len(bits) % 2:
+        bits = torch.cat([bits, bits.new_zeros(1)])
+    elif bits.storage_offset() % 2:  # a view as int64 must start at a multiple of 8 bytes
+        bits = bits.clone()
+    words = bits.view(torch.int64)
+    return (words * _odd_numbers(len(words), words.device)).sum()  # wraps around in the same way everywhere
+
+
+@lru_cache(maxsize=8)
+def _odd_numbers(count: int, device: torch.device) -> Tensor:
+    """Weights that hide no bit: modulo 2^64, every odd number has an inverse."""
+    return torch.arange(1, 2 * count, 2, device=device)
 
 
 def verify(rows: Tensor, expected: int, teacher: str, step: int) -> Tensor:
