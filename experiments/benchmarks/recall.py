@@ -41,11 +41,11 @@ def recall(settings: Settings) -> list[Row]:
     points, labels = embeddings(SOP_TEST_IMAGES)
     names = tuple(map(str, range(labels[-1] + 1)))
     images = ImageSet(FileImages(Path(), map(str, range(len(labels))), 8), labels, names)
-    peaks = []
+    peak = peak_beyond(lambda: evaluate_vectors(points, images, RECALL_AT)) / 1024
 
     def ours() -> float:
         began = time.perf_counter()
-        peaks.append(peak_beyond(lambda: evaluate_vectors(points, images, RECALL_AT)) / 1024)
+        evaluate_vectors(points, images, RECALL_AT)
         return time.perf_counter() - began
 
     a, b = in_turn(settings.rounds, ours, lambda: bare_search(points))
@@ -53,7 +53,7 @@ def recall(settings: Settings) -> list[Row]:
     memory = "its peak memory beyond the embeddings"
     return [
         Row("recall", what, "s", a, b, Goal("A/B", "<=", 1.1)),
-        Row("recall", memory, "GiB", peaks, [], Goal("A", "<=", 2)),
+        Row("recall", memory, "GiB", [peak], [], Goal("A", "<=", 2)),
     ]
 
 
@@ -71,19 +71,18 @@ def recall_million(settings: Settings) -> list[Row]:
     faiss.omp_set_num_threads(num_cores())
     points, labels = embeddings(MILLION, MILLION_SIZE)
     query = np.random.default_rng(0).permutation(MILLION)[:MILLION_QUERIES]
-    peaks = []
+    peak = peak_beyond(lambda: retrieval_metrics(points, labels, query=query, recall_at=RECALL_AT)) / 1024
 
     def ours() -> float:
         began = time.perf_counter()
-        found = peak_beyond(lambda: retrieval_metrics(points, labels, query=query, recall_at=RECALL_AT))
-        peaks.append(found / 1024)
+        retrieval_metrics(points, labels, query=query, recall_at=RECALL_AT)
         return time.perf_counter() - began
 
     a, b = in_turn(settings.rounds, ours, lambda: bare_search(points, points[query]))
     what = f"metrics of {MILLION_QUERIES:,} queries in 1,000,000 x 128 / bare faiss flat search"
     return [
         Row("recall-million", what, "s", a, b, Goal("A/B", "<=", 1.3)),
-        Row("recall-million", "its peak memory beyond the embeddings", "GiB", peaks, [], Goal("A", "<=", 4)),
+        Row("recall-million", "its peak memory beyond the embeddings", "GiB", [peak], [], Goal("A", "<=", 4)),
     ]
 
 
