@@ -14,7 +14,7 @@ import typer
 from ray_dmml.cli.lifecycle import Interruptible
 from ray_dmml.cli.options import Address, AsJson, Run, RunWeights, TrustCode, not_empty, path, use_address
 from ray_dmml.cli.output import elapsed, print_json, print_line, show_log, user_errors
-from ray_dmml.loggers.output import Console
+from ray_dmml.loggers.output import Console, duration
 
 if TYPE_CHECKING:
     from ray_dmml.embedding.embedder import Dtype
@@ -132,8 +132,8 @@ class Progress:
         self._bar.update(self._task, description=found, completed=done, total=total, rate=rate)
         if not self._console.is_terminal and rate and now >= self._next_line:
             self._next_line = now + LINE_EVERY_S
-            left = (total - done) * (now - began) / (done - before) / 60
-            print_line(self._console, f"{done:,} of {total:,} images  {rate}  {left:.0f} min left  {found}")
+            left = duration((total - done) * (now - began) / (done - before))
+            print_line(self._console, f"{done:,} of {total:,} images  {rate}  {left} left  {found}")
 
 
 @contextmanager

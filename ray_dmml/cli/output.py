@@ -14,7 +14,7 @@ import typer
 
 from ray_dmml.errors import UserError
 from ray_dmml.loggers.output import Console
-from ray_dmml.loggers.sentences import show_sentences
+from ray_dmml.loggers.sentences import as_lines, show_sentences
 
 
 def print_line(console: Console, line: str) -> None:
@@ -55,14 +55,8 @@ def user_errors() -> Iterator[None]:
 def show_log(console: Console) -> AbstractContextManager[None]:
     """Prints what the package logs to the console, and what takes the time right now, once each. Inside the block of
     show_run, its display does."""
-    shown: set[str] = set()
-
-    def show_activity(text: str) -> None:
-        if text not in shown:
-            shown.add(text)
-            print_line(console, f"{text} ...")
-
-    return show_sentences(partial(print_line, console), show_activity)
+    show = partial(print_line, console)
+    return show_sentences(show, as_lines(show))
 
 
 def elapsed(since: float) -> str:

@@ -77,8 +77,8 @@ def _parts_of(section: Any, prefix: str = "") -> Iterator[tuple[str, str, Mappin
     for key, value in section.items() if isinstance(section, Mapping) else enumerate(section):
         setting = f"{prefix}{key}"
         if isinstance(value, str) and PART_SETTINGS.fullmatch(setting):
-            args = section.get({"name": "args", "backbone": "backbone_args"}.get(str(key), ""), {})
-            yield setting, value, args
+            args = section.get({"name": "args", "backbone": "backbone_args"}.get(str(key), ""))
+            yield setting, value, args if isinstance(args, Mapping) else {}
         elif isinstance(value, (Mapping, list)):
             yield from _parts_of(value, f"{setting}.")
 

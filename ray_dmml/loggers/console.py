@@ -15,7 +15,8 @@ from rich.table import Table
 from ray_dmml.config.schema import Config
 from ray_dmml.loggers.logger import Logger, learned_terms
 from ray_dmml.loggers.notebook import CellDisplay
-from ray_dmml.loggers.sentences import show_sentences
+from ray_dmml.loggers.output import duration
+from ray_dmml.loggers.sentences import as_lines, show_sentences
 from ray_dmml.loggers.tables import fitting
 
 
@@ -46,7 +47,7 @@ class LinesLogger(Logger):
         self._parts = "images" if config.data.split_by == "image" else "classes"  # of which a split has its own
         self._terms = ("loss", "metric", *config.loss.terms)
         self._latest: dict[str, Mapping[str, float]] = {}
-        self._activities: set[str] = set()
+        self._show_activity = as_lines(self.print)
 
     def print(self, text: str) -> None:
         with suppress(OSError, ValueError):  # a full disk under a log, or a closed stream, ends no training
@@ -55,9 +56,7 @@ class LinesLogger(Logger):
 
     def show_activity(self, text: str) -> None:
         """Shows what takes the time right now: as a line, the first time."""
-        if text not in self._activities:
-            self._activities.add(text)
-            self.print(f"{text} ...")
+        self._show_activity(text)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         if "peers" in metrics:
@@ -69,7 +68,7 @@ class LinesLogger(Logger):
             )
             rate = f"{metrics['images_per_second']:.1f} images/s"
             if left := (self._num_steps - step) * metrics.get("step_s", 0.0):
-                rate += f"  {_duration(left)} left"
+                rate += f"  {duration(left)} left"
             self.print("  ".join([f"step {step}/{self._num_steps}", *peers, rate]))
         self._print_evaluation(metrics, step)
         if "checkpoint" in metrics:
@@ -165,13 +164,6 @@ class LiveLogger(LinesLogger):
         if not self._evaluated:
             return []
         return [f"{100 * self._recall[name]:.1f} %" if name in self._recall else "-"]
-
-
-def _duration(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``3.5 h``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _recall(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -17,18 +17,11 @@ REFRESH_S = 0.25
 HTML = """<pre style="white-space: pre; overflow-x: auto; line-height: normal">{code}</pre>"""
 
 
-def cell_output(*parts: RenderableType | Callable[[Console], object]) -> dict[str, str]:
-    """What rich prints, by MIME type, as IPython wants it.
-
-    Args:
-        parts: what is printed, or functions that print to the console that they are given.
-    """
+def cell_output(*parts: Callable[[Console], object]) -> dict[str, str]:
+    """What the functions print to a console, by MIME type, as IPython wants it."""
     console = Console(file=io.StringIO(), record=True, width=WIDTH, force_terminal=True, force_jupyter=False)
     for part in parts:
-        if callable(part):
-            part(console)
-        else:
-            console.print(part)
+        part(console)
     html = console.export_html(code_format=HTML, inline_styles=True, clear=False)
     return {"text/html": html, "text/plain": console.export_text()}
 
@@ -52,7 +45,7 @@ class CellDisplay:
         """Shows what :meth:`update` was given."""
         from IPython.display import display  # which only a notebook needs
 
-        self._handle = display(cell_output(self._latest), raw=True, display_id=True)
+        self._handle = display(self._rendered(), raw=True, display_id=True)
 
     def update(self, renderable: RenderableType) -> None:
         """Shows something else, a few times a second at most."""
@@ -68,5 +61,8 @@ class CellDisplay:
 
     def _show(self) -> None:
         if self._handle is not None:
-            self._handle.update(cell_output(self._latest), raw=True)
+            self._handle.update(self._rendered(), raw=True)
             self._shown_at = time.monotonic()
+
+    def _rendered(self) -> dict[str, str]:
+        return cell_output(lambda console: console.print(self._latest))

@@ -28,6 +28,18 @@ def show_sentences(show: Show, show_activity: Show | None = None) -> Iterator[No
         package.setLevel(level)
 
 
+def as_lines(print_line: Show) -> Show:
+    """For ``show_activity`` where nothing can be replaced: each activity is a line, the first time."""
+    shown: set[str] = set()
+
+    def show_activity(text: str) -> None:
+        if text not in shown:
+            shown.add(text)
+            print_line(f"{text} ...")
+
+    return show_activity
+
+
 class _Handler(logging.Handler):
     def __init__(self, show: Show, show_activity: Show | None) -> None:
         super().__init__()

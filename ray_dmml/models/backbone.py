@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from typing import Any
 
 import timm
@@ -73,6 +74,7 @@ def _from_hub(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, saved
 
 
+@cache
 def has_batch_norm(name: str) -> bool:
     """Whether a timm model has BatchNorm layers; True if that is not known without loading it.
 

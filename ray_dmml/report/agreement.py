@@ -49,7 +49,7 @@ def overlap_of(one: Retrieval, other: Retrieval) -> float:
 
 def agreement_charts(runs: Sequence[NamedMetrics]) -> tuple[Chart, ...]:
     """The share of validation queries that only one peer of a pair finds, and that neither finds. Both find the rest,
-    mostly nearly all: a line of it would press the others onto the axis, so it is told in numbers."""
+    mostly nearly all: a line of it would press the others onto the axis, so the note has its numbers."""
     charts: list[Chart] = []
     for run in runs:
         pairs = dict.fromkeys(pair for _, rows in run.metrics.agreement for pair in rows)

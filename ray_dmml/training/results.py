@@ -21,8 +21,8 @@ NOT_EVALUATED: Figures = {"peers": {}, "ensemble": {}}
 
 
 class Results(dict[str, Any]):
-    """What results.json holds. As the last value of a notebook's cell it is shown as a table, and what an evaluation
-    was asked for besides as further ones."""
+    """What results.json holds. As the last value of a notebook's cell it is shown as a table. Further tables show what
+    an evaluation was asked for besides, such as classes."""
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
         from ray_dmml.loggers.notebook import cell_output

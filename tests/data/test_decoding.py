@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 import torchvision.io  # noqa: F401 -- imported before memory is limited
@@ -332,7 +333,8 @@ def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     for form, message in zip(WRITERS, messages, strict=True):
-        if form == "WEBP" and message.endswith("could not create decoder object"):  # Pillow before 13
+        if form == "WEBP" and int(PIL.__version__.split(".")[0]) < 13:  # it reserves the memory before we see the size
+            assert message.endswith("could not create decoder object")
             continue
         assert message.startswith(f"image {form} cannot be read: it claims ")
         assert message.endswith("at most 178956970 are decoded")
